@@ -1,0 +1,173 @@
+@echo off
+rem One-command start on Windows; launch.sh does the same on Linux. "launch.bat help" lists the commands.
+setlocal EnableExtensions DisableDelayedExpansion
+set "PYTHONHOME="
+set "PYTHONPATH="
+set "PYTHONUTF8=1"
+set "ROOT=%~dp0"
+set "ROOT=%ROOT:~0,-1%"
+set "VENV=%ROOT%\.venv"
+set "VPY=%VENV%\Scripts\python.exe"
+
+rem What follows the command, with its quotes, for sync, demo and test. No block and no "call" may see it:
+rem both would change special characters in file names.
+set REST=%*
+set "COMMAND=%~1"
+if not defined COMMAND goto app
+if "%COMMAND:~0,1%"=="-" goto app_or_help
+if /i "%COMMAND%"=="help" goto help
+if /i "%COMMAND%"=="sync" goto sync
+if /i "%COMMAND%"=="demo" goto demo
+if /i "%COMMAND%"=="test" goto test
+echo Unknown command: "%COMMAND%" (launch.bat help lists the commands).>&2
+exit /b 2
+
+:help
+echo launch.bat                           open the web page (options such as --share are passed on)
+echo launch.bat demo                      lip-sync the bundled example to outputs\demo.mp4
+echo launch.bat sync VIDEO AUDIO -o OUT   lip-sync two files; all options: launch.bat sync --help
+echo launch.bat test                      check the code: ruff and pytest (options are passed on to pytest)
+echo launch.bat help                      show this text
+echo.
+echo The first start creates the folder .venv beside this script and installs the packages into it.
+echo Set PYTHON to the full path of a python.exe (3.10 to 3.13) to name the one to create it with.
+exit /b 0
+
+:app_or_help
+if "%COMMAND%"=="-h" goto help
+if "%COMMAND%"=="--help" goto help
+:app
+if exist "%ROOT%\app.py" goto app_start
+echo The web page is not in this version: use launch.bat sync VIDEO AUDIO -o OUT.mp4, or launch.bat demo.>&2
+rem Without an argument the script was probably started by a double click: keep the window open.
+if not defined COMMAND pause
+exit /b 2
+:app_start
+call :install
+if errorlevel 1 goto stop
+"%VPY%" "%ROOT%\app.py" %REST%
+exit /b %ERRORLEVEL%
+
+:sync
+set REST=%REST:*sync=%
+call :install
+if errorlevel 1 goto stop
+"%VPY%" -c "import sys; sys.path[0] = sys.argv.pop(1); import runpy; runpy.run_module('latentsync', run_name='__main__', alter_sys=True)" "%ROOT%" %REST%
+exit /b %ERRORLEVEL%
+
+:demo
+set REST=%REST:*demo=%
+call :install
+if errorlevel 1 goto stop
+if not exist "%ROOT%\outputs" mkdir "%ROOT%\outputs"
+"%VPY%" -c "import sys; sys.path[0] = sys.argv.pop(1); import runpy; runpy.run_module('latentsync', run_name='__main__', alter_sys=True)" "%ROOT%" "%ROOT%\assets\example\face.mp4" "%ROOT%\assets\example\speech.wav" -o "%ROOT%\outputs\demo.mp4" --model demo %REST%
+if not "%ERRORLEVEL%"=="0" exit /b %ERRORLEVEL%
+echo The lip-synced example is "%ROOT%\outputs\demo.mp4"
+exit /b 0
+
+:test
+set REST=%REST:*test=%
+call :install
+if errorlevel 1 goto stop
+fc /b "%ROOT%\tests\requirements.txt" "%VENV%\installed-tests" >nul 2>nul && goto test_start
+echo Installing the packages of tests\requirements.txt into .venv ...
+"%VPY%" -m pip install --quiet --no-input --disable-pip-version-check -r "%ROOT%\tests\requirements.txt"
+if errorlevel 1 goto install_failed
+copy /y "%ROOT%\tests\requirements.txt" "%VENV%\installed-tests" >nul
+:test_start
+cd /d "%ROOT%"
+"%VPY%" -m ruff check .
+if not "%ERRORLEVEL%"=="0" exit /b %ERRORLEVEL%
+"%VPY%" -m pytest %REST%
+exit /b %ERRORLEVEL%
+
+:stop
+if not defined COMMAND pause
+exit /b 2
+
+
+rem Makes .venv hold what requirements.txt asks for. .venv\installed records what was installed, and is written
+rem last: after an interruption it is missing and the next start installs again.
+:install
+call :find_cuda
+if not exist "%VPY%" goto create
+"%VPY%" -c "import pip" >nul 2>nul || goto create
+goto compare
+
+:create
+call :find_python
+if not defined BASE goto no_python
+echo Creating .venv ...
+%BASE% -m venv --clear "%VENV%"
+if not errorlevel 1 goto compare
+echo Could not create "%VENV%" (the reason is above).>&2
+exit /b 2
+
+:compare
+"%VPY%" -c "import sys; print(sys.version_info[:2])" >"%VENV%\wanted"
+>>"%VENV%\wanted" echo torch: %CUDA%
+>>"%VENV%\wanted" type "%ROOT%\requirements.txt"
+fc /b "%VENV%\wanted" "%VENV%\installed" >nul 2>nul && exit /b 0
+del "%VENV%\installed" >nul 2>nul
+echo Installing the packages of requirements.txt into .venv (only needed once) ...
+if "%CUDA%"=="none" goto packages
+rem The torch that PyPI has for Windows cannot use the GPU; the one of pytorch.org can.
+for /f "tokens=2 delims==" %%v in ('findstr /b "torch==" "%ROOT%\requirements.txt"') do set "TORCH=%%v"
+"%VPY%" -m pip install --no-input --disable-pip-version-check "torch==%TORCH%+%CUDA%" --index-url https://download.pytorch.org/whl/%CUDA%
+if errorlevel 1 goto install_failed
+:packages
+"%VPY%" -m pip install --quiet --no-input --disable-pip-version-check -r "%ROOT%\requirements.txt"
+if errorlevel 1 goto install_failed
+copy /y "%VENV%\wanted" "%VENV%\installed" >nul
+exit /b 0
+
+:install_failed
+echo Installing the packages failed (the reason is above): check the network and the free disk space, then start again.>&2
+exit /b 2
+
+:no_python
+if defined PYTHON echo PYTHON=%PYTHON% is not a 64-bit Python 3.10 to 3.13: name another one, or unset PYTHON.>&2
+if not defined PYTHON echo No 64-bit Python 3.10 to 3.13 was found: install one from https://www.python.org/downloads/windows/ and start again.>&2
+exit /b 2
+
+
+rem BASE: the first Python that is recent enough and able to create a virtual environment.
+:find_python
+set "BASE="
+if not defined PYTHON goto search
+set "PYTHON=%PYTHON:"=%"
+call :try "%PYTHON%"
+exit /b 0
+:search
+call :try py -3.13
+call :try py -3.12
+call :try py -3.11
+call :try py -3.10
+call :try python3
+call :try python
+exit /b 0
+
+:try
+if defined BASE exit /b 0
+%* -c "import sys, venv, ensurepip; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 13) and sys.maxsize > 2**32))" >nul 2>nul && set BASE=%*
+exit /b 0
+
+
+rem CUDA: which build of torch 2.13 fits the first NVIDIA GPU. CUDA 13 needs driver 580 and compute capability 7.5
+rem (Turing); pytorch.org has a CUDA 12.6 build for older ones.
+:find_cuda
+set "CUDA=none"
+set "DRIVER="
+set "CAPABILITY="
+where nvidia-smi >nul 2>nul || exit /b 0
+for /f "tokens=1,3,4 delims=., " %%a in ('nvidia-smi --query-gpu^=driver_version^,compute_cap --format^=csv^,noheader 2^>nul') do (
+    if not defined DRIVER set "DRIVER=%%a"
+    if not defined CAPABILITY set "CAPABILITY=%%b%%c"
+)
+if not defined DRIVER exit /b 0
+if not defined CAPABILITY exit /b 0
+echo %DRIVER%%CAPABILITY%| findstr /r "^[0-9][0-9]*$" >nul || exit /b 0
+set "CUDA=cu130"
+if %DRIVER% LSS 580 set "CUDA=cu126"
+if %CAPABILITY% LSS 75 set "CUDA=cu126"
+exit /b 0

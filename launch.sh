@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# One-command start on Linux; launch.bat does the same on Windows. `./launch.sh help` lists the commands.
+set -euo pipefail
+unset PYTHONHOME PYTHONPATH  # packages of another Python must not reach ours
+
+here=$(cd -P -- "$(dirname -- "$(readlink -f -- "$0")")" && pwd)
+venv=$here/.venv
+python=$venv/bin/python
+
+say() { printf '%s\n' "$*" >&2; }
+fail() { say "$*"; exit 2; }
+
+help() {
+    cat <<'TEXT'
+./launch.sh                           open the web page (options such as --share are passed on)
+./launch.sh demo                      lip-sync the bundled example to outputs/demo.mp4
+./launch.sh sync VIDEO AUDIO -o OUT   lip-sync two files; all options: ./launch.sh sync --help
+./launch.sh test                      check the code: ruff and pytest (options are passed on to pytest)
+./launch.sh help                      show this text
+
+The first start creates the folder .venv beside this script and installs the packages into it.
+PYTHON=/path/to/python ./launch.sh …  names the Python (3.10 to 3.13) to create it with.
+TEXT
+}
+
+# Prints the first Python that is recent enough and able to create a virtual environment.
+find_python() {
+    local candidate without_venv=""
+    local probe='
+import sys
+if (3, 10) <= sys.version_info[:2] <= (3, 13) and sys.maxsize > 2**32:
+    try:
+        import ensurepip, venv
+        print("usable")
+    except ImportError:
+        print("no venv")'
+    if [ -n "${PYTHON:-}" ]; then
+        set -- "$PYTHON"
+    else
+        set -- python3.13 python3.12 python3.11 python3.10 python3 python
+    fi
+    for candidate; do
+        case $("$candidate" -c "$probe" 2>/dev/null || true) in  # being on the PATH does not mean that it runs
+            usable) printf '%s\n' "$candidate"; return ;;
+            "no venv") without_venv=${without_venv:-$candidate} ;;
+        esac
+    done
+    if [ -n "$without_venv" ]; then
+        fail "$without_venv cannot create virtual environments: install its venv module (Debian, Ubuntu: sudo apt install python3-venv)."
+    elif [ -n "${PYTHON:-}" ]; then
+        fail "PYTHON=$PYTHON is not a 64-bit Python 3.10 to 3.13: name another one, or unset PYTHON."
+    else
+        fail "No 64-bit Python 3.10 to 3.13 was found: install one (Debian, Ubuntu: sudo apt install python3 python3-venv), or name it with PYTHON=/path/to/python."
+    fi
+}
+
+# OpenCV and MediaPipe link against these; their packages do not bring them.
+check_system_libraries() {
+    local missing
+    missing=$("$python" -c '
+import ctypes, sys
+packages = {"libGL.so.1": "libgl1", "libEGL.so.1": "libegl1", "libGLESv2.so.2": "libgles2",
+            "libgthread-2.0.so.0": "libglib2.0-0"}
+for library, package in packages.items() if sys.platform == "linux" else ():
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        print(package, end=" ")')
+    if [ -n "$missing" ]; then
+        fail "System libraries are missing: install them with: sudo apt install ${missing% } (package names of Debian and Ubuntu)."
+    fi
+}
+
+# Reads what `pip --progress-bar raw` prints; shows the file under way, on one line, where there is a terminal.
+show_progress() {
+    local verb first of total name=""
+    while read -r verb first of total _; do
+        [ -t 2 ] || continue
+        case $verb:$of:$total in
+            Downloading:*) name=${first##*/} ;;
+            Progress:of:*[!0-9]* | Progress:of:) ;;
+            Progress:of:*) printf '\r\033[K  %.60s  %d of %d MB' "$name" $((first / 1000000)) $((total / 1000000)) >&2 ;;
+            Installing:*) printf '\r\033[K  unpacking' >&2 ;;
+        esac
+    done
+    if [ -t 2 ]; then printf '\r\033[K' >&2; fi
+}
+
+# install LIST NAME: the packages of LIST into .venv, unless .venv/NAME records that exactly these were installed.
+install() {
+    local version="" record=$venv/$2
+    if [ -x "$python" ]; then
+        version=$("$python" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null || true)
+    fi
+    if [ -n "$version" ] && [ "$(cat -- "$record" 2>/dev/null || true)" = "$version"$'\n'"$(cat -- "$1")" ]; then
+        return
+    fi
+    if ! "$python" -c 'import pip' 2>/dev/null; then  # not there, half made, or its Python was removed
+        local base
+        base=$(find_python)
+        say "Creating .venv with $("$base" -V) …"
+        "$base" -m venv --clear -- "$venv" || fail "Could not create $venv (the reason is above)."
+        version=$("$python" -c 'import sys; print(sys.version_info[:2])')
+    fi
+    check_system_libraries
+    rm -f -- "$record"
+    say "Installing the packages of ${1#"$here"/} into .venv (only needed once) …"
+    { "$python" -m pip install --quiet --no-input --disable-pip-version-check 'pip>=24.1' &&
+        "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw -r "$1" | show_progress; } ||
+        fail "Installing the packages failed (the reason is above): check the network and the free disk space, then start again."
+    # Written last: after an interruption it is missing and the next start installs again.
+    printf '%s\n%s\n' "$version" "$(cat -- "$1")" >"$record"
+}
+
+# Like `python -m latentsync`, but found beside this script, never in the folder where the user stands.
+run='import sys; sys.path[0] = sys.argv.pop(1); import runpy
+runpy.run_module("latentsync", run_name="__main__", alter_sys=True)'
+
+command=${1:-}
+case $command in
+    help | -h | --help)
+        help
+        ;;
+    "" | -*)
+        if [ ! -f "$here/app.py" ]; then
+            fail "The web page is not in this version: use ./launch.sh sync VIDEO AUDIO -o OUT.mp4, or ./launch.sh demo."
+        fi
+        install "$here/requirements.txt" installed
+        exec "$python" "$here/app.py" "$@"
+        ;;
+    sync)
+        shift
+        install "$here/requirements.txt" installed
+        exec "$python" -c "$run" "$here" "$@"
+        ;;
+    demo)
+        shift
+        install "$here/requirements.txt" installed
+        mkdir -p -- "$here/outputs"
+        "$python" -c "$run" "$here" "$here/assets/example/face.mp4" "$here/assets/example/speech.wav" \
+            -o "$here/outputs/demo.mp4" --model demo "$@"
+        say "The lip-synced example is $here/outputs/demo.mp4"
+        ;;
+    test)
+        shift
+        install "$here/requirements.txt" installed
+        install "$here/tests/requirements.txt" installed-tests
+        cd -- "$here"
+        "$python" -m ruff check .
+        exec "$python" -m pytest "$@"
+        ;;
+    *)
+        fail "Unknown command: $command (./launch.sh help lists the commands)."
+        ;;
+esac

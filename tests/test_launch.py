@@ -1,0 +1,193 @@
+"""launch.sh with a stand-in for Python that writes down what it is asked; nothing is installed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BASH = shutil.which("bash")
+
+pytestmark = pytest.mark.skipif(os.name == "nt" or BASH is None, reason="launch.sh needs bash")
+
+FAKE_PYTHON = f"""#!{BASH}
+printf '%s\\n' "$*" >>"$CALLS"
+case "$*" in
+    *"import ensurepip"*) echo "$FAKE_KIND" ;;
+    *"sys.version_info[:2]"*) echo "(3, 11)" ;;
+    *"-m venv "*) mkdir -p "${{!#}}/bin"; cp "$0" "${{!#}}/bin/python" ;;
+    *"-m pip install"*"-r "*) exit "${{FAKE_PIP_STATUS:-0}}" ;;
+    *runpy*) exec {sys.executable!r} "$@" ;;
+esac
+"""
+
+REPORT_ARGUMENTS = "import json, os, sys\nprint(json.dumps([os.getcwd(), sys.argv[1:]]))\n"
+
+
+class Copy:
+    """A copy of the launcher in a folder with an awkward name, and only fake Pythons on the PATH."""
+
+    def __init__(self, folder: Path):
+        self.root = folder / "it's a copy"
+        self.tools = folder / "tools"
+        self.calls_file = folder / "calls"
+        (self.root / "latentsync").mkdir(parents=True)
+        self.tools.mkdir()
+        (self.root / "latentsync" / "__init__.py").touch()
+        (self.root / "latentsync" / "__main__.py").write_text(REPORT_ARGUMENTS)
+        (self.root / "requirements.txt").write_text("torch==2.13.0\n")
+        shutil.copy(ROOT / "launch.sh", self.root)
+        for tool in ("cat", "cp", "dirname", "mkdir", "readlink", "rm"):
+            os.symlink(shutil.which(tool), self.tools / tool)
+
+    def add_python(self, name: str) -> None:
+        (self.tools / name).write_text(FAKE_PYTHON)
+        (self.tools / name).chmod(0o755)
+
+    def start(self, *arguments: str, script: Path | None = None, cwd: Path | None = None, **variables: str):
+        environment = {"PATH": str(self.tools), "CALLS": str(self.calls_file), "FAKE_KIND": "usable"}
+        self.calls_file.write_text("")
+        return subprocess.run(
+            [BASH, str(script or self.root / "launch.sh"), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=cwd or self.root,
+            env=environment | variables,
+            timeout=60,
+        )
+
+    def calls(self) -> list[str]:
+        return self.calls_file.read_text().splitlines()
+
+    def installs(self) -> list[str]:
+        return [call for call in self.calls() if "pip install" in call and "-r " in call]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return Copy(tmp_path)
+
+
+@pytest.fixture
+def with_python(copy):
+    copy.add_python("python3")
+    return copy
+
+
+def test_scripts_parse():
+    for script in ("launch.sh", ".ci/run"):
+        subprocess.run([BASH, "-n", str(ROOT / script)], check=True)
+        assert os.access(ROOT / script, os.X_OK), f"{script} is not executable"
+
+
+def test_help_lists_the_commands_and_installs_nothing(copy):
+    result = copy.start("help")
+    assert result.returncode == 0
+    for command in ("demo", "sync VIDEO AUDIO", "test"):
+        assert command in result.stdout
+    assert not (copy.root / ".venv").exists()
+
+
+def test_unknown_command_is_named(copy):
+    result = copy.start("snyc", "a.mp4")
+    assert result.returncode == 2
+    assert "snyc" in result.stderr
+
+
+def test_without_the_page_the_start_says_what_to_use(copy):
+    result = copy.start("--share")
+    assert result.returncode == 2
+    assert "sync VIDEO AUDIO" in result.stderr
+
+
+def test_the_page_gets_its_options(with_python):
+    (with_python.root / "app.py").touch()
+    assert with_python.start("--share", "--port", "80").returncode == 0
+    assert with_python.calls()[-1].endswith("app.py --share --port 80")
+
+
+def test_no_python_is_one_sentence(copy):
+    result = copy.start("sync")
+    assert result.returncode == 2
+    assert "No 64-bit Python 3.10 to 3.13 was found" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_python_without_venv_names_the_package(with_python):
+    result = with_python.start("sync", FAKE_KIND="no venv")
+    assert result.returncode == 2
+    assert "python3-venv" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_unsuitable_python_named_by_the_user_is_refused(with_python):
+    result = with_python.start("sync", PYTHON="/nowhere/python")
+    assert result.returncode == 2
+    assert "PYTHON=/nowhere/python" in result.stderr
+
+
+def test_a_python_on_the_path_that_does_not_run_is_passed_over(with_python):
+    (with_python.tools / "python3.13").write_text(f"#!{BASH}\nexit 127\n")
+    (with_python.tools / "python3.13").chmod(0o755)
+    assert with_python.start("sync").returncode == 0
+
+
+def test_second_start_installs_nothing_until_the_requirements_change(with_python):
+    assert with_python.start("sync").returncode == 0
+    assert len(with_python.installs()) == 1
+    assert with_python.start("sync").returncode == 0
+    assert with_python.installs() == []
+    (with_python.root / "requirements.txt").write_text("torch==2.14.0\n")
+    assert with_python.start("sync").returncode == 0
+    assert len(with_python.installs()) == 1
+
+
+def test_a_failed_install_is_said_and_repeated(with_python):
+    result = with_python.start("sync", FAKE_PIP_STATUS="1")
+    assert result.returncode == 2
+    assert "Installing the packages failed" in result.stderr
+    assert result.stdout == ""
+    assert with_python.start("sync").returncode == 0
+    assert len(with_python.installs()) == 1
+
+
+def test_sync_keeps_the_folder_and_every_argument(with_python, tmp_path):
+    odd = ["a b.mp4", 'it\'s "it".wav', "-o", "", "--", "-x.mp4", "$HOME*", "日本語.mp4", "a\nb", "\\ %s"]
+    stand = tmp_path / "where the user stands"
+    # A package of the same name there, like a checkout of the reference implementation, must not be run.
+    (stand / "latentsync").mkdir(parents=True)
+    (stand / "latentsync" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    result = with_python.start("sync", *odd, cwd=stand)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == [str(stand), odd]
+
+
+def test_demo_uses_the_bundled_example_and_says_where_the_result_is(with_python):
+    result = with_python.start("demo", "--steps", "5")
+    assert result.returncode == 0, result.stderr
+    video, audio, *options = json.loads(result.stdout)[1]
+    for path in (video, audio):
+        assert (ROOT / Path(path).relative_to(with_python.root)).is_file()
+    assert options == ["-o", str(with_python.root / "outputs/demo.mp4"), "--model", "demo", "--steps", "5"]
+    assert "outputs/demo.mp4" in result.stderr
+
+
+def test_a_link_to_the_script_finds_its_folder(with_python, tmp_path):
+    os.symlink(with_python.root / "launch.sh", tmp_path / "lipsync")
+    result = with_python.start("sync", "a", script=tmp_path / "lipsync", cwd=tmp_path)
+    assert json.loads(result.stdout)[1] == ["a"]
+
+
+def test_requirements_name_one_version_for_every_python():
+    from packaging.requirements import Requirement
+
+    for python in ("3.10", "3.11", "3.12", "3.13"):
+        for file in ("requirements.txt", "tests/requirements.txt"):
+            lines = (ROOT / file).read_text().splitlines()
+            wanted = [Requirement(line) for line in lines if not line.startswith("#")]
+            names = [r.name for r in wanted if not r.marker or r.marker.evaluate({"python_version": python})]
+            assert len(names) == len(set(names)) == len({r.name for r in wanted})
