@@ -1,0 +1,127 @@
+"""DDIM as LatentSync was trained for it, with guidance and DeepCache, free of host synchronisation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from latentsync.unet import UNet, frames_first, windows_first
+
+TRAIN_STEPS = 1000
+GUIDANCE_SCALE = 1.5  # useful from 1 (off) to 3
+INFERENCE_STEPS = 20
+SEED = 1247
+
+
+@dataclass(frozen=True)
+class DeepCache:
+    """Full passes at every `interval`-th step, shallow ones of `branch` between them (the package's terms)."""
+
+    interval: int = 3
+    branch: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Timesteps, and what a DDIM step (eta 0) multiplies the latents and the noise by."""
+
+    timesteps: tuple[int, ...]
+    latent_scale: tuple[float, ...]
+    noise_scale: tuple[float, ...]
+
+
+def ddim_scheduler() -> DDIMScheduler:
+    """The reference's scheduler: epsilon prediction, leading spacing, offset 1, alpha never set to one."""
+    return DDIMScheduler(
+        num_train_timesteps=TRAIN_STEPS,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type="epsilon",
+    )
+
+
+def ddim_schedule(steps: int) -> Schedule:
+    """The schedule of 1 to 1000 steps.
+
+    A DDIM step x' = √a'·(x − √(1−a)·e)/√a + √(1−a')·e is linear in x and e, so two numbers a step say it all;
+    they are worked out here on the host in double precision, which leaves nothing to wait for on the device.
+    """
+    scheduler = ddim_scheduler()
+    scheduler.set_timesteps(steps)
+    alphas = scheduler.alphas_cumprod.double()
+    timesteps = [int(t) for t in scheduler.timesteps]
+    latent_scale, noise_scale = [], []
+    for t in timesteps:
+        before = t - TRAIN_STEPS // steps
+        a = alphas[t]
+        a_before = alphas[before] if before >= 0 else scheduler.final_alpha_cumprod.double()
+        ratio = (a_before / a).sqrt()
+        latent_scale.append(float(ratio))
+        noise_scale.append(float((1 - a_before).sqrt() - ratio * (1 - a).sqrt()))
+    return Schedule(tuple(timesteps), tuple(latent_scale), tuple(noise_scale))
+
+
+def initial_noise(
+    seed: int, channels: int, height: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """One frame of noise (1, channels, 1, height, width): all frames of all windows start from it.
+
+    Drawn on the CPU, so that a seed means the same on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(1, channels, 1, height, width, generator=generator)
+    return noise.to(device, dtype)
+
+
+@torch.inference_mode()
+def denoise(
+    unet: UNet,
+    noise: Tensor,
+    condition: Tensor,
+    audio: Tensor,
+    schedule: Schedule,
+    guidance_scale: float = GUIDANCE_SCALE,
+    cache: DeepCache | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Run the guided DDIM loop over b windows of f frames.
+
+    noise: (1, c, 1, h, w), repeated over windows and frames; condition: (b, 1 + 2c, f, h, w), i.e. mask, masked
+    and reference latents; audio: (b, f, tokens, d). At guidance_scale ≤ 1 only the audio branch is computed.
+    on_step(i) is called on the host after step i is queued; what it raises stops the loop.
+    Returns latents (b, c, f, h, w), scaled as the VAE's latents × 0.18215.
+    """
+    b, _, f, h, w = condition.shape
+    guided = guidance_scale > 1
+    branches = 2 if guided else 1
+    c = noise.shape[1]
+    latents = frames_first(noise.expand(b, c, f, h, w))
+    condition = frames_first(condition)
+    if guided:
+        audio = torch.cat([torch.zeros_like(audio), audio])
+    context = unet.encode_audio(audio)
+    timesteps = torch.tensor(schedule.timesteps, device=latents.device).unbind()
+    cached = None
+    for i, timestep in enumerate(timesteps):
+        x = torch.cat([latents, condition], dim=1)
+        x = torch.cat([x] * branches)
+        if cache is None:
+            noise_now, _ = unet.full(x, timestep[None], context, f)
+        elif i % cache.interval == 0:
+            noise_now, cached = unet.full(x, timestep[None], context, f, cache.branch)
+        else:
+            noise_now = unet.shallow(x, timestep[None], context, f, cache.branch, cached)
+        if guided:
+            free, heard = noise_now.chunk(2)
+            noise_now = free + guidance_scale * (heard - free)
+        latents = schedule.latent_scale[i] * latents + schedule.noise_scale[i] * noise_now
+        if on_step is not None:
+            on_step(i)
+    return windows_first(latents, b)
