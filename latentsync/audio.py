@@ -1,0 +1,125 @@
+"""From a waveform to the audio tokens of every video frame.
+
+The sound is worked through in segments of 30 s, so that what is held does not grow with its length.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentsync.whisper import AudioEncoder
+
+SAMPLE_RATE = 16000  # Hz
+N_FFT = 400  # samples, 25 ms
+HOP_LENGTH = 160  # samples, 10 ms a mel frame
+SEGMENT_FRAMES = 3000  # mel frames, 30 s: what Whisper's encoder takes at once
+SEGMENT_SAMPLES = SEGMENT_FRAMES * HOP_LENGTH
+ROWS_PER_SECOND = 50  # feature rows: two mel frames each
+MEL_FLOOR = 1e-10  # power
+MEL_RANGE = 8.0  # decades kept under the loudest point of the clip
+VIDEO_FPS = 25
+ROWS_BEFORE, ROWS_AFTER = 4, 6  # a frame hears rows c − 4 … c + 5
+
+
+@cache
+def mel_filters(n_mels: int) -> Tensor:
+    """Slaney's mel filter bank (n_mels, N_FFT // 2 + 1), float32, each filter of unit area (as Whisper's)."""
+
+    def to_mel(hz: np.ndarray) -> np.ndarray:
+        return np.where(
+            hz < 1000, hz * 3 / 200, 15 + np.log(np.maximum(hz, 1000) / 1000) * 27 / np.log(6.4)
+        )
+
+    def to_hz(mel: np.ndarray) -> np.ndarray:
+        return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * np.log(6.4) / 27))
+
+    bins = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
+    top = float(to_mel(np.array(SAMPLE_RATE / 2)))
+    edges = to_hz(np.linspace(0, top, n_mels + 2))
+    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    filters = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
+    return torch.from_numpy(filters.astype(np.float32))
+
+
+def log_powers(wav: Tensor, n_mels: int) -> Iterator[Tensor]:
+    """log10 of the mel powers, segment by segment; wav (samples,) → (n_mels, ≤ SEGMENT_FRAMES) each."""
+    window = torch.hann_window(N_FFT, device=wav.device)
+    filters = mel_filters(n_mels).to(wav.device)
+    half = N_FFT // 2
+    frames = len(wav) // HOP_LENGTH  # the last STFT frame is dropped
+    # Only the ends are reflected; between segments the true neighbours are read.
+    head = wav[1 : half + 1].flip(0)
+    tail = wav[-half - 1 : -1].flip(0)
+    for first in range(0, frames, SEGMENT_FRAMES):
+        count = min(SEGMENT_FRAMES, frames - first)
+        start = first * HOP_LENGTH - half
+        stop = start + (count - 1) * HOP_LENGTH + N_FFT
+        piece = [wav[max(start, 0) : stop]]
+        if start < 0:
+            piece.insert(0, head)
+        if stop > len(wav):
+            piece.append(tail[: stop - len(wav)])
+        spectrum = torch.stft(
+            torch.cat(piece), N_FFT, HOP_LENGTH, window=window, center=False, return_complex=True
+        )
+        power = spectrum.abs() ** 2
+        yield (filters @ power).clamp(min=MEL_FLOOR).log10()
+
+
+def mel_segments(wav: Tensor, n_mels: int = 80) -> Iterator[Tensor]:
+    """Whisper's log-mel, clamped under the loudest point of the whole clip, in segments of 30 s.
+
+    wav: (samples,) float32 in [−1, 1] at 16 kHz. Yields (n_mels, ≤ 3000), about −1 to 1.
+    """
+    if len(wav) < N_FFT:
+        wav = torch.nn.functional.pad(wav, (0, N_FFT - len(wav)))
+    # Twice through the sound, as the maximum must be known before the first segment is.
+    loudest = max(float(part.max()) for part in log_powers(wav, n_mels))
+    for part in log_powers(wav, n_mels):
+        yield (part.clamp(min=loudest - MEL_RANGE) + 4) / 4
+
+
+def log_mel(wav: Tensor, n_mels: int = 80) -> Tensor:
+    """The whole log-mel at once: (samples,) → (n_mels, samples // 160)."""
+    return torch.cat(list(mel_segments(wav, n_mels)), dim=1)
+
+
+@torch.inference_mode()
+def feature_segments(encoder: AudioEncoder, wav: Tensor) -> Iterator[Tensor]:
+    """Whisper features, 50 rows a second, in segments of 30 s: (rows, layers, width) each.
+
+    A segment of n mel frames gives n // 2 rows; short ones are padded with 0.0 in the normalised mel.
+    """
+    weight = encoder.conv1.weight
+    for mel in mel_segments(wav, encoder.dims.n_mels):
+        padded = torch.nn.functional.pad(mel, (0, SEGMENT_FRAMES - mel.shape[1]))
+        features = encoder(padded[None].to(weight.device, weight.dtype))[0]
+        yield features[: mel.shape[1] // 2]
+
+
+def frame_count(samples: int) -> int:
+    """Video frames at 25 fps that cover `samples` of sound at 16 kHz."""
+    return math.ceil(samples * VIDEO_FPS / SAMPLE_RATE)
+
+
+def audio_chunks(encoder: AudioEncoder, wav: Tensor, frames: int) -> Iterator[Tensor]:
+    """The audio tokens of video frames 0 … frames − 1 at 25 fps.
+
+    wav: (samples,) float32 at 16 kHz. Yields (10 · layers, width), row-major (row, layer): rows c − 4 … c + 5
+    around the frame's row c, each clamped to the clip.
+    """
+    total = max(len(wav), N_FFT) // HOP_LENGTH // 2  # every segment but the last has an even number of frames
+    segments = feature_segments(encoder, wav)
+    held, first = next(segments), 0  # rows first … first + len(held) − 1
+    for i in range(frames):
+        centre = i * ROWS_PER_SECOND // VIDEO_FPS
+        rows = [min(max(r, 0), total - 1) for r in range(centre - ROWS_BEFORE, centre + ROWS_AFTER)]
+        while rows[-1] >= first + len(held):
+            keep = max(rows[0] - first, 0)
+            held, first = torch.cat([held[keep:], next(segments)]), first + keep
+        yield held[[r - first for r in rows]].flatten(0, 1)
