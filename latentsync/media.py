@@ -1,0 +1,654 @@
+"""Media in and out, through pipes to the ffmpeg that imageio-ffmpeg carries.
+
+Pictures come as 8-bit RGB frames on a constant grid of 25 a second, whatever the file holds, and go back to
+the YCbCr matrix and range they came from. Sound comes as 16 kHz mono for the model; the file that is written
+gets the given sound itself. Nothing here holds more than a few dozen frames.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import uuid
+import zlib
+from array import array
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
+
+from .errors import UserError
+
+FPS = 25  # frames a second of everything inside (LatentSync reference)
+SAMPLE_RATE = 16_000  # samples a second that the audio encoder takes (Whisper)
+CRF = 16  # x264 quality that the eye cannot tell from the source
+PRESET = "veryfast"  # x264 speed: at this CRF slower ones only save bytes
+COMMENT = "Synthetic media: the mouth in this video was generated to match the sound (LatentSync)."
+
+DECODER_THREADS = min(4, os.cpu_count() or 1)  # every thread holds frames of its own
+ENCODER_THREADS = min(16, os.cpu_count() or 1)
+PIPE_BYTES = 1 << 20  # size asked for the pipes (Linux allows a user 1 MiB; its default is 64 KiB)
+SEGMENT_FRAMES = 32  # frames held at a time while playing backwards ...
+SEGMENT_BYTES = 256 << 20  # ... and their bytes at most
+SEEK_SECONDS = 1.0  # seek this much before the wanted frame: covers reordered and leading pictures
+SEEKABLE = {"mov", "matroska", "webm"}  # demuxers whose index leads to a whole picture at or before a time
+
+# One point of chroma for a 2x2 block on the way in, and their mean on the way out, return the chroma that the
+# file had (measured 51 dB on a test card, 36 dB with bicubic both ways).
+TO_RGB = "neighbor+accurate_rnd+full_chroma_int"
+TO_YUV = "area+accurate_rnd"
+RESCALE = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+SCALE_MATRIX = {  # tag of the file -> name that the scale filter takes
+    "bt709": "bt709", "fcc": "fcc", "bt470bg": "bt470", "smpte170m": "smpte170m",
+    "smpte240m": "smpte240m", "bt2020nc": "bt2020", "bt2020c": "bt2020",
+}  # fmt: skip
+
+SUFFIXES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+COPIED_AUDIO = {  # codecs that go into the container as they are
+    "mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"},
+    "mov": {"aac", "mp3", "ac3", "eac3", "alac",
+            "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le", "pcm_f32le"},
+    "matroska": {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac", "vorbis", "dts", "mp2", "truehd",
+                 "wavpack", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le"},
+}  # fmt: skip
+LOSSLESS_AUDIO = {"flac", "alac", "wavpack", "tta", "ape", "tak", "shorten", "truehd", "mlp", "als",
+                  "wmalossless"}  # fmt: skip
+AAC_BITRATE = "256k"
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What `probe_video` found. Sizes are those of the frames that `read_frames` yields."""
+
+    path: Path
+    width: int  # as displayed: rotated, square pixels
+    height: int
+    fps: float  # mean rate of the file
+    duration: float  # seconds of picture
+    n_frames: int  # expected on the 25 fps grid; decoding decides
+    color_range: str  # "tv" (limited) or "pc" (full), "unknown" where the file does not say
+    color_matrix: str  # ffmpeg's names, "gbr" for RGB files, "unknown" where the file does not say
+    color_primaries: str
+    color_transfer: str
+    pixel_format: str  # ffmpeg's name
+    bit_depth: int
+    codec: str
+    container: str  # ffmpeg's demuxer names, comma separated
+    has_audio: bool
+    scaled: bool  # the file's pixels are not square and are rescaled
+    start_pts: int  # timestamp of the first frame in units of time_base, after ffmpeg's shift to zero
+    time_base: Fraction  # seconds
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What `probe_audio` found about the first sound stream of a file."""
+
+    path: Path
+    codec: str
+    sample_rate: int
+    channels: int
+    sample_format: str  # ffmpeg's name of what the decoder gives: "s16", "fltp", ...
+    duration: float  # seconds, counted in decoded samples
+    start: float  # seconds from the start of the file to the first sample
+
+
+@contextmanager
+def _ffmpeg(arguments: list[str], *, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL):
+    """Run ffmpeg for the length of a `with` block; yields (process, log file). It never outlives the block.
+
+    The messages go to a file, which cannot fill up and stop ffmpeg as a pipe would.
+    """
+    options = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}
+    command = [get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=log,
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C is ours to handle, not ffmpeg's
+            **options,
+        )
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                _widen(pipe)
+        try:
+            yield process, log
+        finally:
+            if process.poll() is None:
+                process.kill()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            process.wait()
+
+
+def _widen(pipe) -> None:
+    if sys.platform == "linux":
+        import fcntl
+
+        try:
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        except OSError:
+            pass  # the user's share of pipe memory is used up: slower, not wrong
+
+
+def _text(log) -> str:
+    log.seek(0)
+    return log.read().decode("utf-8", "replace")
+
+
+def _input(path: Path) -> list[str]:
+    """Arguments that make ffmpeg read exactly this local file, whatever characters its name holds."""
+    pattern = ["-f", "image2", "-pattern_type", "none"]
+    is_picture = path.suffix.lower() in {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+    pattern = pattern if is_picture and "%" in path.name else []
+    # Only local files: a playlist given as a video must not fetch from the network.
+    return [*pattern, "-protocol_whitelist", "file", "-i", _url(path)]
+
+
+def _url(path: Path) -> str:
+    return f"file:{os.path.abspath(path)}"
+
+
+def _check_input(path: Path, kind: str) -> None:
+    if not path.exists():
+        raise UserError(f"There is no file {path}; check the name of the {kind}.")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a {kind} file.")
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file; give a {kind} file.")
+    try:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise UserError(f"{path} is empty; give a {kind} file with something in it.")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def _header(path: Path, text: str, kind: str) -> str:
+    """ffmpeg's description of the input in its messages; UserError where it could not open the file."""
+    match = re.search(
+        r"^Input #0, (?!tty).*?(?=^Stream mapping:|^Output #|\Z)", text, re.MULTILINE | re.DOTALL
+    )
+    if match:
+        return match[0]
+    with open(path, "rb") as file:
+        box = file.read(8)[4:]
+    # ffmpeg goes by the ending .mp4 even where the content is something else.
+    if "moov atom not found" in text and box in {b"ftyp", b"mdat", b"moov", b"wide", b"free", b"skip"}:
+        raise UserError(
+            f"{path} is cut off: its index is missing, as after an unfinished download or recording; "
+            "get a complete copy."
+        )
+    formats = "MP4, MOV, MKV or WebM" if kind == "video" else "WAV, MP3, M4A or FLAC"
+    raise UserError(f"{path} is not a {kind} that ffmpeg can read; give a {kind} file such as {formats}.")
+
+
+def probe_video(path: str | os.PathLike) -> VideoInfo:
+    """Describe a video (or a still picture, which is a video of one frame) after decoding its first frame.
+
+    All timestamps are read, so duration and frame count hold for files whose header lies. The first picture
+    stream counts that is not cover art. Raises UserError for what cannot be used.
+    """
+    path = Path(path)
+    _check_input(path, "video")
+    # The graph sees frames after ffmpeg has turned them as the rotation flag asks.
+    arguments = [
+        *("-nostats", "-threads", "1", *_input(path)),
+        *("-map", "0:V:0", "-vf", "showinfo", "-frames:v", "1", "-f", "null", "-"),
+        *("-map", "0:V:0", "-c", "copy", "-f", "framecrc", "pipe:1"),
+    ]
+    first, end, packets, time_base = None, None, 0, Fraction(1, FPS)
+    with _ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
+        with open(process.stdout.fileno(), "rb", closefd=False) as lines:
+            for line in lines:
+                if line.startswith(b"#tb 0:"):
+                    time_base = Fraction(line.split()[2].decode())
+                fields = line.split(b",")
+                if line.startswith(b"#") or len(fields) < 5:
+                    continue
+                dts, pts, length = int(fields[1]), int(fields[2]), int(fields[3])
+                pts = pts if abs(pts) < 1 << 62 else dts
+                if pts >= 0 and abs(pts) < 1 << 62:
+                    packets += 1
+                    first = pts if first is None else min(first, pts)
+                    end = pts + length if end is None else max(end, pts + length)
+        process.wait()
+        text = _text(log)
+    header = _header(path, text, "video")
+    video = re.search(r"^  Stream #0:\d+(?!.*\(attached pic\)).*?: Video: (\w+)", header, re.MULTILINE)
+    if not video:
+        raise UserError(f"{path} holds no picture, only sound; give a video file.")
+    frame = re.search(r"\bpts: *(\S+) .*?\bfmt:(\w+) .*?\bsar:(\d+)/(\d+) s:(\d+)x(\d+)", text)
+    if not frame:
+        raise UserError(f"{path} is cut off or damaged, no picture can be decoded; get a complete copy.")
+    shown_base = re.search(r"config in time_base: (\d+/\d+)", text)
+    start_pts = int(frame[1]) if re.fullmatch(r"-?\d+", frame[1]) else 0
+    width, height = int(frame[5]), int(frame[6])
+    shown_width, shown_height = _square(width, height, int(frame[3]), int(frame[4]))
+
+    color = re.search(r"color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)", text)
+    tags = [tag if tag not in {"reserved", "unspecified", "nil", "(null)"} else "unknown"
+            for tag in (color.groups() if color else ["unknown"] * 4)]  # fmt: skip
+    header_duration = _clock(re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", header, re.MULTILINE))
+    duration = float((end - first) * time_base) if packets else header_duration
+    # Leaps in the timestamps (joined recordings) make nonsense of their span: the header knows better.
+    if header_duration and duration > 2 * header_duration + 1:
+        duration = header_duration
+    rate = re.search(r"([\d.]+) fps", header)
+    if "image2" in header or "_pipe" in header.partition("\n")[0]:
+        duration = 1 / FPS
+    fps = packets / duration if packets > 1 and duration > 0 else float(rate[1]) if rate else float(FPS)
+    depth = re.search(r"(?:p0?|gray|x2(?:rgb|bgr))(9|1[0246])(?:le|be)?$|(48|64)(?:le|be)$", frame[2])
+    return VideoInfo(
+        path=path,
+        width=shown_width,
+        height=shown_height,
+        fps=fps,
+        duration=duration,
+        n_frames=max(1, int(duration * FPS + 0.5)),
+        color_range="pc" if frame[2].startswith("yuvj") else tags[0],
+        color_matrix="gbr" if _is_rgb(frame[2]) else tags[1],
+        color_primaries=tags[2],
+        color_transfer=tags[3],
+        pixel_format=frame[2],
+        bit_depth=8 if not depth else 16 if depth[2] else int(depth[1]),
+        codec=video[1],
+        container=re.match(r"Input #0, (.*?), from", header)[1],
+        has_audio=_has_audio(header),
+        scaled=(shown_width, shown_height) != (width, height),
+        start_pts=start_pts,
+        time_base=Fraction(shown_base[1]) if shown_base else time_base,
+    )
+
+
+def _has_audio(header: str) -> bool:
+    return bool(re.search(r"^  Stream #0:\d+.*?: Audio: ", header, re.MULTILINE))
+
+
+def _clock(match: re.Match | None) -> float:
+    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else 0.0
+
+
+def _square(width: int, height: int, sar_num: int, sar_den: int) -> tuple[int, int]:
+    """Size with square pixels: one side grows, so that no detail is lost and no face is squeezed."""
+    if not sar_num or not sar_den or not 1 / 4 <= sar_num / sar_den <= 4:
+        return width, height
+    if sar_num > sar_den:
+        wide = 2 * round(width * sar_num / sar_den / 2)
+        return (wide, height) if wide - width > 2 else (width, height)
+    tall = 2 * round(height * sar_den / sar_num / 2)
+    return (width, tall) if tall - height > 2 else (width, height)
+
+
+def _is_rgb(pixel_format: str) -> bool:
+    """Whether the pixels carry no YCbCr matrix: RGB, palette or grey."""
+    return bool(re.match(r"rgb|bgr|gbr|argb|abgr|0rgb|0bgr|x2rgb|x2bgr|pal8|gray|ya\d|mono", pixel_format))
+
+
+def _matrix(info: VideoInfo) -> str:
+    """The scale filter's name of the matrix that belongs to the file; untagged ones as players guess."""
+    if info.color_matrix == "gbr":
+        return "bt709"
+    long_side, short_side = max(info.width, info.height), min(info.width, info.height)
+    guess = "bt709" if long_side >= 1280 or short_side > 576 else "smpte170m"
+    return SCALE_MATRIX.get(info.color_matrix, guess)
+
+
+def _range(info: VideoInfo) -> str:
+    return "pc" if info.color_range == "pc" and info.color_matrix != "gbr" else "tv"
+
+
+def read_frames(info: VideoInfo, start: int = 0, count: int | None = None) -> Iterator[np.ndarray]:
+    """Yield frames start, start + 1, ... of the 25 fps grid: (height, width, 3) uint8 RGB, the caller's own.
+
+    Every frame of the grid is the nearest one of the file. Frame i is the same whatever `start` is. 10-bit
+    and HDR values are rounded to 8 bits and otherwise left alone. A damaged file yields what can be decoded;
+    UserError where that is nothing. Closing the iterator ends ffmpeg.
+    """
+    margin = max(SEEK_SECONDS, 16 / info.fps) if SEEKABLE & set(info.container.split(",")) else None
+    frames = _decode(info, start, count, margin)
+    first = next(frames, None)
+    if first is None:
+        if start == 0 and count != 0:
+            raise UserError(f"{info.path} is damaged, no picture can be decoded; get a complete copy.")
+        return
+    with closing(frames):
+        yield first
+        del first
+        yield from frames
+
+
+def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None) -> Iterator[np.ndarray]:
+    """Decode, seeking to `margin` seconds before frame `start`; None decodes from the beginning."""
+    if count == 0:
+        return
+    seek = []
+    if margin is not None:
+        seconds = float(info.start_pts * info.time_base) + start / FPS - margin
+        if seconds > margin:  # else reading from the beginning costs no more
+            # Timestamps stay those of the whole file, and frames before the wanted one are kept for the fps
+            # filter, so that it chooses as it would have done from the beginning.
+            seek = ["-copyts", "-start_at_zero", "-noaccurate_seek", "-ss", f"{seconds:.6f}"]
+    end = "" if count is None else f":end_pts={start + count}"
+    size = f"w={info.width}:h={info.height}"
+    color = f"in_color_matrix={_matrix(info)}:in_range={_range(info)}"
+    convert = [size, f"flags={RESCALE if info.scaled else TO_RGB}"]
+    convert += [] if info.color_matrix == "gbr" else [color]
+    graph = [
+        f"setpts=PTS-({info.start_pts})",
+        f"fps={FPS}",
+        f"trim=start_pts={start}{end}",
+        f"scale={':'.join(convert)}",
+        "format=rgb24",
+    ]
+    arguments = [
+        *("-loglevel", "error", "-nostats", "-filter_threads", str(DECODER_THREADS)),
+        *(*seek, "-threads", str(DECODER_THREADS), *_input(info.path)),
+        *("-map", "0:V:0", "-vf", ",".join(graph), "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"),
+    ]
+    with _ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
+        while True:
+            frame = np.empty((info.height, info.width, 3), np.uint8)
+            if not _fill(process.stdout, frame):
+                break
+            yield frame
+        if process.wait() < 0:
+            raise RuntimeError(f"ffmpeg was killed while reading {info.path}: {_text(log)[-500:]}")
+
+
+def _fill(pipe, frame: np.ndarray) -> bool:
+    view = memoryview(frame).cast("B")
+    filled = 0
+    while filled < len(view):
+        n = pipe.readinto(view[filled:])
+        if not n:
+            return False
+        filled += n
+    return True
+
+
+def read_frames_looped(info: VideoInfo, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield `count` pairs (source index, frame), forward, backward and so on: 0..n-1, n-1..0, 0..n-1, ...
+
+    The frames are those of `read_frames`, each the caller's own; n is how many really decode. Backward passes
+    decode short segments, found by seeking, so that no more than 32 frames (256 MiB) are held. The first pass
+    keeps a checksum of every frame and a segment that does not match is decoded again from further back.
+    """
+    if count <= 0:
+        return
+    limit = min(SEGMENT_FRAMES, max(8, SEGMENT_BYTES // (info.width * info.height * 3)))
+    sums, kept = array("L"), []  # kept: a whole short clip or still picture, else nothing
+    with closing(read_frames(info)) as frames:
+        for i, frame in enumerate(frames):
+            sums.append(_checksum(frame))
+            if i < limit and info.n_frames <= limit:
+                kept.append(frame.copy())
+            elif i == limit:
+                kept.clear()
+            yield i, frame
+            if i + 1 == count:
+                return
+    n = len(sums)
+    margin = max(SEEK_SECONDS, 16 / info.fps)
+    margins: list[float | None] = [margin, 10 * margin, None]
+    left = count - n
+    for direction in itertools.cycle((-1, 1)):
+        if kept:
+            passed = ((i, kept[i].copy()) for i in range(n)[::direction])
+        elif direction > 0:
+            passed = _forward(info, n)
+        else:
+            passed = _backward(info, sums, limit, margins)
+        with closing(passed):
+            yield from itertools.islice(passed, left)
+        left -= n
+        if left <= 0:
+            return
+
+
+def _forward(info: VideoInfo, n: int) -> Iterator[tuple[int, np.ndarray]]:
+    with closing(_decode(info, 0, n, None)) as frames:
+        yield from enumerate(frames)
+
+
+def _backward(
+    info: VideoInfo, sums: array, limit: int, margins: list[float | None]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Frames n-1 ... 0 by segments. `margins` loses the seek distances that have failed."""
+    for end in range(len(sums), 0, -limit):
+        start = max(0, end - limit)
+        while True:
+            segment = list(_decode(info, start, end - start, margins[0]))
+            if margins[0] is None or array("L", map(_checksum, segment)) == sums[start:end]:
+                break
+            margins.pop(0)
+        if len(segment) != end - start:
+            raise UserError(f"{info.path} changed while it was being read; start again.")
+        for i in range(end - 1, start - 1, -1):
+            yield i, segment.pop()
+
+
+def _checksum(frame: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(frame[::8]))
+
+
+def probe_audio(path: str | os.PathLike) -> AudioInfo:
+    """Describe the first sound stream of a sound or video file after decoding all of it.
+
+    Raises UserError for what cannot be used, and where there are no samples.
+    """
+    path = Path(path)
+    _check_input(path, "sound")
+    arguments = [
+        *("-nostats", *_input(path), "-map", "0:a:0", "-af", "aresample=async=1"),
+        *("-c:a", "pcm_s16le", "-f", "framecrc", "pipe:1"),
+    ]
+    samples, size, rate, start = 0, 0, 0, None
+    with _ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
+        with open(process.stdout.fileno(), "rb", closefd=False) as lines:
+            for line in lines:
+                if line.startswith(b"#tb 0:"):
+                    rate = int(Fraction(line.split()[2].decode()).denominator)
+                fields = line.split(b",")
+                if line.startswith(b"#") or len(fields) < 5:
+                    continue
+                start = int(fields[2]) if start is None else start
+                samples += int(fields[3])
+                size += int(fields[4])
+        process.wait()
+        text = _text(log)
+    header = _header(path, text, "sound")
+    audio = re.search(r"^  Stream #0:\d+.*?: Audio: (\w+)(?:.*? Hz, [^,\n]+, (\w+))?", header, re.MULTILINE)
+    if not audio:
+        raise UserError(f"{path} holds no sound; give a file with a voice in it.")
+    if not samples or not rate:
+        raise UserError(_no_samples(path))
+    return AudioInfo(
+        path=path,
+        codec=audio[1],
+        sample_rate=rate,
+        channels=max(1, round(size / samples / 2)),
+        sample_format=audio[2] or "fltp",
+        duration=samples / rate,
+        start=start / rate,
+    )
+
+
+def _no_samples(path: Path) -> str:
+    return f"The sound in {path} has no samples, it is of zero length or damaged; give another recording."
+
+
+def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE) -> np.ndarray:
+    """All of a file's first sound stream: (samples,) float32 mono in [-1, 1] at `rate` Hz.
+
+    The first sample of the file is the first of the array; gaps in its timestamps are silence. Channels are
+    mixed as ffmpeg does. Raises UserError for what cannot be used.
+    """
+    path = Path(path)
+    _check_input(path, "sound")
+    # rematrix_maxval: weights that add up to 1 at most, as for 16-bit output; else two equal channels clip.
+    resample = f"aresample={rate}:async=1:ochl=mono:osf=flt:rematrix_maxval=1"
+    arguments = [
+        *("-nostats", *_input(path), "-map", "0:a:0", "-af", resample),
+        *("-c:a", "pcm_f32le", "-f", "f32le", "pipe:1"),
+    ]
+    data = bytearray()
+    with _ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
+        while chunk := process.stdout.read(PIPE_BYTES):
+            data += chunk
+        process.wait()
+        text = _text(log)
+    if not data:
+        if not _has_audio(_header(path, text, "sound")):
+            raise UserError(f"{path} holds no sound; give a file with a voice in it.")
+        raise UserError(_no_samples(path))
+    samples = np.frombuffer(data, np.float32, count=len(data) // 4)
+    return np.clip(samples, -1, 1, out=samples)
+
+
+def check_output(path: str | os.PathLike, inputs: tuple[str | os.PathLike, ...] = ()) -> Path:
+    """Raise UserError unless a video can be written to `path` without touching one of the inputs."""
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{path} does not end in {', '.join(SUFFIXES)}; give the output one of these endings."
+        )
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file to write.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"The folder {folder} does not exist; create it or choose another output.")
+    for source in inputs:
+        if path.exists() and os.path.exists(source) and os.path.samefile(path, source):
+            raise UserError(f"{path} is an input and would be overwritten; choose another output.")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".latentsync-"):
+            pass
+        if path.exists():
+            open(path, "ab").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another output.") from error
+    return path
+
+
+class VideoWriter:
+    """Write frames and the given sound to an MP4, MOV or MKV file at 25 fps; use it in a `with` block.
+
+    H.264, 8-bit yuv420p, with the matrix, range and colour tags of `info`. An odd side grows by one repeated
+    line. Sound that the container takes is copied as it is, lossless sound is stored losslessly, and the rest
+    becomes AAC at 256 kbit/s; its first sample is at the time of the first frame. The file appears under its
+    name when the block ends well; when it does not, nothing is left of it. Raises UserError where the file
+    cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        info: VideoInfo,
+        audio: str | os.PathLike | None = None,
+        crf: float = CRF,
+    ):
+        self.path = check_output(path, (info.path,) if audio is None else (info.path, audio))
+        self.info = info
+        self.frames = 0  # written so far
+        self._arguments = self._encoding(None if audio is None else probe_audio(audio), crf)
+        name = f".latentsync-{uuid.uuid4().hex[:12]}{self.path.suffix}"
+        self._partial = self.path.absolute().with_name(name)
+
+    def _encoding(self, audio: AudioInfo | None, crf: float) -> list[str]:
+        info, container = self.info, SUFFIXES[self.path.suffix.lower()]
+        width, height = info.width + info.width % 2, info.height + info.height % 2
+        matrix, range_ = _matrix(info), _range(info)
+        tags = [info.color_matrix, info.color_primaries, info.color_transfer]
+        if info.color_matrix == "gbr":
+            tags = ["bt709"] * 3
+        elif info.color_matrix not in SCALE_MATRIX:
+            tags[0] = "unknown"  # the reader made the same guess as players will
+        elif info.color_matrix == "bt2020c":
+            tags[0] = "bt2020nc"
+        # A file that says nothing of its range stays silent about it.
+        range_tag = "unknown" if info.color_range == "unknown" and info.color_matrix != "gbr" else range_
+        graph = (
+            f"scale=out_color_matrix={matrix}:out_range={range_}:flags={TO_YUV},format=yuv420p,setsar=1,"
+            f"setparams=range={range_tag}:colorspace={tags[0]}:color_primaries={tags[1]}:color_trc={tags[2]}"
+        )
+        sound_in, sound_out = [], []
+        if audio is not None:
+            # A stream that begins later than its file is moved to the first frame, as read_audio has it.
+            sound_in = ["-itsoffset", f"{-audio.start:.6f}", *_input(audio.path)]
+            sound_out = ["-map", "1:a:0", *_audio_codec(audio, container)]
+        return [
+            *("-loglevel", "error", "-nostats", "-y", "-f", "rawvideo", "-pixel_format", "rgb24"),
+            *("-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0", *sound_in),
+            *("-map", "0:v:0", *sound_out, "-map_metadata", "-1", "-map_chapters", "-1"),
+            *("-vf", graph, "-c:v", "libx264", "-preset", PRESET, "-crf", str(crf), "-pix_fmt", "yuv420p"),
+            *("-threads:v", str(ENCODER_THREADS), "-metadata", f"comment={COMMENT}"),
+            *(() if container == "matroska" else ("-movflags", "+faststart")),
+            *("-f", container),
+        ]
+
+    def __enter__(self) -> "VideoWriter":
+        self._run = _ffmpeg([*self._arguments, _url(self._partial)], stdin=subprocess.PIPE)
+        self._process, self._log = self._run.__enter__()
+        return self
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append one (height, width, 3) uint8 RGB frame."""
+        height, width = self.info.height, self.info.width
+        if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
+            raise ValueError(f"expected ({height}, {width}, 3) uint8, got {frame.shape} {frame.dtype}")
+        if height % 2 or width % 2:
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        view = memoryview(np.ascontiguousarray(frame)).cast("B")
+        try:
+            while view:
+                view = view[self._process.stdin.write(view) :]
+        except OSError as error:
+            self._process.wait()
+            raise self._failure() from error
+        self.frames += 1
+
+    def _failure(self) -> UserError:
+        lines = _text(self._log).strip().splitlines() or ["ffmpeg stopped without a message"]
+        said = next((line for line in lines if "No space left" in line), lines[-1])
+        return UserError(
+            f"{self.path} could not be written ({said}); free some space or choose another name."
+        )
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self._process.stdin.close()
+                if self._process.wait() != 0:
+                    raise self._failure()
+                try:
+                    os.replace(self._partial, self.path)
+                except OSError as failed:  # Windows: another program has the old file open
+                    raise UserError(
+                        f"{self.path} cannot be replaced ({failed.strerror}); close it or rename the output."
+                    ) from failed
+        finally:
+            self._run.__exit__(None, None, None)
+            self._partial.unlink(missing_ok=True)
+
+
+def _audio_codec(audio: AudioInfo, container: str) -> list[str]:
+    """ffmpeg's output options for the sound: copied, else lossless if it was, else AAC."""
+    if audio.codec in COPIED_AUDIO[container]:
+        return ["-c:a", "copy"]
+    fill = ["-af", "aresample=async=1"]  # gaps become silence, as in read_audio
+    if audio.channels <= 8 and (audio.codec.startswith("pcm_") or audio.codec in LOSSLESS_AUDIO):
+        codec, planar = ("alac", "p") if container == "mov" else ("flac", "")
+        deep = audio.sample_format.rstrip("p") not in {"u8", "s16"}
+        return [*fill, "-c:a", codec, "-sample_fmt", f"{'s32' if deep else 's16'}{planar}"]
+    return [*fill, *(("-ac", "2") if audio.channels > 8 else ()), "-c:a", "aac", "-b:a", AAC_BITRATE]
