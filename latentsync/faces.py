@@ -1,0 +1,439 @@
+"""Find the speaker's face and follow it through a clip.
+
+Landmarks come from MediaPipe's Face Landmarker (478 points, image mode), always from a crop around the last
+face: the cost does not grow with the frame, and the points tremble a tenth as much as from the whole frame.
+Its video mode is not used: it smooths with a lag and cannot follow a moving crop. The smoothing here looks
+ahead instead, so it has no lag.
+
+Coordinates are (x, y) in pixels of the frame with pixel centres at whole numbers.
+"""
+
+import os
+import re
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import mediapipe
+import numpy as np
+from mediapipe.tasks.python import BaseOptions
+from mediapipe.tasks.python.vision import FaceLandmarker, FaceLandmarkerOptions
+
+from .errors import UserError
+
+MODEL_FILE = Path(__file__).parent.parent / "assets" / "face_landmarker.task"
+
+# The three points that align a face are means of these mesh points (LatentSync): left-of-image brow,
+# right-of-image brow, nose.
+ALIGNMENT_POINTS = (
+    (70, 63, 105, 66, 107),
+    (336, 296, 334, 293, 300),
+    (168, 197, 5, 4, 75, 97, 2, 326, 305),
+)
+UPPER_LIP, LOWER_LIP = 13, 14  # inner edges
+MOUTH_EDGE = (61, 291, 0, 17)  # corners, top and bottom of the outer lips
+EYE_CORNERS = (33, 263)  # outer
+
+MAX_FACES = 8  # in one picture
+REGION = 2.0  # side of the searched crop around a known face, in face sizes
+REGION_PIXELS = 384  # the crop is shrunk to this; the landmark network itself sees 256
+REGION_SLACK = 0.12  # the crop stays put until the face has moved or grown by this share of its side
+TILES = (1.0, 0.5, 0.25)  # sides of the crops searched for small faces, in short sides of the frame
+TILE_STEP = 0.67  # of a tile; the detector needs faces of a tenth of its picture, so overlaps hold those
+TILE_PIXELS = 256
+SEARCH_INTERVAL = 5  # frames between two searches for small faces while none is known
+MIN_TILE = 32  # pixels; nothing is looked for in less
+NEAR = 0.5  # face sizes that a face may move from one frame to the next
+DRIFT = 0.1  # face sizes more for every frame in which it was not seen
+PATIENCE = 25  # frames to wait for a lost face before another one may take its place
+THUMBNAIL = 8  # blocks along a side, and pixels along a side of a block, to tell cuts by
+CUT_CORRELATION = 0.5  # of grey values before and after; less is a different picture
+CUT_ALIKE = 0.25  # share of the blocks that are the same picture still; with less, a new shot begins
+FLAT = 2.0  # grey levels of deviation; a block with less says nothing
+MIN_FACING = 0.5  # cosine of the angle between the face and the camera: 60 degrees
+FADE = 5  # frames in which the opacity rises after a gap and falls before one
+SMOOTHING = 4  # frames that are looked at to either side
+SMOOTHING_SIGMA = 2.0  # frames
+STILL = 0.005  # face sizes: points that differ by much more are motion, not tremble, and are kept
+STILL_PIXELS = 0.4  # the same for small faces
+JUMP = 0.3  # face sizes from one frame to the next: no smoothing across
+
+
+@dataclass(frozen=True)
+class Face:
+    """The followed face in one frame.
+
+    points: (3, 2) float64, the alignment points, smoothed over time.
+    landmarks: (478, 2) float64, the mesh as it was seen, not smoothed.
+    box: x0, y0, x1, y1 around the mesh.
+    opacity: over 0 to 1; it fades before and after frames without a usable face.
+    first: nothing to continue from: start of the clip, of a shot, or after a gap or a jump.
+    """
+
+    points: np.ndarray
+    landmarks: np.ndarray
+    box: tuple[float, float, float, float]
+    opacity: float
+    first: bool
+
+
+@dataclass(frozen=True)
+class _Sighting:
+    """A face as the landmarker saw it: mesh (478, 2), and whether a mouth can be painted on it."""
+
+    landmarks: np.ndarray
+    usable: bool
+
+    @property
+    def low(self) -> np.ndarray:
+        return self.landmarks.min(0)
+
+    @property
+    def high(self) -> np.ndarray:
+        return self.landmarks.max(0)
+
+    @property
+    def centre(self) -> np.ndarray:
+        return (self.low + self.high) / 2
+
+    @property
+    def size(self) -> float:
+        return float((self.high - self.low).max())
+
+    @property
+    def points(self) -> np.ndarray:
+        return np.stack([self.landmarks[list(which)].mean(0) for which in ALIGNMENT_POINTS])
+
+    def distance(self, other: "_Sighting") -> float:
+        """How far `other` is from here, in sizes of this face."""
+        return float(np.linalg.norm(other.centre - self.centre)) / self.size
+
+
+@dataclass
+class _Slot:
+    """One frame on its way through the tracker; the frame is let go when it has left."""
+
+    frame: np.ndarray | None
+    shot: int
+    sighting: _Sighting | None = None
+
+    @property
+    def usable(self) -> bool:
+        return self.sighting is not None and self.sighting.usable
+
+    def continues(self, other: "_Slot") -> bool:
+        """Whether this slot's face and that of the neighbour `other` are one motion."""
+        return (
+            self.usable
+            and other.usable
+            and self.shot == other.shot
+            and self.sighting.distance(other.sighting) < JUMP
+        )
+
+
+def mouth_opening(landmarks: np.ndarray) -> float:
+    """Gap between the inner lips over the distance of the outer eye corners, of (478, 2) landmarks."""
+    gap = np.linalg.norm(landmarks[UPPER_LIP] - landmarks[LOWER_LIP])
+    return float(gap / np.linalg.norm(landmarks[EYE_CORNERS[0]] - landmarks[EYE_CORNERS[1]]))
+
+
+def track_faces(frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Face | None]]:
+    """Follow one face, the largest when it first appears, and yield every frame with it.
+
+    frames: uint8 RGB (H, W, 3), all of one size. At most 12 are held at a time.
+    The face is None where none is usable: not found, turned more than 60 degrees away, or with the mouth
+    outside the picture. Another face does not take over until the followed one has been gone for a second
+    or the shot has changed.
+    Raises UserError if the landmarker's model file is missing.
+    """
+    reach = max(FADE, SMOOTHING)
+    line: deque[_Slot] = deque()  # up to `reach` slots behind the current one, and `reach` ahead
+    current = 0
+    with _landmarker() as landmarker:
+        for slot in _follow(frames, landmarker):
+            line.append(slot)
+            if len(line) - current > reach:
+                yield _finish(line, current)
+                if current == reach:
+                    line.popleft()
+                else:
+                    current += 1
+    for index in range(current, len(line)):
+        yield _finish(line, index)
+
+
+def _finish(line: deque[_Slot], index: int) -> tuple[np.ndarray, Face | None]:
+    """The frame at `index` and its face, smoothed and faded by its neighbours."""
+    slot = line[index]
+    frame, slot.frame = slot.frame, None
+    if not slot.usable:
+        return frame, None
+    (x0, y0), (x1, y1) = slot.sighting.low, slot.sighting.high
+    return frame, Face(
+        points=_smoothed_points(line, index),
+        landmarks=slot.sighting.landmarks,
+        box=(float(x0), float(y0), float(x1), float(y1)),
+        opacity=_opacity(line, index),
+        first=index == 0 or not slot.continues(line[index - 1]),
+    )
+
+
+def _opacity(line: deque[_Slot], index: int) -> float:
+    """1, or less near a frame of the same shot that has no usable face. A cut needs no fade."""
+    opacity = 1.0
+    for step in (-1, 1):
+        for distance in range(1, FADE + 1):
+            other = index + step * distance
+            if not 0 <= other < len(line) or line[other].shot != line[index].shot:
+                break
+            if not line[other].usable:
+                opacity = min(opacity, distance / (FADE + 1))
+                break
+    return opacity
+
+
+def _smoothed_points(line: deque[_Slot], index: int) -> np.ndarray:
+    """The alignment points at `index`, (3, 2), with the tremble taken out of them.
+
+    A straight line in time is fitted to the neighbours; those count little that lie further off in time, or
+    off the face's own straight motion. So there is no lag, and where the motion turns the points stay.
+    """
+    neighbours = {0: line[index].sighting.points}
+    for step in (-1, 1):
+        for distance in range(1, SMOOTHING + 1):
+            other = index + step * distance
+            if not 0 <= other < len(line) or not line[other].continues(line[other - step]):
+                break
+            neighbours[step * distance] = line[other].sighting.points
+    time = np.array(list(neighbours), np.float64)
+    points = np.stack(list(neighbours.values()))
+    near = np.exp(-0.5 * (time / SMOOTHING_SIGMA) ** 2)
+    velocity = np.tensordot(_line_shares(near, time)[1], points, 1)
+    off = np.sqrt(((points - points[0] - time[:, None, None] * velocity) ** 2).mean((1, 2)))
+    still = max(STILL * line[index].sighting.size, STILL_PIXELS)
+    return np.tensordot(_line_shares(near * np.exp(-0.5 * (off / still) ** 2), time)[0], points, 1)
+
+
+def _line_shares(weight: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every value's share in the weighted line through them: in its height at time 0, and in its slope."""
+    weight = weight / weight.sum()
+    mean = weight @ time
+    slope = weight * (time - mean) / max(weight @ (time - mean) ** 2, 1e-6)
+    return weight - mean * slope, slope
+
+
+def _follow(frames: Iterable[np.ndarray], landmarker: FaceLandmarker) -> Iterator[_Slot]:
+    """Every frame with the sighting of the followed face.
+
+    Frames without a face wait up to SEARCH_INTERVAL frames: a face that the next search finds was often
+    there before, and is followed back to them.
+    """
+    waiting: deque[_Slot] = deque()
+    followed: _Sighting | None = None  # as last seen
+    region = thumbnail = None
+    shot = missing = 0
+    for frame in frames:
+        before, thumbnail = thumbnail, _thumbnail(frame)
+        if before is not None and _is_cut(before, thumbnail):
+            shot, missing, followed, region = shot + 1, 0, None, None
+        slot = _Slot(frame, shot)
+        if followed is not None and missing == 0:
+            region = _region(followed, region)
+            slot.sighting = _look_near(landmarker, frame, followed, region)
+        if slot.sighting is None:
+            missing += 1
+            if missing > PATIENCE:
+                followed = None
+            thorough = missing % SEARCH_INTERVAL == 1
+            found = _search(landmarker, frame, followed, NEAR + missing * DRIFT, thorough)
+            if found is not None:
+                # Seen again from a crop of its own, so that its points do not depend on how it was found.
+                region = _region(found, None)
+                slot.sighting = _look_near(landmarker, frame, found, region)
+        if slot.sighting is not None:
+            followed, missing = slot.sighting, 0
+            _follow_back(landmarker, waiting, slot)
+            yield from waiting
+            waiting.clear()
+            yield slot
+        else:
+            waiting.append(slot)
+            if len(waiting) > SEARCH_INTERVAL:
+                yield waiting.popleft()
+    yield from waiting
+
+
+def _follow_back(landmarker: FaceLandmarker, waiting: deque[_Slot], found: _Slot) -> None:
+    """Fill in the frames just before `found` that show the same face."""
+    for slot in reversed(waiting):
+        if slot.shot != found.shot:
+            return
+        slot.sighting = _look_near(landmarker, slot.frame, found.sighting, _region(found.sighting, None))
+        if slot.sighting is None:
+            return
+        found = slot
+
+
+def _thumbnail(frame: np.ndarray) -> np.ndarray:
+    """The frame's grey values in blocks: (THUMBNAIL**2, THUMBNAIL**2) float32, one block a row."""
+    step = max(1, min(frame.shape[:2]) // 256)
+    side = THUMBNAIL * THUMBNAIL
+    small = cv2.resize(frame[::step, ::step, 1], (side, side), interpolation=cv2.INTER_AREA)
+    small = small.astype(np.float32)
+    return small.reshape(THUMBNAIL, THUMBNAIL, THUMBNAIL, THUMBNAIL).swapaxes(1, 2).reshape(side, side)
+
+
+def _is_cut(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether a new shot begins between two thumbnails: neither the whole nor most of the blocks correlate.
+
+    Brightness and contrast do not matter, so that a flash is no cut; nor is a person who steps in, who
+    leaves the other blocks as they were.
+    """
+    if _correlate(before.reshape(1, -1), after.reshape(1, -1))[0] > CUT_CORRELATION:
+        return False
+    textured = np.maximum(before.std(1), after.std(1)) > FLAT
+    alike = _correlate(before, after)[textured] > CUT_CORRELATION
+    return len(alike) > 0 and bool(alike.mean() < CUT_ALIKE)
+
+
+def _correlate(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The correlation of every two rows, about 0 where one of them is flat."""
+    before, after = (blocks - blocks.mean(1, keepdims=True) for blocks in (before, after))
+    spread = np.maximum(before.std(1), FLAT) * np.maximum(after.std(1), FLAT)
+    return (before * after).mean(1) / spread
+
+
+def _region(face: _Sighting, last: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """The square to look for `face` in: centre x, y and side. The last one where that still fits."""
+    side = REGION * face.size
+    if last is not None:
+        moved = np.abs(face.centre - last[:2]).max() / last[2]
+        if moved < REGION_SLACK and abs(side / last[2] - 1) < REGION_SLACK:
+            return last
+    return round(face.centre[0]), round(face.centre[1]), max(round(side), 2)
+
+
+def _look_near(
+    landmarker: FaceLandmarker, frame: np.ndarray, face: _Sighting, region: tuple[int, int, int]
+) -> _Sighting | None:
+    """`face` in this frame, if it is still near where it was."""
+    x, y, side = region
+    x0, y0 = x - side // 2, y - side // 2
+    seen = _detect(landmarker, frame, x0, y0, x0 + side, y0 + side, REGION_PIXELS)
+    return min((s for s in seen if _resembles(s, face, NEAR)), key=face.distance, default=None)
+
+
+def _resembles(seen: _Sighting, face: _Sighting, reach: float) -> bool:
+    return face.distance(seen) < reach and 0.5 < seen.size / face.size < 2
+
+
+def _search(
+    landmarker: FaceLandmarker, frame: np.ndarray, lost: _Sighting | None, reach: float, thorough: bool
+) -> _Sighting | None:
+    """The largest face of the whole frame; of those within `reach` sizes of the `lost` one if there is one.
+
+    `thorough` also searches crops of the frame, larger ones first, for faces that are small in it.
+    """
+    height, width = frame.shape[:2]
+    for share in (None, *TILES) if thorough else (None,):
+        if share is None:
+            corners, side = [(0, 0)], max(width, height)
+        else:
+            side = round(min(width, height) * share)
+            corners = [(x, y) for y in _starts(height, side) for x in _starts(width, side)]
+        if side < MIN_TILE:
+            break
+        seen = []
+        for x, y in corners:
+            seen += _detect(landmarker, frame, x, y, x + side, y + side, TILE_PIXELS)
+        if lost is not None:
+            seen = [s for s in seen if _resembles(s, lost, reach)]
+        if seen:
+            return max(seen, key=lambda s: s.size)
+    return None
+
+
+def _starts(length: int, side: int) -> list[int]:
+    """Where overlapping crops of `side` begin that cover `length`."""
+    count = 1 + max(0, int(np.ceil((length - side) / (side * TILE_STEP))))
+    return [round(i * (length - side) / max(count - 1, 1)) for i in range(count)]
+
+
+def _detect(
+    landmarker: FaceLandmarker, frame: np.ndarray, x0: int, y0: int, x1: int, y1: int, pixels: int
+) -> list[_Sighting]:
+    """The faces in a rectangle of the frame, which is clipped to it and shrunk to `pixels` first."""
+    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, frame.shape[1]), min(y1, frame.shape[0])
+    width, height = x1 - x0, y1 - y0
+    if min(width, height) < MIN_TILE:
+        return []
+    crop = frame[y0:y1, x0:x1]
+    if max(width, height) > pixels:
+        scale = pixels / max(width, height)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        crop = cv2.resize(crop, size, interpolation=cv2.INTER_AREA)
+    image = mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(crop))
+    result = landmarker.detect(image)
+    seen = []
+    for mesh, pose in zip(result.face_landmarks, result.facial_transformation_matrixes, strict=True):
+        # The landmarker's 0 to 1 runs over the pixels' edges.
+        landmarks = np.array([(point.x, point.y) for point in mesh]) * (width, height) + (x0 - 0.5, y0 - 0.5)
+        mouth = landmarks[list(MOUTH_EDGE)]
+        inside = (mouth >= 0).all() and (mouth <= (frame.shape[1] - 1, frame.shape[0] - 1)).all()
+        seen.append(_Sighting(landmarks, usable=bool(inside and pose[2, 2] > MIN_FACING)))
+    return seen
+
+
+@contextmanager
+def _landmarker() -> Iterator[FaceLandmarker]:
+    """MediaPipe's landmarker, open for as long as the context."""
+    try:
+        model = MODEL_FILE.read_bytes()  # read here: MediaPipe does not open every path that Python does
+    except OSError:
+        raise UserError(f"Cannot read the face model {MODEL_FILE}: restore it from the repository.") from None
+    options = FaceLandmarkerOptions(
+        base_options=BaseOptions(model_asset_buffer=model),
+        num_faces=MAX_FACES,
+        output_facial_transformation_matrixes=True,
+    )
+    with _without_chatter():
+        landmarker = FaceLandmarker.create_from_options(options)
+        blank = np.zeros((64, 64, 3), np.uint8)
+        landmarker.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=blank))
+    try:
+        yield landmarker
+    finally:
+        landmarker.close()
+
+
+CHATTER = re.compile(rb"[IW]\d{4} \d\d:\d\d|INFO: Created TensorFlow|WARNING: (All log|Logging before)")
+_stderr_lock = threading.Lock()
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Keeps the notes that MediaPipe writes straight to stderr when it starts, and nothing else, out of it.
+
+    No environment variable or option of it does.
+    """
+    with _stderr_lock, tempfile.TemporaryFile() as caught:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # a windowed program without a console
+            yield
+            return
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            caught.seek(0)
+            rest = b"".join(line for line in caught if not CHATTER.match(line))
+            with suppress(OSError):
+                os.write(stderr, rest)
+            os.close(stderr)

@@ -1,0 +1,183 @@
+"""Finding and following a face, on the public-domain portrait that scikit-image carries."""
+
+import cv2
+import numpy as np
+import pytest
+from skimage.data import astronaut
+
+from latentsync import faces
+from latentsync.errors import UserError
+from latentsync.faces import ALIGNMENT_POINTS, FADE, mouth_opening, track_faces
+
+WIDTH, HEIGHT = 640, 360
+
+
+@pytest.fixture(scope="module")
+def portrait() -> np.ndarray:
+    """Head and shoulders, (260, 240, 3); the face is about 110 pixels high."""
+    return np.ascontiguousarray(astronaut()[0:260, 110:350])
+
+
+def room(shade: int = 100) -> np.ndarray:
+    coarse = np.random.default_rng(shade).integers(shade - 40, shade + 40, (9, 16, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+
+
+def put(scene: np.ndarray, portrait: np.ndarray, x: float, y: float, scale: float = 1.0) -> np.ndarray:
+    """The scene with the portrait's top left corner at (x, y), which need not be whole."""
+    if scale < 1:
+        portrait = cv2.GaussianBlur(portrait, (0, 0), 0.4 / scale)
+    matrix = np.array([[scale, 0, x], [0, scale, y]], np.float64)
+    return cv2.warpAffine(
+        portrait, matrix, (WIDTH, HEIGHT), dst=scene.copy(),
+        flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_TRANSPARENT,
+    )  # fmt: skip
+
+
+def track(frames: list[np.ndarray]) -> list[faces.Face | None]:
+    results = list(track_faces(iter(frames)))
+    assert all(out is given for (out, _), given in zip(results, frames, strict=True))
+    return [face for _, face in results]
+
+
+def unsmoothed(face: faces.Face) -> np.ndarray:
+    return np.stack([face.landmarks[list(which)].mean(0) for which in ALIGNMENT_POINTS])
+
+
+def middle(face: faces.Face) -> float:
+    return (face.box[0] + face.box[2]) / 2
+
+
+@pytest.mark.parametrize("speed", [0, 3])
+def test_points_tremble_less_and_do_not_lag(portrait, speed):
+    noise = np.random.default_rng(0)
+    at = [(100 + speed * t, 50) for t in range(30)]
+    frames = [put(room(), portrait, x, y).astype(float) for x, y in at]
+    frames = [np.clip(f + noise.normal(0, 4, f.shape), 0, 255).astype(np.uint8) for f in frames]
+    found = track(frames)
+    still = [np.stack([p - place for p, place in zip(points, at, strict=True)]) for points in (
+        [unsmoothed(face) for face in found], [face.points for face in found])]  # fmt: skip
+    raw, smooth = (np.sqrt((np.diff(points, axis=0) ** 2).mean()) for points in still)
+    assert smooth < 0.4 * raw
+    assert np.abs(still[1] - still[0]).mean() < 0.3
+    assert np.abs((still[1] - still[0]).mean(axis=(0, 1))).max() < 0.05  # a lag of one frame would be `speed`
+
+
+def test_points_of_a_shaken_face_are_not_smeared(portrait):
+    found = track([put(room(), portrait, 150 + 15 * np.sin(2 * np.pi * 3 * t / 25), 50) for t in range(30)])
+    assert max(np.abs(face.points - unsmoothed(face)).max() for face in found) < 1
+
+
+@pytest.mark.parametrize("x, y", [(20, 250), (400, 100)])
+def test_a_small_face_is_found(portrait, x, y):
+    face = track([put(room(), portrait, x, y, 0.3)] * 2)[0]
+    assert x < middle(face) < x + 0.3 * 240
+    assert 20 < face.box[3] - face.box[1] < 45
+
+
+def test_the_largest_face_is_taken(portrait):
+    face = track([put(put(room(), portrait, 0, 120, 0.6), portrait, 320, 50)])[0]
+    assert middle(face) > 320
+
+
+def test_a_larger_newcomer_does_not_take_over(portrait):
+    alone = put(room(), portrait, 20, 120, 0.7)
+    found = track([alone] * 5 + [put(alone, portrait, 300, 20, 1.2)] * 10)
+    assert all(middle(face) < 200 for face in found)
+
+
+def test_another_face_does_not_take_over_at_once_when_the_followed_one_leaves(portrait):
+    both = put(put(room(), portrait, 350, 50), portrait, 20, 120, 0.6)
+    left = put(room(), portrait, 20, 120, 0.6)
+    found = track([both] * 4 + [left] * (faces.PATIENCE + 10))
+    assert all(middle(face) > 350 for face in found[:4])
+    assert not any(found[4 : faces.PATIENCE - 3])
+    assert middle(found[-1]) < 200
+
+
+def test_after_a_cut_the_largest_face_is_taken_at_once_and_in_full(portrait):
+    before = put(room(60), portrait, 20, 20, 0.7)
+    after = put(put(room(160), portrait, 10, 150, 0.5), portrait, 320, 50)
+    found = track([before] * 4 + [after] * 4)
+    assert [middle(face) > 320 for face in found] == [False] * 4 + [True] * 4
+    assert [face.first for face in found] == [True, False, False, False] * 2
+    assert all(face.opacity == 1 for face in found)
+
+
+def test_a_flash_is_no_cut(portrait):
+    scene = put(room(), portrait, 200, 50)
+    flash = (scene * 0.4 + 150).astype(np.uint8)
+    assert [face.first for face in track([scene, scene, flash, scene])] == [True, False, False, False]
+
+
+def test_a_face_that_leaves_and_comes_back_fades(portrait):
+    here, gone = put(room(), portrait, 200, 50), room()
+    found = track([here] * 10 + [gone] * 8 + [here] * 10)
+    assert [face is not None for face in found] == [True] * 10 + [False] * 8 + [True] * 10
+    rise = [(i + 1) / (FADE + 1) for i in range(FADE)] + [1.0] * (10 - FADE)
+    assert [face.opacity for face in found[18:]] == pytest.approx(rise)
+    assert [face.opacity for face in found[:10]] == pytest.approx(rise[::-1])
+    assert [i for i, face in enumerate(found) if face and face.first] == [0, 18]
+
+
+def test_a_face_whose_mouth_is_outside_the_picture_is_not_usable(portrait):
+    inside = track([put(room(), portrait, 200, 50)])[0]
+    lower = HEIGHT - inside.landmarks[faces.LOWER_LIP][1] + 50
+    assert track([put(room(), portrait, 200, lower + 2)] * 2) == [None, None]
+
+
+def test_no_face_gives_none_for_every_frame():
+    assert track([room()] * 12) == [None] * 12
+
+
+def test_no_frames_give_nothing():
+    assert track([]) == []
+
+
+def test_few_frames_are_held(portrait):
+    taken = 0
+
+    def frames():
+        nonlocal taken
+        for t in range(40):
+            taken += 1
+            yield room() if 10 < t < 25 else put(room(), portrait, 200, 50)
+
+    for done, _ in enumerate(track_faces(frames())):
+        assert taken - done <= 12
+
+
+def test_mouth_opening_is_small_on_closed_lips_and_grows(portrait):
+    landmarks = track([put(room(), portrait, 200, 50)])[0].landmarks.copy()
+    closed = mouth_opening(landmarks)
+    landmarks[faces.LOWER_LIP, 1] += 10
+    assert closed < 0.2 < mouth_opening(landmarks)
+
+
+def test_nothing_is_written_to_the_console(portrait, capfd):
+    track([put(room(), portrait, 200, 50)])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_model_file_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(faces, "MODEL_FILE", tmp_path / "face_landmarker.task")
+    with pytest.raises(UserError, match=r"face_landmarker\.task"):
+        track([room()])
+
+
+def test_a_face_that_looks_away_is_not_usable(portrait, monkeypatch):
+    frames = [put(room(), portrait, 200, 50)] * 2
+    assert all(track(frames))
+    monkeypatch.setattr(faces, "MIN_FACING", 1.01)  # turns every face into one that looks away
+    assert track(frames) == [None, None]
+
+
+def test_stopping_early_closes_the_landmarker(portrait, monkeypatch):
+    closed = []
+    close = faces.FaceLandmarker.close
+    monkeypatch.setattr(faces.FaceLandmarker, "close", lambda self: (closed.append(True), close(self)))
+    tracked = track_faces(iter([put(room(), portrait, 200, 50)] * 20))
+    next(tracked)
+    assert not closed
+    tracked.close()
+    assert closed
