@@ -1,0 +1,165 @@
+"""The command line: `python -m latentsync VIDEO AUDIO -o OUT.mp4`."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from latentsync import __version__
+from latentsync.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m latentsync", description="Make the mouth in VIDEO say the words of AUDIO."
+    )
+    found.add_argument("video", metavar="VIDEO", help="any video of a face, or a picture")
+    found.add_argument("audio", metavar="AUDIO", help="any recording of a voice, or a video with sound")
+    found.add_argument("-o", "--output", required=True, metavar="OUT", help="what to write: .mp4, .mov or .mkv")
+    found.add_argument(
+        "--model", default="auto", metavar="NAME|PATH",
+        help="auto (default), demo, latentsync-1.5, latentsync-1.6, or a checkpoint folder",
+    )  # fmt: skip
+    found.add_argument("--steps", type=_whole(1, 1000), default=20, help="diffusion steps (default 20)")
+    found.add_argument("--guidance", type=_number(0, 10), default=1.5, help="lip strength, 1 to 3 (default 1.5)")
+    found.add_argument("--seed", type=_whole(0, 2**63 - 1), default=1247, help="default 1247")
+    found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
+    found.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
+    found.add_argument("--version", action="version", version=__version__)
+    return found
+
+
+def _whole(low: int, high: int):
+    def number(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return int(text)
+
+    return number
+
+
+def _number(low: float, high: float):
+    def number(text: str) -> float:
+        if not low <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return float(text)
+
+    return number
+
+
+def shield_dashes(arguments: list[str]) -> list[str]:
+    """Let file names begin with a dash: one that exists, or that follows an option for a file, gets a './'."""
+    out: list[str] = []
+    for argument in arguments:
+        names_file = bool(out) and out[-1] in ("-o", "--output", "--report")
+        dashed = argument.startswith("-") and argument != "--"
+        out.append(os.path.join(".", argument) if dashed and (names_file or os.path.isfile(argument)) else argument)
+    return out
+
+
+class Bars:
+    """A progress bar a stage, with frames per second and time left."""
+
+    def __init__(self) -> None:
+        self.bars = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if stage not in self.bars:
+            shape = "{desc:8} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left"
+            self.bars[stage] = tqdm(
+                total=total, desc=stage, unit=" frames", bar_format=shape, position=len(self.bars),
+                mininterval=0.2 if sys.stderr.isatty() else 10,
+            )  # fmt: skip
+        self.bars[stage].update(done - self.bars[stage].n)
+
+    def close(self) -> None:
+        for bar in self.bars.values():
+            bar.close()
+
+
+def peak_memory() -> int:
+    """The most memory that this process ever held, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def choose_device(name: str):
+    """The torch device of a `--device`; `auto` is the GPU where there is one. Raises UserError."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"The device '{name}' cannot be used on this machine: try --device cpu.") from error
+    return device
+
+
+def run(args: argparse.Namespace) -> None:
+    """One job, from checked arguments."""
+    # Imported here, so that --help and mistakes in the arguments are answered at once.
+    import torch
+
+    from latentsync.checkpoints import load_models, resolve
+    from latentsync.media import check_output, probe_audio, probe_video
+    from latentsync.pipeline import Settings, lipsync
+
+    probe_video(args.video)
+    probe_audio(args.audio)
+    check_output(args.output, (args.video, args.audio))
+    if args.report and not args.report.absolute().parent.is_dir():
+        raise UserError(f"The folder of the report '{args.report}' does not exist; create it first.")
+    device = choose_device(args.device)
+    checkpoint = resolve(args.model, device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    models = load_models(checkpoint, device, dtype)
+    print(f"model {models.name}, {models.resolution} px, on {device}", file=sys.stderr)
+    settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed)
+    bars = Bars()
+    try:
+        report = lipsync(args.video, args.audio, args.output, models, settings, bars)
+    finally:
+        bars.close()
+    if report.frames_without_face:
+        print(f"{report.frames_without_face} frames show no usable face and were left as they are", file=sys.stderr)
+    if args.report:
+        found = report.as_dict() | {"peak_memory_bytes": peak_memory()}
+        if device.type == "cuda":
+            found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        args.report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(args.output)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
+    args = parser().parse_args(shield_dashes(sys.argv[1:] if arguments is None else arguments))
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)  # so that a terminated run cleans up as an interrupted one does
+    try:
+        run(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
