@@ -1,0 +1,1 @@
+"""Training of a small LatentSync from scratch; `python -m latentsync.training --help`."""

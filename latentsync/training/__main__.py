@@ -1,0 +1,60 @@
+"""`python -m latentsync.training prepare | autoencoder | listener | denoiser | export`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from latentsync.errors import UserError
+from latentsync.training import autoencoder, denoiser, listener
+from latentsync.training.export import export
+
+
+def clips_below(folder: Path) -> list[tuple[str, Path]]:
+    """(speaker, file) of FOLDER/SPEAKER/CLIP.mp4."""
+    clips = [(file.parent.name, file) for file in sorted(folder.glob("*/*")) if file.suffix in (".mp4", ".mpg", ".mov")]
+    if not clips:
+        raise UserError(f"'{folder}' has no clips; they are expected as SPEAKER/CLIP.mp4.")
+    return clips
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m latentsync.training", description=__doc__)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    prepare = stages.add_parser("prepare", help="align faces and take down sound")
+    prepare.add_argument("clips", type=Path, help="folder of SPEAKER/CLIP.mp4")
+    prepare.add_argument("prepared", type=Path)
+    prepare.add_argument("--crf", type=int, default=18, help="x264 quality of the crops (default 18)")
+    for name in ("autoencoder", "listener", "denoiser"):
+        stage = stages.add_parser(name, help=f"train the {name}, in this order")
+        stage.add_argument("prepared", type=Path)
+        stage.add_argument("state", type=Path, help="folder of training states, continued where they exist")
+        stage.add_argument("--seconds", type=float, required=True, help="time to train for")
+        stage.add_argument("--batch", type=int, help="faces or windows a step (default: for 24 GB and more)")
+        stage.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    out = stages.add_parser("export", help="write a checkpoint folder")
+    out.add_argument("state", type=Path)
+    out.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    try:
+        if args.stage == "prepare":
+            # Needs MediaPipe, which a training machine may lack.
+            from latentsync.training.prepare import prepare as run
+
+            run(clips_below(args.clips), args.prepared, args.crf)
+        elif args.stage == "export":
+            export(args.state, args.folder)
+        else:
+            torch.set_float32_matmul_precision("high")
+            device = torch.device(args.device)
+            stage = {"autoencoder": autoencoder, "listener": listener, "denoiser": denoiser}[args.stage]
+            batch = {"batch": args.batch} if args.batch else {}
+            stage.train(args.prepared, args.state, args.seconds, device, **batch)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The demo model's autoencoder: 128 px faces to 16 × 16 latents and back."""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from latentsync.training.data import ClipSet, load_clips, plain_look, random_look, render
+from latentsync.training.state import load_state, save_state
+
+CONFIG = {
+    "block_out_channels": (48, 64, 96, 96),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "latent_channels": 8,
+    "sample_size": 128,
+    "mid_block_add_attention": False,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+KL_WEIGHT = 1e-4  # of the mean over the latents' elements
+BATCH = 128
+LEARNING_RATE = 8e-4
+
+
+def detail_loss(a: Tensor, b: Tensor) -> Tensor:
+    """L1 of pixels and of their differences at three scales: blur costs as much as a wrong tone."""
+    loss = (a - b).abs().mean()
+    for _ in range(3):
+        for axis in (2, 3):
+            loss = loss + (a.diff(dim=axis) - b.diff(dim=axis)).abs().mean()
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return loss
+
+
+def train(prepared: Path, state: Path, seconds: float, device: torch.device, batch: int = BATCH) -> None:
+    """Train for `seconds`, continuing from `state/autoencoder.pt` where it exists, and write it at the end."""
+    data = load_clips(prepared, device)
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_config(CONFIG).to(device)
+    optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, weight_decay=1e-4, fused=device.type == "cuda")
+    step = load_state(state / "autoencoder.pt", {"vae": vae}, optimizer)
+
+    def loss_of(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            out = vae.decode(posterior.sample()).sample
+        out = out.float()
+        recon = detail_loss(out, x)
+        return recon + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel(), recon
+
+    began, first = time.time(), step
+    while (elapsed := time.time() - began) < seconds:
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1, (step + 1) / 100) * max(0.02, 1 - elapsed / seconds)
+        frames = data.frames[torch.randint(len(data.frames), (batch,), device=device)]
+        # Wilder than what the denoiser sees: the autoencoder must carry any face, light and size.
+        x = render(frames, random_look(batch, device, zoom=0.3, turn=0.4))
+        loss, recon = loss_of(x)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % 200 == 0:
+            print(f"autoencoder step {step} loss {float(recon.detach()):.4f} {elapsed:.0f} s", flush=True)
+    scale = latent_scale(vae, data)
+    print(f"autoencoder: {step - first} steps, latents scaled by {scale:.4f}")
+    print(f"  held-out PSNR {held_out_psnr(vae, load_clips(prepared, device, held_out=True)):.2f} dB", flush=True)
+    save_state(state / "autoencoder.pt", {"vae": vae}, optimizer, step, scaling_factor=scale)
+
+
+@torch.no_grad()
+def latent_scale(vae: AutoencoderKL, data: ClipSet) -> float:
+    """1 / standard deviation of the latents, so that the diffusion works on unit variance."""
+    device = data.frames.device
+    frames = data.frames[torch.randint(len(data.frames), (256,), device=device)]
+    return float(1 / vae.encode(render(frames, random_look(256, device))).latent_dist.mode().std())
+
+
+@torch.no_grad()
+def held_out_psnr(vae: AutoencoderKL, data: ClipSet) -> float:
+    """PSNR in dB of faces that were never trained on, there and back."""
+    frames = data.frames[:: max(1, len(data.frames) // 128)][:128]
+    x = render(frames, plain_look(len(frames), frames.device))
+    out = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+    return float(-10 * torch.log10(((out - x) / 2).square().mean()))

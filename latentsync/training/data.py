@@ -1,0 +1,281 @@
+"""The training set on the device, and its augmentation.
+
+Everything stays on the GPU: frames as uint8, mel spectra as they were stored. Randomness on the host is drawn
+with numpy (which clips, where), on the device with torch (how they look and sound).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentsync.audio import (
+    HOP_LENGTH,
+    MEL_RANGE,
+    ROWS_AFTER,
+    ROWS_BEFORE,
+    SAMPLE_RATE,
+    SEGMENT_FRAMES,
+    VIDEO_FPS,
+)
+from latentsync.errors import UserError
+
+RESOLUTION = 128  # side of the crop that the demo model sees
+MARGIN = 16  # pixels of the aligned picture kept around it
+SIDE = RESOLUTION + 2 * MARGIN
+LIPS = (  # outer, then inner contour in the 478-point mesh
+    61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185,
+    78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308, 415, 310, 311, 312, 13, 82, 81, 80, 191,
+)  # fmt: skip
+INNER_UPPER, INNER_LOWER = LIPS.index(13), LIPS.index(14)
+MEL_STEP, MEL_BASE = 0.055, -10.0  # decades of power a grey level of the stored mel, and its zero
+MEL_PER_FRAME = SAMPLE_RATE // HOP_LENGTH // VIDEO_FPS
+N_MELS = 80
+HELD_OUT_SPEAKERS = ("s3", "s7", "s25", "s31", "s34")  # people whom the model must never have seen
+HELD_OUT_EVERY = 20  # of the clips of people with more than that many, every 20th is held out
+WINDOW = 16  # frames
+EDGE = 2  # frames at a clip's ends whose audio tokens reach into the next clip
+CLIPS_PER_SEGMENT = 10  # clips of 3 s that share one 30 s segment of sound
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """Clips end to end. frames uint8 (n, 3, SIDE, SIDE); lips (n, 40, 2) pixels; mel uint8 (4n, 80)."""
+
+    frames: Tensor
+    lips: Tensor
+    mel: Tensor
+    starts: np.ndarray
+    lengths: np.ndarray
+    weights: np.ndarray  # probability of a clip: people count by the square root of their clips
+    names: list[str]
+
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        return rng.choice(len(self.starts), count, p=self.weights)
+
+
+def is_held_out(speaker: str, index: int, of: int) -> bool:
+    """Whether a speaker's clip `index` of `of` must not be trained on."""
+    return speaker in HELD_OUT_SPEAKERS or (of > HELD_OUT_EVERY and index % HELD_OUT_EVERY == 0)
+
+
+def load_clips(folder: Path, device: torch.device, held_out: bool = False) -> ClipSet:
+    """The training clips of a prepared folder, or its held-out ones. Raises UserError where it is not one."""
+    try:
+        table = np.load(folder / "clips.npz")
+    except OSError as error:
+        raise UserError(f"'{folder}' is not a prepared training set; run `prepare` first.") from error
+    speakers, lengths = table["speakers"], table["lengths"]
+    starts = np.cumsum(lengths) - lengths
+    chosen = []
+    for speaker in dict.fromkeys(speakers):
+        own = np.flatnonzero(speakers == speaker)
+        chosen += [clip for i, clip in enumerate(own) if is_held_out(speaker, i, len(own)) == held_out]
+    # A clip must hold a window and a reference window besides its edges.
+    chosen = np.array([clip for clip in sorted(chosen) if lengths[clip] >= 2 * WINDOW + 2 * EDGE])
+    wanted = np.zeros(lengths.sum(), bool)
+    for clip in chosen:
+        wanted[starts[clip] : starts[clip] + lengths[clip]] = True
+
+    reader = cv2.VideoCapture(str(folder / "crops.mp4"))
+    frames = np.empty((wanted.sum(), SIDE, SIDE, 3), np.uint8)
+    row = 0
+    for use in wanted:
+        ok, frame = reader.read()
+        if not ok:
+            raise UserError(f"'{folder / 'crops.mp4'}' ends too early; run `prepare` again.")
+        if use:
+            frames[row] = frame[:, :, ::-1]
+            row += 1
+    reader.release()
+
+    root = {s: 1 / np.sqrt(np.sum(speakers[chosen] == s)) for s in set(speakers[chosen])}
+    weights = np.array([root[s] for s in speakers[chosen]])
+    kept = lengths[chosen]
+    return ClipSet(
+        frames=torch.from_numpy(frames).to(device).permute(0, 3, 1, 2),
+        lips=torch.from_numpy(table["lips"][wanted]).to(device).float(),
+        mel=torch.from_numpy(table["mel"][np.repeat(wanted, MEL_PER_FRAME)]).to(device),
+        starts=np.cumsum(kept) - kept,
+        lengths=kept,
+        weights=weights / weights.sum(),
+        names=[f"{s}/{n}" for s, n in zip(speakers[chosen], table["names"][chosen], strict=True)],
+    )
+
+
+def _uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
+    return torch.rand(n, device=device) * (high - low) + low
+
+
+@dataclass(frozen=True)
+class Look:
+    """How n clips are seen: affine (n, 2, 3) for grid_sample, colour (n, 3, 4), gamma and blur (n,)."""
+
+    affine: Tensor
+    colour: Tensor
+    gamma: Tensor
+    blur: Tensor
+
+
+def plain_look(n: int, device: torch.device) -> Look:
+    """No augmentation: the inner crop as it is."""
+    affine = torch.eye(2, 3, device=device).repeat(n, 1, 1)
+    affine[:, :, :2] *= RESOLUTION / SIDE
+    colour = torch.eye(3, 4, device=device).repeat(n, 1, 1)
+    return Look(affine, colour, torch.ones(n, device=device), torch.zeros(n, device=device))
+
+
+def random_look(n: int, device: torch.device, zoom: float = 0.06, turn: float = 0.07) -> Look:
+    """Random geometry, light, colour and sharpness. zoom: ± share; turn: ± radians."""
+    scale = RESOLUTION / SIDE * (1 + _uniform(n, -zoom, zoom, device))
+    angle = _uniform(n, -turn, turn, device)
+    flip = torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
+    affine = torch.zeros(n, 2, 3, device=device)
+    affine[:, 0, 0] = scale * angle.cos() * flip
+    affine[:, 0, 1] = -scale * angle.sin()
+    affine[:, 1, 0] = scale * angle.sin() * flip
+    affine[:, 1, 1] = scale * angle.cos()
+    affine[:, :, 2] = (torch.rand(n, 2, device=device) - 0.5) * 0.06
+
+    # Hue turns about the grey axis, saturation shrinks or stretches away from it, then gain and tint.
+    grey = torch.full((3, 3), 1 / 3, device=device)
+    k = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=device) / 3**0.5
+    hue = _uniform(n, -0.5, 0.5, device)[:, None, None]
+    saturation = _uniform(n, 0.3, 1.5, device)[:, None, None]
+    away = torch.eye(3, device=device) - grey
+    matrix = grey + saturation * (hue.cos() * away + hue.sin() * k)
+    gain = _uniform(n, 0.55, 1.25, device)[:, None, None] * (1 + 0.2 * (torch.rand(n, 3, 1, device=device) - 0.5))
+    lift = _uniform(n, -0.1, 0.12, device)[:, None, None].expand(n, 3, 1)
+    colour = torch.cat([matrix * gain, lift], dim=2)
+    gamma = _uniform(n, 0.7, 1.4, device)
+    blur = _uniform(n, -0.8, 1.0, device).clamp(min=0)
+    return Look(affine, colour, gamma, blur)
+
+
+def render(frames: Tensor, look: Look) -> Tensor:
+    """uint8 (n, 3, SIDE, SIDE), one look each → float (n, 3, RESOLUTION, RESOLUTION) in [−1, 1]."""
+    size = (len(frames), 3, RESOLUTION, RESOLUTION)
+    grid = F.affine_grid(look.affine, size, align_corners=False)
+    x = F.grid_sample(frames.float() / 255, grid, padding_mode="reflection", align_corners=False)
+    x = torch.einsum("nij,njhw->nihw", look.colour[:, :, :3], x) + look.colour[:, :, 3, None, None]
+    x = x.clamp(0, 1) ** look.gamma[:, None, None, None]
+    offsets = torch.arange(-2, 3, device=x.device)
+    kernel = torch.exp(-0.5 * (offsets / look.blur.clamp(min=1e-3)[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    for padding in ((2, 2, 0, 0), (0, 0, 2, 2)):
+        wide = F.pad(x, padding, mode="replicate")
+        axis = 3 if padding[0] else 2
+        shifted = (wide.narrow(axis, i, RESOLUTION) * kernel[:, i, None, None, None] for i in range(5))
+        x = sum(shifted)
+    return x * 2 - 1
+
+
+@dataclass(frozen=True)
+class Sound:
+    """Sound of s segments. mel (s, 80, 3000), ready for the encoder; offsets[s][k]: first frame of its clip k."""
+
+    mel: Tensor
+    clips: list[np.ndarray]
+    offsets: list[np.ndarray]
+
+
+def draw_sound(data: ClipSet, rng: np.random.Generator, segments: int, augment: bool) -> Sound:
+    """Join random clips to segments of up to 30 s, so that the encoder hears every position and length."""
+    index = np.full((segments, SEGMENT_FRAMES), -1)
+    owner = np.zeros((segments, SEGMENT_FRAMES), np.int64)
+    clips, offsets = [], []
+    for s in range(segments):
+        count = CLIPS_PER_SEGMENT if rng.random() < 0.5 else int(rng.integers(1, CLIPS_PER_SEGMENT))
+        own, firsts, at = [], [], 0
+        for clip in data.draw(rng, count):
+            length = int(data.lengths[clip]) * MEL_PER_FRAME
+            if at + length > SEGMENT_FRAMES:
+                break
+            index[s, at : at + length] = data.starts[clip] * MEL_PER_FRAME + np.arange(length)
+            owner[s, at : at + length] = len(own)
+            own.append(clip)
+            firsts.append(at // MEL_PER_FRAME)
+            at += length
+        clips.append(np.array(own))
+        offsets.append(np.array(firsts))
+    device = data.mel.device
+    index, owner = torch.from_numpy(index).to(device), torch.from_numpy(owner).to(device)
+    power = data.mel[index.clamp(min=0)].float() * MEL_STEP + MEL_BASE  # (s, t, 80), log10
+    if augment:
+        power = _other_voice(power, owner)
+    silent = (index < 0)[..., None]
+    power = power.masked_fill(silent, -10.0)
+    loudest = power.amax((1, 2), keepdim=True)
+    mel = (power.maximum(loudest - MEL_RANGE) + 4) / 4
+    return Sound(mel.masked_fill(silent, 0.0).transpose(1, 2), clips, offsets)
+
+
+def _other_voice(power: Tensor, owner: Tensor) -> Tensor:
+    """Another vocal tract, room, level and noise for every clip; power (s, t, 80) log10."""
+    s, t, _ = power.shape
+    device = power.device
+    shape = (s, CLIPS_PER_SEGMENT)
+
+    def per_frame(values: Tensor) -> Tensor:
+        return values.gather(1, owner.reshape(s, t, *[1] * (values.ndim - 2)).expand(s, t, *values.shape[2:]))
+
+    bins = torch.arange(N_MELS, device=device)
+    warp = per_frame(0.85 + 0.33 * torch.rand(*shape, 1, device=device))
+    source = (bins * warp).clamp(max=N_MELS - 1.001)
+    low = source.long()
+    power = torch.lerp(power.gather(2, low), power.gather(2, low + 1), source - low)
+    curve = F.interpolate(torch.randn(s, CLIPS_PER_SEGMENT, 5, device=device) * 0.35, N_MELS, mode="linear")
+    level = torch.rand(*shape, 1, device=device) * 2 - 1
+    power = power + per_frame(curve + level)
+    floor = power.amax((1, 2), keepdim=True) - per_frame(1.5 + 5 * torch.rand(*shape, 1, device=device))
+    noise = floor + torch.rand(power.shape, device=device).clamp(min=1e-6).log().neg().log10()
+    return torch.logaddexp(power * 2.302585, noise * 2.302585) / 2.302585
+
+
+@dataclass(frozen=True)
+class Windows:
+    """b windows: frame indices of target and reference (b, WINDOW), segment (b,), feature rows (b, WINDOW, 10)."""
+
+    frames: Tensor
+    reference: Tensor
+    segment: Tensor
+    rows: Tensor
+
+
+def draw_windows(data: ClipSet, sound: Sound, rng: np.random.Generator, per_segment: int) -> Windows:
+    """Windows of the clips in `sound`, each with another window of the same clip as its reference."""
+    frames, reference, segment, first = [], [], [], []
+    for s, (clips, offsets) in enumerate(zip(sound.clips, sound.offsets, strict=True)):
+        for k in rng.integers(0, len(clips), per_segment):
+            length = int(data.lengths[clips[k]])
+            start = int(rng.integers(EDGE, length - WINDOW - EDGE + 1))
+            others = [o for o in range(length - WINDOW + 1) if abs(o - start) >= WINDOW]
+            other = int(rng.choice(others)) if others else (start + length // 2) % (length - WINDOW)
+            frames.append(data.starts[clips[k]] + start)
+            reference.append(data.starts[clips[k]] + other)
+            segment.append(s)
+            first.append(offsets[k] + start)
+    span = np.arange(WINDOW)
+    centre = 2 * (np.array(first)[:, None] + span)
+    rows = centre[:, :, None] + np.arange(-ROWS_BEFORE, ROWS_AFTER)
+    device = data.mel.device
+
+    def to_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return Windows(
+        to_device(np.array(frames)[:, None] + span),
+        to_device(np.array(reference)[:, None] + span),
+        to_device(np.array(segment)),
+        to_device(rows.clip(0, SEGMENT_FRAMES // 2 - 1)),
+    )
+
+
+def tokens_of(features: Tensor, windows: Windows) -> Tensor:
+    """features (s, 1500, layers, width) → audio tokens of the windows (b, WINDOW, 10·layers, width)."""
+    picked = features[windows.segment[:, None, None], windows.rows]
+    return picked.flatten(2, 3)

@@ -1,0 +1,188 @@
+"""The demo model's U-Net, trained in latents that are worked out once, for several looks of every clip."""
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from latentsync.alignment import fixed_mask
+from latentsync.sampling import ddim_scheduler
+from latentsync.training import autoencoder, listener
+from latentsync.training.data import (
+    RESOLUTION,
+    ClipSet,
+    Look,
+    draw_sound,
+    draw_windows,
+    load_clips,
+    plain_look,
+    random_look,
+    render,
+)
+from latentsync.training.state import load_state, load_weights, save_state
+from latentsync.unet import UNet, UNetConfig, frames_first
+
+LATENTS = autoencoder.CONFIG["latent_channels"]
+CONFIG = {  # in the words of the released configuration
+    "in_channels": 3 * LATENTS + 1,
+    "out_channels": LATENTS,
+    "block_out_channels": [96, 128, 160],
+    "down_block_types": ["CrossAttnDownBlock3D"] * 3,
+    "up_block_types": ["CrossAttnUpBlock3D"] * 3,
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "cross_attention_dim": listener.DIMS.n_audio_state,
+    "norm_num_groups": 16,
+    "motion_module_kwargs": {"num_attention_heads": 4},
+}
+LOOKS = 6  # renderings of every clip
+SEGMENTS, WINDOWS_PER_SEGMENT = 8, 10
+LEARNING_RATE, LISTENER_RATE = 4e-4, 1e-4
+UNHEARD = 0.1  # share of windows without audio, so that guidance has a branch to start from
+SHARED_NOISE = 0.7  # share of windows whose frames all have the same noise, as sampling starts from
+SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023)
+VISIBLE_WEIGHT = 0.15  # of the loss where the mask shows the face anyway
+MOUTH_WEIGHT = 3.0  # of the loss around the lips
+MOUTH = (slice(9, 14), slice(4, 12))  # rows, columns of the 16 × 16 latents
+EMA = 0.999
+
+
+@dataclass(frozen=True)
+class LatentPool:
+    """Scaled latents of every look: target and masked (LOOKS, n, c, 16, 16) bfloat16."""
+
+    target: Tensor
+    masked: Tensor
+
+
+@torch.no_grad()
+def encode_pool(vae: AutoencoderKL, data: ClipSet, scale: float, looks: int) -> LatentPool:
+    """Render and encode all clips; look 0 is the plain one, the others are random, one a clip."""
+    device = data.frames.device
+    clip_of = torch.from_numpy(np.repeat(np.arange(len(data.starts)), data.lengths)).to(device)
+    mask = torch.from_numpy(fixed_mask(RESOLUTION).copy()).to(device)
+    side = RESOLUTION // 8
+    shape = (looks, len(data.frames), LATENTS, side, side)
+    target, masked = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+    for k in range(looks):
+        look = (plain_look if k == 0 else random_look)(len(data.starts), device)
+        for begin in range(0, len(data.frames), 512):
+            part = slice(begin, begin + 512)
+            own = clip_of[part]
+            each = Look(look.affine[own], look.colour[own], look.gamma[own], look.blur[own])
+            x = render(data.frames[part], each)
+            for pool, pixels in ((target, x), (masked, x * mask)):
+                with torch.autocast(device.type, torch.bfloat16):
+                    pool[k, part] = vae.encode(pixels).latent_dist.mode() * scale
+    return LatentPool(target, masked)
+
+
+def loss_weights(device: torch.device) -> Tensor:
+    """Where the loss counts: (1, 1, 1, 16, 16), mean one."""
+    mask = torch.from_numpy(fixed_mask(RESOLUTION).copy())
+    hidden = 1 - nn.functional.avg_pool2d(mask[None], 8)[0]
+    weights = VISIBLE_WEIGHT + hidden
+    weights[MOUTH] *= MOUTH_WEIGHT
+    return (weights / weights.mean()).to(device)[None, None, None]
+
+
+def latent_mask(device: torch.device) -> Tensor:
+    """The fixed mask at latent size, nearest by floor: (1, 1, 1, 16, 16)."""
+    mask = torch.from_numpy(fixed_mask(RESOLUTION).copy())[None, None]
+    return nn.functional.interpolate(mask, scale_factor=1 / 8)[:, :, None].to(device)
+
+
+def train(
+    prepared: Path, state: Path, seconds: float, device: torch.device, batch: int = SEGMENTS * WINDOWS_PER_SEGMENT
+) -> None:
+    """Train U-Net and audio encoder for `seconds`; continue from `state/denoiser.pt` where it exists.
+
+    batch: windows a step, a multiple of 10. Takes the autoencoder and the encoder to begin with from `state/autoencoder.pt` and `state/listener.pt`.
+    """
+    began = time.time()
+    data = load_clips(prepared, device)
+    torch.manual_seed(int(began))
+    rng = np.random.default_rng(int(began))
+    vae = AutoencoderKL.from_config(autoencoder.CONFIG)
+    scale = load_weights(state / "autoencoder.pt", {"vae": vae})["scaling_factor"]
+    vae = vae.eval().requires_grad_(False).to(device)
+    encoder = listener.new_encoder()
+    load_weights(state / "listener.pt", {"encoder": encoder})
+    encoder.to(device)
+    unet = UNet(UNetConfig.from_dict(CONFIG)).to(device, memory_format=torch.channels_last)
+    for name, parameter in unet.named_parameters():
+        if "motion_modules" in name and "temporal_transformer.proj_out" in name:
+            nn.init.zeros_(parameter)  # starts as a network of single frames
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(unet.parameters()), "base": LEARNING_RATE},
+            {"params": list(encoder.parameters()), "base": LISTENER_RATE},
+        ],
+        lr=LEARNING_RATE, weight_decay=0.01, fused=fused,
+    )  # fmt: skip
+    average = copy.deepcopy(nn.ModuleDict({"unet": unet, "encoder": encoder})).requires_grad_(False)
+    modules = {"unet": unet, "encoder": encoder, "average": average}
+    step = load_state(state / "denoiser.pt", modules, optimizer)
+    pool = encode_pool(vae, data, scale, LOOKS if device.type == "cuda" else 1)
+    print(f"denoiser: latents ready after {time.time() - began:.0f} s, std {float(pool.target.std()):.3f}", flush=True)
+
+    alphas = ddim_scheduler().alphas_cumprod.to(device)
+    snr = alphas / (1 - alphas)
+    importance = snr.clamp(max=SNR_CAP) / snr
+    weights, mask = loss_weights(device), latent_mask(device)
+
+    def loss_of(x: Tensor, timestep: Tensor, features: Tensor, segment: Tensor, rows: Tensor, unheard: Tensor,
+                noise: Tensor) -> Tensor:  # fmt: skip
+        tokens = features[segment[:, None, None], rows].flatten(2, 3) * unheard
+        context = unet.encode_audio(tokens)
+        out, _ = unet.full(x, timestep, context, rows.shape[1])
+        out = out.float().unflatten(0, (len(rows), -1)).transpose(1, 2)
+        per_window = (weights * (out - noise).square()).mean((1, 2, 3, 4))
+        return (importance[timestep] * per_window).mean()
+
+    compiled = torch.compile(loss_of) if device.type == "cuda" else loss_of
+    first = step
+    losses = []
+    while (elapsed := time.time() - began) < seconds:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * min(1, (step - first + 1) / 200) * max(0.03, 1 - elapsed / seconds)
+        sound = draw_sound(data, rng, batch // WINDOWS_PER_SEGMENT, augment=True)
+        windows = draw_windows(data, sound, rng, WINDOWS_PER_SEGMENT)
+        b, f = windows.frames.shape
+        look = torch.randint(len(pool.target), (b, 1), device=device)
+        clean = pool.target[look, windows.frames].transpose(1, 2).float()  # (b, c, f, h, w)
+        masked = pool.masked[look, windows.frames].transpose(1, 2).float()
+        reference = pool.target[look, windows.reference].transpose(1, 2).float()
+        timestep = torch.randint(1000, (b,), device=device)
+        one = torch.randn_like(clean[:, :, :1]).expand_as(clean)
+        own = torch.where(torch.rand(b, 1, 1, 1, 1, device=device) < SHARED_NOISE, 0.0, 0.5)
+        noise = (1 - own).sqrt() * one + own.sqrt() * torch.randn_like(clean)
+        a = alphas[timestep][:, None, None, None, None]
+        noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+        x = torch.cat([noisy, mask.expand(b, 1, f, -1, -1), masked, reference], dim=1)
+        unheard = (torch.rand(b, 1, 1, 1, device=device) >= UNHEARD).float()
+        with torch.autocast(device.type, torch.bfloat16):
+            features = encoder(sound.mel)
+            loss = compiled(frames_first(x), timestep, features, windows.segment, windows.rows, unheard, noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_([*unet.parameters(), *encoder.parameters()], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        decay = min(EMA, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, live in (("unet", unet), ("encoder", encoder)):
+                torch._foreach_lerp_(list(average[name].parameters()), list(live.parameters()), 1 - decay)
+        losses.append(loss.detach())
+        if step % 200 == 0 or step == first + 1:
+            mean = float(torch.stack(losses).mean())
+            losses.clear()
+            print(f"denoiser step {step} loss {mean:.4f} {time.time() - began:.0f} s", flush=True)
+    save_state(state / "denoiser.pt", modules, optimizer, step)
+    print(f"denoiser: {step - first} steps", flush=True)

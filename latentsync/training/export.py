@@ -1,0 +1,41 @@
+"""From training states to a checkpoint folder that `--model` takes: float16 safetensors."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import nn
+
+from latentsync.checkpoints import CONFIG, UNET_NAMES, VAE_CONFIG, VAE_NAMES, WHISPER_NAMES
+from latentsync.training import autoencoder, denoiser, listener
+from latentsync.training.data import RESOLUTION
+from latentsync.training.state import load_weights
+from latentsync.unet import UNet, UNetConfig
+
+
+def half(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {prefix + name: t.detach().half().contiguous() for name, t in module.state_dict().items()}
+
+
+def export(state: Path, folder: Path) -> None:
+    """Write the averaged U-Net and encoder and the autoencoder of a state folder as a checkpoint folder."""
+    vae = AutoencoderKL.from_config(autoencoder.CONFIG)
+    scale = load_weights(state / "autoencoder.pt", {"vae": vae})["scaling_factor"]
+    average = nn.ModuleDict(
+        {"unet": UNet(UNetConfig.from_dict(denoiser.CONFIG)), "encoder": listener.new_encoder()}
+    )
+    load_weights(state / "denoiser.pt", {"average": average})
+    for name in (UNET_NAMES[0], WHISPER_NAMES[0], VAE_NAMES[0]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(
+        json.dumps({"resolution": RESOLUTION, "unet": denoiser.CONFIG}, indent=2) + "\n", encoding="utf-8"
+    )
+    save_file(half(average["unet"]), folder / UNET_NAMES[0])
+    dims = json.dumps(vars(listener.DIMS))
+    save_file(half(average["encoder"], "encoder."), folder / WHISPER_NAMES[0], metadata={"dims": dims})
+    save_file(half(vae), folder / VAE_NAMES[0])
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    config["scaling_factor"] = scale
+    (folder / VAE_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
