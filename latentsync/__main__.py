@@ -3,12 +3,18 @@
 import argparse
 import json
 import os
+import re
+import shutil
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from latentsync import __version__
 from latentsync.errors import UserError
+
+LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,8 +28,10 @@ def parser() -> argparse.ArgumentParser:
         "--model", default="auto", metavar="NAME|PATH",
         help="auto (default), demo, latentsync-1.5, latentsync-1.6, or a checkpoint folder",
     )  # fmt: skip
-    found.add_argument("--steps", type=_whole(1, 1000), default=20, help="diffusion steps (default 20)")
-    found.add_argument("--guidance", type=_number(0, 10), default=1.5, help="lip strength, 1 to 3 (default 1.5)")
+    found.add_argument(
+        "--steps", type=_whole(1, 999), default=20, help="diffusion steps, 12 to 50 are useful (default 20)"
+    )
+    found.add_argument("--guidance", type=_number(0, 10), default=1.5, help="lip strength, 1 (off) to 3 (default 1.5)")
     found.add_argument("--seed", type=_whole(0, 2**63 - 1), default=1247, help="default 1247")
     found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     found.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
@@ -60,7 +68,7 @@ def shield_dashes(arguments: list[str]) -> list[str]:
 
 
 class Bars:
-    """A progress bar a stage, with frames per second and time left."""
+    """Progress on a terminal: a bar a stage, with frames per second and time left."""
 
     def __init__(self) -> None:
         self.bars = {}
@@ -68,17 +76,47 @@ class Bars:
     def __call__(self, stage: str, done: int, total: int) -> None:
         from tqdm import tqdm
 
-        if stage not in self.bars:
+        from latentsync.pipeline import STAGES
+
+        if not self.bars:  # all at once, so that a stage's time counts from the start of the run
             shape = "{desc:8} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left"
-            self.bars[stage] = tqdm(
-                total=total, desc=stage, unit=" frames", bar_format=shape, position=len(self.bars),
-                mininterval=0.2 if sys.stderr.isatty() else 10,
-            )  # fmt: skip
+            size = shutil.get_terminal_size()
+            for position, name in enumerate(STAGES):
+                self.bars[name] = tqdm(
+                    total=total, desc=name, unit=" frames", bar_format=shape, position=position,
+                    mininterval=0.2, miniters=1, smoothing=0, ncols=size.columns, nrows=size.lines,
+                )  # fmt: skip
         self.bars[stage].update(done - self.bars[stage].n)
 
     def close(self) -> None:
         for bar in self.bars.values():
             bar.close()
+
+
+class Lines:
+    """Progress where stderr is no terminal: now and then a line, without control characters."""
+
+    def __init__(self) -> None:
+        self.began = self.written = time.monotonic()
+        self.done: dict[str, int] = {}
+        self.total = 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.done[stage], self.total = done, total
+        if time.monotonic() - self.written >= LINE_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        self.written = time.monotonic()
+        seconds = self.written - self.began
+        counts = ", ".join(f"{stage} {done}/{self.total}" for stage, done in self.done.items())
+        rate = min(self.done.values()) / seconds  # of the frames that every stage so far has passed on
+        left = f", {(self.total - min(self.done.values())) / rate:.0f} s left" if rate else ""
+        print(f"{counts}, {rate:.2f} frames/s{left}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.done:
+            self.write()
 
 
 def peak_memory() -> int:
@@ -89,6 +127,8 @@ def peak_memory() -> int:
         import psutil
 
         return psutil.Process().memory_info().peak_wset
+    with suppress(OSError, TypeError):  # Linux; there getrusage also counts what the parent held when it started us
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -101,35 +141,52 @@ def choose_device(name: str):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"The device '{name}' cannot be used on this machine: try --device cpu.") from error
     return device
 
 
+def check_report(path: Path, others: tuple[str, ...]) -> None:
+    """Raise UserError, before the long work, where a report cannot be written to `path`."""
+    if path.is_dir():
+        raise UserError(f"The report '{path}' is a folder; give the name of a file to write.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"The folder of the report '{path}' does not exist; create it first.")
+    if any(os.path.realpath(path) == os.path.realpath(other) for other in others):
+        raise UserError(f"The report '{path}' would overwrite a file of this run; choose another name for it.")
+
+
 def run(args: argparse.Namespace) -> None:
     """One job, from checked arguments."""
-    # Imported here, so that --help and mistakes in the arguments are answered at once.
-    import torch
-
-    from latentsync.checkpoints import load_models, resolve
+    # Imported here, so that --help is answered at once, and mistakes in the files before torch is there.
     from latentsync.media import check_output, probe_audio, probe_video
-    from latentsync.pipeline import Settings, lipsync
 
     probe_video(args.video)
     probe_audio(args.audio)
     check_output(args.output, (args.video, args.audio))
-    if args.report and not args.report.absolute().parent.is_dir():
-        raise UserError(f"The folder of the report '{args.report}' does not exist; create it first.")
+    if args.report:
+        check_report(args.report, (args.video, args.audio, args.output))
+
+    import torch
+
+    from latentsync.checkpoints import load_models, resolve
+    from latentsync.pipeline import Settings, lipsync
+
     device = choose_device(args.device)
     checkpoint = resolve(args.model, device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     models = load_models(checkpoint, device, dtype)
     print(f"model {models.name}, {models.resolution} px, on {device}", file=sys.stderr)
     settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed)
-    bars = Bars()
+    bars = Bars() if sys.stderr.isatty() else Lines()
     try:
         report = lipsync(args.video, args.audio, args.output, models, settings, bars)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"The memory of {device} is not enough for '{args.video}' with the model {models.name}: close other "
+            "programs that use it, take --model latentsync-1.5 or demo, or --device cpu."
+        ) from error
     finally:
         bars.close()
     if report.frames_without_face:
@@ -138,7 +195,13 @@ def run(args: argparse.Namespace) -> None:
         found = report.as_dict() | {"peak_memory_bytes": peak_memory()}
         if device.type == "cuda":
             found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-        args.report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        try:
+            args.report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"'{args.output}' is done, but the report '{args.report}' cannot be written ({error.strerror}); "
+                "choose another name for it."
+            ) from error
     print(args.output)
 
 
@@ -162,4 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(errors="backslashreplace")  # of the output's name, where its letters are not the console's
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: Python would take a second or more to take torch apart

@@ -5,15 +5,18 @@ A checkpoint is a folder:
     latentsync_unet.safetensors or .pt    the U-Net under its released names
     whisper/tiny.safetensors or .pt       an OpenAI-format Whisper, of which the encoder is used
     vae/config.json, vae/diffusion_pytorch_model.safetensors    a diffusers AutoencoderKL
-    latentsync.json                       {"resolution": 256, "unet": {…}}; the released models need none
+    latentsync.json                       {"resolution": 256, "unet": {…}, "match_colours": false}; the released
+                                          models need none
 """
 
 import json
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from latentsync.errors import UserError
+from latentsync.sampling import WINDOW
 from latentsync.unet import UNet, UNetConfig
 from latentsync.whisper import AudioEncoder, WhisperDims
 
@@ -63,6 +67,7 @@ class Checkpoint:
     whisper: Path
     vae: Path
     vae_config: Path
+    match_colours: bool = False  # its autoencoder does not return every tone; see `compositing.match_colours`
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Models:
     unet: UNet
     audio_encoder: AudioEncoder
     vae: AutoencoderKL
+    match_colours: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +113,7 @@ def _from_folder(folder: Path, name: str, resolution: int | None = None) -> Chec
     config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     resolution = config.get("resolution", resolution)
     if resolution is None:
-        resolution = next((r.resolution for key, r in RELEASES.items() if key[-3:] in folder.name), None)
+        resolution = next((r.resolution for key, r in RELEASES.items() if folder.name.endswith(key[-3:])), None)
     if not isinstance(resolution, int) or resolution % 64 or not 64 <= resolution <= 1024:
         raise UserError(
             f"'{folder}' does not say which resolution it was trained for: put {{\"resolution\": 256}} (for 1.5) "
@@ -127,7 +133,10 @@ def _from_folder(folder: Path, name: str, resolution: int | None = None) -> Chec
         unet_config = UNetConfig.from_dict(config.get("unet", {}))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"'{folder / CONFIG}' asks for a network that this program is not: {error}.") from error
-    return Checkpoint(name=name, resolution=resolution, unet_config=unet_config, **found)
+    match_colours = config.get("match_colours", False) is True
+    return Checkpoint(
+        name=name, resolution=resolution, unet_config=unet_config, match_colours=match_colours, **found
+    )
 
 
 def _from_hub_cache(name: str) -> Checkpoint | None:
@@ -219,10 +228,29 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Any], path: Path) -> N
         if given is not None and (not isinstance(given, Tensor) or given.shape != tensor.shape):
             shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             wrong.append(f"has '{name}' of shape {shape} instead of {tuple(tensor.shape)}")
+        elif given is not None and not (given.is_floating_point() and given.layout == torch.strided):
+            wrong.append(f"has '{name}' as {given.dtype}, {given.layout} instead of plain floating-point numbers")
     if wrong:
         more = f" ({len(wrong) - 1} more differences)" if len(wrong) > 1 else ""
         raise UserError(f"The checkpoint file '{path}' {wrong[0]}{more}; it is of another model or version.")
     module.load_state_dict(dict(tensors), assign=True)
+
+
+@contextmanager
+def _building(path: Path) -> Iterator[None]:
+    """On the meta device, build the network whose sizes `path` gives; UserError where they make none."""
+    try:
+        with torch.device("meta"):
+            yield
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, ArithmeticError) as error:
+        raise UserError(
+            f"The sizes given for '{path}' do not describe a network that can be built; fetch the checkpoint again."
+        ) from error
+
+
+def _check_heads(widths: Iterable[int], heads: int) -> None:
+    if any(width % heads for width in widths):
+        raise ValueError(f"{heads} heads cannot share the width evenly")
 
 
 def load_unet(path: Path, config: UNetConfig) -> UNet:
@@ -231,7 +259,10 @@ def load_unet(path: Path, config: UNetConfig) -> UNet:
     tensors = tensors.get("state_dict", tensors)
     if not isinstance(tensors, Mapping):
         raise UserError(f"The checkpoint file '{path}' does not hold named tensors; fetch it again.")
-    with torch.device("meta"):
+    with _building(path):
+        widths = config.block_out_channels
+        _check_heads([*compress(widths, config.cross_attention), widths[-1]], config.heads)
+        _check_heads(compress(widths, config.temporal), config.temporal_heads)
         unet = UNet(config)
     load_exactly(unet, tensors, path)
     return unet.eval()
@@ -240,9 +271,9 @@ def load_unet(path: Path, config: UNetConfig) -> UNet:
 def load_audio_encoder(path: Path) -> AudioEncoder:
     """The encoder of an OpenAI-format Whisper (torch file, or safetensors with the dims as metadata), float32."""
     tensors, metadata = read_tensors(path)
-    dims = json.loads(metadata["dims"]) if "dims" in metadata else tensors.get("dims")
-    tensors = tensors.get("model_state_dict", tensors)
     try:
+        dims = json.loads(metadata["dims"]) if "dims" in metadata else tensors.get("dims")
+        tensors = tensors.get("model_state_dict", tensors)
         dims = WhisperDims(**{field.name: int(dims[field.name]) for field in fields(WhisperDims)})
         tensors = {
             name.removeprefix("encoder."): tensor.float()
@@ -251,7 +282,8 @@ def load_audio_encoder(path: Path) -> AudioEncoder:
         }
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UserError(f"'{path}' is not a Whisper file in OpenAI's format; fetch it again.") from error
-    with torch.device("meta"):
+    with _building(path):
+        _check_heads((dims.n_audio_state,), dims.n_audio_head)
         encoder = AudioEncoder(dims)
     load_exactly(encoder, tensors, path)
     return encoder.eval()
@@ -267,11 +299,8 @@ def load_vae(path: Path, config_path: Path) -> AutoencoderKL:
             new = new.replace(old_part, new_part)
         tensors[new] = tensors.pop(name)
     config = _read_json(config_path)
-    try:
-        with torch.device("meta"):
-            vae = AutoencoderKL.from_config(config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"'{config_path}' does not describe an AutoencoderKL; fetch it again.") from error
+    with _building(config_path):
+        vae = AutoencoderKL.from_config(config)
     load_exactly(vae, tensors, path)
     return vae.eval()
 
@@ -288,9 +317,15 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     config = checkpoint.unet_config
     if (config.in_channels, config.out_channels) != (3 * latents + 1, latents):
         raise UserError(f"'{checkpoint.unet}' and '{checkpoint.vae}' do not belong together; fetch both again.")
+    if vae.config.shift_factor:
+        raise UserError(f"'{checkpoint.vae_config}' shifts its latents, which LatentSync does not; use its own VAE.")
+    if any(config.temporal) and config.temporal_max_len < WINDOW:
+        raise UserError(f"'{checkpoint.unet}' takes {config.temporal_max_len} frames, but a window has {WINDOW}.")
     encoder = load_audio_encoder(checkpoint.whisper)
     if encoder.dims.n_audio_state != config.cross_attention_dim:
         raise UserError(f"'{checkpoint.unet}' and '{checkpoint.whisper}' do not belong together; fetch both again.")
     for module in (unet, vae):
-        module.requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
-    return Models(checkpoint.name, checkpoint.resolution, unet, encoder.requires_grad_(False).to(device), vae)
+        # diffusers' own `to` warns of modules to be kept in float32 even where there are none.
+        nn.Module.to(module.requires_grad_(False), device, dtype, memory_format=torch.channels_last)
+    encoder = encoder.requires_grad_(False).to(device)
+    return Models(checkpoint.name, checkpoint.resolution, unet, encoder, vae, checkpoint.match_colours)

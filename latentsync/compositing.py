@@ -28,6 +28,23 @@ def merge_faces(generated: torch.Tensor, crops: torch.Tensor, mask: torch.Tensor
     return generated + (original - generated) * mask
 
 
+def match_colours(generated: torch.Tensor, crops: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Give generated faces the colours that the camera saw, for autoencoders that do not return every tone.
+
+    What the mask shows is there twice, generated and as it was: the affine colour transform from the one to the
+    other (least squares, one a face) is applied to the whole face. Arguments as in `merge_faces`; returns
+    (n, 3, R, R) in the dtype of `generated`.
+    """
+    original = crops.permute(0, 3, 1, 2).float() / 127.5 - 1
+    ones = torch.ones_like(original[:, :1])
+    colours = torch.cat([generated.float(), ones], dim=1).flatten(2)  # (n, 4, pixels)
+    weighted = colours * mask.float().flatten()
+    # A hundredth of a grey level of ridge keeps a flat picture solvable.
+    square = weighted @ colours.transpose(1, 2) + 1e-4 * mask.sum() * torch.eye(4, device=mask.device)
+    transform = torch.linalg.solve(square, weighted @ original.flatten(2).transpose(1, 2))  # (n, 4, 3)
+    return (transform.transpose(1, 2) @ colours).unflatten(2, generated.shape[2:]).to(generated.dtype)
+
+
 def paste_face(frame: torch.Tensor, face: torch.Tensor, matrix: np.ndarray, opacity: float = 1.0) -> None:
     """Blend a face crop into the frame it came from, with a soft edge. Changes `frame` in place.
 

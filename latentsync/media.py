@@ -231,6 +231,10 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     frame = re.search(r"\bpts: *(\S+) .*?\bfmt:(\w+) .*?\bsar:(\d+)/(\d+) s:(\d+)x(\d+)", text)
     if not frame:
         raise UserError(f"{path} is cut off or damaged, no picture can be decoded; get a complete copy.")
+    if re.search(r": partial file$", text, re.MULTILINE):  # the index of an MP4 or MOV points past the file's end
+        raise UserError(
+            f"{path} is cut off, as after an unfinished download: its end is missing; get a complete copy."
+        )
     shown_base = re.search(r"config in time_base: (\d+/\d+)", text)
     start_pts = int(frame[1]) if re.fullmatch(r"-?\d+", frame[1]) else 0
     width, height = int(frame[5]), int(frame[6])
@@ -638,8 +642,10 @@ class VideoWriter:
                         f"{self.path} cannot be replaced ({failed.strerror}); close it or rename the output."
                     ) from failed
         finally:
-            self._run.__exit__(None, None, None)
-            self._partial.unlink(missing_ok=True)
+            try:
+                self._run.__exit__(None, None, None)
+            finally:  # even if the user presses Ctrl-C once more
+                self._partial.unlink(missing_ok=True)
 
 
 def _audio_codec(audio: AudioInfo, container: str) -> list[str]:

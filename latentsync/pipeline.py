@@ -18,7 +18,7 @@ from torch import Tensor
 from latentsync.alignment import crop_face, estimate_matrix, fixed_mask
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints import Models
-from latentsync.compositing import merge_faces, paste_face
+from latentsync.compositing import match_colours, merge_faces, paste_face
 from latentsync.errors import UserError
 from latentsync.faces import track_faces
 from latentsync.media import (
@@ -33,6 +33,7 @@ from latentsync.sampling import (
     GUIDANCE_SCALE,
     INFERENCE_STEPS,
     SEED,
+    WINDOW,
     DeepCache,
     Schedule,
     ddim_schedule,
@@ -41,7 +42,6 @@ from latentsync.sampling import (
 )
 from latentsync.vae import condition, decode, to_pixels
 
-WINDOW = 16  # frames that the U-Net was trained to see together
 STAGES = ("faces", "mouths", "writing")
 
 Progress = Callable[[str, int, int], None]
@@ -51,7 +51,7 @@ Progress = Callable[[str, int, int], None]
 class Settings:
     """What a run is asked for."""
 
-    steps: int = INFERENCE_STEPS  # 1 to 1000
+    steps: int = INFERENCE_STEPS  # 1 to 999
     guidance_scale: float = GUIDANCE_SCALE  # 1 (off) to 3 are useful
     seed: int = SEED
     windows_per_pass: int = 1  # windows that go through the U-Net together
@@ -157,10 +157,14 @@ def batches(parts: Iterable[Window | Shot], size: int) -> Iterator[list[Window |
 
 
 class Painter:
-    """Generates the faces of windows: all that stays the same from window to window."""
+    """Generates the faces of windows: all that stays the same from window to window.
 
-    def __init__(self, models: Models, settings: Settings):
-        self.models, self.settings = models, settings
+    on_step is called at every denoising step; what it raises stops the run.
+    """
+
+    def __init__(self, models: Models, settings: Settings, on_step: Callable[[], None] | None = None):
+        self.models, self.settings, self.on_step = models, settings, on_step
+        self.queued: torch.cuda.Event | None = None  # the end of the last step that was given to the GPU
         device, dtype = models.device, models.dtype
         self.mask = torch.from_numpy(fixed_mask(models.resolution).copy()).to(device, dtype)
         self.schedule: Schedule = ddim_schedule(settings.steps)
@@ -185,9 +189,12 @@ class Painter:
             self.schedule,
             self.settings.guidance_scale,
             self.settings.cache,
+            self.step_given,
         )
         new = [i * f + j for i, window in enumerate(windows) for j in range(window.done, f)]
         generated = decode(self.models.vae, latents.transpose(1, 2).flatten(0, 1)[new])
+        if self.models.match_colours:
+            generated = match_colours(generated, crops[new], self.mask)
         faces = merge_faces(generated, crops[new], self.mask)
         for face, index in zip(faces, new, strict=True):
             shot = shots[index]
@@ -195,6 +202,17 @@ class Painter:
             on_device = frame.to(device)
             paste_face(on_device, face, shot.matrix, shot.opacity)
             frame.copy_(on_device)
+
+
+    def step_given(self, _: int) -> None:
+        """Stay one step ahead of the GPU and no more, or a run could not be stopped before its window ends."""
+        if self.models.device.type == "cuda":
+            before, self.queued = self.queued, torch.cuda.Event(blocking=True)
+            self.queued.record()
+            if before is not None:
+                before.synchronize()
+        if self.on_step:
+            self.on_step()
 
 
 def paint(groups: Iterable[list[Window | Shot]], painter: Painter) -> Iterator[Shot]:
@@ -248,9 +266,9 @@ def lipsync(
     """Write `output`: the video with its mouth saying the audio.
 
     It lasts as long as the sound, ceil(seconds × 25) frames; a shorter video is played forward and backward.
-    on_progress(stage, frames done, frames in all) is called as the stages of STAGES advance; what it raises
-    stops the run. Whatever ends a run early, no part of the output is left. Raises UserError where the files
-    cannot be used, or the video never shows a usable face.
+    on_progress(stage, frames done, frames in all) is called as the stages of STAGES advance, and at every
+    denoising step; what it raises stops the run. Whatever ends a run early, no part of the output is left.
+    Raises UserError where the files cannot be used, or the video never shows a usable face.
     """
     settings = settings or Settings()
     began = time.perf_counter()
@@ -295,6 +313,7 @@ def generate(
 
     frames: uint8 (H, W, 3) at 25 fps, writable; wav: (samples,) float32 at 16 kHz; total: frames to expect.
     """
+    painted = 0
 
     def watched(shots: Iterable[Shot], stage: str) -> Iterator[Shot]:
         for done, shot in enumerate(shots, 1):
@@ -302,8 +321,15 @@ def generate(
                 on_progress(stage, done, total)
             yield shot
 
+    def still_painting() -> None:
+        if on_progress:
+            on_progress("mouths", painted, total)
+
     tokens = clock.time(audio_chunks(models.audio_encoder, wav, total), "sound")
     decoded = clock.time(frames, "reading")
     aligned = watched(clock.time(align(decoded, tokens, models.resolution), "faces"), "faces")
     groups = batches(windows(aligned), settings.windows_per_pass)
-    yield from watched(clock.time(paint(groups, Painter(models, settings)), "mouths"), "mouths")
+    painter = Painter(models, settings, still_painting)
+    for shot in watched(clock.time(paint(groups, painter), "mouths"), "mouths"):
+        painted += 1
+        yield shot

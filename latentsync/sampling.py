@@ -13,14 +13,19 @@ TRAIN_STEPS = 1000
 GUIDANCE_SCALE = 1.5  # useful from 1 (off) to 3
 INFERENCE_STEPS = 20
 SEED = 1247
+WINDOW = 16  # frames that the network was trained to see together
 
 
 @dataclass(frozen=True)
 class DeepCache:
     """Full passes at every `interval`-th step, shallow ones of `branch` between them (the package's terms)."""
 
-    interval: int = 3
-    branch: int = 0
+    interval: int = 3  # from 1
+    branch: int = 0  # from 0 to 3 · levels − 1
+
+    def __post_init__(self) -> None:
+        if self.interval < 1 or self.branch < 0:
+            raise ValueError(f"{self}: the interval starts at 1 and the branch at 0")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def ddim_scheduler() -> DDIMScheduler:
 
 
 def ddim_schedule(steps: int) -> Schedule:
-    """The schedule of 1 to 1000 steps.
+    """The schedule of 1 to 999 steps; under about 5, leading spacing starts too late to remove the noise.
 
     A DDIM step x' = √a'·(x − √(1−a)·e)/√a + √(1−a')·e is linear in x and e, so two numbers a step say it all;
     they are worked out here on the host in double precision, which leaves nothing to wait for on the device.

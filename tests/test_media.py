@@ -442,8 +442,17 @@ def test_encoder_that_dies_is_a_sentence(tmp_path):
     assert not os.listdir(tmp_path / "out")
 
 
-def test_truncated_picture_data_gives_the_part_that_is_there(tmp_path):
+def test_truncated_picture_data_behind_a_whole_index_is_noticed(tmp_path):
     path = make_video(tmp_path / "a.mp4", *X264, "-movflags", "+faststart", size="320x240", seconds=4)
+    data = path.read_bytes()
+    for share in (0.1, 0.5, 0.95):
+        path.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(UserError, match="cut off"):
+            probe_video(path)
+
+
+def test_a_container_without_an_index_gives_the_part_that_is_there(tmp_path):
+    path = make_video(tmp_path / "a.mkv", *X264, size="320x240", seconds=4)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])
     info = probe_video(path)

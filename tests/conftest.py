@@ -1,0 +1,64 @@
+"""What several test files share: a checkpoint, a talking face, a voice, and one thread for small networks."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from clips import ffmpeg, make_sound
+from skimage.data import astronaut
+from tiny import make_checkpoint
+
+SIDE = 192  # pixels of the face clip
+FACE_FRAMES = 24
+
+
+def portrait(t: int) -> np.ndarray:
+    """Frame t of a face in gentle motion: uint8 (SIDE, SIDE, 3)."""
+    still = cv2.resize(np.ascontiguousarray(astronaut()[:240, 110:350]), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    matrix = np.array([[1, 0, 3 * np.sin(t / 6)], [0, 1, t / 12]])
+    return cv2.warpAffine(still, matrix, (SIDE, SIDE), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+
+
+def save_video(path: Path, frames: list[np.ndarray], *options: object) -> Path:
+    """Write 25 fps of RGB frames; `options` are ffmpeg output options, lossless if there are none."""
+    raw = path.with_suffix(".rgb")
+    raw.write_bytes(b"".join(frame.tobytes() for frame in frames))
+    height, width = frames[0].shape[:2]
+    ffmpeg(
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", 25, "-i", raw),
+        *(options or ("-c:v", "ffv1", "-pix_fmt", "bgr0")),
+        path,
+    )
+    raw.unlink()
+    return path
+
+
+@pytest.fixture(scope="session")
+def talking(tmp_path_factory) -> Path:
+    """About a second of a face that fills most of the picture."""
+    path = tmp_path_factory.mktemp("talking") / "talking.mp4"
+    options = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", 12)
+    return save_video(path, [portrait(t) for t in range(FACE_FRAMES)], *options)
+
+
+@pytest.fixture(scope="session")
+def voice(tmp_path_factory) -> Path:
+    """0.78 s of sound: 20 frames, of which the last is half filled."""
+    return make_sound(tmp_path_factory.mktemp("voice") / "voice.wav", seconds=0.78)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Small networks are no faster on several threads, and much slower where others use the processor."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
