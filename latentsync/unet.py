@@ -57,6 +57,7 @@ class UNetConfig:
             "mid_block_type": "UNetMidBlock3DCrossAttn",
             "motion_module_decoder_only": False,
             "motion_module_mid_block": False,
+            "motion_module_type": "Vanilla",
             "resnet_time_scale_shift": "default",
         }
         motion = config.get("motion_module_kwargs", {})
@@ -69,6 +70,9 @@ class UNetConfig:
             for name, value in wanted.items():
                 if given.get(name, value) != value:
                     raise ValueError(f"{name} = {given[name]!r} is not supported, only {value!r}")
+        attentions = motion.get("attention_block_types", ("Temporal_Self",) * cls.temporal_layers)
+        if set(attentions) != {"Temporal_Self"}:
+            raise ValueError(f"attention_block_types = {attentions!r} is not supported, only 'Temporal_Self'")
         widths = tuple(config.get("block_out_channels", cls.block_out_channels))
         down = config.get("down_block_types")
         cross = tuple("CrossAttn" in kind for kind in down) if down else cls.cross_attention
@@ -92,7 +96,7 @@ class UNetConfig:
             norm_num_groups=config.get("norm_num_groups", cls.norm_num_groups),
             norm_eps=config.get("norm_eps", cls.norm_eps),
             temporal_heads=motion.get("num_attention_heads", cls.temporal_heads),
-            temporal_layers=len(motion.get("attention_block_types", ("Temporal_Self",) * cls.temporal_layers)),
+            temporal_layers=len(attentions),
             temporal_max_len=motion.get("temporal_position_encoding_max_len", cls.temporal_max_len),
         )
 
@@ -244,8 +248,10 @@ class TemporalAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b, f, p, C), p pixels → the same. The positions go into q, k and v."""
+        b = len(x)
         h = (x + self.pos_encoder.pe[:, : x.shape[1], None].to(x.dtype)).transpose(1, 2)  # (b, p, f, C)
-        return super().forward(h, self.keys(h)).transpose(1, 2)
+        h = h.flatten(0, 1)  # three dimensions: the fused attention kernels take no more than a batch and heads
+        return super().forward(h, self.keys(h)).unflatten(0, (b, -1)).transpose(1, 2)
 
 
 class TemporalBlock(nn.Module):
