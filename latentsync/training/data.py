@@ -23,6 +23,7 @@ from latentsync.audio import (
     VIDEO_FPS,
 )
 from latentsync.errors import UserError
+from latentsync.sampling import WINDOW
 
 RESOLUTION = 128  # side of the crop that the demo model sees
 MARGIN = 16  # pixels of the aligned picture kept around it
@@ -37,7 +38,6 @@ MEL_PER_FRAME = SAMPLE_RATE // HOP_LENGTH // VIDEO_FPS
 N_MELS = 80
 HELD_OUT_SPEAKERS = ("s3", "s7", "s25", "s31", "s34")  # people whom the model must never have seen
 HELD_OUT_EVERY = 20  # of the clips of people with more than that many, every 20th is held out
-WINDOW = 16  # frames
 EDGE = 2  # frames at a clip's ends whose audio tokens reach into the next clip
 CLIPS_PER_SEGMENT = 10  # clips of 3 s that share one 30 s segment of sound
 

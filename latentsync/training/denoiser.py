@@ -102,7 +102,8 @@ def train(
 ) -> None:
     """Train U-Net and audio encoder for `seconds`; continue from `state/denoiser.pt` where it exists.
 
-    batch: windows a step, a multiple of 10. Takes the autoencoder and the encoder to begin with from `state/autoencoder.pt` and `state/listener.pt`.
+    Takes the autoencoder and the encoder to begin with from `state/autoencoder.pt` and `state/listener.pt`.
+    batch: windows a step, a multiple of 10.
     """
     began = time.time()
     data = load_clips(prepared, device)

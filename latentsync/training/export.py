@@ -29,9 +29,8 @@ def export(state: Path, folder: Path) -> None:
     load_weights(state / "denoiser.pt", {"average": average})
     for name in (UNET_NAMES[0], WHISPER_NAMES[0], VAE_NAMES[0]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(
-        json.dumps({"resolution": RESOLUTION, "unet": denoiser.CONFIG}, indent=2) + "\n", encoding="utf-8"
-    )
+    config = {"resolution": RESOLUTION, "match_colours": True, "unet": denoiser.CONFIG}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(half(average["unet"]), folder / UNET_NAMES[0])
     dims = json.dumps(vars(listener.DIMS))
     save_file(half(average["encoder"], "encoder."), folder / WHISPER_NAMES[0], metadata={"dims": dims})
