@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from latentsync.errors import UserError
 from latentsync.unet import UNet, frames_first, windows_first
 
 TRAIN_STEPS = 1000
@@ -18,14 +19,17 @@ WINDOW = 16  # frames that the network was trained to see together
 
 @dataclass(frozen=True)
 class DeepCache:
-    """Full passes at every `interval`-th step, shallow ones of `branch` between them (the package's terms)."""
+    """Full passes at every `interval`-th step, shallow ones of `branch` between them (the package's terms).
+
+    Raises UserError for numbers that name no such pass.
+    """
 
     interval: int = 3  # from 1
     branch: int = 0  # from 0 to 3 · levels − 1
 
     def __post_init__(self) -> None:
         if self.interval < 1 or self.branch < 0:
-            raise ValueError(f"{self}: the interval starts at 1 and the branch at 0")
+            raise UserError(f"{self} is not possible: give an interval from 1 and a branch from 0.")
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,9 @@ class Level:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"The setting {name} is {getattr(self, name)!r}: it is either True or False.")
         cache = self.cache
-        if cache is not None and not (
-            isinstance(cache, DeepCache) and cache.interval >= 1 and 0 <= cache.branch < BRANCHES
-        ):
+        if cache is not None and not (isinstance(cache, DeepCache) and cache.branch < BRANCHES):
             raise UserError(
-                f"The setting cache is {cache!r}: give None, or a DeepCache with an interval from 1 and a branch "
-                f"from 0 to {BRANCHES - 1}."
+                f"The setting cache is {cache!r}: give None, or a DeepCache with a branch from 0 to {BRANCHES - 1}."
             )
 
 

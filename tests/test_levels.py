@@ -74,10 +74,16 @@ def test_every_setting_can_be_overridden_alone(setting):
     "setting, value",
     [
         ("step_share", 0), ("step_share", 1.1), ("batch_share", True), ("vram_fraction", float("nan")),
-        ("vram_fraction", "0.8"), ("tf32", 1), ("cache", (3, 0)), ("cache", DeepCache(0, 0)),
+        ("vram_fraction", "0.8"), ("tf32", 1), ("cache", (3, 0)),
         ("cache", DeepCache(3, 12)), ("name", "mine"), ("turbo", True),
     ],
 )  # fmt: skip
 def test_overrides_out_of_range_are_refused_by_name(setting, value):
     with pytest.raises(UserError, match=setting):
         override(BALANCED, **{setting: value})
+
+
+@pytest.mark.parametrize("interval, branch", [(0, 0), (3, -1)])
+def test_a_cache_that_names_no_pass_is_refused(interval, branch):
+    with pytest.raises(UserError, match="interval from 1"):
+        DeepCache(interval, branch)
