@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,30 +30,25 @@ def parser() -> argparse.ArgumentParser:
         help="auto (default), demo, latentsync-1.5, latentsync-1.6, or a checkpoint folder",
     )  # fmt: skip
     found.add_argument(
-        "--steps", type=_whole(1, 999), default=20, help="diffusion steps, 12 to 50 are useful (default 20)"
+        "--steps", type=_between(int, 1, 999), default=20, help="diffusion steps, 12 to 50 are useful (default 20)"
     )
-    found.add_argument("--guidance", type=_number(0, 10), default=1.5, help="lip strength, 1 (off) to 3 (default 1.5)")
-    found.add_argument("--seed", type=_whole(0, 2**63 - 1), default=1247, help="default 1247")
+    found.add_argument(
+        "--guidance", type=_between(float, 0, 10), default=1.5, help="lip strength, 1 (off) to 3 (default 1.5)"
+    )
+    found.add_argument("--seed", type=_between(int, 0, 2**63 - 1), default=1247, help="default 1247")
     found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     found.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
     found.add_argument("--version", action="version", version=__version__)
     return found
 
 
-def _whole(low: int, high: int):
-    def number(text: str) -> int:
-        if not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return int(text)
+def _between(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
+    """A type for argparse: a number of `kind`, int or float, in a range."""
 
-    return number
-
-
-def _number(low: float, high: float):
     def number(text: str) -> float:
-        if not low <= float(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return float(text)
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
 
     return number
 

@@ -71,7 +71,8 @@ def train(prepared: Path, state: Path, seconds: float, device: torch.device, bat
             print(f"autoencoder step {step} loss {float(recon.detach()):.4f} {elapsed:.0f} s", flush=True)
     scale = latent_scale(vae, data)
     print(f"autoencoder: {step - first} steps, latents scaled by {scale:.4f}")
-    print(f"  held-out PSNR {held_out_psnr(vae, load_clips(prepared, device, held_out=True)):.2f} dB", flush=True)
+    if unseen := load_clips(prepared, device, held_out=True):
+        print(f"  held-out PSNR {held_out_psnr(vae, unseen):.2f} dB", flush=True)
     save_state(state / "autoencoder.pt", {"vae": vae}, optimizer, step, scaling_factor=scale)
 
 

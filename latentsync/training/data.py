@@ -63,8 +63,11 @@ def is_held_out(speaker: str, index: int, of: int) -> bool:
     return speaker in HELD_OUT_SPEAKERS or (of > HELD_OUT_EVERY and index % HELD_OUT_EVERY == 0)
 
 
-def load_clips(folder: Path, device: torch.device, held_out: bool = False) -> ClipSet:
-    """The training clips of a prepared folder, or its held-out ones. Raises UserError where it is not one."""
+def load_clips(folder: Path, device: torch.device, held_out: bool = False) -> ClipSet | None:
+    """The training clips of a prepared folder, or its held-out ones, None if there are none of these.
+
+    Raises UserError where it is not a prepared folder, or has nothing to train on.
+    """
     try:
         table = np.load(folder / "clips.npz")
     except OSError as error:
@@ -76,7 +79,11 @@ def load_clips(folder: Path, device: torch.device, held_out: bool = False) -> Cl
         own = np.flatnonzero(speakers == speaker)
         chosen += [clip for i, clip in enumerate(own) if is_held_out(speaker, i, len(own)) == held_out]
     # A clip must hold a window and a reference window besides its edges.
-    chosen = np.array([clip for clip in sorted(chosen) if lengths[clip] >= 2 * WINDOW + 2 * EDGE])
+    chosen = [clip for clip in sorted(chosen) if lengths[clip] >= 2 * WINDOW + 2 * EDGE]
+    if not chosen and held_out:
+        return None
+    if not chosen:
+        raise UserError(f"'{folder}' has no clip of {2 * WINDOW + 2 * EDGE} frames to train on; prepare longer ones.")
     wanted = np.zeros(lengths.sum(), bool)
     for clip in chosen:
         wanted[starts[clip] : starts[clip] + lengths[clip]] = True

@@ -94,8 +94,10 @@ def train(
         step += 1
         if step % 200 == 0:
             print(f"listener step {step} loss {float(loss):.4f} {elapsed:.0f} s", flush=True)
-    score = opening_correlation(encoder, reader, load_clips(prepared, device, held_out=True))
-    print(f"listener: step {step}, held-out correlation of the mouth's opening {score:.3f}", flush=True)
+    print(f"listener: step {step}", flush=True)
+    if unseen := load_clips(prepared, device, held_out=True):
+        score = opening_correlation(encoder, reader, unseen)
+        print(f"  held-out correlation of the mouth's opening {score:.3f}", flush=True)
     save_state(state / "listener.pt", {"encoder": encoder, "reader": reader}, optimizer, step)
 
 

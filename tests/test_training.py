@@ -1,0 +1,143 @@
+"""Training sees and hears what inference does, goes on where it stopped, and ends in a checkpoint that loads."""
+
+import numpy as np
+import pytest
+import torch
+from clips import ffmpeg, make_sound
+from conftest import portrait, save_video
+from diffusers import AutoencoderKL
+from torch import nn
+
+from latentsync.audio import audio_chunks
+from latentsync.checkpoints import load_models, resolve
+from latentsync.media import read_audio
+from latentsync.training import autoencoder, denoiser, listener
+from latentsync.training.data import (
+    MARGIN,
+    RESOLUTION,
+    WINDOW,
+    draw_sound,
+    draw_windows,
+    is_held_out,
+    load_clips,
+    plain_look,
+    random_look,
+    render,
+    tokens_of,
+)
+from latentsync.training.export import export
+from latentsync.training.prepare import prepare
+from latentsync.training.state import load_state, save_state
+from latentsync.unet import UNet, UNetConfig
+
+CPU = torch.device("cpu")
+FRAMES = 45
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A face with a changing sound, 1.8 s."""
+    folder = tmp_path_factory.mktemp("clip")
+    picture = save_video(folder / "picture.mkv", [portrait(t) for t in range(FRAMES)])
+    sweep = make_sound(folder / "sound.wav", seconds=FRAMES / 25, source="aevalsrc='0.4*sin(900*t*t)':s=16000")
+    ffmpeg("-i", picture, "-i", sweep, "-c:v", "libx264", "-crf", 12, "-c:a", "flac", folder / "clip.mkv")
+    return folder / "clip.mkv"
+
+
+@pytest.fixture(scope="module")
+def prepared(clip, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare([("a", clip), ("b", clip)], folder, crf=10)
+    return folder
+
+
+def test_the_training_windows_hear_what_inference_hears(prepared, clip, one_thread):
+    data = load_clips(prepared, CPU)
+    encoder = listener.new_encoder().eval()
+    rng = np.random.default_rng(0)
+    for _ in range(20):  # until the sound of one clip alone is drawn, which is inference's case
+        sound = draw_sound(data, rng, 1, augment=False)
+        if len(sound.clips[0]) == 1:
+            break
+    windows = draw_windows(data, sound, rng, 3)
+    with torch.no_grad():
+        tokens = tokens_of(encoder(sound.mel), windows)
+    heard = torch.stack(list(audio_chunks(encoder, torch.from_numpy(read_audio(clip)), FRAMES)))
+    first = int(data.starts[sound.clips[0][0]])
+    for window, wanted in zip(tokens, heard[windows.frames - first], strict=True):
+        error = float((window - wanted).norm() / wanted.norm())
+        shifted = float((window[1:] - wanted[:-1]).norm() / wanted[1:].norm())
+        assert error < 0.05 < shifted, "a frame off would be heard"
+
+
+def test_the_reference_is_another_window_of_the_same_clip(prepared):
+    data = load_clips(prepared, CPU)
+    rng = np.random.default_rng(1)
+    windows = draw_windows(data, draw_sound(data, rng, 4, augment=True), rng, 20)
+    clip_of = np.repeat(np.arange(len(data.starts)), data.lengths)
+    for frames, reference in zip(windows.frames.numpy(), windows.reference.numpy(), strict=True):
+        clip = clip_of[frames[0]]
+        assert (clip_of[frames] == clip).all() and (clip_of[reference] == clip).all()
+        room = max(frames[0] - data.starts[clip], data.starts[clip] + data.lengths[clip] - 1 - frames[-1])
+        assert frames[0] != reference[0] and (room < WINDOW or not set(frames) & set(reference))
+
+
+def test_the_plain_look_is_the_inner_crop(prepared):
+    data = load_clips(prepared, CPU)
+    frames = data.frames[:4]
+    inner = frames[:, :, MARGIN : MARGIN + RESOLUTION, MARGIN : MARGIN + RESOLUTION].float() / 127.5 - 1
+    assert float((render(frames, plain_look(4, CPU)) - inner).abs().max()) < 1 / 127.5
+    varied = render(frames, random_look(4, CPU))
+    assert varied.shape == inner.shape and float((varied - inner).abs().mean()) > 0.02
+    assert float(varied.abs().max()) <= 1
+
+
+def test_lips_lie_on_the_mouth_of_the_crop(prepared):
+    data = load_clips(prepared, CPU)
+    x, y = data.lips.mean((0, 1)).tolist()
+    assert abs(x - RESOLUTION / 2) < 8 and 0.5 < y / RESOLUTION < 0.7
+
+
+def test_held_out_people_and_clips_are_never_trained_on():
+    assert all(is_held_out("s31", i, 10) for i in range(10))
+    assert [i for i in range(41) if is_held_out("s1", i, 41)] == [0, 20, 40]
+    assert not any(is_held_out("s5", i, 2) for i in range(2))
+
+
+def test_a_state_goes_on_where_it_stopped(tmp_path):
+    def fresh():
+        layer = nn.Linear(3, 3)
+        return layer, torch.optim.AdamW(layer.parameters())
+
+    layer, optimizer = fresh()
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    save_state(tmp_path / "state.pt", {"layer": layer}, optimizer, 7)
+    again, its_optimizer = fresh()
+    assert load_state(tmp_path / "missing.pt", {"layer": again}, its_optimizer) == 0
+    assert load_state(tmp_path / "state.pt", {"layer": again}, its_optimizer) == 7
+    assert torch.equal(again.weight, layer.weight)
+    moment = optimizer.state_dict()["state"][0]["exp_avg"]
+    assert torch.equal(its_optimizer.state_dict()["state"][0]["exp_avg"], moment)
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_the_listener_trains_and_continues(prepared, tmp_path, one_thread, capsys):
+    for steps in (1, 2):
+        listener.train(prepared, tmp_path, seconds=0.01, device=CPU, batch=20)
+        assert torch.load(tmp_path / "listener.pt", weights_only=True)["step"] == steps
+
+
+def test_an_export_is_a_checkpoint_that_loads(tmp_path):
+    state, folder = tmp_path / "state", tmp_path / "model"
+    vae, encoder = AutoencoderKL.from_config(autoencoder.CONFIG), listener.new_encoder()
+    unet = UNet(UNetConfig.from_dict(denoiser.CONFIG))
+    optimizer = torch.optim.SGD(encoder.parameters())
+    save_state(state / "autoencoder.pt", {"vae": vae}, optimizer, 1, scaling_factor=0.5)
+    save_state(state / "denoiser.pt", {"average": nn.ModuleDict({"unet": unet, "encoder": encoder})}, optimizer, 1)
+    export(state, folder)
+    models = load_models(resolve(str(folder), CPU), CPU, torch.float32)
+    assert models.resolution == RESOLUTION and models.match_colours
+    assert models.vae.config.scaling_factor == 0.5
+    assert torch.equal(models.unet.conv_out.weight, unet.conv_out.weight.half().float())
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 40e6
