@@ -87,9 +87,10 @@ def test_the_plain_look_is_the_inner_crop(prepared):
     frames = data.frames[:4]
     inner = frames[:, :, MARGIN : MARGIN + RESOLUTION, MARGIN : MARGIN + RESOLUTION].float() / 127.5 - 1
     assert float((render(frames, plain_look(4, CPU)) - inner).abs().max()) < 1 / 127.5
+    torch.manual_seed(0)
     varied = render(frames, random_look(4, CPU))
     assert varied.shape == inner.shape and float((varied - inner).abs().mean()) > 0.02
-    assert float(varied.abs().max()) <= 1
+    assert float(varied.abs().max()) <= 1 + 1e-5
 
 
 def test_lips_lie_on_the_mouth_of_the_crop(prepared):
