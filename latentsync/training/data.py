@@ -4,7 +4,7 @@ Everything stays on the GPU: frames as uint8, mel spectra as they were stored. R
 with numpy (which clips, where), on the device with torch (how they look and sound).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import cv2
@@ -120,12 +120,21 @@ def _uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Look:
-    """How n clips are seen: affine (n, 2, 3) for grid_sample, colour (n, 3, 4), gamma and blur (n,)."""
+    """How n clips are seen.
+
+    affine (n, 2, 3) and warp (n, 2, 4, 4), a smooth displacement, in grid_sample's units; colour (n, 3, 4);
+    gamma (n,); blur (n,), sigma in pixels; sharpen (n,), share of what the blur would take that is added.
+    """
 
     affine: Tensor
+    warp: Tensor
     colour: Tensor
     gamma: Tensor
     blur: Tensor
+    sharpen: Tensor
+
+    def __getitem__(self, index: Tensor) -> "Look":
+        return Look(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 def plain_look(n: int, device: torch.device) -> Look:
@@ -133,11 +142,12 @@ def plain_look(n: int, device: torch.device) -> Look:
     affine = torch.eye(2, 3, device=device).repeat(n, 1, 1)
     affine[:, :, :2] *= RESOLUTION / SIDE
     colour = torch.eye(3, 4, device=device).repeat(n, 1, 1)
-    return Look(affine, colour, torch.ones(n, device=device), torch.zeros(n, device=device))
+    none = torch.zeros(n, device=device)
+    return Look(affine, torch.zeros(n, 2, 4, 4, device=device), colour, none + 1, none, none)
 
 
 def random_look(n: int, device: torch.device, zoom: float = 0.06, turn: float = 0.07) -> Look:
-    """Random geometry, light, colour and sharpness. zoom: ± share; turn: ± radians."""
+    """Random geometry, face shape, light, colour and sharpness. zoom: ± share; turn: ± radians."""
     scale = RESOLUTION / SIDE * (1 + _uniform(n, -zoom, zoom, device))
     angle = _uniform(n, -turn, turn, device)
     flip = torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
@@ -159,25 +169,32 @@ def random_look(n: int, device: torch.device, zoom: float = 0.06, turn: float = 
     lift = _uniform(n, -0.1, 0.12, device)[:, None, None].expand(n, 3, 1)
     colour = torch.cat([matrix * gain, lift], dim=2)
     gamma = _uniform(n, 0.7, 1.4, device)
-    blur = _uniform(n, -0.8, 1.0, device).clamp(min=0)
-    return Look(affine, colour, gamma, blur)
+    softness = _uniform(n, -1.0, 1.0, device)
+    warp = torch.randn(n, 2, 4, 4, device=device) * _uniform(n, 0, 0.03, device)[:, None, None, None]
+    sharpen = 1.5 * (-softness).clamp(min=0)
+    # A third of a pixel is no blur; sharpening works on what a blur of one pixel would take.
+    blur = torch.where(softness > 0, softness, 1.0) * (softness.abs() > 0.3)
+    return Look(affine, warp, colour, gamma, blur, sharpen)
 
 
 def render(frames: Tensor, look: Look) -> Tensor:
     """uint8 (n, 3, SIDE, SIDE), one look each → float (n, 3, RESOLUTION, RESOLUTION) in [−1, 1]."""
     size = (len(frames), 3, RESOLUTION, RESOLUTION)
     grid = F.affine_grid(look.affine, size, align_corners=False)
+    grid = grid + F.interpolate(look.warp, size[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     x = F.grid_sample(frames.float() / 255, grid, padding_mode="reflection", align_corners=False)
     x = torch.einsum("nij,njhw->nihw", look.colour[:, :, :3], x) + look.colour[:, :, 3, None, None]
     x = x.clamp(0, 1) ** look.gamma[:, None, None, None]
     offsets = torch.arange(-2, 3, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / look.blur.clamp(min=1e-3)[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
+    soft = x
     for padding in ((2, 2, 0, 0), (0, 0, 2, 2)):
-        wide = F.pad(x, padding, mode="replicate")
+        wide = F.pad(soft, padding, mode="replicate")
         axis = 3 if padding[0] else 2
-        shifted = (wide.narrow(axis, i, RESOLUTION) * kernel[:, i, None, None, None] for i in range(5))
-        x = sum(shifted)
+        soft = sum(wide.narrow(axis, i, RESOLUTION) * kernel[:, i, None, None, None] for i in range(5))
+    sharpen = look.sharpen[:, None, None, None]
+    x = torch.where(sharpen > 0, x + sharpen * (x - soft), soft).clamp(0, 1)
     return x * 2 - 1
 
 

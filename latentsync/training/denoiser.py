@@ -16,7 +16,6 @@ from latentsync.training import autoencoder, listener
 from latentsync.training.data import (
     RESOLUTION,
     ClipSet,
-    Look,
     draw_sound,
     draw_windows,
     load_clips,
@@ -73,9 +72,7 @@ def encode_pool(vae: AutoencoderKL, data: ClipSet, scale: float, looks: int) -> 
         look = (plain_look if k == 0 else random_look)(len(data.starts), device)
         for begin in range(0, len(data.frames), 512):
             part = slice(begin, begin + 512)
-            own = clip_of[part]
-            each = Look(look.affine[own], look.colour[own], look.gamma[own], look.blur[own])
-            x = render(data.frames[part], each)
+            x = render(data.frames[part], look[clip_of[part]])
             for pool, pixels in ((target, x), (masked, x * mask)):
                 with torch.autocast(device.type, torch.bfloat16):
                     pool[k, part] = vae.encode(pixels).latent_dist.mode() * scale
