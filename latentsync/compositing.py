@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .alignment import crop_size, frame_rectangle
+from latentsync.alignment import crop_size, frame_rectangle
 
 EDGE_SHARE = 20  # the soft edge is the face's root area over this wide (LatentSync)
 SMALL_FACE = 256  # pixels of the frame; below, the closed form of the edge is coarse and a kernel is cheap

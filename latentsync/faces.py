@@ -24,7 +24,7 @@ import numpy as np
 from mediapipe.tasks.python import BaseOptions
 from mediapipe.tasks.python.vision import FaceLandmarker, FaceLandmarkerOptions
 
-from .errors import UserError
+from latentsync.errors import UserError
 
 MODEL_FILE = Path(__file__).parent.parent / "assets" / "face_landmarker.task"
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from .errors import UserError
+from latentsync.errors import UserError
 
 FPS = 25  # frames a second of everything inside (LatentSync reference)
 SAMPLE_RATE = 16_000  # samples a second that the audio encoder takes (Whisper)
@@ -193,6 +193,18 @@ def _header(path: Path, text: str, kind: str) -> str:
     raise UserError(f"{path} is not a {kind} that ffmpeg can read; give a {kind} file such as {formats}.")
 
 
+def _packets(process: subprocess.Popen) -> Iterator[tuple[Fraction, int, int, int, int]]:
+    """What ffmpeg's framecrc output says of each packet: time base, dts, pts, duration, bytes."""
+    time_base = Fraction(1, FPS)
+    with open(process.stdout.fileno(), "rb", closefd=False) as lines:
+        for line in lines:
+            if line.startswith(b"#tb 0:"):
+                time_base = Fraction(line.split()[2].decode())
+            fields = line.split(b",")
+            if not line.startswith(b"#") and len(fields) >= 5:
+                yield time_base, *map(int, fields[1:5])
+
+
 def probe_video(path: str | os.PathLike) -> VideoInfo:
     """Describe a video (or a still picture, which is a video of one frame) after decoding its first frame.
 
@@ -209,19 +221,13 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     ]
     first, end, packets, time_base = None, None, 0, Fraction(1, FPS)
     with _ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
-        with open(process.stdout.fileno(), "rb", closefd=False) as lines:
-            for line in lines:
-                if line.startswith(b"#tb 0:"):
-                    time_base = Fraction(line.split()[2].decode())
-                fields = line.split(b",")
-                if line.startswith(b"#") or len(fields) < 5:
-                    continue
-                dts, pts, length = int(fields[1]), int(fields[2]), int(fields[3])
-                pts = pts if abs(pts) < 1 << 62 else dts
-                if pts >= 0 and abs(pts) < 1 << 62:
-                    packets += 1
-                    first = pts if first is None else min(first, pts)
-                    end = pts + length if end is None else max(end, pts + length)
+        for stream_base, dts, pts, length, _ in _packets(process):
+            time_base = stream_base
+            pts = pts if abs(pts) < 1 << 62 else dts
+            if pts >= 0 and abs(pts) < 1 << 62:
+                packets += 1
+                first = pts if first is None else min(first, pts)
+                end = pts + length if end is None else max(end, pts + length)
         process.wait()
         text = _text(log)
     header = _header(path, text, "video")
@@ -459,16 +465,11 @@ def probe_audio(path: str | os.PathLike) -> AudioInfo:
     ]
     samples, size, rate, start = 0, 0, 0, None
     with _ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
-        with open(process.stdout.fileno(), "rb", closefd=False) as lines:
-            for line in lines:
-                if line.startswith(b"#tb 0:"):
-                    rate = int(Fraction(line.split()[2].decode()).denominator)
-                fields = line.split(b",")
-                if line.startswith(b"#") or len(fields) < 5:
-                    continue
-                start = int(fields[2]) if start is None else start
-                samples += int(fields[3])
-                size += int(fields[4])
+        for time_base, _, pts, length, packet_bytes in _packets(process):
+            rate = time_base.denominator
+            start = pts if start is None else start
+            samples += length
+            size += packet_bytes
         process.wait()
         text = _text(log)
     header = _header(path, text, "sound")
