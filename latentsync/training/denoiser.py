@@ -22,9 +22,11 @@ from latentsync.training.data import (
     plain_look,
     random_look,
     render,
+    tokens_of,
 )
 from latentsync.training.state import load_state, load_weights, save_state
-from latentsync.unet import UNet, UNetConfig, frames_first
+from latentsync.unet import UNet, UNetConfig, frames_first, windows_first
+from latentsync.vae import latent_mask
 
 LATENTS = autoencoder.CONFIG["latent_channels"]
 CONFIG = {  # in the words of the released configuration
@@ -39,6 +41,7 @@ CONFIG = {  # in the words of the released configuration
     "norm_num_groups": 16,
     "motion_module_kwargs": {"num_attention_heads": 4},
 }
+LATENT_SIDE = RESOLUTION // 2 ** (len(autoencoder.CONFIG["block_out_channels"]) - 1)  # of the latents
 LOOKS = 6  # renderings of every clip
 SEGMENTS, WINDOWS_PER_SEGMENT = 8, 10
 LEARNING_RATE, LISTENER_RATE = 4e-4, 1e-4
@@ -60,13 +63,11 @@ class LatentPool:
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKL, data: ClipSet, scale: float, looks: int) -> LatentPool:
-    """Render and encode all clips; look 0 is the plain one, the others are random, one a clip."""
+def encode_pool(vae: AutoencoderKL, data: ClipSet, mask: Tensor, scale: float, looks: int) -> LatentPool:
+    """Render and encode all clips; look 0 is the plain one, the others are random, one a clip. mask: (128, 128)."""
     device = data.frames.device
     clip_of = torch.from_numpy(np.repeat(np.arange(len(data.starts)), data.lengths)).to(device)
-    mask = torch.from_numpy(fixed_mask(RESOLUTION).copy()).to(device)
-    side = RESOLUTION // 8
-    shape = (looks, len(data.frames), LATENTS, side, side)
+    shape = (looks, len(data.frames), LATENTS, LATENT_SIDE, LATENT_SIDE)
     target, masked = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
     for k in range(looks):
         look = (plain_look if k == 0 else random_look)(len(data.starts), device)
@@ -79,19 +80,12 @@ def encode_pool(vae: AutoencoderKL, data: ClipSet, scale: float, looks: int) -> 
     return LatentPool(target, masked)
 
 
-def loss_weights(device: torch.device) -> Tensor:
-    """Where the loss counts: (1, 1, 1, 16, 16), mean one."""
-    mask = torch.from_numpy(fixed_mask(RESOLUTION).copy())
+def loss_weights(mask: Tensor) -> Tensor:
+    """Where the loss counts, (16, 16), mean one, by the fixed mask (128, 128)."""
     hidden = 1 - nn.functional.avg_pool2d(mask[None], 8)[0]
     weights = VISIBLE_WEIGHT + hidden
     weights[MOUTH] *= MOUTH_WEIGHT
-    return (weights / weights.mean()).to(device)[None, None, None]
-
-
-def latent_mask(device: torch.device) -> Tensor:
-    """The fixed mask at latent size, nearest by floor: (1, 1, 1, 16, 16)."""
-    mask = torch.from_numpy(fixed_mask(RESOLUTION).copy())[None, None]
-    return nn.functional.interpolate(mask, scale_factor=1 / 8)[:, :, None].to(device)
+    return weights / weights.mean()
 
 
 def train(
@@ -127,20 +121,19 @@ def train(
     average = copy.deepcopy(nn.ModuleDict({"unet": unet, "encoder": encoder})).requires_grad_(False)
     modules = {"unet": unet, "encoder": encoder, "average": average}
     step = load_state(state / "denoiser.pt", modules, optimizer)
-    pool = encode_pool(vae, data, scale, LOOKS if device.type == "cuda" else 1)
+    mask = torch.from_numpy(fixed_mask(RESOLUTION).copy()).to(device)
+    pool = encode_pool(vae, data, mask, scale, LOOKS if device.type == "cuda" else 1)
     print(f"denoiser: latents ready after {time.time() - began:.0f} s, std {float(pool.target.std()):.3f}", flush=True)
 
     alphas = ddim_scheduler().alphas_cumprod.to(device)
     snr = alphas / (1 - alphas)
     importance = snr.clamp(max=SNR_CAP) / snr
-    weights, mask = loss_weights(device), latent_mask(device)
+    weights, shown = loss_weights(mask), latent_mask(mask, LATENT_SIDE)
 
-    def loss_of(x: Tensor, timestep: Tensor, features: Tensor, segment: Tensor, rows: Tensor, unheard: Tensor,
-                noise: Tensor) -> Tensor:  # fmt: skip
-        tokens = features[segment[:, None, None], rows].flatten(2, 3) * unheard
-        context = unet.encode_audio(tokens)
-        out, _ = unet.full(x, timestep, context, rows.shape[1])
-        out = out.float().unflatten(0, (len(rows), -1)).transpose(1, 2)
+    def loss_of(x: Tensor, timestep: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
+        b, f = tokens.shape[:2]
+        out, _ = unet.full(x, timestep, unet.encode_audio(tokens), f)
+        out = windows_first(out.float(), b)
         per_window = (weights * (out - noise).square()).mean((1, 2, 3, 4))
         return (importance[timestep] * per_window).mean()
 
@@ -163,11 +156,11 @@ def train(
         noise = (1 - own).sqrt() * one + own.sqrt() * torch.randn_like(clean)
         a = alphas[timestep][:, None, None, None, None]
         noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
-        x = torch.cat([noisy, mask.expand(b, 1, f, -1, -1), masked, reference], dim=1)
-        unheard = (torch.rand(b, 1, 1, 1, device=device) >= UNHEARD).float()
+        x = torch.cat([noisy, shown.expand(b, 1, f, -1, -1), masked, reference], dim=1)
+        heard = (torch.rand(b, 1, 1, 1, device=device) >= UNHEARD).float()
         with torch.autocast(device.type, torch.bfloat16):
-            features = encoder(sound.mel)
-            loss = compiled(frames_first(x), timestep, features, windows.segment, windows.rows, unheard, noise)
+            tokens = tokens_of(encoder(sound.mel), windows) * heard
+            loss = compiled(frames_first(x), timestep, tokens, noise)
         loss.backward()
         nn.utils.clip_grad_norm_([*unet.parameters(), *encoder.parameters()], 1.0)
         optimizer.step()
