@@ -109,24 +109,20 @@ def denoise(
     """
     b, _, f, h, w = condition.shape
     guided = guidance_scale > 1
-    branches = 2 if guided else 1
     c = noise.shape[1]
     latents = frames_first(noise.expand(b, c, f, h, w))
     condition = frames_first(condition)
-    if guided:
-        audio = torch.cat([torch.zeros_like(audio), audio])
     context = unet.encode_audio(audio)
     timesteps = torch.tensor(schedule.timesteps, device=latents.device).unbind()
     cached = None
     for i, timestep in enumerate(timesteps):
         x = torch.cat([latents, condition], dim=1)
-        x = torch.cat([x] * branches)
         if cache is None:
-            noise_now, _ = unet.full(x, timestep[None], context, f)
+            noise_now, _ = unet.full(x, timestep[None], context, f, None, guided)
         elif i % cache.interval == 0:
-            noise_now, cached = unet.full(x, timestep[None], context, f, cache.branch)
+            noise_now, cached = unet.full(x, timestep[None], context, f, cache.branch, guided)
         else:
-            noise_now = unet.shallow(x, timestep[None], context, f, cache.branch, cached)
+            noise_now = unet.shallow(x, timestep[None], context, f, cache.branch, cached, guided)
         if guided:
             free, heard = noise_now.chunk(2)
             noise_now = free + guidance_scale * (heard - free)
