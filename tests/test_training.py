@@ -1,5 +1,7 @@
 """Training sees and hears what inference does, goes on where it stopped, and ends in a checkpoint that loads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,20 +10,26 @@ from conftest import portrait, save_video
 from diffusers import AutoencoderKL
 from torch import nn
 
+from latentsync.alignment import fixed_mask
 from latentsync.audio import audio_chunks
-from latentsync.checkpoints import load_models, resolve
+from latentsync.checkpoints import DEMO_FOLDER, load_models, read_tensors, resolve
+from latentsync.errors import UserError
 from latentsync.media import read_audio
-from latentsync.training import autoencoder, denoiser, listener
+from latentsync.training import autoencoder, denoiser, listener, restore
 from latentsync.training.data import (
     MARGIN,
+    MOUTH_REACH,
     RESOLUTION,
+    SIDE,
     WINDOW,
+    MouthWarp,
     draw_sound,
     draw_windows,
     is_held_out,
     load_clips,
     plain_look,
     random_look,
+    random_mouth,
     render,
     tokens_of,
 )
@@ -94,6 +102,83 @@ def test_the_plain_look_is_the_inner_crop(prepared):
     assert float(varied.abs().max()) <= 1 + 1e-5
 
 
+def test_no_look_leaves_the_range_of_tones(prepared):
+    data = load_clips(prepared, CPU)
+    torch.manual_seed(1)
+    frames = data.frames[:1].expand(48, -1, -1, -1)
+    varied = render(frames, random_look(48, CPU, zoom=0.3, turn=0.4), random_mouth(data.mouths()[:1].expand(48, -1)))
+    assert varied.shape == (48, 3, RESOLUTION, RESOLUTION) and bool(varied.isfinite().all())
+    assert float(varied.abs().max()) <= 1
+    assert float(varied.flatten(1).std(1).min()) > 0.05, "a face must stay visible"
+
+
+def test_a_mouth_warp_moves_the_mouth_and_nothing_else(prepared):
+    data = load_clips(prepared, CPU)
+    torch.manual_seed(2)
+    count = 16
+    frames, mouth = data.frames[:1].expand(count, -1, -1, -1), data.mouths()[:1].expand(count, -1)
+    plain = render(frames, plain_look(count, CPU))
+    none = torch.zeros(count)
+    still = MouthWarp(mouth, wider=none + 1, higher=none + 1, corners=none, shift=torch.zeros(count, 2))
+    assert torch.equal(render(frames, plain_look(count, CPU), still), plain)
+    # Where the mouth is, and how far it reaches, in pixels of the crop.
+    x, y = ((mouth[0, :2] + 1) * SIDE / 2 - 0.5 - MARGIN).tolist()
+    half = float(mouth[0, 2]) * SIDE / 2
+    assert torch.allclose(torch.tensor([x, y]), data.lips[: data.lengths[0]].mean((0, 1)), atol=0.01)
+    rows, columns = torch.meshgrid(torch.arange(RESOLUTION), torch.arange(RESOLUTION), indexing="ij")
+    away = ((columns - x) ** 2 + (rows - y) ** 2).sqrt() / half
+    assert bool((away[[0, -1]] > MOUTH_REACH).all()) and bool((away[:, [0, -1]] > MOUTH_REACH).all()), "the border"
+    moved = (render(frames, plain_look(count, CPU), random_mouth(mouth)) - plain).abs().mean(1)
+    assert float(moved[:, away > MOUTH_REACH].max()) < 1e-5
+    own = moved[:, away < 1].mean(1) > 0.01
+    assert count // 2 <= int(own.sum()) < count, "most mouths are changed, some are not"
+
+
+def test_a_mouth_warp_stretches_and_bends_as_it_says():
+    mouth = torch.tensor([[0.1, 0.3, 0.2]])
+    none = torch.zeros(1)
+    warp = MouthWarp(mouth, wider=none + 1, higher=none + 1, corners=none, shift=torch.zeros(1, 2))
+    # Just below the middle, and at the corners of the mouth.
+    grid = torch.tensor([[[[0.1, 0.31], [-0.1, 0.3], [0.3, 0.3]]]])
+    opened = replace(warp, higher=none + 2).displacement(grid)[0, 0]
+    assert torch.allclose(opened[0], torch.tensor([0.0, -0.005]), atol=1e-4), "looked up half as far from the middle"
+    smile = replace(warp, corners=none - 0.3).displacement(grid)[0, 0]
+    assert float(smile[1, 1]) > 0.01 and torch.allclose(smile[1], smile[2]), "looked up below: both corners rise"
+    wide = replace(warp, wider=none + 1.2).displacement(grid)[0, 0]
+    assert float(wide[1, 0]) > 0.01 and torch.allclose(wide[1, 0], -wide[2, 0]) and not wide[:, 1].any()
+
+
+def test_an_expression_never_folds_the_face():
+    """Neighbours stay in their order for the wildest of random expressions."""
+    torch.manual_seed(3)
+    warp = random_mouth(torch.tensor([[0.0, 0.0, 0.3]]).expand(500, -1))
+    line = torch.linspace(-1, 1, 65)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)[None]
+    places = grid + warp.displacement(grid)
+    across, along = places[..., 0].diff(dim=2)[:, 1:], places[..., 1].diff(dim=1)[:, :, 1:]
+    slant, lean = places[..., 1].diff(dim=2)[:, 1:], places[..., 0].diff(dim=1)[:, :, 1:]
+    assert float((across * along - slant * lean).min()) > 0
+
+
+def test_a_renewed_look_changes_its_slot_alone(prepared, one_thread):
+    data = load_clips(prepared, CPU)
+    few = replace(
+        data, frames=data.frames[:4], lips=data.lips[:4], starts=np.array([0, 2]), lengths=np.array([2, 2])
+    )
+    torch.manual_seed(4)
+    vae = AutoencoderKL.from_config(autoencoder.CONFIG).eval()
+    mask = torch.from_numpy(fixed_mask(RESOLUTION).copy())
+    pool = denoiser.empty_pool(3, few)
+    for k in range(3):
+        denoiser.encode_look(pool, k, vae, few, mask, scale=1.0)
+    before = replace(pool, **{name: part.clone() for name, part in vars(pool).items()})
+    denoiser.encode_look(pool, 1, vae, few, mask, scale=1.0)
+    for name, part in vars(pool).items():
+        same = [torch.equal(part[k], vars(before)[name][k]) for k in range(3)]
+        assert same == [True, False, True], name
+    assert not torch.equal(pool.target, pool.masked) and not torch.equal(pool.target, pool.reference)
+
+
 def test_lips_lie_on_the_mouth_of_the_crop(prepared):
     data = load_clips(prepared, CPU)
     x, y = data.lips.mean((0, 1)).tolist()
@@ -143,3 +228,30 @@ def test_an_export_is_a_checkpoint_that_loads(tmp_path):
     assert models.vae.config.scaling_factor == 0.5
     assert torch.equal(models.unet.conv_out.weight, unet.conv_out.weight.half().float())
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 40e6
+
+
+def test_an_imported_model_goes_on_and_is_exported_the_same(tmp_path):
+    state, folder = tmp_path / "state", tmp_path / "model"
+    restore.restore(DEMO_FOLDER, state)
+    encoder, reader = listener.new_encoder(), listener.LipReader()
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *reader.parameters()], lr=0.5)
+    assert load_state(state / "listener.pt", {"encoder": encoder, "reader": reader}, optimizer) == 0
+    assert optimizer.param_groups[0]["lr"] == 0.5 and not optimizer.state, "the optimizer stays as it was made"
+    live = torch.load(state / "denoiser.pt", weights_only=True)["weights"]
+    assert all(torch.equal(tensor, live["average"]["unet." + name]) for name, tensor in live["unet"].items())
+    assert {tensor.dtype for tensor in live["unet"].values()} == {torch.float32}
+    export(state, folder)
+    for file in (file for file in DEMO_FOLDER.rglob("*") if file.suffix == ".safetensors"):
+        wanted, its_metadata = read_tensors(file)
+        found, metadata = read_tensors(folder / file.relative_to(DEMO_FOLDER))
+        assert metadata == its_metadata and wanted.keys() == found.keys()
+        assert all(torch.equal(wanted[name], found[name]) for name in wanted), file
+    assert resolve(str(folder), CPU).unet_config == resolve("demo", CPU).unet_config
+    for name in ("latentsync.json", "vae/config.json"):
+        assert (folder / name).read_text() == (DEMO_FOLDER / name).read_text()
+
+
+def test_a_model_of_other_sizes_is_not_imported(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="other sizes"):
+        restore.restore(checkpoint, tmp_path / "state")
+    assert not (tmp_path / "state").exists()

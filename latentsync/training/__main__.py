@@ -1,4 +1,4 @@
-"""`python -m latentsync.training prepare | autoencoder | listener | denoiser | export`."""
+"""`python -m latentsync.training prepare | autoencoder | listener | denoiser | export | import`."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ import torch
 from latentsync.errors import UserError
 from latentsync.training import autoencoder, denoiser, listener
 from latentsync.training.export import export
+from latentsync.training.restore import restore
 
 
 def clips_below(folder: Path) -> list[tuple[str, Path]]:
@@ -36,6 +37,9 @@ def main() -> None:
     out = stages.add_parser("export", help="write a checkpoint folder")
     out.add_argument("state", type=Path)
     out.add_argument("folder", type=Path)
+    back = stages.add_parser("import", help="write states to train on from, of a checkpoint folder")
+    back.add_argument("folder", type=Path)
+    back.add_argument("state", type=Path)
     args = parser.parse_args()
     try:
         if args.stage == "prepare":
@@ -45,6 +49,8 @@ def main() -> None:
             run(clips_below(args.clips), args.prepared, args.crf)
         elif args.stage == "export":
             export(args.state, args.folder)
+        elif args.stage == "import":
+            restore(args.folder, args.state)
         else:
             torch.set_float32_matmul_precision("high")
             device = torch.device(args.device)

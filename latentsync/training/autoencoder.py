@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from latentsync.training.data import ClipSet, load_clips, plain_look, random_look, render
+from latentsync.training.data import ClipSet, load_clips, plain_look, random_look, random_mouth, render
 from latentsync.training.state import load_state, save_state
 
 CONFIG = {
-    "block_out_channels": (48, 64, 96, 96),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": [48, 64, 96, 96],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 1,
     "norm_num_groups": 16,
     "latent_channels": 8,
@@ -26,6 +26,7 @@ CONFIG = {
 KL_WEIGHT = 1e-4  # of the mean over the latents' elements
 BATCH = 128
 LEARNING_RATE = 8e-4
+CONTINUED_RATE = 3e-4  # where it starts from trained weights, whose latents a denoiser may already know
 
 
 def detail_loss(a: Tensor, b: Tensor) -> Tensor:
@@ -44,7 +45,9 @@ def train(prepared: Path, state: Path, seconds: float, device: torch.device, bat
     torch.manual_seed(0)
     vae = AutoencoderKL.from_config(CONFIG).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, weight_decay=1e-4, fused=device.type == "cuda")
+    rate = CONTINUED_RATE if (state / "autoencoder.pt").is_file() else LEARNING_RATE
     step = load_state(state / "autoencoder.pt", {"vae": vae}, optimizer)
+    clip_of, mouths = data.clip_of(), data.mouths()
 
     def loss_of(x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16):
@@ -57,10 +60,11 @@ def train(prepared: Path, state: Path, seconds: float, device: torch.device, bat
     began, first = time.time(), step
     while (elapsed := time.time() - began) < seconds:
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1, (step + 1) / 100) * max(0.02, 1 - elapsed / seconds)
-        frames = data.frames[torch.randint(len(data.frames), (batch,), device=device)]
-        # Wilder than what the denoiser sees: the autoencoder must carry any face, light and size.
-        x = render(frames, random_look(batch, device, zoom=0.3, turn=0.4))
+            group["lr"] = rate * min(1, (step - first + 1) / 100) * max(0.02, 1 - elapsed / seconds)
+        picked = torch.randint(len(data.frames), (batch,), device=device)
+        # Wilder than what the denoiser sees: the autoencoder must carry any face, expression, light and size.
+        look, mouth = random_look(batch, device, zoom=0.3, turn=0.4), random_mouth(mouths[clip_of[picked]])
+        x = render(data.frames[picked], look, mouth)
         loss, recon = loss_of(x)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

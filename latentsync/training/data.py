@@ -33,9 +33,13 @@ LIPS = (  # outer, then inner contour in the 478-point mesh
     78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308, 415, 310, 311, 312, 13, 82, 81, 80, 191,
 )  # fmt: skip
 INNER_UPPER, INNER_LOWER = LIPS.index(13), LIPS.index(14)
+CORNERS = LIPS.index(61), LIPS.index(291)
+MOUTH_REACH = 2.0  # of half the mouth's width: how far from its middle a mouth warp moves anything
+PLAIN_MOUTHS = 0.25  # share of mouth warps that are none
 MEL_STEP, MEL_BASE = 0.055, -10.0  # decades of power a grey level of the stored mel, and its zero
 MEL_PER_FRAME = SAMPLE_RATE // HOP_LENGTH // VIDEO_FPS
 N_MELS = 80
+WARP = 0.05  # of half the canvas: the largest standard deviation of the displacements that change a face's shape
 HELD_OUT_SPEAKERS = ("s3", "s7", "s25", "s31", "s34")  # people whom the model must never have seen
 HELD_OUT_EVERY = 20  # of the clips of people with more than that many, every 20th is held out
 EDGE = 2  # frames at a clip's ends whose audio tokens reach into the next clip
@@ -53,6 +57,18 @@ class ClipSet:
     lengths: np.ndarray
     weights: np.ndarray  # probability of a clip: people count by the square root of their clips
     names: list[str]
+
+    def clip_of(self) -> Tensor:
+        """The clip of every frame, (n,)."""
+        return torch.from_numpy(np.repeat(np.arange(len(self.starts)), self.lengths)).to(self.frames.device)
+
+    def mouths(self) -> Tensor:
+        """Where each clip's mouth is on average: x, y and half its width, in grid_sample's units, (clips, 3)."""
+        left, right = (self.lips[:, corner] for corner in CORNERS)
+        middle = (2 * (self.lips.mean(1) + MARGIN) + 1) / SIDE - 1
+        here = torch.cat([middle, (right - left).norm(dim=1, keepdim=True) / SIDE], dim=1)
+        total = torch.zeros(len(self.starts), 3, device=here.device).index_add_(0, self.clip_of(), here)
+        return total / torch.from_numpy(self.lengths).to(here)[:, None]
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
         return rng.choice(len(self.starts), count, p=self.weights)
@@ -118,17 +134,26 @@ def _uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
     return torch.rand(n, device=device) * (high - low) + low
 
 
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Without waiting for what the device still has to do, which a copy from pageable memory would."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Look:
     """How n clips are seen.
 
-    affine (n, 2, 3) and warp (n, 2, 4, 4), a smooth displacement, in grid_sample's units; colour (n, 3, 4);
-    gamma (n,); blur (n,), sigma in pixels; sharpen (n,), share of what the blur would take that is added.
+    affine (n, 2, 3) and warp (n, 2, 4, 4), a smooth displacement, in grid_sample's units; texture
+    (n, 1, SIDE, SIDE), of the skin, a share of the tone; colour (n, 3, 4); light (n, 3, 4, 4), a smooth field of
+    factors; gamma (n,); blur (n,), sigma in pixels; sharpen (n,), share of what the blur would take that is added.
     """
 
     affine: Tensor
     warp: Tensor
+    texture: Tensor
     colour: Tensor
+    light: Tensor
     gamma: Tensor
     blur: Tensor
     sharpen: Tensor
@@ -143,11 +168,20 @@ def plain_look(n: int, device: torch.device) -> Look:
     affine[:, :, :2] *= RESOLUTION / SIDE
     colour = torch.eye(3, 4, device=device).repeat(n, 1, 1)
     none = torch.zeros(n, device=device)
-    return Look(affine, torch.zeros(n, 2, 4, 4, device=device), colour, none + 1, none, none)
+    return Look(
+        affine=affine,
+        warp=torch.zeros(n, 2, 4, 4, device=device),
+        texture=torch.zeros(n, 1, SIDE, SIDE, device=device),
+        colour=colour,
+        light=torch.ones(n, 3, 4, 4, device=device),
+        gamma=none + 1,
+        blur=none,
+        sharpen=none,
+    )
 
 
 def random_look(n: int, device: torch.device, zoom: float = 0.06, turn: float = 0.07) -> Look:
-    """Random geometry, face shape, light, colour and sharpness. zoom: ± share; turn: ± radians."""
+    """Random geometry, face shape, skin, light, colour and sharpness. zoom: ± share; turn: ± radians."""
     scale = RESOLUTION / SIDE * (1 + _uniform(n, -zoom, zoom, device))
     angle = _uniform(n, -turn, turn, device)
     flip = torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
@@ -158,32 +192,94 @@ def random_look(n: int, device: torch.device, zoom: float = 0.06, turn: float = 
     affine[:, 1, 1] = scale * angle.cos()
     affine[:, :, 2] = (torch.rand(n, 2, device=device) - 0.5) * 0.06
 
-    # Hue turns about the grey axis, saturation shrinks or stretches away from it, then gain and tint.
+    # Hue turns about the grey axis, saturation shrinks or stretches away from it, then gain, tint and contrast.
     grey = torch.full((3, 3), 1 / 3, device=device)
     k = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=device) / 3**0.5
     hue = _uniform(n, -0.5, 0.5, device)[:, None, None]
     saturation = _uniform(n, 0.3, 1.5, device)[:, None, None]
     away = torch.eye(3, device=device) - grey
     matrix = grey + saturation * (hue.cos() * away + hue.sin() * k)
-    gain = _uniform(n, 0.55, 1.25, device)[:, None, None] * (1 + 0.2 * (torch.rand(n, 3, 1, device=device) - 0.5))
+    gain = _uniform(n, 0.6, 1.25, device)[:, None, None] * (1 + 0.2 * (torch.rand(n, 3, 1, device=device) - 0.5))
     lift = _uniform(n, -0.1, 0.12, device)[:, None, None].expand(n, 3, 1)
-    colour = torch.cat([matrix * gain, lift], dim=2)
-    gamma = _uniform(n, 0.7, 1.4, device)
+    contrast = _uniform(n, 0.75, 1.25, device)[:, None, None]
+    colour = torch.cat([matrix * gain, lift], dim=2) * contrast
+    colour[:, :, 3:] += 0.4 * (1 - contrast)  # about the tone of a face
+
+    # Light from one side, and a little of every colour from everywhere.
+    across = torch.linspace(-1, 1, 4, device=device)
+    side, strength = _uniform(n, 0, 2 * np.pi, device), _uniform(n, 0, 0.35, device)
+    light = 1 + (strength * side.cos())[:, None, None, None] * across
+    light = light + (strength * side.sin())[:, None, None, None] * across[:, None]
+    light = light + torch.randn(n, 3, 4, 4, device=device) * _uniform(n, 0, 0.06, device)[:, None, None, None]
+
     softness = _uniform(n, -1.0, 1.0, device)
-    warp = torch.randn(n, 2, 4, 4, device=device) * _uniform(n, 0, 0.03, device)[:, None, None, None]
-    sharpen = 1.5 * (-softness).clamp(min=0)
-    # A third of a pixel is no blur; sharpening works on what a blur of one pixel would take.
-    blur = torch.where(softness > 0, softness, 1.0) * (softness.abs() > 0.3)
-    return Look(affine, warp, colour, gamma, blur, sharpen)
+    return Look(
+        affine=affine,
+        warp=torch.randn(n, 2, 4, 4, device=device) * _uniform(n, 0, WARP, device)[:, None, None, None],
+        texture=torch.randn(n, 1, SIDE, SIDE, device=device) * _uniform(n, 0, 0.04, device)[:, None, None, None],
+        colour=colour,
+        light=light,
+        gamma=_uniform(n, 0.7, 1.4, device),
+        # A third of a pixel is no blur; sharpening works on what a blur of one pixel would take.
+        blur=torch.where(softness > 0, softness, 1.0) * (softness.abs() > 0.3),
+        sharpen=1.5 * (-softness).clamp(min=0),
+    )
 
 
-def render(frames: Tensor, look: Look) -> Tensor:
-    """uint8 (n, 3, SIDE, SIDE), one look each → float (n, 3, RESOLUTION, RESOLUTION) in [−1, 1]."""
+@dataclass(frozen=True)
+class MouthWarp:
+    """Another expression for n mouths that lie at `mouth` (n, 3), see `ClipSet.mouths`.
+
+    wider, higher (n,): size over what it was, at the middle; corners (n,), how far they sink (smile: below zero), and
+    shift (n, 2), in halves of the mouth's width.
+    """
+
+    mouth: Tensor
+    wider: Tensor
+    higher: Tensor
+    corners: Tensor
+    shift: Tensor
+
+    def __getitem__(self, index: Tensor) -> "MouthWarp":
+        return MouthWarp(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def displacement(self, grid: Tensor) -> Tensor:
+        """What to add to the places (n, h, w, 2) in the canvas that are looked up; zero beyond MOUTH_REACH."""
+        half = self.mouth[:, None, None, 2]
+        at = (grid - self.mouth[:, None, None, :2]) / half[..., None]
+        x, y = at.unbind(-1)
+        window = (1 - at.square().sum(-1) / MOUTH_REACH**2).clamp(min=0).square()
+        wider, higher, corners, left, down = (
+            part[:, None, None] for part in (self.wider, self.higher, self.corners, *self.shift.unbind(1))
+        )
+        across = x * (1 / wider - 1) - left
+        along = y * (1 / higher - 1) - down - corners * (x.square() - 0.3)
+        return torch.stack([across, along], dim=-1) * (window * half)[..., None]
+
+
+def random_mouth(mouth: Tensor) -> MouthWarp:
+    """A random expression for each of n mouths (n, 3): wider or narrower, more open or shut, smiling or sulking."""
+    n, device = len(mouth), mouth.device
+    own = torch.rand(n, device=device) >= PLAIN_MOUTHS
+    return MouthWarp(
+        mouth,
+        wider=(own * _uniform(n, -0.35, 0.5, device)).exp(),
+        higher=(own * _uniform(n, -0.6, 0.6, device)).exp(),
+        corners=own * _uniform(n, -0.6, 0.4, device),
+        shift=own[:, None] * (torch.rand(n, 2, device=device) - 0.5) * 0.2,
+    )
+
+
+def render(frames: Tensor, look: Look, mouth: MouthWarp | None = None) -> Tensor:
+    """uint8 (n, 3, SIDE, SIDE), one look and expression each → float (n, 3, RESOLUTION, RESOLUTION) in [−1, 1]."""
     size = (len(frames), 3, RESOLUTION, RESOLUTION)
     grid = F.affine_grid(look.affine, size, align_corners=False)
     grid = grid + F.interpolate(look.warp, size[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-    x = F.grid_sample(frames.float() / 255, grid, padding_mode="reflection", align_corners=False)
+    if mouth is not None:
+        grid = grid + mouth.displacement(grid)
+    x = F.grid_sample(frames.float() / 255 * (1 + look.texture), grid, padding_mode="reflection", align_corners=False)
     x = torch.einsum("nij,njhw->nihw", look.colour[:, :, :3], x) + look.colour[:, :, 3, None, None]
+    x = x * F.interpolate(look.light, size[2:], mode="bicubic", align_corners=True)
     x = x.clamp(0, 1) ** look.gamma[:, None, None, None]
     offsets = torch.arange(-2, 3, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / look.blur.clamp(min=1e-3)[:, None]) ** 2)
@@ -227,7 +323,7 @@ def draw_sound(data: ClipSet, rng: np.random.Generator, segments: int, augment: 
         clips.append(np.array(own))
         offsets.append(np.array(firsts))
     device = data.mel.device
-    index, owner = torch.from_numpy(index).to(device), torch.from_numpy(owner).to(device)
+    index, owner = _to_device(index, device), _to_device(owner, device)
     power = data.mel[index.clamp(min=0)].float() * MEL_STEP + MEL_BASE  # (s, t, 80), log10
     if augment:
         power = _other_voice(power, owner)
@@ -272,31 +368,22 @@ class Windows:
 
 def draw_windows(data: ClipSet, sound: Sound, rng: np.random.Generator, per_segment: int) -> Windows:
     """Windows of the clips in `sound`, each with another window of the same clip as its reference."""
-    frames, reference, segment, first = [], [], [], []
-    for s, (clips, offsets) in enumerate(zip(sound.clips, sound.offsets, strict=True)):
-        for k in rng.integers(0, len(clips), per_segment):
-            length = int(data.lengths[clips[k]])
-            start = int(rng.integers(EDGE, length - WINDOW - EDGE + 1))
-            others = [o for o in range(length - WINDOW + 1) if abs(o - start) >= WINDOW]
-            other = int(rng.choice(others)) if others else (start + length // 2) % (length - WINDOW)
-            frames.append(data.starts[clips[k]] + start)
-            reference.append(data.starts[clips[k]] + other)
-            segment.append(s)
-            first.append(offsets[k] + start)
+    counts = np.array([len(clips) for clips in sound.clips])
+    segment = np.repeat(np.arange(len(counts)), per_segment)
+    k = (np.cumsum(counts) - counts)[segment] + rng.integers(0, counts[segment])
+    clip, offset = np.concatenate(sound.clips)[k], np.concatenate(sound.offsets)[k]
+    start, length = data.starts[clip], data.lengths[clip]
+    own = rng.integers(EDGE, length - WINDOW - EDGE + 1)
+    # The windows that end before the own one begins, and those that begin after its end.
+    before, after = np.maximum(own - WINDOW + 1, 0), np.maximum(length - 2 * WINDOW - own + 1, 0)
+    pick = rng.integers(0, np.maximum(before + after, 1))
+    other = np.where(pick < before, pick, pick - before + own + WINDOW)
+    other = np.where(before + after > 0, other, (own + length // 2) % (length - WINDOW))
     span = np.arange(WINDOW)
-    centre = 2 * (np.array(first)[:, None] + span)
-    rows = centre[:, :, None] + np.arange(-ROWS_BEFORE, ROWS_AFTER)
-    device = data.mel.device
-
-    def to_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
-    return Windows(
-        to_device(np.array(frames)[:, None] + span),
-        to_device(np.array(reference)[:, None] + span),
-        to_device(np.array(segment)),
-        to_device(rows.clip(0, SEGMENT_FRAMES // 2 - 1)),
-    )
+    centre = 2 * ((offset + own)[:, None] + span)
+    rows = (centre[:, :, None] + np.arange(-ROWS_BEFORE, ROWS_AFTER)).clip(0, SEGMENT_FRAMES // 2 - 1)
+    arrays = (start + own)[:, None] + span, (start + other)[:, None] + span, segment, rows
+    return Windows(*(_to_device(array, data.mel.device) for array in arrays))
 
 
 def tokens_of(features: Tensor, windows: Windows) -> Tensor:

@@ -1,8 +1,8 @@
-"""The demo model's U-Net, trained in latents that are worked out once, for several looks of every clip."""
+"""The demo model's U-Net, trained in latents of several looks of every clip, which are renewed in turn."""
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from latentsync.training.data import (
     load_clips,
     plain_look,
     random_look,
+    random_mouth,
     render,
     tokens_of,
 )
@@ -43,9 +44,11 @@ CONFIG = {  # in the words of the released configuration
 }
 LATENT_SIDE = RESOLUTION // 2 ** (len(autoencoder.CONFIG["block_out_channels"]) - 1)  # of the latents
 LOOKS = 6  # renderings of every clip
+REFRESH_STEPS = 400  # after which the next of the random looks is replaced by a new one
 SEGMENTS, WINDOWS_PER_SEGMENT = 8, 10
 LEARNING_RATE, LISTENER_RATE = 4e-4, 1e-4
 UNHEARD = 0.1  # share of windows without audio, so that guidance has a branch to start from
+UNSEEN = 0.1  # share of windows without a reference, where the sound alone says how the mouth is
 SHARED_NOISE = 0.7  # share of windows whose frames all have the same noise, as sampling starts from
 SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023)
 VISIBLE_WEIGHT = 0.15  # of the loss where the mask shows the face anyway
@@ -56,28 +59,39 @@ EMA = 0.999
 
 @dataclass(frozen=True)
 class LatentPool:
-    """Scaled latents of every look: target and masked (LOOKS, n, c, 16, 16) bfloat16."""
+    """Scaled latents of every look, (looks, n, c, 16, 16) bfloat16.
+
+    reference is the target with another expression, so that it tells who speaks, and not how the mouth is.
+    """
 
     target: Tensor
     masked: Tensor
+    reference: Tensor
+
+
+def empty_pool(looks: int, data: ClipSet) -> LatentPool:
+    """Room for `looks` looks of all clips."""
+    shape = (looks, len(data.frames), LATENTS, LATENT_SIDE, LATENT_SIDE)
+    device = data.frames.device
+    return LatentPool(*(torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in fields(LatentPool)))
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKL, data: ClipSet, mask: Tensor, scale: float, looks: int) -> LatentPool:
-    """Render and encode all clips; look 0 is the plain one, the others are random, one a clip. mask: (128, 128)."""
+def encode_look(pool: LatentPool, k: int, vae: AutoencoderKL, data: ClipSet, mask: Tensor, scale: float) -> None:
+    """Render and encode all clips into slot k: the plain look for 0, else a new random one a clip. mask: (128, 128)."""
     device = data.frames.device
-    clip_of = torch.from_numpy(np.repeat(np.arange(len(data.starts)), data.lengths)).to(device)
-    shape = (looks, len(data.frames), LATENTS, LATENT_SIDE, LATENT_SIDE)
-    target, masked = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
-    for k in range(looks):
-        look = (plain_look if k == 0 else random_look)(len(data.starts), device)
-        for begin in range(0, len(data.frames), 512):
-            part = slice(begin, begin + 512)
-            x = render(data.frames[part], look[clip_of[part]])
-            for pool, pixels in ((target, x), (masked, x * mask)):
-                with torch.autocast(device.type, torch.bfloat16):
-                    pool[k, part] = vae.encode(pixels).latent_dist.mode() * scale
-    return LatentPool(target, masked)
+    clip_of = data.clip_of()
+    look = (plain_look if k == 0 else random_look)(len(data.starts), device)
+    mouth = random_mouth(data.mouths())
+    for begin in range(0, len(data.frames), 512):
+        part = slice(begin, begin + 512)
+        frames, its_look = data.frames[part], look[clip_of[part]]
+        x = render(frames, its_look)
+        other = render(frames, its_look, mouth[clip_of[part]])
+        for latents, pixels in ((pool.target, x), (pool.masked, x * mask), (pool.reference, other)):
+            # Processors without bfloat16 units would take minutes.
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                latents[k, part] = vae.encode(pixels).latent_dist.mode() * scale
 
 
 def loss_weights(mask: Tensor) -> Tensor:
@@ -122,7 +136,9 @@ def train(
     modules = {"unet": unet, "encoder": encoder, "average": average}
     step = load_state(state / "denoiser.pt", modules, optimizer)
     mask = torch.from_numpy(fixed_mask(RESOLUTION).copy()).to(device)
-    pool = encode_pool(vae, data, mask, scale, LOOKS if device.type == "cuda" else 1)
+    pool = empty_pool(LOOKS if device.type == "cuda" else 2, data)
+    for k in range(len(pool.target)):
+        encode_look(pool, k, vae, data, mask, scale)
     print(f"denoiser: latents ready after {time.time() - began:.0f} s, std {float(pool.target.std()):.3f}", flush=True)
 
     alphas = ddim_scheduler().alphas_cumprod.to(device)
@@ -138,6 +154,8 @@ def train(
         return (importance[timestep] * per_window).mean()
 
     compiled = torch.compile(loss_of) if device.type == "cuda" else loss_of
+    live = [*unet.parameters(), *encoder.parameters()]
+    followers = list(average.parameters())  # in the order of `live`
     first = step
     losses = []
     while (elapsed := time.time() - began) < seconds:
@@ -149,7 +167,9 @@ def train(
         look = torch.randint(len(pool.target), (b, 1), device=device)
         clean = pool.target[look, windows.frames].transpose(1, 2).float()  # (b, c, f, h, w)
         masked = pool.masked[look, windows.frames].transpose(1, 2).float()
-        reference = pool.target[look, windows.reference].transpose(1, 2).float()
+        reference = pool.reference[look, windows.reference].transpose(1, 2).float()
+        seen = torch.rand(b, 1, 1, 1, 1, device=device) >= UNSEEN
+        reference = torch.where(seen, reference, masked)
         timestep = torch.randint(1000, (b,), device=device)
         one = torch.randn_like(clean[:, :, :1]).expand_as(clean)
         own = torch.where(torch.rand(b, 1, 1, 1, 1, device=device) < SHARED_NOISE, 0.0, 0.5)
@@ -162,15 +182,17 @@ def train(
             tokens = tokens_of(encoder(sound.mel), windows) * heard
             loss = compiled(frames_first(x), timestep, tokens, noise)
         loss.backward()
-        nn.utils.clip_grad_norm_([*unet.parameters(), *encoder.parameters()], 1.0)
+        nn.utils.clip_grad_norm_(live, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         decay = min(EMA, (step + 1) / (step + 10))
         with torch.no_grad():
-            for name, live in (("unet", unet), ("encoder", encoder)):
-                torch._foreach_lerp_(list(average[name].parameters()), list(live.parameters()), 1 - decay)
+            torch._foreach_lerp_(followers, live, 1 - decay)
         losses.append(loss.detach())
+        if (step - first) % REFRESH_STEPS == 0:
+            renewed = 1 + (step - first) // REFRESH_STEPS % (len(pool.target) - 1)
+            encode_look(pool, renewed, vae, data, mask, scale)
         if step % 200 == 0 or step == first + 1:
             mean = float(torch.stack(losses).mean())
             losses.clear()

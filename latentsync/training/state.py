@@ -8,13 +8,14 @@ from torch import nn
 
 
 def save_state(
-    path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, step: int, **extra: Any
+    path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer | None, step: int, **extra: Any
 ) -> None:
-    """Write weights, optimizer and step, complete or not at all."""
+    """Write weights, optimizer (None: training goes on with a fresh one) and step, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     weights = {name: module.state_dict() for name, module in modules.items()}
-    torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "step": step, **extra}, unfinished)
+    moments = optimizer and optimizer.state_dict()
+    torch.save({"weights": weights, "optimizer": moments, "step": step, **extra}, unfinished)
     unfinished.replace(path)
 
 
@@ -25,7 +26,8 @@ def load_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, module in modules.items():
         module.load_state_dict(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
+    if state["optimizer"] is not None:
+        optimizer.load_state_dict(state["optimizer"])
     return state["step"]
 
 
