@@ -41,7 +41,8 @@ def match_colours(generated: torch.Tensor, crops: torch.Tensor, mask: torch.Tens
     weighted = colours * mask.float().flatten()
     # A hundredth of a grey level of ridge keeps a flat picture solvable.
     square = weighted @ colours.transpose(1, 2) + 1e-4 * mask.sum() * torch.eye(4, device=mask.device)
-    transform = torch.linalg.solve(square, weighted @ original.flatten(2).transpose(1, 2))  # (n, 4, 3)
+    # Without `solve`'s look at the outcome, which would wait for the device.
+    transform, _ = torch.linalg.solve_ex(square, weighted @ original.flatten(2).transpose(1, 2))  # (n, 4, 3)
     return (transform.transpose(1, 2) @ colours).unflatten(2, generated.shape[2:]).to(generated.dtype)
 
 
@@ -52,12 +53,35 @@ def paste_face(frame: torch.Tensor, face: torch.Tensor, matrix: np.ndarray, opac
     matrix: (2, 3), of `alignment.estimate_matrix`; opacity: 0 (no change) to 1.
     Only the rectangle around the face is touched, and in it only what the face covers.
     """
-    resolution = face.shape[-1]
-    width, height = crop_size(resolution)
-    x0, y0, x1, y1 = rectangle = frame_rectangle(matrix, resolution, frame.shape, margin=2)
-    if x0 >= x1 or y0 >= y1 or opacity <= 0:
+    x0, y0, x1, y1 = rectangle = pasted_rectangle(matrix, face.shape[-1], frame.shape)
+    if x0 < x1 and y0 < y1:
+        paste_into_rectangle(frame[y0:y1, x0:x1], face, matrix, rectangle, frame.shape, opacity)
+
+
+def pasted_rectangle(matrix: np.ndarray, resolution: int, frame_shape: tuple[int, ...]) -> tuple:
+    """The part of a frame that a face may change: x0 <= x1, y0 <= y1, as of `alignment.frame_rectangle`."""
+    x0, y0, x1, y1 = frame_rectangle(matrix, resolution, frame_shape, margin=2)
+    return x0, y0, max(x0, x1), max(y0, y1)
+
+
+def paste_into_rectangle(
+    region: torch.Tensor,
+    face: torch.Tensor,
+    matrix: np.ndarray,
+    rectangle: tuple[int, int, int, int],
+    frame_shape: tuple[int, ...],
+    opacity: float = 1.0,
+) -> None:
+    """`paste_face` where only the face's part of the frame is at hand. Changes `region` in place.
+
+    region: (y1 - y0, x1 - x0, 3) uint8 RGB, what the frame of `frame_shape` (H, W, ...) shows in `rectangle`,
+    its `pasted_rectangle`, which is not empty.
+    """
+    if opacity <= 0:
         return
-    u, v = _crop_coordinates(matrix, rectangle, frame.device)
+    x0, y0, x1, y1 = rectangle
+    width, height = crop_size(face.shape[-1])
+    u, v = _crop_coordinates(matrix, rectangle, region.device)
 
     face = F.interpolate(
         face[None].float() * 0.5 + 0.5, (height, width), mode="bicubic", antialias=True, align_corners=False
@@ -66,11 +90,11 @@ def paste_face(frame: torch.Tensor, face: torch.Tensor, matrix: np.ndarray, opac
     pasted = F.grid_sample(face, grid[None], padding_mode="border", align_corners=True)[0]
     pasted = pasted.clamp_(0, 1) * 255
 
-    at_border = x0 == 0 or y0 == 0 or x1 == frame.shape[1] or y1 == frame.shape[0]
+    at_border = x0 == 0 or y0 == 0 or x1 == frame_shape[1] or y1 == frame_shape[0]
     small = (x1 - x0) * (y1 - y0) < SMALL_FACE**2
     soft_edge = _soft_edge_by_kernel if at_border or small else _soft_edge
     soft = soft_edge(u, v, matrix, width, height) * opacity
-    region = frame[y0:y1, x0:x1].permute(2, 0, 1)
+    region = region.permute(2, 0, 1)
     # Truncated as in the reference. The sum of two shares would fall short of whole numbers here and there.
     region.copy_(torch.lerp(region.float(), pasted, soft).to(torch.uint8))
 

@@ -3,11 +3,15 @@
     frames → faces → windows → latents → faces → frames
 
 Each stage is an iterator that takes from the one before it, so that what is held does not grow with the clip.
+Decoding, faces and encoding have a thread each, a bounded number of frames away from the main one, which drives
+the device: it finds the faces of the next windows ready, and hands finished frames on without waiting.
 """
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,7 +22,7 @@ from torch import Tensor
 from latentsync.alignment import crop_face, estimate_matrix, fixed_mask
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints import Models
-from latentsync.compositing import match_colours, merge_faces, paste_face
+from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
 from latentsync.errors import UserError
 from latentsync.faces import track_faces
 from latentsync.media import (
@@ -29,6 +33,7 @@ from latentsync.media import (
     read_audio,
     read_frames_looped,
 )
+from latentsync.overlap import Behind, ahead, close
 from latentsync.sampling import (
     GUIDANCE_SCALE,
     INFERENCE_STEPS,
@@ -43,6 +48,9 @@ from latentsync.sampling import (
 from latentsync.vae import condition, decode, to_pixels
 
 STAGES = ("faces", "mouths", "writing")
+DECODED_AHEAD = 8  # frames that wait for the face tracker
+STEPS_AHEAD = 3  # denoising steps that the GPU may be behind: shallow ones take it a millisecond
+END = object()
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,9 +62,32 @@ class Settings:
     steps: int = INFERENCE_STEPS  # 1 to 999
     guidance_scale: float = GUIDANCE_SCALE  # 1 (off) to 3 are useful
     seed: int = SEED
-    windows_per_pass: int = 1  # windows that go through the U-Net together
+    windows_per_pass: int = 1  # windows that go through the U-Net together, from 1
+    frames_per_pass: int = 16  # frames that go through the autoencoder together, from 1
     cache: DeepCache | None = None
     crf: float = CRF  # x264's, of the output
+
+    def __post_init__(self) -> None:
+        for name in ("windows_per_pass", "frames_per_pass"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)} is not possible: give a number from 1.")
+
+    @property
+    def shots_ahead(self) -> int:
+        """Shots with their faces that wait for the device: those of one pass, and a window more."""
+        return (self.windows_per_pass + 1) * WINDOW
+
+    @property
+    def frames_behind(self) -> int:
+        """Finished frames that wait for the encoder: all that a pass gives at once."""
+        return self.windows_per_pass * WINDOW
+
+    @property
+    def most_frames(self) -> int:
+        """Frames in memory at most, whatever the clip's length, besides what decoder, tracker and encoder hold."""
+        held = 2 * (self.windows_per_pass + 1) * WINDOW  # the group on the device, the one before it, their context
+        hands = 6  # one a thread, on its way from queue to queue
+        return DECODED_AHEAD + self.shots_ahead + held + self.frames_behind + hands
 
 
 @dataclass
@@ -70,7 +101,8 @@ class Report:
     dtype: str
     frames: int = 0
     frames_without_face: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # spent in each stage
+    seconds: dict[str, float] = field(default_factory=dict)  # each stage was busy; they overlap
+    waiting: dict[str, float] = field(default_factory=dict)  # seconds that others waited for this stage's thread
     total_seconds: float = 0.0
 
     def as_dict(self) -> dict:
@@ -164,8 +196,10 @@ class Painter:
 
     def __init__(self, models: Models, settings: Settings, on_step: Callable[[], None] | None = None):
         self.models, self.settings, self.on_step = models, settings, on_step
-        self.queued: torch.cuda.Event | None = None  # the end of the last step that was given to the GPU
         device, dtype = models.device, models.dtype
+        self.on_gpu = device.type == "cuda"
+        self.groups_behind = int(self.on_gpu)  # groups that the device may still be working on
+        self.steps: deque[torch.cuda.Event] = deque()  # the ends of the last steps that were given to the GPU
         self.mask = torch.from_numpy(fixed_mask(models.resolution).copy()).to(device, dtype)
         self.schedule: Schedule = ddim_schedule(settings.steps)
         vae = models.vae.config
@@ -173,86 +207,187 @@ class Painter:
         self.noise = initial_noise(settings.seed, vae.latent_channels, side, side, device, dtype)
 
     @torch.inference_mode()
-    def paint(self, windows: list[Window]) -> None:
-        """Generate the mouths of windows of one length, and put the faces into their frames, in place."""
-        device, dtype = self.models.device, self.models.dtype
+    def paint(self, windows: list[Window]) -> Callable[[], None]:
+        """Generate the mouths of windows of one length: give the device all that is to be done.
+
+        The function that is returned waits for the device and puts the faces into their frames, in place; it is
+        called once. Until then the shots must stay as they are.
+        """
+        models, settings = self.models, self.settings
         b, f = len(windows), len(windows[0].shots)
         shots = [shot for window in windows for shot in window.shots]
-        crops = torch.from_numpy(np.stack([shot.crop for shot in shots])).to(device)
-        tokens = torch.stack([shot.tokens for shot in shots]).to(device, dtype).unflatten(0, (b, f))
-        given = condition(self.models.vae, to_pixels(crops, dtype), self.mask)
+        crops = self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots])))
+        tokens = self.upload(torch.stack([shot.tokens for shot in shots])).to(models.dtype)
+        given = torch.cat([
+            condition(models.vae, to_pixels(some, models.dtype), self.mask)
+            for some in crops.split(settings.frames_per_pass)
+        ])  # fmt: skip
         latents = denoise(
-            self.models.unet,
+            models.unet,
             self.noise,
             given.unflatten(0, (b, f)).transpose(1, 2),
-            tokens,
+            tokens.unflatten(0, (b, f)),
             self.schedule,
-            self.settings.guidance_scale,
-            self.settings.cache,
+            settings.guidance_scale,
+            settings.cache,
             self.step_given,
         )
-        new = [i * f + j for i, window in enumerate(windows) for j in range(window.done, f)]
-        generated = decode(self.models.vae, latents.transpose(1, 2).flatten(0, 1)[new])
-        if self.models.match_colours:
-            generated = match_colours(generated, crops[new], self.mask)
-        faces = merge_faces(generated, crops[new], self.mask)
-        for face, index in zip(faces, new, strict=True):
-            shot = shots[index]
-            frame = torch.from_numpy(shot.frame)
-            on_device = frame.to(device)
-            paste_face(on_device, face, shot.matrix, shot.opacity)
-            frame.copy_(on_device)
 
+        def new(values: Tensor) -> Tensor:
+            """Those of the frames that have not been painted before. By slices: index lists wait for the GPU."""
+            return torch.cat([values[i * f + window.done : i * f + f] for i, window in enumerate(windows)])
+
+        latents, crops = new(latents.transpose(1, 2).flatten(0, 1)), new(crops)
+        generated = torch.cat([decode(models.vae, some) for some in latents.split(settings.frames_per_pass)])
+        if models.match_colours:
+            generated = match_colours(generated, crops, self.mask)
+        faces = merge_faces(generated, crops, self.mask)
+        return self.paste(faces, [shot for window in windows for shot in window.shots[window.done :]])
+
+    def paste(self, faces: Tensor, shots: list[Shot]) -> Callable[[], None]:
+        """Blend faces (n, 3, R, R) into the frames of n shots: on the device, and on the host when called.
+
+        Only the parts of the frames that change travel, all in one piece each way.
+        """
+        rectangles = [pasted_rectangle(shot.matrix, faces.shape[-1], shot.frame.shape) for shot in shots]
+        regions = [shot.frame[y0:y1, x0:x1] for shot, (x0, y0, x1, y1) in zip(shots, rectangles, strict=True)]
+        sizes = [region.size for region in regions]
+
+        def cut(packed: Tensor) -> list[Tensor]:
+            return [part.view(r.shape) for part, r in zip(packed.split(sizes), regions, strict=True)]
+
+        packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.on_gpu)
+        for part, region in zip(cut(packed), regions, strict=True):
+            part.numpy()[...] = region
+        on_device = packed.to(self.models.device, non_blocking=True)
+        for part, face, shot, rectangle in zip(cut(on_device), faces, shots, rectangles, strict=True):
+            if part.numel():
+                paste_into_rectangle(part, face, shot.matrix, rectangle, shot.frame.shape, shot.opacity)
+        pasted, ready = on_device, None
+        if self.on_gpu:
+            pasted = torch.empty_like(packed, pin_memory=True)
+            pasted.copy_(on_device, non_blocking=True)
+            ready = self.event()
+
+        def complete() -> None:
+            if ready is not None:
+                ready.synchronize()
+            for region, part in zip(regions, cut(pasted), strict=True):
+                region[...] = part.numpy()
+
+        return complete
+
+    def upload(self, values: Tensor) -> Tensor:
+        """Values of the host on the device, without waiting for what it is doing."""
+        if self.on_gpu:
+            values = values.pin_memory()  # kept by PyTorch until it has been read
+        return values.to(self.models.device, non_blocking=True)
+
+    def event(self) -> torch.cuda.Event:
+        """Where the GPU will be when it has done what it was given so far."""
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self.models.device))
+        return event
 
     def step_given(self, _: int) -> None:
-        """Stay one step ahead of the GPU and no more, or a run could not be stopped before its window ends."""
-        if self.models.device.type == "cuda":
-            before, self.queued = self.queued, torch.cuda.Event(blocking=True)
-            self.queued.record()
-            if before is not None:
-                before.synchronize()
+        """Stay STEPS_AHEAD of the GPU and no more, or a run could not be stopped before its window ends."""
+        if self.on_gpu:
+            self.steps.append(self.event())
+            if len(self.steps) > STEPS_AHEAD:
+                self.steps.popleft().synchronize()
         if self.on_step:
             self.on_step()
 
 
 def paint(groups: Iterable[list[Window | Shot]], painter: Painter) -> Iterator[Shot]:
-    """Paint every window of every group; yields the finished shots in order, each once."""
-    for group in groups:
-        by_length: dict[int, list[Window]] = {}
-        for part in group:
-            if isinstance(part, Window):
-                by_length.setdefault(len(part.shots), []).append(part)
-        for alike in by_length.values():
-            painter.paint(alike)
+    """Paint every window of every group; yields the finished shots in order, each once.
+
+    A group is finished when the device has been given what the painter's `groups_behind` next ones need.
+    """
+    given: deque[tuple[list[Window | Shot], list[Callable[[], None]]]] = deque()
+
+    def finished() -> Iterator[Shot]:
+        group, completions = given.popleft()
+        for complete in completions:
+            complete()
         for part in group:
             if isinstance(part, Window):
                 yield from part.shots[part.done :]
             else:
                 yield part
 
+    for group in groups:
+        by_length: dict[int, list[Window]] = {}
+        for part in group:
+            if isinstance(part, Window):
+                by_length.setdefault(len(part.shots), []).append(part)
+        given.append((group, [painter.paint(alike) for alike in by_length.values()]))
+        if len(given) > painter.groups_behind:
+            yield from finished()
+    while given:
+        yield from finished()
+
+
+def beside(items: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The items on the host. On a GPU they are computed in a stream of their own, with a thread that takes them:
+    waiting for one is not waiting for the denoising."""
+    if device.type != "cuda":
+        yield from items
+        return
+    stream = torch.cuda.Stream(device)
+    while True:
+        with torch.cuda.stream(stream):
+            item = next(items, END)
+            if item is END:
+                return
+            item = item.cpu()
+        yield item
+
 
 class StageClock:
-    """Seconds spent in each stage of a chain of iterators: a stage's own time, without that of those before it."""
+    """Seconds that each stage of a chain of iterators was busy, and that other threads waited for it.
+
+    A stage's time is its own, without that of the stages inside it and without waiting. Stages may run in several
+    threads, but each in one at a time.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._inner = 0.0
+        self.waiting: dict[str, float] = {}  # "faces": the device's thread for faces; "writing": it for the encoder
+        self._thread = threading.local()  # .inner: seconds charged since the innermost open charge began
+
+    @contextmanager
+    def charge(self, account: dict[str, float], stage: str) -> Iterator[None]:
+        """Charge the time of the block, less what was charged within it, to the stage; `account`: one of the two."""
+        outer, self._thread.inner = getattr(self._thread, "inner", 0.0), 0.0
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            account[stage] = account.get(stage, 0.0) + spent - self._thread.inner
+            self._thread.inner = outer + spent
 
     def time(self, items: Iterable, stage: str) -> Iterator:
-        """Pass the items on, charging the time each takes, less what inner stages took, to `stage`."""
+        """Pass the items on; making them is the work of `stage`. Closing this closes them."""
+        return self._charged(items, self.seconds, stage)
+
+    def wait(self, items: Iterable, stage: str) -> Iterator:
+        """Pass the items on, which `stage` makes in another thread."""
+        return self._charged(items, self.waiting, stage)
+
+    def _charged(self, items: Iterable, account: dict[str, float], stage: str) -> Iterator:
         items = iter(items)
-        while True:
-            outer, self._inner = self._inner, 0.0
-            began = time.perf_counter()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            finally:
-                spent = time.perf_counter() - began
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + spent - self._inner
-                self._inner = outer + spent
-            yield item
+        try:
+            while True:
+                with self.charge(account, stage):
+                    item = next(items, END)
+                if item is END:
+                    return
+                yield item
+                del item
+        finally:
+            close(items)
 
 
 def lipsync(
@@ -267,7 +402,8 @@ def lipsync(
 
     It lasts as long as the sound, ceil(seconds × 25) frames; a shorter video is played forward and backward.
     on_progress(stage, frames done, frames in all) is called as the stages of STAGES advance, and at every
-    denoising step; what it raises stops the run. Whatever ends a run early, no part of the output is left.
+    denoising step, in the caller's thread; what it raises stops the run. Whatever ends a run early, no part of the
+    output is left, and no thread.
     Raises UserError where the files cannot be used, or the video never shows a usable face.
     """
     settings = settings or Settings()
@@ -275,27 +411,55 @@ def lipsync(
     output = check_output(output, (video, audio))
     info = probe_video(video)
     clock = StageClock()
-    wav = next(clock.time([torch.from_numpy(read_audio(audio))], "sound"))
+    with clock.charge(clock.seconds, "sound"):
+        wav = torch.from_numpy(read_audio(audio))
     total = frame_count(len(wav))
     report = Report(
         settings, models.name, models.resolution, str(models.device), str(models.dtype).removeprefix("torch.")
     )
     frames = (frame for _, frame in read_frames_looped(info, total))
-    with closing(frames), VideoWriter(output, info, audio, settings.crf) as writer:
-        for shot in generate(frames, wav, models, settings, total, clock, on_progress):
+    written = 0
+
+    def progress(stage: str, done: int, total: int) -> None:
+        """Tell also what has been written meanwhile, and raise what was wrong with it."""
+        tell_written()
+        if on_progress:
+            on_progress(stage, done, total)
+
+    def tell_written() -> None:
+        nonlocal written
+        writing.check()
+        while written < writing.done:
+            written += 1
+            if on_progress:
+                on_progress("writing", written, total)
+
+    def write(frame: np.ndarray) -> None:
+        with clock.charge(clock.seconds, "writing"):
+            writer.write(frame)
+
+    with (
+        VideoWriter(output, info, audio, settings.crf) as writer,
+        closing(Behind(write, settings.frames_behind, "writing")) as writing,
+        closing(generate(frames, wav, models, settings, total, clock, progress)) as shots,
+    ):
+        for shot in shots:
             report.frames += 1
             report.frames_without_face += shot.crop is None
-            wrote = time.perf_counter()
-            writer.write(shot.frame)
-            clock.seconds["writing"] = clock.seconds.get("writing", 0.0) + time.perf_counter() - wrote
-            if on_progress:
-                on_progress("writing", report.frames, total)
+            with clock.charge(clock.waiting, "writing"):
+                writing.give(shot.frame)
+            tell_written()
         if report.frames_without_face == report.frames:
             raise UserError(
                 f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
                 "the front, with the whole mouth in the picture."
             )
-    report.seconds = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}
+        with clock.charge(clock.waiting, "writing"):
+            writing.finish()
+        tell_written()
+    report.seconds, report.waiting = (
+        {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
+    )
     report.total_seconds = round(time.perf_counter() - began, 3)
     return report
 
@@ -311,7 +475,9 @@ def generate(
 ) -> Iterator[Shot]:
     """The chain of stages between decoding and encoding: finished shots, in order.
 
-    frames: uint8 (H, W, 3) at 25 fps, writable; wav: (samples,) float32 at 16 kHz; total: frames to expect.
+    frames: uint8 (H, W, 3) at 25 fps, writable; they are made, and closed, in a thread of their own;
+    wav: (samples,) float32 at 16 kHz; total: frames to expect. Close it, if it is not taken to the end.
+    Between `frames` and what it yields are `settings.most_frames` and the tracker's at most.
     """
     painted = 0
 
@@ -325,11 +491,15 @@ def generate(
         if on_progress:
             on_progress("mouths", painted, total)
 
-    tokens = clock.time(audio_chunks(models.audio_encoder, wav, total), "sound")
-    decoded = clock.time(frames, "reading")
-    aligned = watched(clock.time(align(decoded, tokens, models.resolution), "faces"), "faces")
-    groups = batches(windows(aligned), settings.windows_per_pass)
+    def aligned() -> Iterator[Shot]:
+        tokens = clock.time(beside(audio_chunks(models.audio_encoder, wav, total), models.device), "sound")
+        with closing(ahead(clock.time(frames, "reading"), DECODED_AHEAD, "reading")) as decoded:
+            waited = clock.wait(decoded, "reading")
+            yield from clock.time(align(waited, tokens, models.resolution), "faces")
+
     painter = Painter(models, settings, still_painting)
-    for shot in watched(clock.time(paint(groups, painter), "mouths"), "mouths"):
-        painted += 1
-        yield shot
+    with closing(ahead(aligned(), settings.shots_ahead, "faces")) as found:
+        groups = batches(windows(watched(clock.wait(found, "faces"), "faces")), settings.windows_per_pass)
+        for shot in watched(clock.time(paint(groups, painter), "mouths"), "mouths"):
+            painted += 1
+            yield shot

@@ -2,6 +2,9 @@
 
 import os
 import random
+import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -11,11 +14,28 @@ from skimage.metrics import peak_signal_noise_ratio as psnr
 
 from latentsync import pipeline
 from latentsync.alignment import frame_rectangle
-from latentsync.audio import frame_count
+from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints import load_models, resolve
-from latentsync.compositing import match_colours
-from latentsync.media import probe_video, read_frames
-from latentsync.pipeline import STAGES, WINDOW, Settings, Shot, StageClock, Window, batches, generate, lipsync, windows
+from latentsync.compositing import match_colours, paste_face
+from latentsync.errors import UserError
+from latentsync.media import VideoWriter, probe_video, read_frames
+from latentsync.overlap import ahead
+from latentsync.pipeline import (
+    DECODED_AHEAD,
+    STAGES,
+    WINDOW,
+    Painter,
+    Settings,
+    Shot,
+    StageClock,
+    Window,
+    align,
+    batches,
+    generate,
+    lipsync,
+    paint,
+    windows,
+)
 from latentsync.sampling import DeepCache
 from latentsync.vae import to_pixels
 
@@ -130,6 +150,127 @@ def test_the_clock_charges_each_stage_its_own_time(monkeypatch):
     assert clock.seconds == {"inner": 20, "twin": 60, "middle": 200, "outer": 500}
 
 
+def test_the_clock_keeps_threads_apart():
+    def slow():
+        for i in range(10):
+            time.sleep(0.02)
+            yield i
+
+    clock = StageClock()
+    began = time.perf_counter()
+    made = ahead(clock.time(slow(), "slow"), 2, "slow")
+    assert list(clock.time(clock.wait(made, "slow"), "fast")) == list(range(10))
+    spent = time.perf_counter() - began
+    assert 0.2 <= clock.seconds["slow"] <= spent
+    assert 0.1 < clock.waiting["slow"] <= spent  # the other thread's time is not the waiting one's own
+    assert clock.seconds["fast"] < spent / 2
+
+
+class Slate:
+    """A painter that writes down what it is told."""
+
+    def __init__(self, groups_behind: int):
+        self.groups_behind, self.told = groups_behind, []
+
+    def paint(self, windows):
+        first = numbers(windows[0].shots)[0]
+        self.told.append(f"queue {first}")
+        return lambda: self.told.append(f"finish {first}")
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_group_is_finished_when_the_device_has_the_next_ones(behind):
+    slate = Slate(behind)
+    shots = []
+    for shot in paint(batches(windows(shots_of([48], gap=2)), 1), slate):
+        shots.append(shot)
+        slate.told.append(f"out {numbers([shot])[0]}")
+    assert numbers(shots) == list(range(50))
+    told = [line for line in slate.told if not line.startswith("out") or int(line[4:]) % WINDOW == 0]
+    wanted = {
+        0: ["queue 0", "finish 0", "out 0", "queue 16", "finish 16", "out 16", "queue 32", "finish 32", "out 32"],
+        1: ["queue 0", "queue 16", "finish 0", "out 0", "queue 32", "finish 16", "out 16", "finish 32", "out 32"],
+    }
+    assert told == [*wanted[behind], "out 48"]
+
+
+def test_the_host_waits_for_the_third_last_step(models, monkeypatch):
+    waited = []
+
+    class Event:
+        def __init__(self, step: int):
+            self.synchronize = lambda: waited.append(step)
+
+    painter = Painter(models, Settings(steps=1))
+    painter.on_gpu = True
+    ahead = []
+    for step in range(6):
+        monkeypatch.setattr(painter, "event", lambda step=step: Event(step))
+        painter.step_given(step)
+        ahead.append(step - (waited[-1] if waited else -1))
+    assert waited == [0, 1, 2] and ahead == [1, 2, 3, 3, 3, 3]
+
+
+def test_stages_that_overlap_give_what_they_give_in_turns(models, wav):
+    settings = Settings(steps=2)
+    tokens = audio_chunks(models.audio_encoder, wav, FRAMES)
+    shots = align((portrait(t) for t in range(FRAMES)), tokens, models.resolution)
+    in_turns = list(paint(batches(windows(shots), 1), Painter(models, settings)))
+    assert np.array_equal(stacked(in_turns), stacked(run(models, wav)))
+
+
+def test_a_delayed_painter_gives_the_same_video(models, wav, monkeypatch):
+    at_once = stacked(run(models, wav))
+    given = Painter.__init__
+
+    def delayed(self, *args):
+        given(self, *args)
+        self.groups_behind = 1
+
+    monkeypatch.setattr(Painter, "__init__", delayed)
+    assert np.array_equal(at_once, stacked(run(models, wav)))
+
+
+def test_a_part_of_the_frame_is_pasted_as_the_whole_is(models):
+    generator = torch.Generator().manual_seed(0)
+    faces = torch.rand(5, 3, 64, 64, generator=generator) * 2 - 1
+    shots, wanted = [], []
+    # In the picture, small, over its edge, turned, and beyond it.
+    matrices = [(0.5, 0, -10, -5), (2, 0, -100, -90), (0.4, 0, 20, 10), (0.5, 0.2, -30, -5), (0.5, 0, 4000, 0)]
+    for i, (face, (a, b, x, y)) in enumerate(zip(faces, matrices, strict=True)):
+        matrix = np.array([[a, -b, x], [b, a, y]], np.float32)
+        frame = torch.randint(0, 256, (SIDE, SIDE + 20, 3), dtype=torch.uint8, generator=generator)
+        shots.append(Shot(frame.numpy().copy(), torch.empty(0), CROP, matrix, 1 - i / 10))
+        paste_face(frame, face, matrix, 1 - i / 10)
+        wanted.append(frame.numpy())
+    before = stacked(shots)
+    complete = Painter(models, Settings(steps=1)).paste(faces, shots)
+    assert np.array_equal(stacked(shots), before)  # until it is completed
+    complete()
+    assert np.array_equal(stacked(shots), np.stack(wanted))
+    assert [np.array_equal(*pair) for pair in zip(before, wanted, strict=True)] == [False] * 4 + [True]
+
+
+def test_the_autoencoder_sees_few_frames_at_a_time(models, wav, monkeypatch):
+    passes = {"condition": [], "decode": []}
+
+    def counted(name):
+        real = getattr(pipeline, name)
+        monkeypatch.setattr(pipeline, name, lambda vae, x, *rest: passes[name].append(len(x)) or real(vae, x, *rest))
+
+    whole = stacked(run(models, wav))
+    counted("condition"), counted("decode")
+    parts = stacked(run(models, wav, frames_per_pass=6, windows_per_pass=2))
+    assert passes == {"condition": [6] * 5 + [2, 6, 6, 4], "decode": [6] * 5 + [2, 6, 2]}
+    assert psnr(whole, parts) >= 50
+
+
+@pytest.mark.parametrize("name", ["windows_per_pass", "frames_per_pass"])
+def test_passes_of_nothing_are_refused(name):
+    with pytest.raises(UserError, match=f"{name} = 0"):
+        Settings(**{name: 0})
+
+
 def test_several_windows_a_pass_give_the_same_video(models, wav):
     one, three = (stacked(run(models, wav, windows_per_pass=n)) for n in (1, 3))
     assert psnr(one, three) >= 50
@@ -165,20 +306,70 @@ def test_a_frame_is_painted_once_and_then_left_alone(models, wav):
     assert all(np.array_equal(shot.frame, copy) for shot, copy in as_given)
 
 
-def test_a_run_holds_few_frames(models, wav):
-    """Between decoding and encoding there is room for the tracker's frames and one window, whatever the length."""
-    taken = 0
+def still(models, monkeypatch, seconds: float = 0.0, face: bool = True) -> None:
+    """Let faces take `seconds` each, and painting nothing; with `groups_behind` as on a GPU."""
 
-    def counted():
-        nonlocal taken
-        for t in range(FRAMES):
-            taken += 1
-            yield portrait(t)
+    def instead(frames, tokens, resolution):
+        for frame in frames:
+            time.sleep(seconds)
+            yield Shot(frame, next(tokens), CROP if face else None)
 
-    ahead = [
-        taken - done for done, _ in enumerate(generate(counted(), wav, models, Settings(steps=1), FRAMES, StageClock()))
-    ]
-    assert max(ahead) <= WINDOW + 12
+    monkeypatch.setattr(pipeline, "align", instead)
+    monkeypatch.setattr(pipeline, "Painter", lambda *_: Slate(1))
+    monkeypatch.setattr(pipeline, "audio_chunks", lambda *_: iter(lambda: torch.empty(0), None))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_run_holds_few_frames(models, wav, monkeypatch, size):
+    """As many as the settings say, whatever the length, and whoever is slow."""
+    still(models, monkeypatch)
+    frames = []
+
+    def made():
+        for i in range(600):
+            frame = np.array(i)
+            frames.append(weakref.ref(frame))
+            yield frame
+            del frame
+
+    settings = Settings(windows_per_pass=size)
+    most = 0
+    for i, shot in enumerate(generate(made(), wav, models, settings, 600, StageClock())):
+        assert int(shot.frame) == i
+        if i % 7 == 0:
+            time.sleep(0.01)  # the others fill their queues
+        most = max(most, sum(frame() is not None for frame in list(frames)))
+    assert i == 599
+    assert settings.shots_ahead + DECODED_AHEAD < most <= settings.most_frames - settings.frames_behind
+
+
+def test_stages_work_at_the_same_time(models, wav, monkeypatch):
+    still(models, monkeypatch, seconds=0.02, face=False)
+
+    def frames():
+        for i in range(40):
+            time.sleep(0.02)
+            yield np.array(i)
+
+    began = time.perf_counter()
+    for _ in generate(frames(), wav, models, Settings(), 40, StageClock()):
+        time.sleep(0.02)
+    assert time.perf_counter() - began < 0.75 * 3 * 40 * 0.02
+
+
+def test_what_decoding_raises_ends_the_run(models, wav, monkeypatch):
+    still(models, monkeypatch)
+    before = threading.enumerate()
+
+    def frames():
+        yield from map(np.array, range(20))
+        raise UserError("cut off")
+
+    done = []
+    with pytest.raises(UserError, match="cut off"):
+        for shot in generate(frames(), wav, models, Settings(), 40, StageClock()):
+            done.append(shot)
+    assert threading.enumerate() == before
 
 
 def test_progress_reaches_the_end_in_every_stage(models, talking, voice, tmp_path):
@@ -194,7 +385,9 @@ def test_progress_reaches_the_end_in_every_stage(models, talking, voice, tmp_pat
             (i, 20) for i in range(1, 21)
         ]
     assert report.frames == 20 and report.frames_without_face == 0
-    assert sum(report.seconds.values()) <= report.total_seconds
+    assert all(0 < seconds <= report.total_seconds for seconds in report.seconds.values())
+    assert all(0 <= seconds < report.total_seconds for seconds in report.waiting.values())
+    assert set(report.waiting) == {"reading", "faces", "writing"}
     assert sum(report.seconds.values()) > 0.5 * report.total_seconds
 
 
@@ -219,12 +412,54 @@ class Stop(Exception):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("at", [1, 20])
 def test_an_exception_from_the_progress_stops_the_run_and_leaves_nothing(models, talking, voice, tmp_path, stage, at):
+    before = threading.enumerate()
+    stopped = []
+
     def stop(name, done, total):
+        assert threading.current_thread() is threading.main_thread()
         if name == stage and done == at:
+            stopped.append(time.monotonic())
             raise Stop
 
     with pytest.raises(Stop):
         lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1), stop)
+    assert time.monotonic() - stopped[0] < 3  # a second on an idle machine
+    assert os.listdir(tmp_path) == []
+    assert threading.enumerate() == before
+
+
+def test_an_encoder_that_dies_stops_the_run_and_leaves_nothing(models, talking, voice, tmp_path, monkeypatch):
+    enter, processes = VideoWriter.__enter__, []
+
+    def entered(self):
+        enter(self)
+        processes.append(self._process)
+        return self
+
+    def kill(stage, *_):
+        if stage == "writing":
+            processes[0].kill()
+
+    before = threading.enumerate()
+    monkeypatch.setattr(VideoWriter, "__enter__", entered)
+    with pytest.raises(UserError, match="could not be written"):
+        lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1), kill)
+    assert os.listdir(tmp_path) == []
+    assert threading.enumerate() == before
+
+
+def test_a_frame_that_cannot_be_written_stops_the_denoising(models, talking, voice, tmp_path, monkeypatch):
+    def full(self, frame):
+        raise UserError("no room.")
+
+    steps = []
+    monkeypatch.setattr(VideoWriter, "write", full)
+    with pytest.raises(UserError, match="no room"):
+        lipsync(
+            talking, voice, tmp_path / "out.mp4", models, Settings(steps=40),
+            lambda stage, done, total: steps.append(done) if stage == "mouths" else None,
+        )  # fmt: skip
+    assert 40 < len(steps) < 40 + WINDOW + 20  # in the second window
     assert os.listdir(tmp_path) == []
 
 

@@ -1,0 +1,134 @@
+"""Stages that work at the same time, each in a thread of its own, with bounded queues between them.
+
+`ahead` lets a stage run ahead of the one that takes from it, `Behind` lets one follow. Errors come out where the
+items would have; closing ends the thread, and what it was reading, before it returns.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+POLL = 0.1  # seconds; on Windows Ctrl-C does not interrupt a longer wait for another thread
+END = object()
+
+
+def close(items: Any) -> None:
+    """Close an iterator, if it is of a kind that can be closed."""
+    if hasattr(items, "close"):
+        items.close()
+
+
+def ahead(items: Iterable[T], depth: int, name: str) -> Iterator[T]:
+    """The same items, made by a thread called `name` up to `depth` (from 1) of them ahead, and one in its hand.
+
+    The thread starts with the first item that is asked for. What the items raise is raised here, after the items
+    before it. Closing this iterator stops the thread as soon as the item in its hand is done, even if nobody takes
+    any; it closes `items` itself, and has ended when `close` returns.
+    """
+    made: queue.Queue = queue.Queue(depth)
+    stop = threading.Event()
+    thread = threading.Thread(target=_make, args=(items, made, stop), name=name, daemon=True)
+    try:
+        thread.start()
+        while True:
+            try:
+                item, error = made.get(timeout=POLL)
+            except queue.Empty:
+                continue
+            if error is not None:
+                raise error
+            if item is END:
+                return
+            yield item
+            del item  # not held while waiting for the next
+    finally:
+        stop.set()
+        _empty(made)  # room for the one item that the thread may be holding out
+        _join(thread)
+
+
+def _make(items: Iterable[T], made: queue.Queue, stop: threading.Event) -> None:
+    """What `ahead`'s thread does: put (item, None) for every item, then (END, None) or (END, error)."""
+    error: BaseException | None = None
+    try:
+        try:
+            items = iter(items)
+            for item in items:
+                made.put((item, None))
+                del item
+                if stop.is_set():
+                    return
+        finally:
+            close(items)
+    except BaseException as raised:  # also those that are no Exception: the consumer is to see every one
+        error = raised
+    finally:
+        if not stop.is_set():
+            made.put((END, error))
+
+
+class Behind(Generic[T]):
+    """Does `work` on the items it is given in a thread called `name`, in order, up to `depth` (from 1) behind.
+
+    `done` counts the items that are finished. Use it in `contextlib.closing`.
+    """
+
+    def __init__(self, work: Callable[[T], None], depth: int, name: str):
+        self.done = 0
+        self._work = work
+        self._given: queue.Queue = queue.Queue(depth)
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._follow, name=name, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        try:
+            while (item := self._given.get()) is not END and not self._stopped:
+                self._work(item)
+                del item  # not held while waiting for the next
+                self.done += 1
+        except BaseException as error:
+            self._error = error
+
+    def give(self, item: T) -> None:
+        """Hand an item over, as soon as there is room; raises what `work` raised on an earlier one."""
+        while True:
+            self.check()
+            try:
+                return self._given.put(item, timeout=POLL)
+            except queue.Full:
+                pass
+
+    def check(self) -> None:
+        """Raise what `work` has raised, if it has."""
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        """Wait until all items are done; raises what `work` raised. No item can be given afterwards."""
+        self.give(END)
+        _join(self._thread)
+        self.check()
+
+    def close(self) -> None:
+        """End the thread as soon as the item in its hand is done; those that wait are dropped."""
+        self._stopped = True
+        _empty(self._given)
+        self._given.put(END)
+        _join(self._thread)
+
+
+def _empty(items: queue.Queue) -> None:
+    try:
+        while True:
+            items.get_nowait()
+    except queue.Empty:
+        pass
+
+
+def _join(thread: threading.Thread) -> None:
+    while thread.is_alive():
+        thread.join(POLL)
