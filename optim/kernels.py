@@ -1,41 +1,26 @@
-"""Hand-written Triton kernels for what PyTorch's eager U-Net spends on memory traffic instead of arithmetic.
-
-`accelerate(unet)` gives the modules below another forward over the same weights, `restore(unet)` takes it back:
-
-    GroupNorm      statistics in one pass, norm and SiLU in a second, straight on channels-last memory
-    ResnetBlock    the first convolution's bias and the time embedding vanish into the second norm; the second
-                   bias and the residual are one addition; the 1×1 shortcut is a linear layer
-    SpatialBlock   the residual additions are part of the layer norm that follows
-    TemporalBlock  the same; the positions too; attention over frames reads q, k and v where they lie
-    GEGLU          one pass
+"""Hand-written Triton kernels for what PyTorch's eager networks spend on memory traffic instead of arithmetic.
 
 Every kernel reads its input once (a group norm twice) and writes its output once, works in float32 inside, and is
 equal to eager but for the rounding of half precision, so it serves every level. No kernel is tuned at run time:
 block sizes are the constants below, and the kernels compile in seconds and are kept in Triton's cache. None
-synchronises with the host, so captured graphs may contain them.
-
-Checked in Triton's interpreter against PyTorch, and compiled for compute capabilities 8.0, 9.0 and 12.0 with
-Triton 3.7.1 (9.0 also with 3.6.0), but **not run or timed yet on any GPU**: the block sizes are reasoned, not
-measured, and nothing is said here about speed.
+synchronises with the host, so captured graphs may contain them. `optim.fused` puts them under the networks.
 """
 
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-from latentsync.unet import GEGLU, GroupNorm, ResnetBlock, SpatialBlock, TemporalBlock, UNet
 
 try:
     import triton
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:  # as with PyTorch for the CPU, macOS and Windows: `accelerate` says so and changes nothing
+except ImportError:  # as with PyTorch for the CPU, macOS and Windows: `optim.fused` says so and changes nothing
     triton = None
 
     def jit(**_):
@@ -50,11 +35,11 @@ CHUNK_TILES = 4  # tiles of rows in one program's share of a group norm's statis
 MERGE_TILE = 4096  # elements of the partial statistics that a program merges at once
 NORM_TILE = 4096  # elements in a layer norm's program: whole rows
 GEGLU_TILE = (8, 256)
-ATTENTION_ROWS = 64  # (frame, pixel, head) triples that one program's matrix products hold together
+# (frame, pixel, head) triples that one program's matrix products hold together: one pair's own 16 frames, on one warp,
+# was the fastest of 16 to 128 rows and 1 to 8 warps on an H100 (0.195 ms at 4,096 pixels of width 320).
+ATTENTION_ROWS, ATTENTION_WARPS = 16, 1
+ATTENTION_FRAMES = 64  # the most frames of a window
 ATTENTION_DIM = 64  # most channels of a head loaded at once
-
-CHECK_SIDE, CHECK_FRAMES = 8, 16  # latent pixels and frames of the pass that `accelerate` tries the kernels on
-CHECK_ERROR = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-3}  # relative; a wrong kernel is off by 1
 
 
 # ---- group norm
@@ -113,12 +98,14 @@ def _group_scale(
     eps,
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
 ):
     """What turns an input into its normalised output: factor and summand of every channel.
 
-    partial (windows, chunks, 2, channels) → scale (windows, 2, channels), float32. With HAS_OFFSET the input is
-    x + conv_bias + offset, per channel, though x alone was measured. One program merges one group of one window.
+    partial (windows, chunks, 2, channels) → scale (windows, 2, channels), float32. The input is x + conv_bias +
+    offset, per channel, as far as there are these, though x alone was measured. One program merges one group of one
+    window.
     """
     window = tl.program_id(0) // groups
     width = channels // groups
@@ -126,8 +113,9 @@ def _group_scale(
     inside = c < width
     c += tl.program_id(0) % groups * width
     move = tl.zeros((WIDTH,), tl.float32)
-    if HAS_OFFSET:
+    if HAS_BIAS:
         move += tl.load(conv_bias + c, mask=inside, other=0.0).to(tl.float32)
+    if HAS_OFFSET:
         move += tl.load(offset + window * offset_stride + c, mask=inside, other=0.0).to(tl.float32)
     partial += window.to(tl.int64) * chunks * 2 * channels
     k = tl.arange(0, CHUNKS)
@@ -200,9 +188,12 @@ def _add_bias(x, residual, bias, rows, channels, ROWS: tl.constexpr, CHANNELS: t
 def _layer_norm(
     x,
     branch,
+    shift,
     weight,
     bias,
     positions,
+    later,
+    total,
     out,
     rows,
     channels,
@@ -212,12 +203,16 @@ def _layer_norm(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    HAS_LATER: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
 ):
-    """out = norm(x + branch) + position of the row's frame; x + branch goes back into branch.
+    """s = x + branch + shift; out = norm(s) + position of the row's frame; total = s + later.
 
-    x, branch, out (rows, channels), rows ordered (window, frame, pixel); positions (≥ frames, channels).
-    CHANNELS ≥ channels: a program holds whole rows, so mean and variance are taken one after the other.
+    x, branch, total, out (rows, channels), rows ordered (window, frame, pixel); shift, later (channels);
+    positions (≥ frames, channels). total may be x or branch. CHANNELS ≥ channels: a program holds whole rows, so
+    mean and variance are taken one after the other.
     """
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CHANNELS)
@@ -226,9 +221,15 @@ def _layer_norm(
     at = r.to(tl.int64)[:, None] * channels + c[None, :]
     y = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     if HAS_BRANCH:
-        total = (y + tl.load(branch + at, mask=live, other=0.0)).to(branch.dtype.element_ty)
-        tl.store(branch + at, total, mask=live)
-        y = total.to(tl.float32)  # the norm sees the rounded sum, as it does in eager
+        y += tl.load(branch + at, mask=live, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        y += tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if HAS_TOTAL:
+        s = y
+        if HAS_LATER:
+            s = y + tl.load(later + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+        tl.store(total + at, s.to(total.dtype.element_ty), mask=live)
+        y = y.to(total.dtype.element_ty).to(tl.float32)  # the norm sees the rounded sum, as it does in eager
     mean = tl.sum(y, 1) / channels
     y = tl.where(live, y - mean[:, None], 0.0)
     variance = tl.sum(y * y, 1) / channels
@@ -316,10 +317,44 @@ def _frame_attention(
 # ---- the kernels as functions of tensors
 
 
+_to_compile: dict[tuple, Callable[[], object]] | None = None  # set while `compile_all` looks what there is to do
+
+
 def _launch(kernel, programs: int, x: Tensor, *args, **constants) -> None:
     """Start the kernel on x's device, which need not be the current one."""
+    if _to_compile is not None:
+
+        def compile_it() -> None:
+            with torch.cuda.device_of(x):
+                kernel.warmup(x, *args, grid=(1,), **constants)
+
+        _to_compile[kernel, tuple(map(_kind, (x, *args))), tuple(constants.items())] = compile_it
+        return
     with torch.cuda.device_of(x):
         kernel[(programs,)](x, *args, **constants)
+
+
+def _kind(argument: Tensor | int | float) -> tuple:
+    """What Triton compiles a kernel anew for."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return type(argument), argument == 1, isinstance(argument, int) and argument % 16 == 0
+
+
+def compile_all(run: Callable[[], object]) -> None:
+    """Compile the kernels that `run` starts, side by side: `run` is called, but its kernels compute nothing."""
+    global _to_compile
+    if INTERPRETED:
+        return
+    _to_compile = {}
+    try:
+        run()
+        waiting = list(_to_compile.values())
+    finally:
+        _to_compile = None
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(compile_it) for compile_it in waiting]:
+            done.result()
 
 
 def group_norm(
@@ -332,8 +367,8 @@ def group_norm(
 ) -> Tensor:
     """Group norm over `span` frames together of x + conv_bias + offset, then SiLU.
 
-    x (n, C, h, w), best channels-last; offset (1, C), or (n, C) with the same row for all frames of a window; it
-    comes with conv_bias (C). Returns (n, C, h, w) channels-last in x's dtype.
+    x (n, C, h, w), best channels-last; offset (1, C), or (n, C) with the same row for all frames of a window;
+    conv_bias (C). Returns (n, C, h, w) channels-last in x's dtype.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     n, channels, h, w = x.shape
@@ -359,7 +394,7 @@ def group_norm(
         norm.weight,
         norm.bias,
         offset if has_offset else partial,  # any pointer: not read
-        conv_bias if has_offset else partial,
+        partial if conv_bias is None else conv_bias,
         scale,
         rows,
         channels,
@@ -370,6 +405,7 @@ def group_norm(
         norm.eps,
         CHUNKS=max(1, MERGE_TILE // width),
         WIDTH=width,
+        HAS_BIAS=conv_bias is not None,
         HAS_OFFSET=has_offset,
     )
     programs = windows * triton.cdiv(rows, ROWS) * blocks
@@ -388,26 +424,40 @@ def add_bias(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
 
 
 def layer_norm(
-    x: Tensor, norm: nn.LayerNorm, branch: Tensor | None = None, positions: Tensor | None = None
+    x: Tensor,
+    norm: nn.LayerNorm,
+    branch: Tensor | None = None,
+    positions: Tensor | None = None,
+    shift: Tensor | None = None,
+    later: Tensor | None = None,
+    total: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x + branch, its layer norm over the last axis plus the positions).
+    """(s + later, norm(s) + positions), where s = x + branch + shift; the norm is over the last axis.
 
-    x and branch (…, C) contiguous; the sum is written over branch. With positions (≥ f, C), x is (b, f, p, C).
+    x and branch (…, C) contiguous; shift and later (C). With positions (≥ f, C), x is (b, f, p, C). The first result
+    is written to `total`, by default over branch, and without one it is x; the second to `out`, by default new.
     """
     channels = x.shape[-1]
     rows = x.numel() // channels
     frames, pixels = x.shape[1:3] if positions is not None else (1, 1)
-    out = torch.empty_like(x)
+    if total is None:
+        total = branch
+    out = torch.empty_like(x) if out is None else out
     width = triton.next_power_of_2(channels)
     tile_rows = max(1, NORM_TILE // width)
+    any_pointer = norm.weight  # of what is not there, and not read
     _launch(
         _layer_norm,
         triton.cdiv(rows, tile_rows),
         x,
-        x if branch is None else branch,
+        any_pointer if branch is None else branch,
+        any_pointer if shift is None else shift,
         norm.weight,
         norm.bias,
-        norm.weight if positions is None else positions,
+        any_pointer if positions is None else positions,
+        any_pointer if later is None else later,
+        x if total is None else total,
         out,
         rows,
         channels,
@@ -417,9 +467,12 @@ def layer_norm(
         ROWS=tile_rows,
         CHANNELS=width,
         HAS_BRANCH=branch is not None,
+        HAS_SHIFT=shift is not None,
         HAS_POSITIONS=positions is not None,
+        HAS_LATER=later is not None,
+        HAS_TOTAL=total is not None,
     )
-    return x if branch is None else branch, out
+    return x if total is None else total, out
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -434,7 +487,7 @@ def geglu(x: Tensor) -> Tensor:
 
 
 def frame_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Attention over the frames, pixel by pixel; q, k, v (b, f, p, C) with f ≤ ATTENTION_ROWS → (b, f, p, C).
+    """Attention over the frames, pixel by pixel; q, k, v (b, f, p, C) with f ≤ ATTENTION_FRAMES → (b, f, p, C).
 
     The three may be slices of one (b, f, p, 3C) tensor: only the step from pixel to pixel must be the same.
     """
@@ -442,9 +495,10 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     dim = channels // heads
     stride = q.stride(2)
     out = q.new_empty(b, f, p, channels)
+    rows = max(ATTENTION_ROWS, triton.next_power_of_2(f))
     _launch(
         _frame_attention,
-        b * triton.cdiv(p * heads, ATTENTION_ROWS // f),
+        b * triton.cdiv(p * heads, rows // f),
         q,
         k,
         v,
@@ -455,155 +509,9 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         stride,
         channels,
         dim**-0.5,
-        ROWS=ATTENTION_ROWS,
+        ROWS=rows,
         DIM=dim,
         BLOCK_DIM=max(16, min(ATTENTION_DIM, triton.next_power_of_2(dim))),
+        num_warps=ATTENTION_WARPS,
     )
     return out
-
-
-# ---- the modules over them
-
-
-_said: set[str] = set()
-
-
-def _say(sentence: str) -> None:
-    """One line on the standard error, once a process."""
-    if sentence not in _said:
-        _said.add(sentence)
-        print(sentence, file=sys.stderr)
-
-
-def _serves(x: Tensor) -> bool:
-    """Whether the kernels take x; if not, say why once, and the module runs as PyTorch has it."""
-    if not (x.is_cuda or INTERPRETED):
-        why = f"a tensor is on {x.device.type}"
-    elif x.dtype not in DTYPES:
-        why = f"{x.dtype} has no kernel"
-    elif torch.is_grad_enabled():
-        why = "gradients are being recorded"
-    else:
-        return True
-    _say(f"Fused kernels are not used for some modules ({why}); PyTorch's own run instead.")
-    return False
-
-
-def _multiplies(x: Tensor) -> bool:
-    """Whether the products of `_frame_attention` run on matrix units; without them they would spill registers."""
-    if INTERPRETED or x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0):
-        return True
-    _say("The fused attention over frames is not used (it wants half precision and an Ampere GPU or newer).")
-    return False
-
-
-class FastGroupNorm(GroupNorm):
-    def forward(self, x: Tensor, span: int = 1) -> Tensor:
-        if not _serves(x):
-            return super().forward(x, span)
-        return group_norm(x, self, span, self.silu)
-
-
-class FastResnetBlock(ResnetBlock):
-    def forward(self, x: Tensor, time: Tensor, frames: int) -> Tensor:
-        if not _serves(x):
-            return super().forward(x, time, frames)
-        h = F.conv2d(self.norm1(x, frames), self.conv1.weight, padding=1)
-        h = group_norm(h, self.norm2, frames, True, self.time_emb_proj(time), self.conv1.bias)
-        h = F.conv2d(h, self.conv2.weight, padding=1).contiguous(memory_format=torch.channels_last)
-        if self.conv_shortcut is not None:
-            shortcut = self.conv_shortcut
-            x = F.linear(x.permute(0, 2, 3, 1), shortcut.weight.flatten(1), shortcut.bias).permute(0, 3, 1, 2)
-        return add_bias(h, x, self.conv2.bias)
-
-
-class FastSpatialBlock(SpatialBlock):
-    def forward(self, x: Tensor, audio: tuple[Tensor, Tensor]) -> Tensor:
-        if not _serves(x):
-            return super().forward(x, audio)
-        x, h = layer_norm(x.contiguous(), self.norm1)
-        x, h = layer_norm(x, self.norm2, self.attn1(h, self.attn1.keys(h)))
-        x, h = layer_norm(x, self.norm3, self.attn2(h, audio))
-        return x + self.ff(h)
-
-
-class FastTemporalBlock(TemporalBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        known = min(attention.pos_encoder.pe.shape[1] for attention in self.attention_blocks)
-        if x.shape[1] > min(known, ATTENTION_ROWS) or not (_serves(x) and _multiplies(x)):
-            return super().forward(x)
-        x, branch = x.contiguous(), None
-        for attention, norm in zip(self.attention_blocks, self.norms, strict=True):
-            x, h = layer_norm(x, norm, branch, attention.pos_encoder.pe[0])
-            h = frame_attention(attention.to_q(h), *attention.keys(h), attention.heads)
-            branch = attention.to_out[0](h)
-        x, h = layer_norm(x, self.ff_norm, branch)
-        return x + self.ff(h)
-
-
-class FastGEGLU(GEGLU):
-    def forward(self, x: Tensor) -> Tensor:
-        if not _serves(x):
-            return super().forward(x)
-        return geglu(self.proj(x).contiguous())
-
-
-FAST = {
-    GroupNorm: FastGroupNorm,
-    ResnetBlock: FastResnetBlock,
-    SpatialBlock: FastSpatialBlock,
-    TemporalBlock: FastTemporalBlock,
-    GEGLU: FastGEGLU,
-}
-
-
-def _swap(unet: UNet, classes: dict[type, type]) -> None:
-    for module in unet.modules():
-        if type(module) in classes:
-            module.__class__ = classes[type(module)]
-
-
-@torch.inference_mode()
-def _trial(unet: UNet) -> Tensor:
-    """One small pass of two windows on fixed random inputs."""
-    config, weight = unet.config, unet.conv_in.weight
-    like = {"device": weight.device, "dtype": weight.dtype}
-    frames = min(CHECK_FRAMES, config.temporal_max_len)
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(2, config.in_channels, frames, CHECK_SIDE, CHECK_SIDE, generator=random)
-    audio = torch.randn(2, frames, 50, config.cross_attention_dim, generator=random)
-    return unet(x.to(**like), torch.tensor([500], device=weight.device), audio.to(**like)).float()
-
-
-def accelerate(unet: UNet) -> UNet:
-    """Put the fused kernels under the modules of a U-Net on a GPU; weights and their names stay as they are.
-
-    Tries them first: one small pass with and without must agree, or the network stays as it was and one line on
-    the standard error says why. The pass also compiles the kernels, so a graph can be captured right afterwards.
-    On the CPU nothing changes and nothing is said. Returns the same network; `restore` undoes it.
-    """
-    weight = unet.conv_in.weight
-    if not (weight.is_cuda or INTERPRETED):
-        return unet
-    if triton is None:
-        _say("Fused kernels are off: Triton is not installed; PyTorch's own run instead.")
-        return unet
-    expected = _trial(unet)
-    _swap(unet, FAST)
-    try:
-        error = float((_trial(unet) - expected).norm() / expected.norm())
-    except Exception as failure:  # no C compiler, a GPU that Triton does not know, ...: whatever it is, eager works
-        problem = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else 'no detail'}"
-    else:
-        bound = CHECK_ERROR.get(weight.dtype, 0.0)
-        problem = "" if error <= bound else f"their result is off by {error:.1e} (at most {bound:.0e})"
-    if problem:
-        restore(unet)
-        _say(f"Fused kernels are off: {problem}; PyTorch's own run instead.")
-    return unet
-
-
-def restore(unet: UNet) -> UNet:
-    """Take back what `accelerate` did."""
-    _swap(unet, {fast: plain for plain, fast in FAST.items()})
-    return unet

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentsync import unet as network
-from latentsync.sampling import DeepCache, ddim_schedule, denoise
-from latentsync.unet import GroupNorm, UNet, UNetConfig
+from latentsync.unet import GroupNorm
 from optim import kernels
 
 if kernels.triton is None:
@@ -20,18 +18,6 @@ if kernels.triton is None:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF, SINGLE = torch.float16, torch.float32
 BOUND = {HALF: 1e-3, SINGLE: 1e-5}  # relative to PyTorch in float64 on the same inputs: rounding of the result
-FRAMES = 2  # interpreting a kernel is slow
-CONFIG = UNetConfig(
-    block_out_channels=(96,),
-    cross_attention=(True,),
-    temporal=(True,),
-    layers_per_block=1,
-    heads=4,
-    cross_attention_dim=24,
-    norm_num_groups=4,
-    temporal_heads=2,
-    temporal_max_len=FRAMES,
-)
 RUNS_HERE = torch.cuda.is_available() or kernels.INTERPRETED
 
 
@@ -52,7 +38,6 @@ def inference(request, monkeypatch):
         yield
         return
     monkeypatch.setattr(kernels, "MERGE_TILE", 32)  # several rounds of its loops
-    monkeypatch.setattr(network, "TEMPORAL_GROUPS", 4)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
@@ -113,6 +98,8 @@ def test_group_norm_takes_in_bias_time_and_silu(dtype, rows):
     norm = with_random_weights(GroupNorm(32, 320, 1e-5), dtype)
     time = rand(rows, 320, dtype=dtype) if rows == 1 else rand(2, 320, dtype=dtype).repeat_interleave(10, 0)
     bias = 5 * rand(320, dtype=dtype)
+    out = kernels.group_norm(x, norm, 10, True, conv_bias=bias)
+    assert error(out, F.silu(norm_in_double(x + bias[:, None, None], norm, 10))) <= 2 * BOUND[dtype]
     out = kernels.group_norm(x, norm, 10, True, time, bias)
     moved = x.double() + bias.double()[:, None, None] + time.double()[:, :, None, None]
     assert error(out, F.silu(norm_in_double(moved, norm, 10))) <= BOUND[dtype]
@@ -138,6 +125,11 @@ def test_layer_norm_adds_the_branch_before_and_the_positions_after(channels, dty
     assert error(out, F.layer_norm(x.double(), (channels,), *plain)) <= BOUND[dtype]
 
     total = x + branch
+    shift, later, apart = rand(channels, dtype=dtype), rand(channels, dtype=dtype), torch.empty_like(x)
+    ours, out = kernels.layer_norm(x, norm, branch, shift=shift, later=later, total=apart)
+    assert ours is apart and error(apart, total.double() + shift.double() + later.double()) <= BOUND[dtype]
+    assert error(out, F.layer_norm(total.double() + shift.double(), (channels,), *plain)) <= 2 * BOUND[dtype]
+
     ours, out = kernels.layer_norm(x, norm, branch, positions)
     assert torch.equal(ours, total)
     wanted = F.layer_norm(total.double(), (channels,), *plain) + positions[:10, None].double()
@@ -173,126 +165,3 @@ def test_frame_attention_equals_pytorchs(b, f, p, heads, dim, dtype):
     wanted = F.scaled_dot_product_attention(*split).permute(0, 3, 1, 2, 4).flatten(-2)
     out = kernels.frame_attention(q, k, v, heads)
     assert out.is_contiguous() and error(out, wanted) <= BOUND[dtype]
-
-
-def swapped(unet: UNet) -> UNet:
-    """Accelerated without the trial."""
-    kernels._swap(unet, kernels.FAST)
-    return unet
-
-
-def small_unet(dtype: torch.dtype = SINGLE) -> UNet:
-    unet = UNet(CONFIG).eval().requires_grad_(False)
-    for module in unet.modules():
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            with_random_weights(module, SINGLE)
-    return unet.to(DEVICE, dtype, memory_format=torch.channels_last)
-
-
-def loop(unet: UNet, windows: int = 1) -> Tensor:
-    """A guided loop of a full and a shallow pass on fixed inputs."""
-    dtype = unet.conv_in.weight.dtype
-    torch.manual_seed(1)
-    noise, condition = rand(1, 4, 1, 6, 4, dtype=dtype), rand(windows, 9, FRAMES, 6, 4, dtype=dtype)
-    audio = rand(windows, FRAMES, 50, CONFIG.cross_attention_dim, dtype=dtype)
-    return denoise(unet, noise, condition, audio, ddim_schedule(2), 1.5, DeepCache(2, 0))
-
-
-def test_accelerated_loop_equals_eager_and_restore_undoes_it():
-    unet = small_unet()
-    names, plain = list(unet.state_dict()), [type(m) for m in unet.modules()]
-    wanted = loop(unet, 2)
-    assert kernels.accelerate(unet) is unet
-    assert {type(m) for m in unet.modules()} >= set(kernels.FAST.values())
-    assert list(unet.state_dict()) == names
-    assert error(loop(unet, 2), wanted) <= 1e-5
-    assert [type(m) for m in kernels.restore(unet).modules()] == plain
-    assert torch.equal(loop(unet, 2), wanted)
-
-
-def test_half_precision_is_no_further_from_the_truth_than_eager():
-    unet = small_unet(HALF)
-    eager, ours = loop(unet), loop(swapped(unet))
-    truth = loop(kernels.restore(unet).float())  # the same rounded weights; inputs differ by their rounding
-    assert not torch.equal(ours, eager)
-    assert error(ours, truth) <= 1.2 * error(eager, truth)
-
-
-def test_timesteps_may_differ_between_windows():
-    unet = small_unet()
-    sample, audio = rand(2, 13, FRAMES, 4, 4), rand(2, FRAMES, 50, CONFIG.cross_attention_dim)
-    timesteps = torch.tensor([900, 20], device=DEVICE)
-    wanted = unet(sample, timesteps, audio)
-    assert error(swapped(unet)(sample, timesteps, audio), wanted) <= 1e-5
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_an_accelerated_pass_can_be_captured_and_replayed():
-    unet = kernels.accelerate(small_unet(HALF))
-    x, other = image(2 * FRAMES, 13, 8, 8, HALF), image(2 * FRAMES, 13, 8, 8, HALF)
-    context = unet.encode_audio(rand(2, FRAMES, 50, CONFIG.cross_attention_dim, dtype=HALF))
-    timestep = torch.tensor([500], device=DEVICE)
-    wanted = unet.full(other, timestep, context, FRAMES)[0]
-    unet.full(x, timestep, context, FRAMES)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = unet.full(x, timestep, context, FRAMES)[0]
-    x.copy_(other)
-    graph.replay()
-    assert error(out, wanted) <= BOUND[HALF]
-
-
-def test_modules_that_cannot_be_served_run_as_before_and_say_so_once(capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "_said", set())
-    unet = swapped(small_unet())
-    block = unet.down_blocks[0].resnets[0].double()
-    x, time = image(2, 96, 3, 3, torch.float64), rand(1, 384, dtype=torch.float64)
-    out = block(x, time, 2)
-    assert torch.equal(out, kernels.restore(unet).down_blocks[0].resnets[0](x, time, 2))
-    assert capsys.readouterr().err.splitlines() == [
-        "Fused kernels are not used for some modules (torch.float64 has no kernel); PyTorch's own run instead."
-    ]
-
-
-def test_gradients_pass_through_pytorchs_own_modules():
-    with torch.inference_mode(False), torch.enable_grad():
-        norm = kernels.FastGroupNorm(16, 32, 1e-5).to(DEVICE)
-        x = torch.randn(2, 32, 3, 3, device=DEVICE, requires_grad=True)
-        norm(x).square().sum().backward()
-    assert x.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("fault", ["wrong", "broken"])
-def test_kernels_that_fail_their_trial_are_taken_out_with_one_message(fault, capsys, monkeypatch):
-    def geglu(x: Tensor) -> Tensor:
-        if fault == "broken":
-            raise RuntimeError("Failed to find C compiler.\nmore")
-        return F.gelu(x.chunk(2, dim=-1)[0])
-
-    monkeypatch.setattr(kernels, "_said", set())
-    monkeypatch.setattr(kernels, "geglu", geglu)
-    unet = small_unet()
-    plain = [type(m) for m in unet.modules()]
-    kernels.accelerate(unet)
-    assert [type(m) for m in unet.modules()] == plain
-    (line,) = capsys.readouterr().err.splitlines()
-    reason = "RuntimeError: Failed to find C compiler.;" if fault == "broken" else "off by"
-    assert line.startswith("Fused kernels are off: ") and reason in line
-
-
-def test_nothing_changes_on_the_cpu(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    unet = small_unet().cpu()
-    plain = [type(m) for m in unet.modules()]
-    assert [type(m) for m in kernels.accelerate(unet).modules()] == plain
-    assert capsys.readouterr().err == ""
-
-
-def test_without_triton_eager_runs_and_one_line_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "triton", None)
-    monkeypatch.setattr(kernels, "_said", set())
-    unet = small_unet()
-    plain = [type(m) for m in unet.modules()]
-    assert [type(m) for m in kernels.accelerate(kernels.accelerate(unet)).modules()] == plain
-    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,248 @@
+"""Networks over the fused kernels against PyTorch's own, in Triton's interpreter where there is no GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from test_kernels import BOUND, DEVICE, HALF, RUNS_HERE, SINGLE, error, image, rand, with_random_weights
+from torch import Tensor, nn
+
+from latentsync import unet as network
+from latentsync.sampling import DeepCache, ddim_schedule, denoise
+from latentsync.unet import UNet, UNetConfig
+from optim import fused, kernels
+
+if kernels.triton is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+FRAMES = 2  # interpreting a kernel is slow
+CONFIG = UNetConfig(
+    block_out_channels=(96,),
+    cross_attention=(True,),
+    temporal=(True,),
+    layers_per_block=1,
+    heads=4,
+    cross_attention_dim=24,
+    norm_num_groups=4,
+    temporal_heads=2,
+    temporal_max_len=FRAMES,
+)
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
+def test_all_below_pass_in_tritons_interpreter():
+    # Triton settles at its import whether it interprets, and other tests have imported it by now.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture(autouse=True)
+def inference(request, monkeypatch):
+    """No gradients, fixed inputs, and memory that shows up as NaN where nothing was written."""
+    if not RUNS_HERE:
+        if request.function is not test_all_below_pass_in_tritons_interpreter:
+            pytest.skip("runs in a process of its own, above")
+        yield
+        return
+    monkeypatch.setattr(network, "TEMPORAL_GROUPS", 4)
+    monkeypatch.setattr(fused, "CHECK_SIDE", 4)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
+    with torch.inference_mode():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def swapped(unet: UNet) -> UNet:
+    """Fused without the trial."""
+    fused._swap(unet)
+    return unet
+
+
+def small_unet(dtype: torch.dtype = SINGLE) -> UNet:
+    unet = UNet(CONFIG).eval().requires_grad_(False)
+    for module in unet.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            with_random_weights(module, SINGLE)
+    return unet.to(DEVICE, dtype, memory_format=torch.channels_last)
+
+
+def loop(unet: UNet, windows: int = 1) -> Tensor:
+    """A guided loop of a full and a shallow pass on fixed inputs."""
+    dtype = unet.conv_in.weight.dtype
+    torch.manual_seed(1)
+    noise, condition = rand(1, 4, 1, 6, 4, dtype=dtype), rand(windows, 9, FRAMES, 6, 4, dtype=dtype)
+    audio = rand(windows, FRAMES, 50, CONFIG.cross_attention_dim, dtype=dtype)
+    return denoise(unet, noise, condition, audio, ddim_schedule(2), 1.5, DeepCache(2, 0))
+
+
+def test_a_fused_loop_equals_eager_and_unfuse_undoes_it():
+    unet = small_unet()
+    names, plain = list(unet.state_dict()), [type(m) for m in unet.modules()]
+    wanted = loop(unet, 2)
+    assert fused.fuse(unet) is unet
+    own = {fast for kind, fast in fused.FAST.items() if kind.__module__ == network.__name__}
+    assert {type(m) for m in unet.modules()} >= own
+    assert list(unet.state_dict()) == names
+    assert error(loop(unet, 2), wanted) <= 1e-5
+    assert [type(m) for m in fused.unfuse(unet).modules()] == plain
+    assert torch.equal(loop(unet, 2), wanted)
+
+
+def test_half_precision_is_no_further_from_the_truth_than_eager():
+    unet = small_unet(HALF)
+    eager, ours = loop(unet), loop(swapped(unet))
+    truth = loop(fused.unfuse(unet).float())  # the same rounded weights; inputs differ by their rounding
+    assert not torch.equal(ours, eager)
+    assert error(ours, truth) <= 1.2 * error(eager, truth)
+
+
+def test_timesteps_may_differ_between_windows():
+    unet = small_unet()
+    sample, audio = rand(2, 13, FRAMES, 4, 4), rand(2, FRAMES, 50, CONFIG.cross_attention_dim)
+    timesteps = torch.tensor([900, 20], device=DEVICE)
+    wanted = unet(sample, timesteps, audio)
+    assert error(swapped(unet)(sample, timesteps, audio), wanted) <= 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_fused_pass_can_be_captured_and_replayed():
+    unet = fused.fuse(small_unet(HALF))
+    x, other = image(2 * FRAMES, 13, 8, 8, HALF), image(2 * FRAMES, 13, 8, 8, HALF)
+    context = unet.encode_audio(rand(2, FRAMES, 50, CONFIG.cross_attention_dim, dtype=HALF))
+    timestep = torch.tensor([500], device=DEVICE)
+    wanted = unet.full(other, timestep, context, FRAMES)[0]
+    unet.full(x, timestep, context, FRAMES)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = unet.full(x, timestep, context, FRAMES)[0]
+    x.copy_(other)
+    graph.replay()
+    assert error(out, wanted) <= BOUND[HALF]
+
+
+def test_modules_that_cannot_be_served_run_as_before_and_say_so_once(capsys, monkeypatch):
+    monkeypatch.setattr(fused, "_said", set())
+    unet = swapped(small_unet())
+    block = unet.down_blocks[0].resnets[0].double()
+    x, time = image(2, 96, 3, 3, torch.float64), rand(1, 384, dtype=torch.float64)
+    out = block(x, time, 2)
+    assert torch.equal(out, fused.unfuse(unet).down_blocks[0].resnets[0](x, time, 2))
+    assert [line for line in capsys.readouterr().err.splitlines() if "ernels" in line] == [
+        "Fused kernels are not used for some modules (torch.float64 has no kernel); PyTorch's own run instead."
+    ]
+
+
+def test_gradients_pass_through_pytorchs_own_modules():
+    with torch.inference_mode(False), torch.enable_grad():
+        norm = fused.FastGroupNorm(16, 32, 1e-5).to(DEVICE)
+        x = torch.randn(2, 32, 3, 3, device=DEVICE, requires_grad=True)
+        norm(x).square().sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("fault", ["wrong", "broken"])
+def test_kernels_that_fail_their_trial_are_taken_out_with_one_message(fault, capsys, monkeypatch):
+    def geglu(x: Tensor) -> Tensor:
+        if fault == "broken":
+            raise RuntimeError("Failed to find C compiler.\nmore")
+        return F.gelu(x.chunk(2, dim=-1)[0])
+
+    monkeypatch.setattr(fused, "_said", set())
+    monkeypatch.setattr(fused, "geglu", geglu)
+    unet = small_unet()
+    plain = [type(m) for m in unet.modules()]
+    fused.fuse(unet)
+    assert [type(m) for m in unet.modules()] == plain
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "ernels" in line]
+    reason = "RuntimeError: Failed to find C compiler.;" if fault == "broken" else "off by"
+    assert line.startswith("Fused kernels are off: ") and reason in line
+
+
+def test_nothing_changes_on_the_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    unet = small_unet().cpu()
+    plain = [type(m) for m in unet.modules()]
+    assert [type(m) for m in fused.fuse(unet).modules()] == plain
+    assert capsys.readouterr().err == ""
+
+
+def test_without_triton_eager_runs_and_one_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(fused, "_said", set())
+    unet = small_unet()
+    plain = [type(m) for m in unet.modules()]
+    assert [type(m) for m in fused.fuse(fused.fuse(unet)).modules()] == plain
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def small_vae(dtype: torch.dtype = SINGLE) -> AutoencoderKL:
+    vae = AutoencoderKL.from_config(VAE).eval().requires_grad_(False)
+    for module in vae.modules():
+        if isinstance(module, nn.GroupNorm):
+            with_random_weights(module, SINGLE)
+    return nn.Module.to(vae, DEVICE, dtype, memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype, bound", [(SINGLE, 1e-5), (HALF, 5e-3)], ids=str)
+def test_a_fused_autoencoder_equals_eager_and_unfuse_undoes_it(dtype, bound):
+    vae = small_vae(dtype)
+    faces, latents = image(3, 3, 12, 8, dtype), image(3, 4, 6, 5, dtype)
+
+    def there_and_back() -> tuple[Tensor, Tensor]:
+        return vae.encode(faces).latent_dist.mode(), vae.decode(latents).sample
+
+    plain, wanted = [type(m) for m in vae.modules()], there_and_back()
+    assert fused.fuse(vae) is vae
+    assert fused.FastVaeAttention in {type(m) for m in vae.modules()}
+    for ours, theirs in zip(there_and_back(), wanted, strict=True):
+        assert ours.shape == theirs.shape and error(ours, theirs) <= bound
+    assert [type(m) for m in fused.unfuse(vae).modules()] == plain
+    for ours, theirs in zip(there_and_back(), wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_passes_that_part_at_the_second_level_are_fused_right(guided):
+    config = UNetConfig(
+        block_out_channels=(32, 96), cross_attention=(False, True), temporal=(True, False), layers_per_block=1, heads=4,
+        cross_attention_dim=24, norm_num_groups=4, temporal_heads=2, temporal_max_len=FRAMES,
+    )  # fmt: skip
+    unet = UNet(config).eval().requires_grad_(False).to(DEVICE, memory_format=torch.channels_last)
+    x, context = image(FRAMES, 13, 4, 6, SINGLE), unet.encode_audio(rand(1, FRAMES, 50, 24))
+    timestep = torch.tensor([500], device=DEVICE)
+
+    def passes() -> tuple[Tensor, Tensor]:
+        out, cached = unet.full(x, timestep, context, FRAMES, 1, guided)
+        return out, unet.shallow(x, timestep, context, FRAMES, 1, cached, guided)
+
+    wanted = passes()
+    swapped(unet)
+    for ours, theirs in zip(passes(), wanted, strict=True):
+        assert len(ours) == (2 * FRAMES if guided else FRAMES) and error(ours, theirs) <= 1e-5
+
+
+def test_weights_moved_apart_again_are_noticed():
+    unet = swapped(small_unet())
+    attention = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    x = rand(2, 3, 96)
+    wanted = attention.to_q(x), attention.to_k(x), attention.to_v(x)
+    for _ in range(2):
+        for ours, theirs in zip(fused.queries_keys_values(attention, x), wanted, strict=True):
+            assert error(ours, theirs) <= 1e-6
+        attention.to_k.weight.data = attention.to_k.weight.data.clone()
+    assert fused._stacked((attention.to_q.weight, attention.to_k.weight, attention.to_v.weight)) is None
