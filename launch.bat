@@ -52,7 +52,7 @@ exit /b %ERRORLEVEL%
 set REST=%REST:*sync=%
 call :install
 if errorlevel 1 goto stop
-"%VPY%" -c "import sys; sys.path[0] = sys.argv.pop(1); import runpy; runpy.run_module('latentsync', run_name='__main__', alter_sys=True)" "%ROOT%" %REST%
+"%VPY%" -c "import sys; sys.path[0] = sys.argv.pop(1); import runpy; runpy.run_module('optim', run_name='__main__', alter_sys=True)" "%ROOT%" %REST%
 exit /b %ERRORLEVEL%
 
 :demo
@@ -60,7 +60,7 @@ set REST=%REST:*demo=%
 call :install
 if errorlevel 1 goto stop
 if not exist "%ROOT%\outputs" mkdir "%ROOT%\outputs"
-"%VPY%" -c "import sys; sys.path[0] = sys.argv.pop(1); import runpy; runpy.run_module('latentsync', run_name='__main__', alter_sys=True)" "%ROOT%" "%ROOT%\assets\example\face.mp4" "%ROOT%\assets\example\speech.wav" -o "%ROOT%\outputs\demo.mp4" --model demo %REST%
+"%VPY%" -c "import sys; sys.path[0] = sys.argv.pop(1); import runpy; runpy.run_module('optim', run_name='__main__', alter_sys=True)" "%ROOT%" "%ROOT%\assets\example\face.mp4" "%ROOT%\assets\example\speech.wav" -o "%ROOT%\outputs\demo.mp4" --model demo %REST%
 if not "%ERRORLEVEL%"=="0" exit /b %ERRORLEVEL%
 echo The lip-synced example is "%ROOT%\outputs\demo.mp4"
 exit /b 0

@@ -112,9 +112,9 @@ install() {
     printf '%s\n%s\n' "$version" "$(cat -- "$1")" >"$record"
 }
 
-# Like `python -m latentsync`, but found beside this script, never in the folder where the user stands.
+# Like `python -m optim`, but found beside this script, never in the folder where the user stands.
 run='import sys; sys.path[0] = sys.argv.pop(1); import runpy
-runpy.run_module("latentsync", run_name="__main__", alter_sys=True)'
+runpy.run_module("optim", run_name="__main__", alter_sys=True)'
 
 command=${1:-}
 case $command in

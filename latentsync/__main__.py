@@ -8,12 +8,18 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentsync import __version__
 from latentsync.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to load
+    from latentsync.checkpoints import Models
+    from latentsync.pipeline import Report, Settings
 
 LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 
@@ -30,19 +36,19 @@ def parser() -> argparse.ArgumentParser:
         help="auto (default), demo, latentsync-1.5, latentsync-1.6, or a checkpoint folder",
     )  # fmt: skip
     found.add_argument(
-        "--steps", type=_between(int, 1, 999), default=20, help="diffusion steps, 12 to 50 are useful (default 20)"
+        "--steps", type=between(int, 1, 999), default=20, help="diffusion steps, 12 to 50 are useful (default 20)"
     )
     found.add_argument(
-        "--guidance", type=_between(float, 0, 10), default=1.5, help="lip strength, 1 (off) to 3 (default 1.5)"
+        "--guidance", type=between(float, 0, 10), default=1.5, help="lip strength, 1 (off) to 3 (default 1.5)"
     )
-    found.add_argument("--seed", type=_between(int, 0, 2**63 - 1), default=1247, help="default 1247")
+    found.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=1247, help="default 1247")
     found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     found.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
     found.add_argument("--version", action="version", version=__version__)
     return found
 
 
-def _between(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
+def between(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
     """A type for argparse: a number of `kind`, int or float, in a range."""
 
     def number(text: str) -> float:
@@ -153,8 +159,27 @@ def check_report(path: Path, others: tuple[str, ...]) -> None:
         raise UserError(f"The report '{path}' would overwrite a file of this run; choose another name for it.")
 
 
-def run(args: argparse.Namespace) -> None:
-    """One job, from checked arguments."""
+@dataclass
+class Job:
+    """What a run is to be given, and what is to be said of it afterwards."""
+
+    settings: "Settings"
+    relieve: "Callable[[], Settings | None] | None" = None  # see `latentsync.pipeline.lipsync`
+    finished: "Callable[[Report], None]" = lambda _: None  # called with the report, before it is written
+    notes: dict = field(default_factory=dict)  # more for the report's file
+
+
+Prepare = Callable[[argparse.Namespace, "Models", "Settings"], AbstractContextManager[Job]]
+
+
+@contextmanager
+def as_asked(args: argparse.Namespace, models: "Models", settings: "Settings") -> Iterator[Job]:
+    """The plain pipeline."""
+    yield Job(settings)
+
+
+def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
+    """One job, from checked arguments; what `prepare` makes of its models and settings is run."""
     # Imported here, so that --help is answered at once, and mistakes in the files before torch is there.
     from latentsync.media import check_output, probe_audio, probe_video
 
@@ -177,7 +202,10 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed)
     bars = Bars() if sys.stderr.isatty() else Lines()
     try:
-        report = lipsync(args.video, args.audio, args.output, models, settings, bars)
+        with prepare(args, models, settings) as job:
+            report = lipsync(args.video, args.audio, args.output, models, job.settings, bars, job.relieve)
+            bars.close()
+            job.finished(report)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"The memory of {device} is not enough for '{args.video}' with the model {models.name}: close other "
@@ -188,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
     if report.frames_without_face:
         print(f"{report.frames_without_face} frames show no usable face and were left as they are", file=sys.stderr)
     if args.report:
-        found = report.as_dict() | {"peak_memory_bytes": peak_memory()}
+        found = report.as_dict() | job.notes | {"peak_memory_bytes": peak_memory()}
         if device.type == "cuda":
             found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         try:
@@ -201,8 +229,15 @@ def run(args: argparse.Namespace) -> None:
     print(args.output)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
+def main(
+    arguments: list[str] | None = None,
+    parser: Callable[[], argparse.ArgumentParser] = parser,
+    prepare: Prepare = as_asked,
+) -> int:
+    """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted.
+
+    parser and prepare: for a command line that knows more options, and does more with them.
+    """
     args = parser().parse_args(shield_dashes(sys.argv[1:] if arguments is None else arguments))
 
     def stop(*_) -> None:
@@ -210,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, stop)  # so that a terminated run cleans up as an interrupted one does
     try:
-        run(args)
+        run(args, prepare)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -220,9 +255,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # of the output's name, where its letters are not the console's
-    code = main()
+def leave(code: int) -> None:
+    """End the process at once: Python would take a second or more to take torch apart."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # at once: Python would take a second or more to take torch apart
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # of the output's name, where its letters are not the console's
+    leave(main())

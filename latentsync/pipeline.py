@@ -299,10 +299,13 @@ class Painter:
             self.on_step()
 
 
-def paint(groups: Iterable[list[Window | Shot]], painter: Painter) -> Iterator[Shot]:
+def paint(
+    groups: Iterable[list[Window | Shot]], painter: Painter, relieve: Callable[[], Settings | None] | None = None
+) -> Iterator[Shot]:
     """Paint every window of every group; yields the finished shots in order, each once.
 
-    A group is finished when the device has been given what the painter's `groups_behind` next ones need.
+    A group is finished when the device has been given what the painter's `groups_behind` next ones need. Where its
+    memory runs out, `relieve` is asked for settings that need less, until they suffice or there are none.
     """
     given: deque[tuple[list[Window | Shot], list[Callable[[], None]]]] = deque()
 
@@ -316,12 +319,34 @@ def paint(groups: Iterable[list[Window | Shot]], painter: Painter) -> Iterator[S
             else:
                 yield part
 
-    for group in groups:
+    def given_to_device(group: list[Window | Shot]) -> list[Callable[[], None]]:
         by_length: dict[int, list[Window]] = {}
         for part in group:
             if isinstance(part, Window):
                 by_length.setdefault(len(part.shots), []).append(part)
-        given.append((group, [painter.paint(alike) for alike in by_length.values()]))
+        size = painter.settings.windows_per_pass
+        passes = [alike[i : i + size] for alike in by_length.values() for i in range(0, len(alike), size)]
+        return [painter.paint(some) for some in passes]
+
+    for group in groups:
+        while True:
+            short_of_memory = None
+            try:
+                completions = given_to_device(group)
+            except torch.OutOfMemoryError as error:
+                # Without its frames, which hold the tensors that did not fit.
+                short_of_memory = error.with_traceback(None)
+            if short_of_memory is None:
+                break
+            while given:  # what was queued before it frees its memory
+                yield from finished()
+            if painter.on_gpu:
+                torch.cuda.empty_cache()
+            settings = relieve() if relieve else None
+            if settings is None:
+                raise short_of_memory
+            painter = Painter(painter.models, settings, painter.on_step)
+        given.append((group, completions))
         if len(given) > painter.groups_behind:
             yield from finished()
     while given:
@@ -397,13 +422,15 @@ def lipsync(
     models: Models,
     settings: Settings | None = None,
     on_progress: Progress | None = None,
+    relieve: Callable[[], Settings | None] | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
     It lasts as long as the sound, ceil(seconds × 25) frames; a shorter video is played forward and backward.
     on_progress(stage, frames done, frames in all) is called as the stages of STAGES advance, and at every
-    denoising step, in the caller's thread; what it raises stops the run. Whatever ends a run early, no part of the
-    output is left, and no thread.
+    denoising step, in the caller's thread; what it raises stops the run. relieve() is called when the device's memory
+    ran out, and gives settings to go on with that need less, or None to give up. Whatever ends a run early, no part
+    of the output is left, and no thread.
     Raises UserError where the files cannot be used, or the video never shows a usable face.
     """
     settings = settings or Settings()
@@ -441,7 +468,7 @@ def lipsync(
     with (
         VideoWriter(output, info, audio, settings.crf) as writer,
         closing(Behind(write, settings.frames_behind, "writing")) as writing,
-        closing(generate(frames, wav, models, settings, total, clock, progress)) as shots,
+        closing(generate(frames, wav, models, settings, total, clock, progress, relieve)) as shots,
     ):
         for shot in shots:
             report.frames += 1
@@ -472,6 +499,7 @@ def generate(
     total: int,
     clock: StageClock,
     on_progress: Progress | None = None,
+    relieve: Callable[[], Settings | None] | None = None,
 ) -> Iterator[Shot]:
     """The chain of stages between decoding and encoding: finished shots, in order.
 
@@ -500,6 +528,6 @@ def generate(
     painter = Painter(models, settings, still_painting)
     with closing(ahead(aligned(), settings.shots_ahead, "faces")) as found:
         groups = batches(windows(watched(clock.wait(found, "faces"), "faces")), settings.windows_per_pass)
-        for shot in watched(clock.time(paint(groups, painter), "mouths"), "mouths"):
+        for shot in watched(clock.time(paint(groups, painter, relieve), "mouths"), "mouths"):
             painted += 1
             yield shot

@@ -21,11 +21,13 @@ WINDOW = 16  # frames that the network was trained to see together
 class DeepCache:
     """Full passes at every `interval`-th step, shallow ones of `branch` between them (the package's terms).
 
-    Raises UserError for numbers that name no such pass.
+    Not `guided`, shallow passes are computed with the audio alone, and what guidance added in the last full pass is
+    added again: half their work. Raises UserError for numbers that name no such pass.
     """
 
     interval: int = 3  # from 1
     branch: int = 0  # from 0 to 3 · levels − 1
+    guided: bool = True
 
     def __post_init__(self) -> None:
         if self.interval < 1 or self.branch < 0:
@@ -113,19 +115,24 @@ def denoise(
     latents = frames_first(noise.expand(b, c, f, h, w))
     condition = frames_first(condition)
     context = unet.encode_audio(audio)
-    timesteps = torch.tensor(schedule.timesteps, device=latents.device).unbind()
-    cached = None
+    timesteps = torch.tensor(schedule.timesteps).to(latents.device, non_blocking=True)[:, None].unbind()
+    cached = added = None
     for i, timestep in enumerate(timesteps):
         x = torch.cat([latents, condition], dim=1)
         if cache is None:
-            noise_now, _ = unet.full(x, timestep[None], context, f, None, guided)
+            noise_now, _ = unet.full(x, timestep, context, f, None, guided)
         elif i % cache.interval == 0:
-            noise_now, cached = unet.full(x, timestep[None], context, f, cache.branch, guided)
+            noise_now, cached = unet.full(x, timestep, context, f, cache.branch, guided)
+            heard_alone = guided and not cache.guided
+            cached = cached[len(x) :] if heard_alone else cached
         else:
-            noise_now = unet.shallow(x, timestep[None], context, f, cache.branch, cached, guided)
-        if guided:
+            noise_now = unet.shallow(x, timestep, context, f, cache.branch, cached, guided and cache.guided)
+        if len(noise_now) > len(x):
             free, heard = noise_now.chunk(2)
-            noise_now = free + guidance_scale * (heard - free)
+            added = (guidance_scale - 1) * (heard - free)
+            noise_now = heard + added
+        elif guided:
+            noise_now = noise_now + added
         latents = schedule.latent_scale[i] * latents + schedule.noise_scale[i] * noise_now
         if on_step is not None:
             on_step(i)

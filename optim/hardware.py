@@ -158,11 +158,10 @@ RELEASED = MemoryModel(
 )
 
 # The largest batches of use at SIDE, to be scaled with the pixels: the decode of 20 frames is 50 TFLOP and a step
-# over two windows 70, over 0.1 s each even on an H100, so that beyond these a batch takes memory, and delays the
-# stages that wait for it, for nothing. (There a captured pass over one window takes 119.5 ms at 512 px and 28.2 ms
-# at 256: four at 256 px are already no faster together.)
+# over one window 35, 0.1 s each on an H100, so that beyond these a batch takes memory, and delays the stages that wait
+# for it, for nothing.
 MOST_FRAMES = 20
-MOST_WINDOWS = 2
+MOST_WINDOWS = 1
 PLANNED = 0.95  # of the memory allowed; the rest is for fragments and for NVML's total being above CUDA's
 
 

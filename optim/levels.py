@@ -4,7 +4,7 @@
     slider            0              0.5            1
     default from      any memory     12 GiB         24 GiB
     inference steps   as asked       −20 %          −40 %
-    DeepCache         off            (3, 0)         (4, 0)
+    DeepCache         off            (3, 0)         (4, 0), guidance in full passes only
     TF32, compiler    off            on             on
     kernels, graphs   on             on             on
     batch             standard       larger         the most that is of use and fits
@@ -67,7 +67,7 @@ BALANCED = Level(
     compile=True, graphs=True, fused=True, vae_tiling=True, batch_share=0.8,
 )  # fmt: skip
 AGGRESSIVE = Level(
-    "aggressive", position=1.0, card_gib=24, step_share=0.6, cache=DeepCache(4, 0), tf32=True,
+    "aggressive", position=1.0, card_gib=24, step_share=0.6, cache=DeepCache(4, 0, guided=False), tf32=True,
     compile=True, graphs=True, fused=True, vae_tiling=True, batch_share=1.0,
 )  # fmt: skip
 STOPS = (CONSERVATIVE, BALANCED, AGGRESSIVE)  # by position and by memory
@@ -95,7 +95,7 @@ def level_at(position: float) -> Level:
         name=f"between {below.name} and {above.name}",
         position=float(position),
         step_share=below.step_share + way * (above.step_share - below.step_share),
-        cache=replace(above.cache or below.cache, interval=interval) if interval > 1 else None,
+        cache=replace(below.cache or above.cache, interval=interval) if interval > 1 else None,
     )
 
 

@@ -35,10 +35,10 @@ class Copy:
         self.root = folder / "it's a copy"
         self.tools = folder / "tools"
         self.calls_file = folder / "calls"
-        (self.root / "latentsync").mkdir(parents=True)
+        (self.root / "optim").mkdir(parents=True)
         self.tools.mkdir()
-        (self.root / "latentsync" / "__init__.py").touch()
-        (self.root / "latentsync" / "__main__.py").write_text(REPORT_ARGUMENTS)
+        (self.root / "optim" / "__init__.py").touch()
+        (self.root / "optim" / "__main__.py").write_text(REPORT_ARGUMENTS)
         (self.root / "requirements.txt").write_text("torch==2.13.0\n")
         shutil.copy(ROOT / "launch.sh", self.root)
         for tool in ("cat", "cp", "dirname", "mkdir", "readlink", "rm"):
@@ -158,9 +158,9 @@ def test_a_failed_install_is_said_and_repeated(with_python):
 def test_sync_keeps_the_folder_and_every_argument(with_python, tmp_path):
     odd = ["a b.mp4", 'it\'s "it".wav', "-o", "", "--", "-x.mp4", "$HOME*", "日本語.mp4", "a\nb", "\\ %s"]
     stand = tmp_path / "where the user stands"
-    # A package of the same name there, like a checkout of the reference implementation, must not be run.
-    (stand / "latentsync").mkdir(parents=True)
-    (stand / "latentsync" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    # A package of the same name there must not be run.
+    (stand / "optim").mkdir(parents=True)
+    (stand / "optim" / "__init__.py").write_text("raise SystemExit('the wrong package')")
     result = with_python.start("sync", *odd, cwd=stand)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == [str(stand), odd]

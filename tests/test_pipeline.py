@@ -473,3 +473,39 @@ def test_colours_of_the_visible_part_come_back_on_the_whole_face():
     mask[32:] = 0
     matched = match_colours(tinted, crops, mask)
     assert float((matched - original).abs().max()) < 1 / 127.5
+
+
+def failing_denoise(monkeypatch, failures: int) -> list[int]:
+    """Let the first passes run out of memory; returns the windows of every pass, as they come."""
+    denoise, passes = pipeline.denoise, []
+
+    def short_of_memory(unet, noise, condition, *rest):
+        passes.append(len(condition))
+        if len(passes) <= failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return denoise(unet, noise, condition, *rest)
+
+    monkeypatch.setattr(pipeline, "denoise", short_of_memory)
+    return passes
+
+
+def test_a_run_short_of_memory_goes_on_with_less_and_loses_no_frame(models, wav, monkeypatch):
+    wanted = run(models, wav, windows_per_pass=2)
+    offers = iter([Settings(steps=2, windows_per_pass=2), Settings(steps=2, windows_per_pass=1)])
+    passes = failing_denoise(monkeypatch, failures=2)
+    frames = (portrait(t) for t in range(FRAMES))
+    settings = Settings(steps=2, windows_per_pass=2)
+    shots = generate(frames, wav, models, settings, FRAMES, StageClock(), None, lambda: next(offers))
+    found = list(shots)
+    assert passes == [2, 2, 1, 1, 1], "the rest of the run goes on with what sufficed"
+    assert len(found) == FRAMES
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert psnr(ours.frame, theirs.frame) > 50
+
+
+def test_a_run_that_nothing_relieves_fails_with_the_memory_error(models, wav, monkeypatch):
+    failing_denoise(monkeypatch, failures=100)
+    for relieve in (None, lambda: None):
+        frames = (portrait(t) for t in range(FRAMES))
+        with pytest.raises(torch.OutOfMemoryError):
+            list(generate(frames, wav, models, Settings(steps=2), FRAMES, StageClock(), None, relieve))

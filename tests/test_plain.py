@@ -20,7 +20,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from latentsync.audio import audio_chunks, frame_count, log_mel
 from latentsync.checkpoints import load_audio_encoder
 from latentsync.sampling import DeepCache, ddim_schedule, denoise
-from latentsync.unet import UNet, UNetConfig
+from latentsync.unet import UNet, UNetConfig, frames_first
 from optim.plain import PlainUNet, deepcache, denoise_window, make_pipe
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
@@ -258,3 +258,26 @@ def test_sound_in_segments_equals_the_whole_clip_at_once(seconds):
     assert len(features) == samples // 160 // 2
     assert float((got - features[rows].flatten(1, 2)).abs().max() / features.std()) <= 1e-4, "a single row"
     assert relative_error(got, features[rows].flatten(1, 2)) <= BOUND
+
+
+def test_guidance_left_out_of_shallow_passes_is_that_of_the_last_full_one():
+    config = configuration(3)
+    _, ours = two_networks(config, 0)
+    noise, cond, audio = loop_inputs(config, 1, 3, 8, 8)
+    schedule, scale = ddim_schedule(5), 2.5
+    got = denoise(ours, noise, cond, audio, schedule, scale, DeepCache(2, 0, guided=False))
+    latents, given = frames_first(noise.expand(1, 4, 3, 8, 8)), frames_first(cond)
+    context = ours.encode_audio(audio)
+    with torch.inference_mode():
+        for i, t in enumerate(schedule.timesteps):
+            x, timestep = torch.cat([latents, given], dim=1), torch.tensor([t])
+            if i % 2 == 0:
+                silent, _ = ours.full(x, timestep, ours.encode_audio(torch.zeros_like(audio)), 3)
+                heard, cached = ours.full(x, timestep, context, 3, 0)
+                added = (scale - 1) * (heard - silent)
+            else:
+                heard = ours.shallow(x, timestep, context, 3, 0, cached)
+            latents = schedule.latent_scale[i] * latents + schedule.noise_scale[i] * (heard + added)
+    assert relative_error(got, latents.unflatten(0, (1, 3)).transpose(1, 2)) <= BOUND
+    with_guidance = denoise(ours, noise, cond, audio, schedule, scale, DeepCache(2, 0))
+    assert relative_error(got, with_guidance) > 1e-6, "nothing was left out"

@@ -1,0 +1,156 @@
+"""From a level to a fast run: what the pipeline is asked for, and how the networks carry it out.
+
+    plan = make_plan(level, Settings(), models.resolution, gpu)
+    models = accelerate(models, plan)
+    lipsync(video, audio, output, models, plan.settings, relieve=reliever(models, plan))
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from latentsync.checkpoints import Models
+from latentsync.pipeline import Settings
+from optim.fused import fuse, unfuse
+from optim.graphs import capture, release
+from optim.hardware import GIB, BatchSizes, Gpu, apply_vram_fraction, batch_sizes
+from optim.levels import STOPS, Level, steps_for
+
+CPU_BATCH = BatchSizes(frames=16, windows=1, tiling=False, planned=0, allowed=0)  # more is no faster on a processor
+SAFE_VRAM_FRACTION = 0.75  # after memory ran out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run at a level: batch, what goes through the device together; settings, what the pipeline is to be given."""
+
+    level: Level
+    batch: BatchSizes
+    settings: Settings
+
+
+def make_plan(level: Level, asked: Settings, resolution: int, gpu: Gpu | None) -> Plan:
+    """The plan for a level on a GPU, None for the processor; asked: settings as for the plain pipeline.
+
+    Steps, cache and batches of the settings come from the level and the GPU, all else from what is asked.
+    """
+    batch = batch_sizes(gpu, resolution, level) if gpu else CPU_BATCH
+    return Plan(level, batch, _settings(level, batch, asked))
+
+
+def _settings(level: Level, batch: BatchSizes, asked: Settings) -> Settings:
+    return replace(
+        asked,
+        steps=steps_for(level, asked.steps),
+        cache=level.cache,
+        windows_per_pass=batch.windows,
+        frames_per_pass=batch.frames,
+    )
+
+
+def say(sentence: str) -> None:
+    """One line on the console."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def accelerate(models: Models, plan: Plan, say: Callable[[str], None] = say) -> Models:
+    """Make the networks run as the plan says, in place; another plan may follow, and undoes what it does not want.
+
+    Says in a line what is done. Returns the same models.
+    """
+    level, on_gpu = plan.level, models.device.type == "cuda"
+    # Of float32: the audio encoder, and all on a processor that has a mode for it.
+    torch.set_float32_matmul_precision("high" if level.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = level.tf32
+    if on_gpu:
+        apply_vram_fraction(level.vram_fraction, models.device.index or 0)
+    for network in (models.unet, models.vae):
+        (fuse if level.fused else unfuse)(network)
+    (capture if level.graphs and on_gpu else release)(models.unet)
+    (models.vae.enable_tiling if plan.batch.tiling else models.vae.disable_tiling)()
+    say(describe(plan, models))
+    return models
+
+
+def describe(plan: Plan, models: Models) -> str:
+    """The plan in one line, as it is carried out on the models' device."""
+    level, settings, cache = plan.level, plan.settings, plan.settings.cache
+    parts = [f"{settings.steps} steps"]
+    if cache and cache.interval > 1:
+        half = "" if cache.guided or settings.guidance_scale <= 1 else ", guidance in full passes only"
+        parts.append(f"DeepCache every {cache.interval} steps (branch {cache.branch}{half})")
+    if models.device.type == "cuda":
+        parts += [name for name, on in (
+            ("TF32", level.tf32), ("fused kernels", level.fused), ("CUDA graphs", level.graphs),
+            ("VAE in tiles", plan.batch.tiling),
+        ) if on]  # fmt: skip
+        parts.append(f"{settings.frames_per_pass} frames and {settings.windows_per_pass} windows a pass")
+        parts.append(f"at most {plan.batch.allowed / GIB:.1f} GB of GPU memory")
+    return f"{level.name}: {', '.join(parts)}"
+
+
+def step_down(plan: Plan) -> tuple[Plan, str] | None:
+    """What to try when memory ran out, and what that is in words; None when there is nothing left to give up.
+
+    In this order: smaller batches, the autoencoder in tiles, no graphs, a smaller share of the card (the rest is
+    the desktop's and the driver's), the next level towards quality, whose batches are the smallest.
+    """
+    level, batch = plan.level, plan.batch
+    if batch.frames > 1 or batch.windows > 1:
+        frames, windows = max(1, batch.frames // 4), max(1, batch.windows // 4)
+        batch = replace(batch, frames=frames, windows=windows)
+        words = f"{frames} frames and {windows} windows a pass"
+    elif not batch.tiling:
+        batch, words = replace(batch, tiling=True), "the autoencoder in tiles"
+    elif level.graphs:
+        level, words = replace(level, graphs=False), "no CUDA graphs"
+    elif level.vram_fraction > SAFE_VRAM_FRACTION:
+        level = replace(level, vram_fraction=SAFE_VRAM_FRACTION)
+        words = f"at most {SAFE_VRAM_FRACTION} of the GPU's memory"
+    else:
+        slower = [stop for stop in STOPS if stop.position < level.position]
+        if not slower:
+            return None
+        kept = {"graphs": False, "vram_fraction": level.vram_fraction}
+        level = replace(slower[-1], **kept)
+        words = f"level {level.name}"
+    # The steps asked for are not known any more: they are those of the plan, at every level.
+    settings = replace(
+        plan.settings, cache=level.cache, windows_per_pass=batch.windows, frames_per_pass=batch.frames
+    )
+    return Plan(level, batch, settings), words
+
+
+def reliever(
+    models: Models, plan: Plan, say: Callable[[str], None] = say, on_step_down: Callable[[str], None] | None = None
+) -> Callable[[], Settings | None]:
+    """For the pipeline to call when memory ran out: every call steps down once, says so in one line, and gives the
+    settings to go on with; None at the end. on_step_down is told the words, for a report."""
+
+    def relieve() -> Settings | None:
+        nonlocal plan
+        found = step_down(plan)
+        if found is None:
+            return None
+        plan, words = found
+        say(f"The GPU's memory ran short: going on with {words}.")
+        if on_step_down:
+            on_step_down(words)
+        accelerate(models, plan, lambda _: None)
+        return plan.settings
+
+    return relieve
+
+
+def log_memory(when: str, device: torch.device, say: Callable[[str], None] = say) -> None:
+    """A line on the GPU's memory, before or after a run; nothing for the processor."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    say(
+        f"GPU memory {when}: {torch.cuda.memory_allocated(device) / GIB:.2f} GB in use, "
+        f"{torch.cuda.max_memory_allocated(device) / GIB:.2f} GB at the peak, "
+        f"{torch.cuda.memory_reserved(device) / GIB:.2f} GB held, {free / GIB:.2f} of {total / GIB:.2f} GB free"
+    )

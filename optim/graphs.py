@@ -1,0 +1,143 @@
+"""Passes of the U-Net captured as CUDA graphs: the host says «again» where it would start a thousand kernels.
+
+`capture(unet)` gives the network passes that are captured when they come with the same shapes for a second time, and
+replayed from then on; `release(unet)` takes it back and frees what the graphs hold. All graphs share one pool of
+memory, since no two run at a time; what one leaves for later, DeepCache's tensor, is copied out of it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from latentsync.unet import Context, UNet
+
+MOST_GRAPHS = 8  # the least recently used are given up beyond; a run of full windows needs two
+
+
+@dataclass
+class Pass:
+    """A captured pass: its graph, the tensors that it reads, and those that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    timestep: Tensor
+    context: Context
+    cached: Tensor | None
+    out: Tensor
+    kept: Tensor | None  # what a full pass leaves for shallow ones
+    # Whose values are in `context` and `cached`: they stay the same for many steps, and are copied once.
+    copied_context: Context | None = None
+    copied_cached: Tensor | None = None
+
+
+@dataclass
+class Graphs:
+    """The passes captured for one network; those seen once are in `seen`."""
+
+    passes: OrderedDict[tuple, Pass] = field(default_factory=OrderedDict)
+    seen: set[tuple] = field(default_factory=set)
+    pool: tuple[int, int] | None = None
+
+
+class GraphedUNet(UNet):
+    def full(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Context,
+        frames: int,
+        branch: int | None = None,
+        guided: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        def run(x: Tensor, timestep: Tensor, context: Context, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return UNet.full(self, x, timestep, context, frames, branch, guided)
+
+        return replay(self.graphs, ("full", frames, branch, guided), run, x, timestep, context, None)
+
+    def shallow(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Context,
+        frames: int,
+        branch: int,
+        cached: Tensor,
+        guided: bool = False,
+    ) -> Tensor:
+        def run(x: Tensor, timestep: Tensor, context: Context, cached: Tensor) -> tuple[Tensor, None]:
+            return UNet.shallow(self, x, timestep, context, frames, branch, cached, guided), None
+
+        return replay(self.graphs, ("shallow", frames, branch, guided), run, x, timestep, context, cached)[0]
+
+
+def replay(
+    graphs: Graphs,
+    kind: tuple,
+    run: Callable[[Tensor, Tensor, Context, Tensor | None], tuple[Tensor, Tensor | None]],
+    x: Tensor,
+    timestep: Tensor,
+    context: Context,
+    cached: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What `run` makes of the inputs; at the second call of a kind with the same shapes it is captured.
+
+    The first result is overwritten by the next pass of any kind, the second is the caller's.
+    """
+    key = kind, x.shape, timestep.shape, len(context[0][0]) if context else 0
+    if not x.is_cuda or (key not in graphs.passes and key not in graphs.seen):
+        graphs.seen.add(key)  # this run loads and plans what a capture must find ready
+        return run(x, timestep, context, cached)
+    if key not in graphs.passes:
+        graphs.passes[key] = _capture(graphs, run, x, timestep, context, cached)
+        while len(graphs.passes) > MOST_GRAPHS:
+            graphs.passes.popitem(last=False)
+    graphs.passes.move_to_end(key)
+    found = graphs.passes[key]
+    found.x.copy_(x)
+    found.timestep.copy_(timestep)
+    if found.copied_context is not context:
+        torch._foreach_copy_([t for pair in found.context for t in pair], [t for pair in context for t in pair])
+        found.copied_context = context
+    if cached is not None and found.copied_cached is not cached:
+        found.cached.copy_(cached)
+        found.copied_cached = cached
+    found.graph.replay()
+    return found.out, None if found.kept is None else found.kept.clone()
+
+
+def _capture(
+    graphs: Graphs,
+    run: Callable[[Tensor, Tensor, Context, Tensor | None], tuple[Tensor, Tensor | None]],
+    x: Tensor,
+    timestep: Tensor,
+    context: Context,
+    cached: Tensor | None,
+) -> Pass:
+    if graphs.pool is None:
+        graphs.pool = torch.cuda.graph_pool_handle()
+    x, timestep = x.clone(), timestep.clone()
+    context = [(k.clone(), v.clone()) for k, v in context]
+    cached = None if cached is None else cached.clone()
+    graph = torch.cuda.CUDAGraph()
+    # Other threads (sound, monitor) may use the GPU meanwhile: only this one is held to what a capture allows.
+    with torch.cuda.graph(graph, pool=graphs.pool, capture_error_mode="thread_local"):
+        out, kept = run(x, timestep, context, cached)
+    return Pass(graph, x, timestep, context, cached, out, kept)
+
+
+def capture(unet: UNet) -> UNet:
+    """Let the network capture its passes; on the CPU that changes nothing. Returns the same network."""
+    if type(unet) is UNet:
+        unet.__class__, unet.graphs = GraphedUNet, Graphs()
+    return unet
+
+
+def release(unet: UNet) -> UNet:
+    """Take back what `capture` did, with the memory of the graphs."""
+    if type(unet) is GraphedUNet:
+        unet.__class__ = UNet
+        del unet.graphs
+    return unet

@@ -1,0 +1,196 @@
+"""From a level to a plan, from a plan to networks, and down again when memory runs out."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from fake_nvml import card_of
+from test_hardware import read
+
+from latentsync.checkpoints import load_models, resolve
+from latentsync.pipeline import Settings
+from latentsync.sampling import DeepCache
+from optim import __main__ as command_line
+from optim import accelerate as module
+from optim.accelerate import CPU_BATCH, SAFE_VRAM_FRACTION, accelerate, make_plan, reliever, step_down
+from optim.graphs import GraphedUNet
+from optim.hardware import recommended_level
+from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, STOPS
+
+CPU = torch.device("cpu")
+CARDS = (6, 8, 12, 16, 24, 48, 80)  # GB
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def models(checkpoint):
+    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+
+
+def plan_for(gib: int, level=None, resolution: int = 512):
+    gpu = read(card_of(gib))
+    return make_plan(level or recommended_level(gpu), Settings(), resolution, gpu)
+
+
+def test_the_plan_takes_steps_and_cache_from_the_level_and_the_rest_from_what_is_asked():
+    asked = Settings(steps=30, guidance_scale=2.0, seed=7, crf=20)
+    for level, steps in ((CONSERVATIVE, 30), (BALANCED, 24), (AGGRESSIVE, 18)):
+        settings = make_plan(level, asked, 512, None).settings
+        assert (settings.steps, settings.cache) == (steps, level.cache)
+        assert replace(settings, steps=30, cache=None) == asked
+
+
+@pytest.mark.parametrize("gib", CARDS)
+def test_batches_of_the_plan_are_those_of_the_card(gib):
+    plan = plan_for(gib)
+    assert plan.settings.frames_per_pass == plan.batch.frames
+    assert plan.settings.windows_per_pass == plan.batch.windows
+    assert plan.batch.fits or gib == 6
+    if gib == 24:
+        assert plan.settings.frames_per_pass == 20 and plan.level is AGGRESSIVE
+
+
+def test_on_the_processor_every_level_runs_and_the_networks_stay_what_they_were(models, capsys):
+    before = [type(module) for network in (models.unet, models.vae) for module in network.modules()]
+    for level in STOPS:
+        plan = make_plan(level, Settings(), models.resolution, None)
+        assert accelerate(models, plan) is models and plan.batch == CPU_BATCH
+        assert [type(module) for network in (models.unet, models.vae) for module in network.modules()] == before
+        line = capsys.readouterr().err
+        assert line.startswith(level.name) and f"{plan.settings.steps} steps" in line and line.count("\n") == 1
+        assert ("DeepCache" in line) == (level.cache is not None)
+
+
+def test_tiling_and_tf32_follow_the_plan_and_are_taken_back(models):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    plan = make_plan(AGGRESSIVE, Settings(), 64, None)
+    try:
+        accelerate(models, replace(plan, batch=replace(plan.batch, tiling=True)), lambda _: None)
+        assert models.vae.use_tiling and torch.get_float32_matmul_precision() == "high"
+        accelerate(models, make_plan(CONSERVATIVE, Settings(), 64, None), lambda _: None)
+        assert not models.vae.use_tiling and torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_memory_is_given_up_in_the_stated_order_until_nothing_is_left():
+    plan, said = plan_for(24, resolution=256), []
+    while (found := step_down(plan)) is not None:
+        old, (plan, words) = plan, found
+        said.append(words)
+        assert plan.settings.steps == old.settings.steps, "the user's quality is not given up unasked"
+        settings = plan.settings
+        assert (settings.frames_per_pass, settings.windows_per_pass) == (plan.batch.frames, plan.batch.windows)
+        assert len(said) < 20
+    order = ["frames", "tiles", "graphs", str(SAFE_VRAM_FRACTION), "balanced", "conservative"]
+    places = [[i for i, words in enumerate(said) if word in words] for word in order]
+    assert all(places) and places == sorted(places) and sum(map(len, places)) == len(said)
+    assert plan.level.vram_fraction == SAFE_VRAM_FRACTION and not plan.level.graphs and plan.batch.tiling
+    assert plan.batch.frames == plan.batch.windows == 1 and plan.settings.cache is None
+
+
+def test_relief_says_a_line_each_time_and_ends(models):
+    said, told = [], []
+    relieve = reliever(models, make_plan(BALANCED, Settings(), 64, None), said.append, told.append)
+    given = []
+    while (settings := relieve()) is not None:
+        given.append(settings)
+    assert len(given) == len(said) == len(told) > 3 and models.vae.use_tiling
+    assert all(line.startswith("The GPU's memory ran short") for line in said)
+    assert relieve() is None
+
+
+def test_graphs_leave_passes_on_the_processor_alone(models):
+    unet = module.capture(models.unet)
+    assert type(unet) is GraphedUNet
+    config = unet.config
+    x = torch.randn(2, config.in_channels, 8, 8).contiguous(memory_format=torch.channels_last)
+    context = unet.encode_audio(torch.randn(1, 2, 50, config.cross_attention_dim))
+    arguments = x, torch.tensor([500]), context, 2
+    with torch.inference_mode():
+        wanted, kept = type(unet).__mro__[1].full(unet, *arguments, 0, True)
+        for _ in range(3):
+            ours, ours_kept = unet.full(*arguments, 0, True)
+            assert torch.equal(ours, wanted) and torch.equal(ours_kept, kept)
+        shallow = unet.shallow(*arguments, 0, kept, True)
+        assert torch.equal(shallow, type(unet).__mro__[1].shallow(unet, *arguments, 0, kept, True))
+    assert not unet.graphs.passes and type(module.release(unet)).__name__ == "UNet"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("cache", [None, DeepCache(3, 0), DeepCache(3, 0, guided=False)], ids=str)
+def test_replayed_loops_equal_eager_ones_and_never_wait_for_the_gpu(cache):
+    from latentsync.sampling import ddim_schedule, denoise
+    from latentsync.unet import UNet, UNetConfig
+
+    torch.manual_seed(0)
+    config = UNetConfig(block_out_channels=(64, 96), cross_attention=(True, True), temporal=(True, True), heads=4)
+    unet = UNet(config).eval().requires_grad_(False).cuda().half().to(memory_format=torch.channels_last)
+
+    def window() -> tuple[torch.Tensor, ...]:
+        shapes = (1, 4, 1, 16, 16), (1, 9, 16, 16, 16), (1, 16, 50, 384)
+        return tuple(torch.randn(shape, device="cuda", dtype=torch.float16) for shape in shapes)
+
+    inputs = [window() for _ in range(3)]
+    wanted = [denoise(unet, *each, ddim_schedule(8), 1.5, cache) for each in inputs]
+    module.capture(unet)
+    denoise(unet, *inputs[0], ddim_schedule(8), 1.5, cache)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = [denoise(unet, *each, ddim_schedule(8), 1.5, cache) for each in inputs]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for each, theirs in zip(ours, wanted, strict=True):
+        assert float((each.float() - theirs.float()).norm() / theirs.float().norm()) < 5e-3
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "options, level, steps", [((), "conservative", 5), (("--level", "aggressive"), "aggressive", 3)]
+)
+def test_the_fast_command_line_runs_at_a_level(checkpoint, talking, voice, tmp_path, capsys, options, level, steps):
+    report = tmp_path / "report.json"
+    arguments = [talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint, "--steps", 5, "--report", report]
+    code = command_line.plain.main(
+        [*map(str, arguments), *options], command_line.parser, command_line.prepare
+    )
+    assert code == 0 and (tmp_path / "out.mp4").is_file()
+    found = json.loads(report.read_text())
+    assert found["level"] == level and found["step_downs"] == [] and found["settings"]["steps"] == steps
+    said = capsys.readouterr().err
+    assert f"{level}: {steps} steps" in said and "frames a second on the processor" in said
+
+
+def test_every_setting_of_a_level_can_be_set_on_its_own(checkpoint, talking, voice, tmp_path):
+    report = tmp_path / "report.json"
+    arguments = [talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint, "--steps", 4, "--report", report]
+    options = "--level 1 --deepcache 2,1 --step-share 0.5 --batch 3 --vram-fraction 0.5 --no-graphs --no-tf32".split()
+    assert command_line.plain.main([*map(str, arguments), *options], command_line.parser, command_line.prepare) == 0
+    settings = json.loads(report.read_text())["settings"]
+    assert (settings["steps"], settings["frames_per_pass"]) == (2, 3)
+    assert settings["cache"] == {"interval": 2, "branch": 1, "guided": True}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--level", "fast"), "There is no level 'fast'"),
+        (("--level", "1.5"), "from 0"),
+        (("--deepcache", "a lot"), "--deepcache a lot is not understood"),
+        (("--deepcache", "0"), "interval from 1"),
+        (("--deepcache", "3,12"), "branch from 0 to 11"),
+    ],
+)
+def test_levels_and_settings_that_make_no_sense_are_one_sentence(
+    checkpoint, talking, voice, tmp_path, capsys, options, words
+):
+    arguments = [talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint, *options]
+    assert command_line.plain.main([*map(str, arguments)], command_line.parser, command_line.prepare) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert words in said[-1] and not (tmp_path / "out.mp4").exists()
