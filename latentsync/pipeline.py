@@ -12,7 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ from latentsync.sampling import (
 from latentsync.vae import condition, decode, to_pixels
 
 STAGES = ("faces", "mouths", "writing")
+KNOWN_BYTES = 512 * 2**20  # of crops of a video that is shown more than once: 26 s at 512 px
 DECODED_AHEAD = 8  # frames that wait for the face tracker
 STEPS_AHEAD = 3  # denoising steps that the GPU may be behind: shallow ones take it a millisecond
 END = object()
@@ -114,7 +116,8 @@ class Shot:
     """One frame on its way through the pipeline.
 
     frame: uint8 (H, W, 3), changed in place when its face is put back; tokens: audio (50, d);
-    crop: uint8 (R, R, 3), None without a usable face; matrix (2, 3) and opacity: how it goes back.
+    crop: uint8 (R, R, 3), None without a usable face; matrix (2, 3) and opacity: how it goes back;
+    source: the frame's number in a video that is shown more than once, else None.
     """
 
     frame: np.ndarray
@@ -122,6 +125,7 @@ class Shot:
     crop: np.ndarray | None = None
     matrix: np.ndarray | None = None
     opacity: float = 0.0
+    source: int | None = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,27 @@ class Window:
     done: int = 0
 
 
-def align(frames: Iterable[np.ndarray], tokens: Iterator[Tensor], resolution: int) -> Iterator[Shot]:
-    """Find, follow and cut out the face of every frame; tokens: the audio of each frame, in step."""
+def align(
+    frames: Iterable[tuple[int, np.ndarray]], tokens: Iterator[Tensor], resolution: int, looped: bool = False
+) -> Iterator[Shot]:
+    """Find, follow and cut out the face of every frame; tokens: the audio of each frame, in step.
+
+    frames: numbered as in the video. looped: they come again, forward and backward. Their faces are then those of
+    the first time, as far as KNOWN_BYTES hold a video's crops; a longer one is searched again.
+    """
+    frames, again = iter(frames), []
+    known: list[Shot] = []  # of the first time, without their frames
+    most = KNOWN_BYTES // (3 * resolution**2) if looped else 0
+
+    def first_time() -> Iterator[np.ndarray]:
+        for position, (number, frame) in enumerate(frames):
+            if number < position <= most:
+                again.append((number, frame))
+                return
+            yield frame
+
     bias = None
-    for frame, face in track_faces(frames):
+    for frame, face in track_faces(first_time()):
         shot = Shot(frame, next(tokens))
         if face is None:
             bias = None
@@ -143,7 +164,12 @@ def align(frames: Iterable[np.ndarray], tokens: Iterator[Tensor], resolution: in
             shot.matrix, bias = estimate_matrix(face.points, resolution, None if face.first else bias)
             shot.crop = crop_face(frame, shot.matrix, resolution)
             shot.opacity = face.opacity
+        if len(known) < most:
+            shot.source = len(known)
+            known.append(replace(shot, frame=None, tokens=None))
         yield shot
+    for number, frame in chain(again, frames):
+        yield replace(known[number], frame=frame, tokens=next(tokens))
 
 
 def windows(shots: Iterable[Shot]) -> Iterator[Window | Shot]:
@@ -200,6 +226,7 @@ class Painter:
         self.on_gpu = device.type == "cuda"
         self.groups_behind = int(self.on_gpu)  # groups that the device may still be working on
         self.steps: deque[torch.cuda.Event] = deque()  # the ends of the last steps that were given to the GPU
+        self.conditions: dict[int, Tensor] = {}  # of the frames of a video that is shown more than once
         self.mask = torch.from_numpy(fixed_mask(models.resolution).copy()).to(device, dtype)
         self.schedule: Schedule = ddim_schedule(settings.steps)
         vae = models.vae.config
@@ -218,10 +245,7 @@ class Painter:
         shots = [shot for window in windows for shot in window.shots]
         crops = self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots])))
         tokens = self.upload(torch.stack([shot.tokens for shot in shots])).to(models.dtype)
-        given = torch.cat([
-            condition(models.vae, to_pixels(some, models.dtype), self.mask)
-            for some in crops.split(settings.frames_per_pass)
-        ])  # fmt: skip
+        given = self.condition(shots, crops)
         latents = denoise(
             models.unet,
             self.noise,
@@ -243,6 +267,18 @@ class Painter:
             generated = match_colours(generated, crops, self.mask)
         faces = merge_faces(generated, crops, self.mask)
         return self.paste(faces, [shot for window in windows for shot in window.shots[window.done :]])
+
+    def condition(self, shots: list[Shot], crops: Tensor) -> Tensor:
+        """What the network is told of n faces besides the noise, (n, 1 + 2c, h, w), encoded once for each source."""
+        sources = [shot.source for shot in shots]
+        if all(source in self.conditions for source in sources):
+            return torch.stack([self.conditions[source] for source in sources])
+        given = torch.cat([
+            condition(self.models.vae, to_pixels(some, self.models.dtype), self.mask)
+            for some in crops.split(self.settings.frames_per_pass)
+        ])  # fmt: skip
+        self.conditions.update((source, one) for source, one in zip(sources, given, strict=True) if source is not None)
+        return given
 
     def paste(self, faces: Tensor, shots: list[Shot]) -> Callable[[], None]:
         """Blend faces (n, 3, R, R) into the frames of n shots: on the device, and on the host when called.
@@ -444,7 +480,7 @@ def lipsync(
     report = Report(
         settings, models.name, models.resolution, str(models.device), str(models.dtype).removeprefix("torch.")
     )
-    frames = (frame for _, frame in read_frames_looped(info, total))
+    frames, looped = read_frames_looped(info, total), total > info.n_frames
     written = 0
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -468,7 +504,7 @@ def lipsync(
     with (
         VideoWriter(output, info, audio, settings.crf) as writer,
         closing(Behind(write, settings.frames_behind, "writing")) as writing,
-        closing(generate(frames, wav, models, settings, total, clock, progress, relieve)) as shots,
+        closing(generate(frames, wav, models, settings, total, looped, clock, progress, relieve)) as shots,
     ):
         for shot in shots:
             report.frames += 1
@@ -492,19 +528,21 @@ def lipsync(
 
 
 def generate(
-    frames: Iterator[np.ndarray],
+    frames: Iterator[tuple[int, np.ndarray]],
     wav: Tensor,
     models: Models,
     settings: Settings,
     total: int,
+    looped: bool,
     clock: StageClock,
     on_progress: Progress | None = None,
     relieve: Callable[[], Settings | None] | None = None,
 ) -> Iterator[Shot]:
     """The chain of stages between decoding and encoding: finished shots, in order.
 
-    frames: uint8 (H, W, 3) at 25 fps, writable; they are made, and closed, in a thread of their own;
-    wav: (samples,) float32 at 16 kHz; total: frames to expect. Close it, if it is not taken to the end.
+    frames: numbered, uint8 (H, W, 3) at 25 fps, writable; they are made, and closed, in a thread of their own;
+    wav: (samples,) float32 at 16 kHz; total: frames to expect; looped: whether they come again. Close it, if it is
+    not taken to the end.
     Between `frames` and what it yields are `settings.most_frames` and the tracker's at most.
     """
     painted = 0
@@ -523,7 +561,7 @@ def generate(
         tokens = clock.time(beside(audio_chunks(models.audio_encoder, wav, total), models.device), "sound")
         with closing(ahead(clock.time(frames, "reading"), DECODED_AHEAD, "reading")) as decoded:
             waited = clock.wait(decoded, "reading")
-            yield from clock.time(align(waited, tokens, models.resolution), "faces")
+            yield from clock.time(align(waited, tokens, models.resolution, looped), "faces")
 
     painter = Painter(models, settings, still_painting)
     with closing(ahead(aligned(), settings.shots_ahead, "faces")) as found:

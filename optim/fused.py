@@ -9,6 +9,7 @@ back:
     transformer blocks   q, k and v are one product; residual additions are part of the layer norm that follows or of
                          the product before; positions, too; attention over frames reads q, k and v where they lie
     GEGLU                one pass
+    convolutions         the bias of those between resolutions is added in one pass
     doubling             nearest ×2 and a 3×3 convolution are one transposed convolution of a 4×4 kernel with stride
                          2: the same sums with four products in place of nine
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention as VaeAttention
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -120,7 +122,14 @@ def double(x: Tensor, conv: nn.Conv2d) -> Tensor:
     kernel = getattr(conv, "doubling", None)
     if kernel is None or kernel.device != x.device or kernel.dtype != x.dtype:
         return conv(F.interpolate(x, scale_factor=2.0))
-    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+    return add_bias(F.conv_transpose2d(x, kernel, stride=2, padding=1), None, conv.bias)
+
+
+def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The convolution, its bias added in one pass; x (n, C_in, h, w) → (n, C_out, …)."""
+    if not _serves(x):
+        return conv(x)
+    return add_bias(F.conv2d(x, conv.weight, None, conv.stride, conv.padding), None, conv.bias)
 
 
 def _add_product(x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
@@ -144,7 +153,7 @@ class FastResnetBlock(ResnetBlock):
             return super().forward(x, time, frames)
         h = F.conv2d(self.norm1(x, frames), self.conv1.weight, padding=1)
         h = group_norm(h, self.norm2, frames, True, self.time_emb_proj(time), self.conv1.bias)
-        h = F.conv2d(h, self.conv2.weight, padding=1).contiguous(memory_format=torch.channels_last)
+        h = F.conv2d(h, self.conv2.weight, padding=1)
         return add_bias(h, _shortcut(x, self.conv_shortcut), self.conv2.bias)
 
 
@@ -204,6 +213,9 @@ class FastGEGLU(GEGLU):
 
 
 class FastLevel(Level):
+    def downsample(self, x: Tensor) -> Tensor:
+        return convolve(x, self.downsamplers[0].conv) if self.downsamplers else x
+
     def upsample(self, x: Tensor) -> Tensor:
         return double(x, self.upsamplers[0].conv) if self.upsamplers else x
 
@@ -218,7 +230,7 @@ class FastVaeResnetBlock(ResnetBlock2D):
             return super().forward(input_tensor, temb, *args, **kwargs)
         h = F.conv2d(group_norm(x, self.norm1, silu=True), self.conv1.weight, padding=1)
         h = group_norm(h, self.norm2, silu=True, conv_bias=self.conv1.bias)
-        h = F.conv2d(h, self.conv2.weight, padding=1).contiguous(memory_format=torch.channels_last)
+        h = F.conv2d(h, self.conv2.weight, padding=1)
         return add_bias(h, _shortcut(x, self.conv_shortcut), self.conv2.bias)
 
 
@@ -240,6 +252,14 @@ class FastUpsample(Upsample2D):
         if output_size is not None or not _serves(hidden_states):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         return double(hidden_states, self.conv)
+
+
+class FastDownsample(Downsample2D):
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if not _serves(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        padded = hidden_states if self.padding else F.pad(hidden_states, (0, 1, 0, 1))
+        return convolve(padded, self.conv)
 
 
 class FastNormSilu(nn.GroupNorm):
@@ -266,6 +286,7 @@ FAST = {
     ResnetBlock2D: FastVaeResnetBlock,
     VaeAttention: FastVaeAttention,
     Upsample2D: FastUpsample,
+    Downsample2D: FastDownsample,
 }
 
 

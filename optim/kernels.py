@@ -171,7 +171,9 @@ def _scale_channels(
 
 
 @jit(do_not_specialize=["rows"])
-def _add_bias(x, residual, bias, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _add_bias(
+    x, residual, bias, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):
     """x += residual + bias, in place; x and residual (rows, channels), bias (channels)."""
     blocks = tl.cdiv(channels, CHANNELS)
     r = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
@@ -179,7 +181,9 @@ def _add_bias(x, residual, bias, rows, channels, ROWS: tl.constexpr, CHANNELS: t
     inside = c < channels
     at = r.to(tl.int64)[:, None] * channels + c[None, :]
     live = (r < rows)[:, None] & inside[None, :]
-    y = tl.load(x + at, mask=live, other=0.0).to(tl.float32) + tl.load(residual + at, mask=live, other=0.0)
+    y = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        y += tl.load(residual + at, mask=live, other=0.0)
     y += tl.load(bias + c, mask=inside, other=0.0)[None, :]
     tl.store(x + at, y.to(x.dtype.element_ty), mask=live)
 
@@ -413,13 +417,16 @@ def group_norm(
     return out
 
 
-def add_bias(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
-    """x + residual + bias, written over x; x and residual (n, C, h, w) channels-last, bias (C)."""
-    residual = residual.contiguous(memory_format=torch.channels_last)
+def add_bias(x: Tensor, residual: Tensor | None, bias: Tensor) -> Tensor:
+    """x + residual + bias, written over x where it is channels-last; x and residual (n, C, h, w), bias (C)."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
     n, channels, h, w = x.shape
     rows = n * h * w
     programs = triton.cdiv(rows, ROWS) * triton.cdiv(channels, CHANNELS)
-    _launch(_add_bias, programs, x, residual, bias, rows, channels, ROWS=ROWS, CHANNELS=CHANNELS)
+    tile = {"ROWS": ROWS, "CHANNELS": CHANNELS, "HAS_RESIDUAL": residual is not None}
+    _launch(_add_bias, programs, x, x if residual is None else residual, bias, rows, channels, **tile)
     return x
 
 

@@ -150,6 +150,8 @@ def test_bias_and_residual_are_added_in_place(dtype):
     wanted = x.double() + residual.double() + bias.double()[:, None, None]
     out = kernels.add_bias(x, residual, bias)
     assert out is x and error(x, wanted) <= BOUND[dtype]
+    wanted = x.double() + bias.double()[:, None, None]
+    assert kernels.add_bias(x, None, bias) is x and error(x, wanted) <= BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)

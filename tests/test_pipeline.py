@@ -58,7 +58,7 @@ def wav():
 
 def run(models, wav, **settings) -> list[Shot]:
     frames = (portrait(t) for t in range(FRAMES))
-    return list(generate(frames, wav, models, Settings(steps=2, **settings), FRAMES, StageClock()))
+    return list(generate(enumerate(frames), wav, models, Settings(steps=2, **settings), FRAMES, False, StageClock()))
 
 
 def stacked(shots: list[Shot]) -> np.ndarray:
@@ -169,6 +169,8 @@ def test_the_clock_keeps_threads_apart():
 class Slate:
     """A painter that writes down what it is told."""
 
+    settings = Settings()
+
     def __init__(self, groups_behind: int):
         self.groups_behind, self.told = groups_behind, []
 
@@ -214,7 +216,7 @@ def test_the_host_waits_for_the_third_last_step(models, monkeypatch):
 def test_stages_that_overlap_give_what_they_give_in_turns(models, wav):
     settings = Settings(steps=2)
     tokens = audio_chunks(models.audio_encoder, wav, FRAMES)
-    shots = align((portrait(t) for t in range(FRAMES)), tokens, models.resolution)
+    shots = align(enumerate(portrait(t) for t in range(FRAMES)), tokens, models.resolution)
     in_turns = list(paint(batches(windows(shots), 1), Painter(models, settings)))
     assert np.array_equal(stacked(in_turns), stacked(run(models, wav)))
 
@@ -301,7 +303,7 @@ def test_pixels_outside_the_face_are_those_of_the_decoded_frame(models, wav):
 
 def test_a_frame_is_painted_once_and_then_left_alone(models, wav):
     frames = (portrait(t) for t in range(FRAMES))
-    shots = generate(frames, wav, models, Settings(steps=1), FRAMES, StageClock())
+    shots = generate(enumerate(frames), wav, models, Settings(steps=1), FRAMES, False, StageClock())
     as_given = [(shot, shot.frame.copy()) for shot in shots]
     assert all(np.array_equal(shot.frame, copy) for shot, copy in as_given)
 
@@ -309,8 +311,8 @@ def test_a_frame_is_painted_once_and_then_left_alone(models, wav):
 def still(models, monkeypatch, seconds: float = 0.0, face: bool = True) -> None:
     """Let faces take `seconds` each, and painting nothing; with `groups_behind` as on a GPU."""
 
-    def instead(frames, tokens, resolution):
-        for frame in frames:
+    def instead(frames, tokens, resolution, looped):
+        for _, frame in frames:
             time.sleep(seconds)
             yield Shot(frame, next(tokens), CROP if face else None)
 
@@ -334,7 +336,7 @@ def test_a_run_holds_few_frames(models, wav, monkeypatch, size):
 
     settings = Settings(windows_per_pass=size)
     most = 0
-    for i, shot in enumerate(generate(made(), wav, models, settings, 600, StageClock())):
+    for i, shot in enumerate(generate(enumerate(made()), wav, models, settings, 600, False, StageClock())):
         assert int(shot.frame) == i
         if i % 7 == 0:
             time.sleep(0.01)  # the others fill their queues
@@ -344,17 +346,17 @@ def test_a_run_holds_few_frames(models, wav, monkeypatch, size):
 
 
 def test_stages_work_at_the_same_time(models, wav, monkeypatch):
-    still(models, monkeypatch, seconds=0.02, face=False)
+    still(models, monkeypatch, seconds=0.05, face=False)
 
     def frames():
         for i in range(40):
-            time.sleep(0.02)
+            time.sleep(0.05)
             yield np.array(i)
 
     began = time.perf_counter()
-    for _ in generate(frames(), wav, models, Settings(), 40, StageClock()):
-        time.sleep(0.02)
-    assert time.perf_counter() - began < 0.75 * 3 * 40 * 0.02
+    for _ in generate(enumerate(frames()), wav, models, Settings(), 40, False, StageClock()):
+        time.sleep(0.05)
+    assert time.perf_counter() - began < 0.75 * 3 * 40 * 0.05
 
 
 def test_what_decoding_raises_ends_the_run(models, wav, monkeypatch):
@@ -367,7 +369,7 @@ def test_what_decoding_raises_ends_the_run(models, wav, monkeypatch):
 
     done = []
     with pytest.raises(UserError, match="cut off"):
-        for shot in generate(frames(), wav, models, Settings(), 40, StageClock()):
+        for shot in generate(enumerate(frames()), wav, models, Settings(), 40, False, StageClock()):
             done.append(shot)
     assert threading.enumerate() == before
 
@@ -495,7 +497,7 @@ def test_a_run_short_of_memory_goes_on_with_less_and_loses_no_frame(models, wav,
     passes = failing_denoise(monkeypatch, failures=2)
     frames = (portrait(t) for t in range(FRAMES))
     settings = Settings(steps=2, windows_per_pass=2)
-    shots = generate(frames, wav, models, settings, FRAMES, StageClock(), None, lambda: next(offers))
+    shots = generate(enumerate(frames), wav, models, settings, FRAMES, False, StageClock(), None, lambda: next(offers))
     found = list(shots)
     assert passes == [2, 2, 1, 1, 1], "the rest of the run goes on with what sufficed"
     assert len(found) == FRAMES
@@ -508,4 +510,62 @@ def test_a_run_that_nothing_relieves_fails_with_the_memory_error(models, wav, mo
     for relieve in (None, lambda: None):
         frames = (portrait(t) for t in range(FRAMES))
         with pytest.raises(torch.OutOfMemoryError):
-            list(generate(frames, wav, models, Settings(steps=2), FRAMES, StageClock(), None, relieve))
+            clock = StageClock()
+            list(generate(enumerate(frames), wav, models, Settings(steps=2), FRAMES, False, clock, None, relieve))
+
+
+def there_and_back(n: int, count: int):
+    """`count` numbered frames of a face, 0 to n - 1 and back, and so on."""
+    for i in range(count):
+        number = min(i % (2 * n), 2 * n - 1 - i % (2 * n))
+        yield number, portrait(number)
+
+
+@pytest.mark.parametrize("n", [1, 10, 16, 23])
+def test_a_video_that_comes_again_is_searched_and_encoded_once(models, wav, monkeypatch, n):
+    searched, encoded = [], []
+    track, condition = pipeline.track_faces, pipeline.condition
+
+    def counted(frames):
+        return track(searched.append(0) or frame for frame in frames)
+
+    def counted_condition(vae, pixels, mask):
+        encoded.append(len(pixels))
+        return condition(vae, pixels, mask)
+
+    monkeypatch.setattr(pipeline, "track_faces", counted)
+    monkeypatch.setattr(pipeline, "condition", counted_condition)
+    frames = there_and_back(n, FRAMES)
+    shots = list(generate(frames, wav, models, Settings(steps=1), FRAMES, True, StageClock()))
+    assert len(shots) == FRAMES and len(searched) == n
+    assert [shot.source for shot in shots] == [number for number, _ in there_and_back(n, FRAMES)]
+    assert sum(encoded) <= -(-n // WINDOW) * WINDOW + WINDOW, "windows of known faces are not encoded again"
+    for shot in shots:
+        first = shots[shot.source]
+        assert np.array_equal(shot.crop, first.crop) and np.array_equal(shot.matrix, first.matrix)
+
+
+def test_faces_that_come_again_are_painted_as_if_encoded_anew(models, wav, monkeypatch):
+    def painted() -> np.ndarray:
+        frames = there_and_back(16, FRAMES)
+        return stacked(list(generate(frames, wav, models, Settings(steps=2), FRAMES, True, StageClock())))
+
+    wanted = painted()
+    monkeypatch.setattr(Painter, "condition", forgetful(Painter.condition))
+    assert np.abs(painted().astype(int) - wanted.astype(int)).max() <= 1
+
+
+def forgetful(condition):
+    def encode_anew(self, shots, crops):
+        self.conditions.clear()
+        return condition(self, shots, crops)
+
+    return encode_anew
+
+
+def test_a_video_too_long_to_be_kept_is_searched_again(models, wav, monkeypatch):
+    monkeypatch.setattr(pipeline, "KNOWN_BYTES", 5 * 3 * models.resolution**2)
+    frames = there_and_back(10, FRAMES)
+    shots = list(generate(frames, wav, models, Settings(steps=1), FRAMES, True, StageClock()))
+    assert len(shots) == FRAMES and [shot.source for shot in shots] == [0, 1, 2, 3, 4] + [None] * (FRAMES - 5)
+    assert all(shot.crop is not None for shot in shots)
