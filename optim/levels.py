@@ -4,13 +4,16 @@
     slider            0              0.5            1
     default from      any memory     12 GiB         24 GiB
     inference steps   as asked       −20 %          −40 %
-    DeepCache         off            (3, 0)         (4, 0), guidance in full passes only
+    DeepCache         off            (2, 0)         (3, 0), guidance in full passes only
     TF32, compiler    off            on             on
     kernels, graphs   on             on             on
     batch             standard       larger         the most that is of use and fits
 
 Conservative is a promise: its result is the plain pipeline's, so it holds every speed that costs no quality and
-nothing else. Balanced may change the result, but not visibly. Aggressive takes all there is.
+nothing else. Fewer steps cost little: 16 of them in place of 20 left the demo model's mouth on a clip of the corpus at
+62 dB to it; DeepCache costs more: 50 dB with (2, 0), 42 with (3, 0), and at 12 steps 40 with (3, 0), 36 with (4, 0),
+where guidance left out of shallow passes made no difference. Balanced may change the result, but not visibly.
+Aggressive takes all there is.
 Nobody outside this module asks which level it is; what is to be done stands in its fields.
 """
 
@@ -63,11 +66,11 @@ CONSERVATIVE = Level(
     compile=False, graphs=True, fused=True, vae_tiling=True, batch_share=0.4,
 )  # fmt: skip
 BALANCED = Level(
-    "balanced", position=0.5, card_gib=12, step_share=0.8, cache=DeepCache(3, 0), tf32=True,
+    "balanced", position=0.5, card_gib=12, step_share=0.8, cache=DeepCache(2, 0), tf32=True,
     compile=True, graphs=True, fused=True, vae_tiling=True, batch_share=0.8,
 )  # fmt: skip
 AGGRESSIVE = Level(
-    "aggressive", position=1.0, card_gib=24, step_share=0.6, cache=DeepCache(4, 0, guided=False), tf32=True,
+    "aggressive", position=1.0, card_gib=24, step_share=0.6, cache=DeepCache(3, 0, guided=False), tf32=True,
     compile=True, graphs=True, fused=True, vae_tiling=True, batch_share=1.0,
 )  # fmt: skip
 STOPS = (CONSERVATIVE, BALANCED, AGGRESSIVE)  # by position and by memory

@@ -33,7 +33,7 @@ def test_steps_fall_and_cache_intervals_grow_along_the_slider():
     steps = [steps_for(level, 50) for level in levels]
     intervals = [level.cache.interval if level.cache else 1 for level in levels]
     assert steps == sorted(steps, reverse=True) and len(set(steps)) == 21  # 50 to 30, none left out
-    assert intervals == sorted(intervals) and set(intervals) == {1, 2, 3, 4}
+    assert intervals == sorted(intervals) and set(intervals) == {1, 2, 3}
     assert steps_for(level_at(0.25), 20) == 18 and level_at(0.25).cache == DeepCache(2, 0)
 
 
