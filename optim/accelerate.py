@@ -13,6 +13,7 @@ import torch
 
 from latentsync.checkpoints import Models
 from latentsync.pipeline import Settings
+from optim.compilation import compile_network, restore, use_cache_folder
 from optim.fused import fuse, unfuse
 from optim.graphs import capture, release
 from optim.hardware import GIB, BatchSizes, Gpu, apply_vram_fraction, batch_sizes
@@ -55,22 +56,37 @@ def say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
-def accelerate(models: Models, plan: Plan, say: Callable[[str], None] = say) -> Models:
+def accelerate(
+    models: Models, plan: Plan, say: Callable[[str], None] = say, frames: int | None = None
+) -> Models:
     """Make the networks run as the plan says, in place; another plan may follow, and undoes what it does not want.
 
-    Says in a line what is done. Returns the same models.
+    frames: of the job, if it is known: a long one may be worth compiling for, see `optim.compilation`. Says in a line
+    what is done. Returns the same models.
     """
-    level, on_gpu = plan.level, models.device.type == "cuda"
+    level, settings, on_gpu = plan.level, plan.settings, models.device.type == "cuda"
+    use_cache_folder()
     # Of float32: the audio encoder, and all on a processor that has a mode for it.
     torch.set_float32_matmul_precision("high" if level.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = level.tf32
     if on_gpu:
         apply_vram_fraction(level.vram_fraction, models.device.index or 0)
+    release(restore(models).unet)
     for network in (models.unet, models.vae):
         (fuse if level.fused else unfuse)(network)
-    (capture if level.graphs and on_gpu else release)(models.unet)
+    compiled = level.compile and frames and compile_network(
+        models,
+        frames,
+        settings.steps,
+        settings.windows_per_pass,
+        settings.guidance_scale > 1,
+        settings.cache,
+        say=say,
+    )
+    if level.graphs and on_gpu and not compiled:
+        capture(models.unet)
     (models.vae.enable_tiling if plan.batch.tiling else models.vae.disable_tiling)()
-    say(describe(plan, models))
+    say(describe(plan, models) + (", compiled" if compiled else ""))
     return models
 
 

@@ -346,7 +346,10 @@ def _kind(argument: Tensor | int | float) -> tuple:
 
 
 def compile_all(run: Callable[[], object]) -> None:
-    """Compile the kernels that `run` starts, side by side: `run` is called, but its kernels compute nothing."""
+    """Compile the kernels that `run` starts, side by side: `run` is called, but its kernels compute nothing.
+
+    What cannot be compiled fails again, and is told, when it is started.
+    """
     global _to_compile
     if INTERPRETED:
         return
@@ -357,8 +360,8 @@ def compile_all(run: Callable[[], object]) -> None:
     finally:
         _to_compile = None
     with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(compile_it) for compile_it in waiting]:
-            done.result()
+        for compile_it in waiting:
+            pool.submit(compile_it)
 
 
 def group_norm(

@@ -14,6 +14,7 @@ from latentsync.sampling import DeepCache
 from optim import __main__ as command_line
 from optim import accelerate as module
 from optim.accelerate import CPU_BATCH, SAFE_VRAM_FRACTION, accelerate, make_plan, reliever, step_down
+from optim.fused import LeanVaeResnetBlock, fuse, unfuse
 from optim.graphs import GraphedUNet
 from optim.hardware import recommended_level
 from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, STOPS
@@ -51,15 +52,27 @@ def test_batches_of_the_plan_are_those_of_the_card(gib):
         assert plan.settings.frames_per_pass == 20 and plan.level is AGGRESSIVE
 
 
-def test_on_the_processor_every_level_runs_and_the_networks_stay_what_they_were(models, capsys):
-    before = [type(module) for network in (models.unet, models.vae) for module in network.modules()]
+def test_on_the_processor_every_level_runs_and_the_network_stays_what_it_was(models, capsys):
+    before = [type(module) for module in models.unet.modules()]
     for level in STOPS:
         plan = make_plan(level, Settings(), models.resolution, None)
         assert accelerate(models, plan) is models and plan.batch == CPU_BATCH
-        assert [type(module) for network in (models.unet, models.vae) for module in network.modules()] == before
+        assert [type(module) for module in models.unet.modules()] == before
         line = capsys.readouterr().err
         assert line.startswith(level.name) and f"{plan.settings.steps} steps" in line and line.count("\n") == 1
         assert ("DeepCache" in line) == (level.cache is not None)
+
+
+def test_a_lean_autoencoder_gives_the_same_to_the_bit_and_is_taken_back(models):
+    vae = models.vae
+    faces, latents = torch.randn(3, 3, 64, 64), torch.randn(3, 4, 8, 8)
+    plain = [type(module) for module in vae.modules()]
+    with torch.inference_mode():
+        wanted = vae.encode(faces).latent_dist.mode(), vae.decode(latents).sample
+        assert {type(module) for module in fuse(vae).modules()} - set(plain) == {LeanVaeResnetBlock}
+        ours = vae.encode(faces).latent_dist.mode(), vae.decode(latents).sample
+    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+    assert [type(module) for module in unfuse(vae).modules()] == plain
 
 
 def test_tiling_and_tf32_follow_the_plan_and_are_taken_back(models):
