@@ -5,17 +5,24 @@ face: the cost does not grow with the frame, and the points tremble a tenth as m
 Its video mode is not used: it smooths with a lag and cannot follow a moving crop. The smoothing here looks
 ahead instead, so it has no lag.
 
+The searched crop stays put until the face has moved far, so the next frames are searched where this one was, by several
+landmarkers side by side, before it is known whether that is right; where it was not, they are searched again. The
+result is the same, however many there are.
+
 Coordinates are (x, y) in pixels of the frame with pixel centres at whole numbers.
 """
 
 import os
+import queue
 import re
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -40,6 +47,7 @@ MOUTH_EDGE = (61, 291, 0, 17)  # corners, top and bottom of the outer lips
 EYE_CORNERS = (33, 263)  # outer
 
 MAX_FACES = 8  # in one picture
+CORES_PER_LANDMARKER, MOST_LANDMARKERS = 4, 4  # one uses several cores itself
 REGION = 2.0  # side of the searched crop around a known face, in face sizes
 REGION_PIXELS = 384  # the crop is shrunk to this; the landmark network itself sees 256
 REGION_SLACK = 0.12  # the crop stays put until the face has moved or grown by this share of its side
@@ -142,10 +150,13 @@ def mouth_opening(landmarks: np.ndarray) -> float:
     return float(gap / np.linalg.norm(landmarks[EYE_CORNERS[0]] - landmarks[EYE_CORNERS[1]]))
 
 
-def track_faces(frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Face | None]]:
+def track_faces(
+    frames: Iterable[np.ndarray], landmarkers: int | None = None
+) -> Iterator[tuple[np.ndarray, Face | None]]:
     """Follow one face, the largest when it first appears, and yield every frame with it.
 
-    frames: uint8 RGB (H, W, 3), all of one size. At most 12 are held at a time.
+    frames: uint8 RGB (H, W, 3), all of one size. At most 12 are held at a time, and one more for every landmarker
+    that works ahead. landmarkers: how many of them work; by default as the processor's cores allow.
     The face is None where none is usable: not found, turned more than 60 degrees away, or with the mouth
     outside the picture. Another face does not take over until the followed one has been gone for a second
     or the shot has changed.
@@ -154,8 +165,13 @@ def track_faces(frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Face
     reach = max(FADE, SMOOTHING)
     line: deque[_Slot] = deque()  # up to `reach` slots behind the current one, and `reach` ahead
     current = 0
-    with _landmarker() as landmarker:
-        for slot in _follow(frames, landmarker):
+    if landmarkers is None:
+        landmarkers = min(max((os.cpu_count() or 1) // CORES_PER_LANDMARKER, 1), MOST_LANDMARKERS)
+    with ExitStack() as open_now:
+        landmarker = open_now.enter_context(_landmarker())
+        others = [open_now.enter_context(_landmarker()) for _ in range(landmarkers if landmarkers > 1 else 0)]
+        searched = open_now.enter_context(closing(_SearchedAhead(frames, others)))
+        for slot in _follow(searched, landmarker):
             line.append(slot)
             if len(line) - current > reach:
                 yield _finish(line, current)
@@ -227,7 +243,59 @@ def _line_shares(weight: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.n
     return weight - mean * slope, slope
 
 
-def _follow(frames: Iterable[np.ndarray], landmarker: FaceLandmarker) -> Iterator[_Slot]:
+class _SearchedAhead:
+    """Frames, in order; each of the `landmarkers` searches one of the next in `region` meanwhile."""
+
+    def __init__(self, frames: Iterable[np.ndarray], landmarkers: list[FaceLandmarker]):
+        self.region: tuple[int, int, int] | None = None  # where to look in the frames to come, None: nowhere
+        self._frames = iter(frames)
+        self._count = len(landmarkers)
+        self._free: queue.SimpleQueue[FaceLandmarker] = queue.SimpleQueue()
+        for landmarker in landmarkers:
+            self._free.put(landmarker)
+        self._pool = ThreadPoolExecutor(self._count, "faces") if landmarkers else None
+        self._next: deque[tuple[np.ndarray, tuple[int, int, int] | None, Future | None]] = deque()
+        self._current: tuple[tuple[int, int, int] | None, Future | None] = (None, None)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while True:
+            for frame in islice(self._frames, max(self._count, 1) - len(self._next)):
+                self._next.append((frame, None, None))
+            self._next = deque(self._search(*each) for each in self._next)
+            if not self._next:
+                return
+            frame, *self._current = self._next.popleft()
+            yield frame
+
+    def _search(
+        self, frame: np.ndarray, region: tuple[int, int, int] | None, search: Future | None
+    ) -> tuple[np.ndarray, tuple[int, int, int] | None, Future | None]:
+        """The frame with a search in the region that is now the likely one."""
+        if region == self.region or self._pool is None:
+            return frame, region, search
+        if search is not None:
+            search.cancel()
+        wanted = self.region
+        return frame, wanted, None if wanted is None else self._pool.submit(self._detect, frame, wanted)
+
+    def _detect(self, frame: np.ndarray, region: tuple[int, int, int]) -> list[_Sighting]:
+        landmarker = self._free.get()
+        try:
+            return _detect_in(landmarker, frame, region)
+        finally:
+            self._free.put(landmarker)
+
+    def seen(self, region: tuple[int, int, int]) -> list[_Sighting] | None:
+        """What the frame that came last shows in the region, if that was searched ahead."""
+        searched, search = self._current
+        return search.result() if search is not None and searched == region else None
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker) -> Iterator[_Slot]:
     """Every frame with the sighting of the followed face.
 
     Frames without a face wait up to SEARCH_INTERVAL frames: a face that the next search finds was often
@@ -244,7 +312,9 @@ def _follow(frames: Iterable[np.ndarray], landmarker: FaceLandmarker) -> Iterato
         slot = _Slot(frame, shot)
         if followed is not None and missing == 0:
             region = _region(followed, region)
-            slot.sighting = _look_near(landmarker, frame, followed, region)
+            seen = frames.seen(region)
+            seen = _detect_in(landmarker, frame, region) if seen is None else seen
+            slot.sighting = _nearest(seen, followed)
         if slot.sighting is None:
             missing += 1
             if missing > PATIENCE:
@@ -254,7 +324,9 @@ def _follow(frames: Iterable[np.ndarray], landmarker: FaceLandmarker) -> Iterato
             if found is not None:
                 # Seen again from a crop of its own, so that its points do not depend on how it was found.
                 region = _region(found, None)
-                slot.sighting = _look_near(landmarker, frame, found, region)
+                slot.sighting = _nearest(_detect_in(landmarker, frame, region), found)
+        # Where the next frame is looked for if its face is no further from here than this one was.
+        frames.region = region if slot.sighting is not None else None
         if slot.sighting is not None:
             followed, missing = slot.sighting, 0
             _follow_back(landmarker, waiting, slot)
@@ -273,7 +345,8 @@ def _follow_back(landmarker: FaceLandmarker, waiting: deque[_Slot], found: _Slot
     for slot in reversed(waiting):
         if slot.shot != found.shot:
             return
-        slot.sighting = _look_near(landmarker, slot.frame, found.sighting, _region(found.sighting, None))
+        seen = _detect_in(landmarker, slot.frame, _region(found.sighting, None))
+        slot.sighting = _nearest(seen, found.sighting)
         if slot.sighting is None:
             return
         found = slot
@@ -318,13 +391,15 @@ def _region(face: _Sighting, last: tuple[int, int, int] | None) -> tuple[int, in
     return round(face.centre[0]), round(face.centre[1]), max(round(side), 2)
 
 
-def _look_near(
-    landmarker: FaceLandmarker, frame: np.ndarray, face: _Sighting, region: tuple[int, int, int]
-) -> _Sighting | None:
-    """`face` in this frame, if it is still near where it was."""
+def _detect_in(landmarker: FaceLandmarker, frame: np.ndarray, region: tuple[int, int, int]) -> list[_Sighting]:
+    """The faces in a region of the frame: centre x, y and side."""
     x, y, side = region
     x0, y0 = x - side // 2, y - side // 2
-    seen = _detect(landmarker, frame, x0, y0, x0 + side, y0 + side, REGION_PIXELS)
+    return _detect(landmarker, frame, x0, y0, x0 + side, y0 + side, REGION_PIXELS)
+
+
+def _nearest(seen: list[_Sighting], face: _Sighting) -> _Sighting | None:
+    """`face` among those seen, if it is still near where it was."""
     return min((s for s in seen if _resembles(s, face, NEAR)), key=face.distance, default=None)
 
 

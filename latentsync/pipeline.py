@@ -3,8 +3,9 @@
     frames → faces → windows → latents → faces → frames
 
 Each stage is an iterator that takes from the one before it, so that what is held does not grow with the clip.
-Decoding, faces and encoding have a thread each, a bounded number of frames away from the main one, which drives
-the device: it finds the faces of the next windows ready, and hands finished frames on without waiting.
+Sound, decoding, following faces, cutting them out and encoding have a thread each, a bounded number of frames away from
+the main one, which drives the device: it finds the faces of the next windows ready, and hands finished frames on
+without waiting.
 """
 
 import threading
@@ -25,7 +26,7 @@ from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints import Models
 from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
 from latentsync.errors import UserError
-from latentsync.faces import track_faces
+from latentsync.faces import Face, track_faces
 from latentsync.media import (
     CRF,
     VideoWriter,
@@ -51,6 +52,7 @@ from latentsync.vae import condition, decode, to_pixels
 STAGES = ("faces", "mouths", "writing")
 KNOWN_BYTES = 512 * 2**20  # of crops of a video that is shown more than once: 26 s at 512 px
 DECODED_AHEAD = 8  # frames that wait for the face tracker
+TRACKED_AHEAD = 8  # frames that wait for their faces to be cut out
 STEPS_AHEAD = 3  # denoising steps that the GPU may be behind: shallow ones take it a millisecond
 END = object()
 
@@ -88,8 +90,8 @@ class Settings:
     def most_frames(self) -> int:
         """Frames in memory at most, whatever the clip's length, besides what decoder, tracker and encoder hold."""
         held = 2 * (self.windows_per_pass + 1) * WINDOW  # the group on the device, the one before it, their context
-        hands = 6  # one a thread, on its way from queue to queue
-        return DECODED_AHEAD + self.shots_ahead + held + self.frames_behind + hands
+        hands = 8  # one a thread, on its way from queue to queue
+        return DECODED_AHEAD + TRACKED_AHEAD + self.shots_ahead + held + self.frames_behind + hands
 
 
 @dataclass
@@ -136,27 +138,35 @@ class Window:
     done: int = 0
 
 
-def align(
-    frames: Iterable[tuple[int, np.ndarray]], tokens: Iterator[Tensor], resolution: int, looped: bool = False
-) -> Iterator[Shot]:
-    """Find, follow and cut out the face of every frame; tokens: the audio of each frame, in step.
+def first_time(
+    frames: Iterator[tuple[int, np.ndarray]], most: int, again: list[tuple[int, np.ndarray]]
+) -> Iterator[np.ndarray]:
+    """The frames until a video of at most `most` frames comes again; the frame with which it does goes into `again`.
 
-    frames: numbered as in the video. looped: they come again, forward and backward. Their faces are then those of
-    the first time, as far as KNOWN_BYTES hold a video's crops; a longer one is searched again.
+    frames: numbered as in the video. A longer video goes on and on.
     """
-    frames, again = iter(frames), []
+    for position, (number, frame) in enumerate(frames):
+        if number < position <= most:
+            again.append((number, frame))
+            return
+        yield frame
+
+
+def align(
+    tracked: Iterable[tuple[np.ndarray, Face | None]],
+    tokens: Iterator[Tensor],
+    resolution: int,
+    most: int = 0,
+    again: Iterable[tuple[int, np.ndarray]] = (),
+) -> Iterator[Shot]:
+    """Cut out the face of every frame; tokens: the audio of each frame, in step.
+
+    again: numbered frames that follow, of a video that has been seen whole and had at most `most` frames: their faces
+    are those of the first time.
+    """
     known: list[Shot] = []  # of the first time, without their frames
-    most = KNOWN_BYTES // (3 * resolution**2) if looped else 0
-
-    def first_time() -> Iterator[np.ndarray]:
-        for position, (number, frame) in enumerate(frames):
-            if number < position <= most:
-                again.append((number, frame))
-                return
-            yield frame
-
     bias = None
-    for frame, face in track_faces(first_time()):
+    for frame, face in tracked:
         shot = Shot(frame, next(tokens))
         if face is None:
             bias = None
@@ -168,7 +178,7 @@ def align(
             shot.source = len(known)
             known.append(replace(shot, frame=None, tokens=None))
         yield shot
-    for number, frame in chain(again, frames):
+    for number, frame in again:
         yield replace(known[number], frame=frame, tokens=next(tokens))
 
 
@@ -414,7 +424,8 @@ class StageClock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.waiting: dict[str, float] = {}  # "faces": the device's thread for faces; "writing": it for the encoder
+        # The tracker waits for "reading"; cutting out for "faces" and "sound"; the device for "crops" and "writing".
+        self.waiting: dict[str, float] = {}
         self._thread = threading.local()  # .inner: seconds charged since the innermost open charge began
 
     @contextmanager
@@ -558,14 +569,22 @@ def generate(
             on_progress("mouths", painted, total)
 
     def aligned() -> Iterator[Shot]:
-        tokens = clock.time(beside(audio_chunks(models.audio_encoder, wav, total), models.device), "sound")
-        with closing(ahead(clock.time(frames, "reading"), DECODED_AHEAD, "reading")) as decoded:
-            waited = clock.wait(decoded, "reading")
-            yield from clock.time(align(waited, tokens, models.resolution, looped), "faces")
+        most = KNOWN_BYTES // (3 * models.resolution**2) if looped else 0
+        again: list[tuple[int, np.ndarray]] = []
+        heard = clock.time(beside(audio_chunks(models.audio_encoder, wav, total), models.device), "sound")
+        with (
+            closing(ahead(heard, TRACKED_AHEAD, "sound")) as tokens,
+            closing(ahead(clock.time(frames, "reading"), DECODED_AHEAD, "reading")) as decoded,
+        ):
+            shown = clock.wait(decoded, "reading")
+            followed = clock.time(track_faces(first_time(shown, most, again)), "faces")
+            with closing(ahead(followed, TRACKED_AHEAD, "faces")) as tracked:
+                faces, tokens = clock.wait(tracked, "faces"), clock.wait(tokens, "sound")
+                yield from clock.time(align(faces, tokens, models.resolution, most, chain(again, shown)), "crops")
 
     painter = Painter(models, settings, still_painting)
-    with closing(ahead(aligned(), settings.shots_ahead, "faces")) as found:
-        groups = batches(windows(watched(clock.wait(found, "faces"), "faces")), settings.windows_per_pass)
+    with closing(ahead(aligned(), settings.shots_ahead, "crops")) as found:
+        groups = batches(windows(watched(clock.wait(found, "crops"), "faces")), settings.windows_per_pass)
         for shot in watched(clock.time(paint(groups, painter, relieve), "mouths"), "mouths"):
             painted += 1
             yield shot

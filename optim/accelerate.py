@@ -19,7 +19,8 @@ from optim.graphs import capture, release
 from optim.hardware import GIB, BatchSizes, Gpu, apply_vram_fraction, batch_sizes
 from optim.levels import STOPS, Level, steps_for
 
-CPU_BATCH = BatchSizes(frames=16, windows=1, tiling=False, planned=0, allowed=0)  # more is no faster on a processor
+# Four faces at a time were as fast as 16 on two cores, with 0.3 GB less.
+CPU_BATCH = BatchSizes(frames=4, windows=1, tiling=False, planned=0, allowed=0)
 SAFE_VRAM_FRACTION = 0.75  # after memory ran out
 
 

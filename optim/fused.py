@@ -111,9 +111,9 @@ def queries_keys_values(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor
 
 def doubling_weight(conv: nn.Conv2d) -> Tensor:
     """Of a 3×3 convolution after nearest ×2: (C_in, C_out, 4, 4), for a transposed one with stride 2, padding 1."""
-    ones = torch.ones(1, 1, 2, 2, device=conv.weight.device)
-    kernel = F.conv2d(conv.weight.float().flatten(0, 1)[:, None].flip(2, 3), ones, padding=1)
-    kernel = kernel[:, 0].unflatten(0, conv.weight.shape[:2]).transpose(0, 1)
+    # Along an axis, with weights w0, w1, w2: what a pixel adds to the 4 that it reaches.
+    reach = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device=conv.weight.device).float()
+    kernel = (reach @ conv.weight.float() @ reach.T).transpose(0, 1)
     return kernel.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
 
 

@@ -63,7 +63,7 @@ class Level:
 
 CONSERVATIVE = Level(
     "conservative", position=0.0, card_gib=0, step_share=1.0, cache=None, tf32=False,
-    compile=False, graphs=True, fused=True, vae_tiling=True, batch_share=0.4,
+    compile=False, graphs=True, fused=True, vae_tiling=True, batch_share=0.5,
 )  # fmt: skip
 BALANCED = Level(
     "balanced", position=0.5, card_gib=12, step_share=0.8, cache=DeepCache(2, 0), tf32=True,

@@ -339,7 +339,7 @@ def test_the_report_says_what_was_done(sync, talking, voice):
     assert (report["model"], report["resolution"], report["device"], report["dtype"]) == ("tiny", 64, "cpu", "float32")
     assert set(report["seconds"]) >= {"sound", "reading", *STAGES}
     assert all(0 < seconds <= report["total_seconds"] for seconds in report["seconds"].values())  # they overlap
-    assert set(report["waiting"]) == {"reading", "faces", "writing"}
+    assert set(report["waiting"]) == {"reading", "faces", "sound", "crops", "writing"}
     assert 50e6 < report["peak_memory_bytes"] < 8e9
 
 

@@ -1,5 +1,7 @@
 """Finding and following a face, on the public-domain portrait that scikit-image carries."""
 
+import threading
+
 import cv2
 import numpy as np
 import pytest
@@ -181,3 +183,30 @@ def test_stopping_early_closes_the_landmarker(portrait, monkeypatch):
     assert not closed
     tracked.close()
     assert closed
+
+
+def test_several_landmarkers_see_what_one_sees(portrait):
+    """A face that wanders, is lost, comes back, and a cut: regions that were searched ahead in vain among them."""
+    wandering = [put(room(), portrait, 60 + 9 * t, 40 + 2 * t) for t in range(20)]
+    away = [room()] * 7
+    back = [put(room(), portrait, 200 - 3 * t, 50) for t in range(8)]
+    elsewhere = [put(room()[:, ::-1], portrait, 20, 80)] * 4
+    frames = [*wandering, *away, *back, *elsewhere]
+    alone, together = (list(track_faces(iter(frames), landmarkers=n)) for n in (1, 3))
+    assert len(alone) == len(together) == len(frames)
+    for (frame, face), (same_frame, same_face) in zip(alone, together, strict=True):
+        assert frame is same_frame and (face is None) == (same_face is None)
+        if face:
+            assert np.array_equal(face.points, same_face.points) and face.opacity == same_face.opacity
+            assert np.array_equal(face.landmarks, same_face.landmarks) and face.first == same_face.first
+    assert any(face for _, face in alone) and not all(face for _, face in alone)
+
+
+def test_a_still_face_is_searched_once_a_frame(portrait, monkeypatch):
+    calls = []
+    detect = faces._detect
+    monkeypatch.setattr(faces, "_detect", lambda *rest: (calls.append(threading.current_thread()), detect(*rest))[1])
+    frames = [put(room(), portrait, 200, 50)] * 12
+    assert all(face for _, face in track_faces(iter(frames), landmarkers=2))
+    here = threading.current_thread()
+    assert len(calls) <= len(frames) + 4 and sum(thread is not here for thread in calls) >= 8

@@ -216,7 +216,7 @@ def test_the_host_waits_for_the_third_last_step(models, monkeypatch):
 def test_stages_that_overlap_give_what_they_give_in_turns(models, wav):
     settings = Settings(steps=2)
     tokens = audio_chunks(models.audio_encoder, wav, FRAMES)
-    shots = align(enumerate(portrait(t) for t in range(FRAMES)), tokens, models.resolution)
+    shots = align(pipeline.track_faces(portrait(t) for t in range(FRAMES)), tokens, models.resolution)
     in_turns = list(paint(batches(windows(shots), 1), Painter(models, settings)))
     assert np.array_equal(stacked(in_turns), stacked(run(models, wav)))
 
@@ -311,11 +311,12 @@ def test_a_frame_is_painted_once_and_then_left_alone(models, wav):
 def still(models, monkeypatch, seconds: float = 0.0, face: bool = True) -> None:
     """Let faces take `seconds` each, and painting nothing; with `groups_behind` as on a GPU."""
 
-    def instead(frames, tokens, resolution, looped):
-        for _, frame in frames:
+    def instead(tracked, tokens, *_):
+        for frame, _ in tracked:
             time.sleep(seconds)
             yield Shot(frame, next(tokens), CROP if face else None)
 
+    monkeypatch.setattr(pipeline, "track_faces", lambda frames: ((frame, None) for frame in frames))
     monkeypatch.setattr(pipeline, "align", instead)
     monkeypatch.setattr(pipeline, "Painter", lambda *_: Slate(1))
     monkeypatch.setattr(pipeline, "audio_chunks", lambda *_: iter(lambda: torch.empty(0), None))
@@ -389,7 +390,7 @@ def test_progress_reaches_the_end_in_every_stage(models, talking, voice, tmp_pat
     assert report.frames == 20 and report.frames_without_face == 0
     assert all(0 < seconds <= report.total_seconds for seconds in report.seconds.values())
     assert all(0 <= seconds < report.total_seconds for seconds in report.waiting.values())
-    assert set(report.waiting) == {"reading", "faces", "writing"}
+    assert set(report.waiting) == {"reading", "faces", "sound", "crops", "writing"}
     assert sum(report.seconds.values()) > 0.5 * report.total_seconds
 
 

@@ -44,6 +44,7 @@ CONFIG = {  # in the words of the released configuration
 }
 LATENT_SIDE = RESOLUTION // 2 ** (len(autoencoder.CONFIG["block_out_channels"]) - 1)  # of the latents
 LOOKS = 6  # renderings of every clip
+SAVE_SECONDS = 120.0  # between two writes of the state, so that a run that is cut off is not lost
 REFRESH_STEPS = 400  # after which the next of the random looks is replaced by a new one
 SEGMENTS, WINDOWS_PER_SEGMENT = 8, 10
 LEARNING_RATE, LISTENER_RATE = 4e-4, 1e-4
@@ -156,7 +157,7 @@ def train(
     compiled = torch.compile(loss_of) if device.type == "cuda" else loss_of
     live = [*unet.parameters(), *encoder.parameters()]
     followers = list(average.parameters())  # in the order of `live`
-    first = step
+    first, saved = step, time.time()
     losses = []
     while (elapsed := time.time() - began) < seconds:
         for group in optimizer.param_groups:
@@ -197,5 +198,8 @@ def train(
             mean = float(torch.stack(losses).mean())
             losses.clear()
             print(f"denoiser step {step} loss {mean:.4f} {time.time() - began:.0f} s", flush=True)
+        if time.time() - saved > SAVE_SECONDS:
+            save_state(state / "denoiser.pt", modules, optimizer, step)
+            saved = time.time()
     save_state(state / "denoiser.pt", modules, optimizer, step)
     print(f"denoiser: {step - first} steps", flush=True)

@@ -1,0 +1,135 @@
+"""What the levels cost: how near their faces come to those of the plain pipeline, in the part that is generated.
+
+    python -m optim.quality VIDEO AUDIO [--model demo] [--seconds 3] [--levels …] [--json FILE]
+
+Every level runs the same clip; the faces are cut out of the finished frames, before they are encoded, and compared
+with the plain pipeline's and with conservative's: PSNR in dB and SSIM (Wang et al. 2004) where the mask hides the
+face. Whether the mouth still says the words is not measured here.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from latentsync.__main__ import between, choose_device
+from latentsync.alignment import crop_face, fixed_mask
+from latentsync.audio import SAMPLE_RATE, frame_count
+from latentsync.checkpoints import Models, load_models, resolve
+from latentsync.errors import UserError
+from latentsync.media import probe_video, read_audio, read_frames_looped
+from latentsync.pipeline import Settings, StageClock, generate
+from optim.accelerate import accelerate, make_plan
+from optim.hardware import read_gpus
+from optim.levels import CONSERVATIVE, STOPS, find_level
+
+SSIM_SIGMA, SSIM_SIDE = 1.5, 11  # of its Gaussian window, pixels (Wang et al. 2004)
+SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+
+def faces_of(video: Path, wav: torch.Tensor, models: Models, settings: Settings) -> np.ndarray:
+    """The face crops of the finished frames, uint8 (n, R, R, 3). Raises UserError where no frame has a face."""
+    info, total = probe_video(video), frame_count(len(wav))
+    frames = read_frames_looped(info, total)
+    crops = []
+    with closing(generate(frames, wav, models, settings, total, total > info.n_frames, StageClock())) as shots:
+        for shot in shots:
+            if shot.crop is not None:
+                crops.append(crop_face(shot.frame, shot.matrix, models.resolution))
+    if not crops:
+        raise UserError(f"'{video}' shows no face that can be used: use one in which a face is seen from the front.")
+    return np.stack(crops)
+
+
+def psnr(ours: np.ndarray, theirs: np.ndarray, hidden: np.ndarray) -> float:
+    """dB over the hidden pixels of all faces; uint8 (n, R, R, 3), hidden bool (R, R)."""
+    error = np.mean((ours[:, hidden].astype(np.float32) - theirs[:, hidden].astype(np.float32)) ** 2)
+    return math.inf if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def ssim(ours: np.ndarray, theirs: np.ndarray, hidden: np.ndarray) -> float:
+    """Mean structural similarity of the grey values over the hidden pixels of all faces; arguments as in `psnr`."""
+
+    def blurred(picture: np.ndarray) -> np.ndarray:
+        return cv2.GaussianBlur(picture, (SSIM_SIDE, SSIM_SIDE), SSIM_SIGMA)
+
+    found = []
+    for pair in zip(ours, theirs, strict=True):
+        x, y = (cv2.cvtColor(face, cv2.COLOR_RGB2GRAY).astype(np.float64) for face in pair)
+        mx, my = blurred(x), blurred(y)
+        vx, vy, both = blurred(x * x) - mx * mx, blurred(y * y) - my * my, blurred(x * y) - mx * my
+        similarity = (2 * mx * my + SSIM_C1) * (2 * both + SSIM_C2)
+        similarity /= (mx * mx + my * my + SSIM_C1) * (vx + vy + SSIM_C2)
+        found.append(similarity[hidden].mean())
+    return float(np.mean(found))
+
+
+def compare(video: Path, wav: torch.Tensor, models: Models, asked: Settings, levels: list) -> Iterator[dict]:
+    """A row a level: name, steps, cache, PSNR and SSIM to the plain pipeline and to conservative."""
+    gpu = read_gpus()[models.device.index or 0] if models.device.type == "cuda" else None
+    hidden = fixed_mask(models.resolution) < 0.5
+    plain = faces_of(video, wav, models, asked)
+    kept = None
+    for level in [CONSERVATIVE, *(level for level in levels if level is not CONSERVATIVE)]:
+        plan = make_plan(level, asked, models.resolution, gpu)
+        faces = faces_of(video, wav, accelerate(models, plan, lambda _: None), plan.settings)
+        kept = faces if kept is None else kept
+        cache = plan.settings.cache
+        yield {
+            "level": level.name,
+            "steps": plan.settings.steps,
+            "cache": [cache.interval, cache.branch] if cache else None,
+            "frames": len(faces),
+            "psnr_plain": psnr(faces, plain, hidden),
+            "ssim_plain": ssim(faces, plain, hidden),
+            "psnr_conservative": psnr(faces, kept, hidden),
+            "ssim_conservative": ssim(faces, kept, hidden),
+        }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m optim.quality", description="What the levels cost.")
+    parser.add_argument("video", type=Path, metavar="VIDEO")
+    parser.add_argument("audio", type=Path, metavar="AUDIO")
+    parser.add_argument("--model", default="demo", metavar="NAME|PATH")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=between(int, 1, 999), default=20)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of the clip (default 3)")
+    parser.add_argument("--levels", nargs="+", default=[stop.name for stop in STOPS], metavar="NAME|0…1")
+    parser.add_argument("--json", type=Path, metavar="FILE.json")
+    args = parser.parse_args(arguments)
+    try:
+        levels = [find_level(name) for name in args.levels]
+        device = choose_device(args.device)
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        models = load_models(resolve(args.model, device), device, dtype)
+        wav = torch.from_numpy(read_audio(args.audio))[: round(args.seconds * SAMPLE_RATE)]
+        print("level         steps  cache  frames    to the plain pipeline    to conservative")
+        rows = []
+        for row in compare(args.video, wav, models, Settings(steps=args.steps), levels):
+            cache = "{}, {}".format(*row["cache"]) if row["cache"] else "none"
+            print(
+                f"{row['level']:13} {row['steps']:5}  {cache:5}  {row['frames']:6}"
+                f"    {row['psnr_plain']:5.1f} dB, SSIM {row['ssim_plain']:.4f}"
+                f"    {row['psnr_conservative']:5.1f} dB, SSIM {row['ssim_conservative']:.4f}",
+                flush=True,
+            )
+            rows.append(row)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
