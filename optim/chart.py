@@ -27,7 +27,7 @@ def draw(results: dict) -> str:
         panels.append(("Seconds of a job, file to file", jobs_panel, jobs))
     figure = go.Figure()
     if panels:
-        gap = 0.1 if len(panels) < 4 else 0.07
+        gap = 0.12 if len(panels) < 4 else 0.08
         figure = make_subplots(len(panels), 1, subplot_titles=[title for title, _, _ in panels], vertical_spacing=gap)
     for number, (_, panel, rows) in enumerate(panels, 1):
         panel(figure, number, rows)
@@ -75,12 +75,14 @@ def stages_panel(figure: go.Figure, number: int, rows: list[dict]) -> None:
     base = [0.0] * len(rows)  # stacked by hand: a figure has one way to lay out bars, and the others stand side by side
     for stage, colour in STAGES.items():
         figure.add_bar(
-            x=[[f"{row['resolution']} px" for row in rows], [row["name"] for row in rows]],
+            # On two lines, or the names would stand upright and reach into the next panel.
+            x=[[f"{row['resolution']} px" for row in rows], [row["name"].replace(" + ", "<br>+ ") for row in rows]],
             y=[row[stage] for row in rows], base=base, name={"encode": "condition (encode)"}.get(stage, stage),
             offsetgroup="stages", marker_color=colour, legendgroup="stages",
             legendgrouptitle_text="Seconds a window", row=number, col=1,
         )  # fmt: skip
         base = [below + row[stage] for below, row in zip(base, rows, strict=True)]
+    figure.update_xaxes(tickangle=0, tickfont_size=10, row=number, col=1)
     figure.update_yaxes(title_text="s", row=number, col=1)
 
 

@@ -148,7 +148,8 @@ class MemoryModel:
 # The released models in float16, eager, November 2026. `decode_frame` and `fixed` are the line through the peaks
 # measured on one H200, 10.3 GB at 512 px and 4.7 GB at 256, both in the decode of 16 frames at once. Those peaks
 # are 1.16 × what the live tensors alone add up to (403 MB a frame at 512 px), and `window` and `encode_frame` are
-# the live tensors' 2.24 GB and 336 MB times that.
+# the live tensors' 2.24 GB and 336 MB times that. With fused kernels the same decode peaks lower (5.9 GB with 8
+# frames, 8.8 GB with 16, on an H100, 0.36 GB a frame); the difference is room for what captured graphs keep.
 RELEASED = MemoryModel(
     weights=2_536_000_000 + 167_000_000 + 17_000_000,
     fixed=133_000_000,
