@@ -87,7 +87,7 @@ def replay(
     The first result is overwritten by the next pass of any kind, the second is the caller's.
     """
     key = kind, x.shape, timestep.shape, len(context[0][0]) if context else 0
-    if not x.is_cuda or (key not in graphs.passes and key not in graphs.seen):
+    if not can_capture(x) or (key not in graphs.passes and key not in graphs.seen):
         graphs.seen.add(key)  # this run loads and plans what a capture must find ready
         return run(x, timestep, context, cached)
     if key not in graphs.passes:
@@ -106,6 +106,10 @@ def replay(
         found.copied_cached = cached
     found.graph.replay()
     return found.out, None if found.kept is None else found.kept.clone()
+
+
+def can_capture(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _capture(

@@ -10,12 +10,9 @@ from test_hardware import read
 
 from latentsync.checkpoints import load_models, resolve
 from latentsync.pipeline import Settings
-from latentsync.sampling import DeepCache
 from optim import __main__ as command_line
-from optim import accelerate as module
 from optim.accelerate import CPU_BATCH, SAFE_VRAM_FRACTION, accelerate, make_plan, reliever, step_down
 from optim.fused import LeanVaeResnetBlock, fuse, unfuse
-from optim.graphs import GraphedUNet
 from optim.hardware import recommended_level
 from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, STOPS
 
@@ -39,7 +36,8 @@ def test_the_plan_takes_steps_and_cache_from_the_level_and_the_rest_from_what_is
     for level, steps in ((CONSERVATIVE, 30), (BALANCED, 24), (AGGRESSIVE, 18)):
         settings = make_plan(level, asked, 512, None).settings
         assert (settings.steps, settings.cache) == (steps, level.cache)
-        assert replace(settings, steps=30, cache=None) == asked
+        assert settings.frames_per_pass == CPU_BATCH.frames
+        assert replace(settings, steps=30, cache=None, frames_per_pass=16) == asked
 
 
 @pytest.mark.parametrize("gib", CARDS)
@@ -114,51 +112,6 @@ def test_relief_says_a_line_each_time_and_ends(models):
     assert len(given) == len(said) == len(told) > 3 and models.vae.use_tiling
     assert all(line.startswith("The GPU's memory ran short") for line in said)
     assert relieve() is None
-
-
-def test_graphs_leave_passes_on_the_processor_alone(models):
-    unet = module.capture(models.unet)
-    assert type(unet) is GraphedUNet
-    config = unet.config
-    x = torch.randn(2, config.in_channels, 8, 8).contiguous(memory_format=torch.channels_last)
-    context = unet.encode_audio(torch.randn(1, 2, 50, config.cross_attention_dim))
-    arguments = x, torch.tensor([500]), context, 2
-    with torch.inference_mode():
-        wanted, kept = type(unet).__mro__[1].full(unet, *arguments, 0, True)
-        for _ in range(3):
-            ours, ours_kept = unet.full(*arguments, 0, True)
-            assert torch.equal(ours, wanted) and torch.equal(ours_kept, kept)
-        shallow = unet.shallow(*arguments, 0, kept, True)
-        assert torch.equal(shallow, type(unet).__mro__[1].shallow(unet, *arguments, 0, kept, True))
-    assert not unet.graphs.passes and type(module.release(unet)).__name__ == "UNet"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("cache", [None, DeepCache(3, 0), DeepCache(3, 0, guided=False)], ids=str)
-def test_replayed_loops_equal_eager_ones_and_never_wait_for_the_gpu(cache):
-    from latentsync.sampling import ddim_schedule, denoise
-    from latentsync.unet import UNet, UNetConfig
-
-    torch.manual_seed(0)
-    config = UNetConfig(block_out_channels=(64, 96), cross_attention=(True, True), temporal=(True, True), heads=4)
-    unet = UNet(config).eval().requires_grad_(False).cuda().half().to(memory_format=torch.channels_last)
-
-    def window() -> tuple[torch.Tensor, ...]:
-        shapes = (1, 4, 1, 16, 16), (1, 9, 16, 16, 16), (1, 16, 50, 384)
-        return tuple(torch.randn(shape, device="cuda", dtype=torch.float16) for shape in shapes)
-
-    inputs = [window() for _ in range(3)]
-    wanted = [denoise(unet, *each, ddim_schedule(8), 1.5, cache) for each in inputs]
-    module.capture(unet)
-    denoise(unet, *inputs[0], ddim_schedule(8), 1.5, cache)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ours = [denoise(unet, *each, ddim_schedule(8), 1.5, cache) for each in inputs]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for each, theirs in zip(ours, wanted, strict=True):
-        assert float((each.float() - theirs.float()).norm() / theirs.float().norm()) < 5e-3
 
 
 # The command line

@@ -1,0 +1,142 @@
+"""Captured passes: when they are captured, what is copied into them and out of them, and that they are right."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentsync.sampling import DeepCache, ddim_schedule, denoise
+from latentsync.unet import Context, UNet, UNetConfig
+from optim import graphs
+from optim.graphs import MOST_GRAPHS, GraphedUNet, Graphs, Pass, capture, release
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Recorded:
+    """A graph of the processor: what was recorded is run again on the tensors that it was recorded with."""
+
+    def __init__(self, run):
+        self.run, self.replays = run, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.run()
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch) -> list[Pass]:
+    """Let tensors of the processor be captured; returns the passes as they are."""
+    captured = []
+
+    def record(_: Graphs, run, x: Tensor, timestep: Tensor, context: Context, cached: Tensor | None) -> Pass:
+        x, timestep = x.clone(), timestep.clone()
+        context = [(k.clone(), v.clone()) for k, v in context]
+        cached = None if cached is None else cached.clone()
+        out, kept = run(x, timestep, context, cached)
+
+        def again() -> None:
+            new, new_kept = run(x, timestep, context, cached)
+            out.copy_(new)
+            if kept is not None:
+                kept.copy_(new_kept)
+
+        captured.append(Pass(Recorded(again), x, timestep, context, cached, out, kept))
+        return captured[-1]
+
+    monkeypatch.setattr(graphs, "_capture", record)
+    monkeypatch.setattr(graphs, "can_capture", lambda x: True)
+    return captured
+
+
+def small_unet() -> UNet:
+    torch.manual_seed(0)
+    config = UNetConfig(
+        block_out_channels=(32, 32), cross_attention=(True, True), temporal=(True, True), heads=4,
+        cross_attention_dim=24, norm_num_groups=4, temporal_heads=4,
+    )  # fmt: skip
+    return UNet(config).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def window(frames: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (1, 4, 1, 8, 8), (1, 9, frames, 8, 8), (1, frames, 50, 24)
+    return tuple(torch.randn(shape) for shape in shapes)
+
+
+CACHES = [None, DeepCache(3, 0), DeepCache(2, 1), DeepCache(3, 0, guided=False)]
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_loops_over_replayed_passes_equal_eager_ones_window_after_window(on_a_gpu, cache):
+    unet, windows = small_unet(), [window() for _ in range(3)]
+    wanted = [denoise(unet, *each, ddim_schedule(7), 1.5, cache) for each in windows]
+    capture(unet)
+    for each, theirs in zip(windows, wanted, strict=True):
+        assert torch.allclose(denoise(unet, *each, ddim_schedule(7), 1.5, cache), theirs, atol=1e-6)
+    assert len(on_a_gpu) == (1 if cache is None else 2)
+    assert sum(each.graph.replays for each in on_a_gpu) == 3 * 7 - len(on_a_gpu), "all but the first of each kind"
+
+
+def test_other_shapes_are_captured_on_their_own_and_the_oldest_given_up(on_a_gpu):
+    unet = capture(small_unet())
+    for frames in range(1, MOST_GRAPHS + 3):
+        inputs = window(frames)
+        wanted = denoise(release(unet), *inputs, ddim_schedule(3)) if frames == 1 else None
+        capture(unet)
+        ours = denoise(unet, *inputs, ddim_schedule(3))
+        if wanted is not None:
+            assert torch.allclose(ours, wanted, atol=1e-6)
+    assert len(unet.graphs.passes) == MOST_GRAPHS and len(on_a_gpu) == MOST_GRAPHS + 2
+
+
+def test_what_stays_the_same_from_step_to_step_is_copied_once(on_a_gpu, monkeypatch):
+    copies = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *lists: (copies.append(1), copy(*lists)))
+    unet = capture(small_unet())
+    for _ in range(2):
+        denoise(unet, *window(), ddim_schedule(6))
+    assert len(copies) == 2, "the context of each window, not of each step"
+
+
+def test_the_tensor_for_shallow_passes_is_the_callers_own(on_a_gpu):
+    unet = capture(small_unet())
+    x = torch.randn(4, 13, 8, 8).contiguous(memory_format=torch.channels_last)
+    context = unet.encode_audio(torch.randn(1, 4, 50, 24))
+    with torch.inference_mode():
+        passes = [unet.full(x + i, torch.tensor([500]), context, 4, 0, True)[1] for i in range(3)]
+        kept = passes[1].clone()
+        unet.full(x + 9, torch.tensor([500]), context, 4, 0, True)
+    assert torch.equal(passes[1], kept)
+
+
+def test_on_the_processor_nothing_is_captured():
+    unet = small_unet()
+    wanted = denoise(unet, *(inputs := window()), ddim_schedule(4))
+    assert type(capture(unet)) is GraphedUNet
+    assert torch.equal(denoise(unet, *inputs, ddim_schedule(4)), wanted)
+    assert not unet.graphs.passes and type(release(unet)) is UNet and not hasattr(unet, "graphs")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("cache", [None, DeepCache(3, 0), DeepCache(3, 0, guided=False)], ids=str)
+def test_replayed_loops_equal_eager_ones_and_never_wait_for_the_gpu(cache):
+    torch.manual_seed(0)
+    config = UNetConfig(block_out_channels=(64, 96), cross_attention=(True, True), temporal=(True, True), heads=4)
+    unet = UNet(config).eval().requires_grad_(False).cuda().half().to(memory_format=torch.channels_last)
+
+    def window() -> tuple[torch.Tensor, ...]:
+        shapes = (1, 4, 1, 16, 16), (1, 9, 16, 16, 16), (1, 16, 50, 384)
+        return tuple(torch.randn(shape, device="cuda", dtype=torch.float16) for shape in shapes)
+
+    inputs = [window() for _ in range(3)]
+    wanted = [denoise(unet, *each, ddim_schedule(8), 1.5, cache) for each in inputs]
+    capture(unet)
+    denoise(unet, *inputs[0], ddim_schedule(8), 1.5, cache)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = [denoise(unet, *each, ddim_schedule(8), 1.5, cache) for each in inputs]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for each, theirs in zip(ours, wanted, strict=True):
+        assert float((each.float() - theirs.float()).norm() / theirs.float().norm()) < 5e-3
