@@ -57,7 +57,8 @@ def inference(request, monkeypatch):
         yield
         return
     monkeypatch.setattr(network, "TEMPORAL_GROUPS", 4)
-    monkeypatch.setattr(fused, "CHECK_SIDE", 4)
+    monkeypatch.setattr(fused, "CHECK_SIDE", 2)
+    monkeypatch.setattr(kernels, "ATTENTION_ROWS", 64)  # few programs: interpreting one costs more than its size
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
@@ -198,10 +199,13 @@ def small_vae(dtype: torch.dtype = SINGLE) -> AutoencoderKL:
     return nn.Module.to(vae, DEVICE, dtype, memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype, bound", [(SINGLE, 1e-5), (HALF, 5e-3)], ids=str)
+VAE_BOUNDS = [(SINGLE, 1e-5), (HALF, 5e-3)]
+
+
+@pytest.mark.parametrize("dtype, bound", VAE_BOUNDS[:1] if kernels.INTERPRETED else VAE_BOUNDS, ids=str)
 def test_a_fused_autoencoder_equals_eager_and_unfuse_undoes_it(dtype, bound):
     vae = small_vae(dtype)
-    faces, latents = image(3, 3, 12, 8, dtype), image(3, 4, 6, 5, dtype)
+    faces, latents = image(2, 3, 6, 4, dtype), image(2, 4, 3, 2, dtype)
 
     def there_and_back() -> tuple[Tensor, Tensor]:
         return vae.encode(faces).latent_dist.mode(), vae.decode(latents).sample
