@@ -5,7 +5,6 @@
     lipsync(video, audio, output, models, plan.settings, relieve=reliever(models, plan))
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ import torch
 
 from latentsync.checkpoints import Models
 from latentsync.pipeline import Settings
-from optim.compilation import compile_network, restore, use_cache_folder
+from optim.compilation import compile_network, restore, say, use_cache_folder
 from optim.fused import fuse, unfuse
 from optim.graphs import capture, release
 from optim.hardware import GIB, BatchSizes, Gpu, apply_vram_fraction, batch_sizes
@@ -50,11 +49,6 @@ def _settings(level: Level, batch: BatchSizes, asked: Settings) -> Settings:
         windows_per_pass=batch.windows,
         frames_per_pass=batch.frames,
     )
-
-
-def say(sentence: str) -> None:
-    """One line on the console."""
-    print(sentence, file=sys.stderr, flush=True)
 
 
 def accelerate(
