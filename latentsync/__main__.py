@@ -169,11 +169,12 @@ class Job:
     notes: dict = field(default_factory=dict)  # more for the report's file
 
 
-Prepare = Callable[[argparse.Namespace, "Models", "Settings"], AbstractContextManager[Job]]
+# Arguments, models, settings, seconds of sound.
+Prepare = Callable[[argparse.Namespace, "Models", "Settings", float], AbstractContextManager[Job]]
 
 
 @contextmanager
-def as_asked(args: argparse.Namespace, models: "Models", settings: "Settings") -> Iterator[Job]:
+def as_asked(args: argparse.Namespace, models: "Models", settings: "Settings", seconds: float) -> Iterator[Job]:
     """The plain pipeline."""
     yield Job(settings)
 
@@ -184,7 +185,7 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     from latentsync.media import check_output, probe_audio, probe_video
 
     probe_video(args.video)
-    probe_audio(args.audio)
+    sound = probe_audio(args.audio)
     check_output(args.output, (args.video, args.audio))
     if args.report:
         check_report(args.report, (args.video, args.audio, args.output))
@@ -202,7 +203,7 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed)
     bars = Bars() if sys.stderr.isatty() else Lines()
     try:
-        with prepare(args, models, settings) as job:
+        with prepare(args, models, settings, sound.duration) as job:
             report = lipsync(args.video, args.audio, args.output, models, job.settings, bars, job.relieve)
             bars.close()
             job.finished(report)

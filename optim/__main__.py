@@ -67,13 +67,14 @@ def parse_cache(text: str) -> "DeepCache | None":
 
 
 @contextmanager
-def prepare(args: argparse.Namespace, models: "Models", settings: "Settings") -> Iterator[plain.Job]:
+def prepare(
+    args: argparse.Namespace, models: "Models", settings: "Settings", seconds: float
+) -> Iterator[plain.Job]:
     """Make the run as fast as the level says, watch it, and give advice on it."""
     import math
     from dataclasses import replace
 
     from latentsync.audio import VIDEO_FPS
-    from latentsync.media import probe_audio
     from optim.accelerate import accelerate, log_memory, make_plan, reliever, say
     from optim.hardware import read_gpus, recommended_level
     from optim.levels import find_level, override
@@ -93,7 +94,7 @@ def prepare(args: argparse.Namespace, models: "Models", settings: "Settings") ->
             batch=replace(plan.batch, frames=args.batch),
             settings=replace(plan.settings, frames_per_pass=args.batch),
         )
-    accelerate(models, plan, frames=math.ceil(probe_audio(args.audio).duration * VIDEO_FPS))
+    accelerate(models, plan, frames=math.ceil(seconds * VIDEO_FPS))
     log_memory("before the run", device)
     step_downs: list[str] = []
     job = plain.Job(plan.settings, reliever(models, plan, on_step_down=step_downs.append))
