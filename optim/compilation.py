@@ -37,7 +37,7 @@ from torch import Tensor
 from latentsync.checkpoints import Models, home
 from latentsync.sampling import WINDOW, DeepCache, ddim_schedule, denoise
 from latentsync.unet import Context, UNet
-from optim.fused import CHECK_ERROR, FAST
+from optim.fused import CHECK_ERROR, FAST, in_a_line
 
 MARGIN = 1.5  # times the compile seconds that a job must save: estimates are that far off, and a user waits for them
 LEAST_SHARE = 0.04  # of the eager seconds; less is noise
@@ -360,8 +360,7 @@ def _compile(models: Models, shape: Shape, key: str, record: Record) -> str | No
         unet.compiled = {name: _eager_if_new(run) for name, run in unet.compiled.items()}
         found, compiled = _timed(models, shape)
     except Exception as failure:  # no headers of Python, an unknown GPU, a full disk, ...: whatever it is, eager works
-        text = str(failure).strip()
-        problem = f"{type(failure).__name__}: {text.splitlines()[0] if text else 'no detail'}"
+        problem = in_a_line(failure)
         write_record(key, replace(record, failed=problem))
         return f"{problem} (delete '{record_path(key)}' to have it tried again)"
     record = replace(

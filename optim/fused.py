@@ -53,6 +53,12 @@ def _say(sentence: str) -> None:
         print(sentence, file=sys.stderr)
 
 
+def in_a_line(failure: Exception) -> str:
+    """An exception's kind and the first line of what it says."""
+    text = str(failure).strip()
+    return f"{type(failure).__name__}: {text.splitlines()[0] if text else 'no detail'}"
+
+
 def _serves(x: Tensor) -> bool:
     """Whether the kernels take x; if not, say why once, and the module runs as PyTorch has it."""
     if not (x.is_cuda or kernels.INTERPRETED):
@@ -120,7 +126,7 @@ def doubling_weight(conv: nn.Conv2d) -> Tensor:
 def double(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Nearest ×2, then the 3×3 convolution; x (n, C_in, h, w) → (n, C_out, 2h, 2w)."""
     kernel = getattr(conv, "doubling", None)
-    if kernel is None or kernel.device != x.device or kernel.dtype != x.dtype:
+    if kernel is None or kernel.device != x.device or kernel.dtype != x.dtype or not _serves(x):
         return conv(F.interpolate(x, scale_factor=2.0))
     return add_bias(F.conv_transpose2d(x, kernel, stride=2, padding=1), None, conv.bias)
 
@@ -261,7 +267,7 @@ class FastVaeAttention(VaeAttention):
 
 class FastUpsample(Upsample2D):
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *args, **kwargs) -> Tensor:
-        if output_size is not None or not _serves(hidden_states):
+        if output_size is not None:
             return super().forward(hidden_states, output_size, *args, **kwargs)
         return double(hidden_states, self.conv)
 
@@ -361,7 +367,7 @@ def fuse(network: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
         kernels.compile_all(lambda: _trial(network))
         error = float((_trial(network) - expected).norm() / expected.norm())
     except Exception as failure:  # no C compiler, a GPU that Triton does not know, ...: whatever it is, eager works
-        problem = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else 'no detail'}"
+        problem = in_a_line(failure)
     else:
         bound = CHECK_ERROR.get(weight.dtype, 0.0)
         problem = "" if error <= bound else f"their result is off by {error:.1e} (at most {bound:.0e})"
