@@ -11,13 +11,14 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from latentsync.alignment import fixed_mask
-from latentsync.audio import audio_chunks
+from latentsync.audio import SAMPLE_RATE, audio_chunks, log_powers
 from latentsync.checkpoints import DEMO_FOLDER, load_models, read_tensors, resolve
 from latentsync.errors import UserError
 from latentsync.media import read_audio
-from latentsync.training import autoencoder, denoiser, listener, restore
+from latentsync.training import autoencoder, denoiser, listener, restore, voices
 from latentsync.training.data import (
     MARGIN,
+    MEL_PER_FRAME,
     MOUTH_REACH,
     RESOLUTION,
     SIDE,
@@ -30,6 +31,7 @@ from latentsync.training.data import (
     plain_look,
     random_look,
     random_mouth,
+    random_people,
     render,
     tokens_of,
 )
@@ -170,9 +172,9 @@ def test_a_renewed_look_changes_its_slot_alone(prepared, one_thread):
     mask = torch.from_numpy(fixed_mask(RESOLUTION).copy())
     pool = denoiser.empty_pool(3, few)
     for k in range(3):
-        denoiser.encode_look(pool, k, vae, few, mask, scale=1.0)
+        denoiser.encode_look(pool, k, vae, few, np.random.default_rng(0), mask, scale=1.0)
     before = replace(pool, **{name: part.clone() for name, part in vars(pool).items()})
-    denoiser.encode_look(pool, 1, vae, few, mask, scale=1.0)
+    denoiser.encode_look(pool, 1, vae, few, np.random.default_rng(0), mask, scale=1.0)
     for name, part in vars(pool).items():
         same = [torch.equal(part[k], vars(before)[name][k]) for k in range(3)]
         assert same == [True, False, True], name
@@ -255,3 +257,61 @@ def test_a_model_of_other_sizes_is_not_imported(checkpoint, tmp_path):
     with pytest.raises(UserError, match="other sizes"):
         restore.restore(checkpoint, tmp_path / "state")
     assert not (tmp_path / "state").exists()
+
+
+def chirp(seconds: float, low: float = 200.0, high: float = 3000.0) -> np.ndarray:
+    """A tone that rises from low to high, with silence of half a second before and after."""
+    t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    tone = np.sin(2 * np.pi * (low * t + (high - low) * t**2 / (2 * seconds))) * np.hanning(len(t)) ** 0.1
+    return np.pad(tone, SAMPLE_RATE // 2).astype(np.float32)
+
+
+def test_a_clips_name_is_its_sentence():
+    assert voices.sentence("bgiq6p") == "bin green in Q six please"
+    assert voices.sentence("swwzzs") == "set white with Z zero soon"
+    with pytest.raises(UserError, match="'holiday'"):
+        voices.sentence("holiday")
+
+
+def test_another_voice_is_laid_along_the_clips_own():
+    def mel_of(wav: np.ndarray) -> np.ndarray:
+        power = torch.cat(list(log_powers(torch.from_numpy(wav), voices.N_MELS)), dim=1).T.numpy()
+        return np.clip(np.round((power - voices.MEL_BASE) / voices.MEL_STEP), 0, 255).astype(np.uint8)
+
+    rng = np.random.default_rng(0)
+    slow, quick = (chirp(seconds) for seconds in (1.6, 0.9))
+    slow = slow + 1e-3 * rng.standard_normal(len(slow)).astype(np.float32)  # a room
+    own, other = mel_of(slow), voices.spoken_again(mel_of(slow), quick)
+    assert other.shape == own.shape
+    spoken = voices.speech(own * voices.MEL_STEP + voices.MEL_BASE)
+    inner = slice(spoken.start + 12, spoken.stop - 12)
+    pitch = np.abs(own[inner].argmax(1).astype(int) - other[inner].argmax(1))
+    assert np.mean(pitch) < 1.5, "the same tone at the same time"
+    unwarped = mel_of(np.pad(quick, (0, len(slow) - len(quick))))
+    assert np.mean(np.abs(own[inner].argmax(1).astype(int) - unwarped[inner].argmax(1))) > 10
+    quiet = np.r_[other[: spoken.start - 10], other[spoken.stop + 10 :]]
+    assert quiet.max() < other[inner].max() - 40, "silent where the clip is silent"
+
+
+def test_other_voices_are_heard_in_the_clips_time(prepared):
+    data = load_clips(prepared, CPU)
+    tone = torch.full_like(data.mel, 200)
+    both = replace(data, mel=torch.cat([data.mel, tone]))
+    rng = np.random.default_rng(0)
+    own, other = (draw_sound(both, np.random.default_rng(0), 1, augment=False, own=own) for own in (True, False))
+    assert [list(clips) for clips in own.clips] == [list(clips) for clips in other.clips]
+    heard = int(other.counts[0].sum()) * MEL_PER_FRAME
+    assert float(other.mel[0, :, :heard].std()) == 0 < float(own.mel[0, :, :heard].std())
+    assert torch.equal(own.mel[0, :, heard:] == 0, other.mel[0, :, heard:] == 0)
+    mixed = [draw_sound(both, rng, 2, augment=True).counts for _ in range(8)]
+    assert any((counts < data.lengths.min()).any() for drawn in mixed for counts in drawn), "parts of clips as well"
+
+
+def test_people_are_blended_and_their_motion_kept(prepared):
+    data = load_clips(prepared, CPU)
+    means = data.means.clone()
+    means[0] = 255 - means[0]
+    change = random_people(replace(data, means=means), np.random.default_rng(1))
+    assert change.shape == means.shape and float(change.abs().max()) > 1
+    again = random_people(data, np.random.default_rng(1))
+    assert float(again.abs().max()) < 1e-3, "both clips show the same person"

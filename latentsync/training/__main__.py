@@ -1,4 +1,4 @@
-"""`python -m latentsync.training prepare | autoencoder | listener | denoiser | export | import`."""
+"""`python -m latentsync.training prepare | voices | autoencoder | listener | denoiser | export | import`."""
 
 import argparse
 import sys
@@ -27,6 +27,9 @@ def main() -> None:
     prepare.add_argument("clips", type=Path, help="folder of SPEAKER/CLIP.mp4")
     prepare.add_argument("prepared", type=Path)
     prepare.add_argument("--crf", type=int, default=18, help="x264 quality of the crops (default 18)")
+    voices = stages.add_parser("voices", help="let speech synthesisers say the clips as well (GRID only)")
+    voices.add_argument("prepared", type=Path)
+    voices.add_argument("--count", type=int, default=3, help="other voices a clip (default 3)")
     for name in ("autoencoder", "listener", "denoiser"):
         stage = stages.add_parser(name, help=f"train the {name}, in this order")
         stage.add_argument("prepared", type=Path)
@@ -47,6 +50,11 @@ def main() -> None:
             from latentsync.training.prepare import prepare as run
 
             run(clips_below(args.clips), args.prepared, args.crf)
+        elif args.stage == "voices":
+            # Needs SciPy.
+            from latentsync.training.voices import add_voices
+
+            add_voices(args.prepared, args.count)
         elif args.stage == "export":
             export(args.state, args.folder)
         elif args.stage == "import":

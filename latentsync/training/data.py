@@ -44,15 +44,22 @@ HELD_OUT_SPEAKERS = ("s3", "s7", "s25", "s31", "s34")  # people whom the model m
 HELD_OUT_EVERY = 20  # of the clips of people with more than that many, every 20th is held out
 EDGE = 2  # frames at a clip's ends whose audio tokens reach into the next clip
 CLIPS_PER_SEGMENT = 10  # clips of 3 s that share one 30 s segment of sound
+SPAN = WINDOW + 2 * EDGE + 4  # frames: the shortest part of a clip that is heard
+WHOLE_SPANS = 0.3  # share of clips that are heard whole, as sentences; parts teach sounds and not the grammar of GRID
+OWN_VOICE = 0.4  # share of clips that are heard as they were recorded, where synthesised voices say them as well
+BLENDED = 0.6  # share of looks in which another person's features are mixed in
+MOST_BLENDED = 0.7  # of the other person
 
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Clips end to end. frames uint8 (n, 3, SIDE, SIDE); lips (n, 40, 2) pixels; mel uint8 (4n, 80)."""
+    """Clips end to end. frames uint8 (n, 3, SIDE, SIDE); lips (n, 40, 2) pixels; mel uint8 (voices, 4n, 80), of which
+    the first is the clips' own and the others are synthesised; means (clips, 3, SIDE, SIDE), the average frames."""
 
     frames: Tensor
     lips: Tensor
     mel: Tensor
+    means: Tensor
     starts: np.ndarray
     lengths: np.ndarray
     weights: np.ndarray  # probability of a clip: people count by the square root of their clips
@@ -119,10 +126,15 @@ def load_clips(folder: Path, device: torch.device, held_out: bool = False) -> Cl
     root = {s: 1 / np.sqrt(np.sum(speakers[chosen] == s)) for s in set(speakers[chosen])}
     weights = np.array([root[s] for s in speakers[chosen]])
     kept = lengths[chosen]
+    frames = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2)
+    mel = table["mel"][None]
+    if (voices := folder / "voices.npz").is_file():
+        mel = np.concatenate([mel, np.load(voices)["mel"]])
     return ClipSet(
-        frames=torch.from_numpy(frames).to(device).permute(0, 3, 1, 2),
+        frames=frames,
         lips=torch.from_numpy(table["lips"][wanted]).to(device).float(),
-        mel=torch.from_numpy(table["mel"][np.repeat(wanted, MEL_PER_FRAME)]).to(device),
+        mel=torch.from_numpy(mel[:, np.repeat(wanted, MEL_PER_FRAME)]).to(device),
+        means=torch.stack([clip.float().mean(0) for clip in frames.split(kept.tolist())]),
         starts=np.cumsum(kept) - kept,
         lengths=kept,
         weights=weights / weights.sum(),
@@ -226,6 +238,18 @@ def random_look(n: int, device: torch.device, zoom: float = 0.06, turn: float = 
     )
 
 
+def random_people(data: ClipSet, rng: np.random.Generator) -> Tensor:
+    """What turns every clip's person a part of the way into another one: (clips, 3, SIDE, SIDE), to be added.
+
+    The difference of two average faces leaves all motion as it is; few people become many.
+    """
+    other = _to_device(data.draw(rng, len(data.starts)), data.means.device)
+    share = rng.uniform(0, MOST_BLENDED, len(other)) * (rng.random(len(other)) < BLENDED)
+    return _to_device(share.astype(np.float32), data.means.device)[:, None, None, None] * (
+        data.means[other] - data.means
+    )
+
+
 @dataclass(frozen=True)
 class MouthWarp:
     """Another expression for n mouths that lie at `mouth` (n, 3), see `ClipSet.mouths`.
@@ -271,7 +295,7 @@ def random_mouth(mouth: Tensor) -> MouthWarp:
 
 
 def render(frames: Tensor, look: Look, mouth: MouthWarp | None = None) -> Tensor:
-    """uint8 (n, 3, SIDE, SIDE), one look and expression each → float (n, 3, RESOLUTION, RESOLUTION) in [−1, 1]."""
+    """0 … 255 (n, 3, SIDE, SIDE), one look and expression each → float (n, 3, RESOLUTION, RESOLUTION) in [−1, 1]."""
     size = (len(frames), 3, RESOLUTION, RESOLUTION)
     grid = F.affine_grid(look.affine, size, align_corners=False)
     grid = grid + F.interpolate(look.warp, size[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
@@ -296,42 +320,56 @@ def render(frames: Tensor, look: Look, mouth: MouthWarp | None = None) -> Tensor
 
 @dataclass(frozen=True)
 class Sound:
-    """Sound of s segments. mel (s, 80, 3000), ready for the encoder; offsets[s][k]: first frame of its clip k."""
+    """Sound of s segments, of clips or parts of them. mel (s, 80, 3000), ready for the encoder.
+
+    clips[s][k]: which clip; firsts, counts: which of its frames; offsets: where in the segment they begin, in frames.
+    """
 
     mel: Tensor
     clips: list[np.ndarray]
+    firsts: list[np.ndarray]
+    counts: list[np.ndarray]
     offsets: list[np.ndarray]
 
 
-def draw_sound(data: ClipSet, rng: np.random.Generator, segments: int, augment: bool) -> Sound:
-    """Join random clips to segments of up to 30 s, so that the encoder hears every position and length."""
+def draw_sound(data: ClipSet, rng: np.random.Generator, segments: int, augment: bool, own: bool = True) -> Sound:
+    """Join random clips to segments of up to 30 s, so that the encoder hears every position and length.
+
+    augment: parts of clips, other voices, rooms and noise; without it whole clips, in their own voice or, with own
+    False, in synthesised ones.
+    """
     index = np.full((segments, SEGMENT_FRAMES), -1)
-    owner = np.zeros((segments, SEGMENT_FRAMES), np.int64)
-    clips, offsets = [], []
+    owner, voice = np.zeros((2, segments, SEGMENT_FRAMES), np.int64)
+    parts: list[list[np.ndarray]] = [[], [], [], []]
     for s in range(segments):
-        count = CLIPS_PER_SEGMENT if rng.random() < 0.5 else int(rng.integers(1, CLIPS_PER_SEGMENT))
-        own, firsts, at = [], [], 0
-        for clip in data.draw(rng, count):
-            length = int(data.lengths[clip]) * MEL_PER_FRAME
-            if at + length > SEGMENT_FRAMES:
+        most = CLIPS_PER_SEGMENT if rng.random() < 0.5 else int(rng.integers(1, CLIPS_PER_SEGMENT))
+        drawn, at = [], 0
+        for clip in data.draw(rng, most):
+            count = length = int(data.lengths[clip])
+            if augment and rng.random() >= WHOLE_SPANS:
+                count = int(rng.integers(SPAN, length + 1))
+            first = int(rng.integers(0, length - count + 1))
+            if at + count > SEGMENT_FRAMES // MEL_PER_FRAME:
                 break
-            index[s, at : at + length] = data.starts[clip] * MEL_PER_FRAME + np.arange(length)
-            owner[s, at : at + length] = len(own)
-            own.append(clip)
-            firsts.append(at // MEL_PER_FRAME)
-            at += length
-        clips.append(np.array(own))
-        offsets.append(np.array(firsts))
+            here = slice(at * MEL_PER_FRAME, (at + count) * MEL_PER_FRAME)
+            index[s, here] = (data.starts[clip] + first) * MEL_PER_FRAME + np.arange(count * MEL_PER_FRAME)
+            owner[s, here] = len(drawn)
+            if len(data.mel) > 1 and (rng.random() >= OWN_VOICE if augment else not own):
+                voice[s, here] = rng.integers(1, len(data.mel))
+            drawn.append((clip, first, count, at))
+            at += count
+        for part, values in zip(parts, np.array(drawn).T, strict=True):
+            part.append(values)
     device = data.mel.device
-    index, owner = _to_device(index, device), _to_device(owner, device)
-    power = data.mel[index.clamp(min=0)].float() * MEL_STEP + MEL_BASE  # (s, t, 80), log10
+    index, owner, voice = (_to_device(array, device) for array in (index, owner, voice))
+    power = data.mel[voice, index.clamp(min=0)].float() * MEL_STEP + MEL_BASE  # (s, t, 80), log10
     if augment:
         power = _other_voice(power, owner)
     silent = (index < 0)[..., None]
     power = power.masked_fill(silent, -10.0)
     loudest = power.amax((1, 2), keepdim=True)
     mel = (power.maximum(loudest - MEL_RANGE) + 4) / 4
-    return Sound(mel.masked_fill(silent, 0.0).transpose(1, 2), clips, offsets)
+    return Sound(mel.masked_fill(silent, 0.0).transpose(1, 2), *parts)
 
 
 def _other_voice(power: Tensor, owner: Tensor) -> Tensor:
@@ -368,19 +406,20 @@ class Windows:
 
 def draw_windows(data: ClipSet, sound: Sound, rng: np.random.Generator, per_segment: int) -> Windows:
     """Windows of the clips in `sound`, each with another window of the same clip as its reference."""
-    counts = np.array([len(clips) for clips in sound.clips])
-    segment = np.repeat(np.arange(len(counts)), per_segment)
-    k = (np.cumsum(counts) - counts)[segment] + rng.integers(0, counts[segment])
-    clip, offset = np.concatenate(sound.clips)[k], np.concatenate(sound.offsets)[k]
+    parts = np.array([len(clips) for clips in sound.clips])
+    segment = np.repeat(np.arange(len(parts)), per_segment)
+    k = (np.cumsum(parts) - parts)[segment] + rng.integers(0, parts[segment])
+    drawn = (sound.clips, sound.firsts, sound.counts, sound.offsets)
+    clip, first, count, offset = (np.concatenate(values)[k] for values in drawn)
     start, length = data.starts[clip], data.lengths[clip]
-    own = rng.integers(EDGE, length - WINDOW - EDGE + 1)
+    own = first + rng.integers(EDGE, count - WINDOW - EDGE + 1)
     # The windows that end before the own one begins, and those that begin after its end.
     before, after = np.maximum(own - WINDOW + 1, 0), np.maximum(length - 2 * WINDOW - own + 1, 0)
     pick = rng.integers(0, np.maximum(before + after, 1))
     other = np.where(pick < before, pick, pick - before + own + WINDOW)
     other = np.where(before + after > 0, other, (own + length // 2) % (length - WINDOW))
     span = np.arange(WINDOW)
-    centre = 2 * ((offset + own)[:, None] + span)
+    centre = 2 * ((offset + own - first)[:, None] + span)
     rows = (centre[:, :, None] + np.arange(-ROWS_BEFORE, ROWS_AFTER)).clip(0, SEGMENT_FRAMES // 2 - 1)
     arrays = (start + own)[:, None] + span, (start + other)[:, None] + span, segment, rows
     return Windows(*(_to_device(array, data.mel.device) for array in arrays))

@@ -22,6 +22,7 @@ from latentsync.training.data import (
     plain_look,
     random_look,
     random_mouth,
+    random_people,
     render,
     tokens_of,
 )
@@ -78,15 +79,20 @@ def empty_pool(looks: int, data: ClipSet) -> LatentPool:
 
 
 @torch.no_grad()
-def encode_look(pool: LatentPool, k: int, vae: AutoencoderKL, data: ClipSet, mask: Tensor, scale: float) -> None:
+def encode_look(
+    pool: LatentPool, k: int, vae: AutoencoderKL, data: ClipSet, rng: np.random.Generator, mask: Tensor, scale: float
+) -> None:
     """Render and encode all clips into slot k: the plain look for 0, else a new random one a clip. mask: (128, 128)."""
     device = data.frames.device
     clip_of = data.clip_of()
     look = (plain_look if k == 0 else random_look)(len(data.starts), device)
     mouth = random_mouth(data.mouths())
+    people = random_people(data, rng)
     for begin in range(0, len(data.frames), 512):
         part = slice(begin, begin + 512)
         frames, its_look = data.frames[part], look[clip_of[part]]
+        if k > 0:
+            frames = (frames + people[clip_of[part]]).clamp(0, 255)
         x = render(frames, its_look)
         other = render(frames, its_look, mouth[clip_of[part]])
         for latents, pixels in ((pool.target, x), (pool.masked, x * mask), (pool.reference, other)):
@@ -136,10 +142,13 @@ def train(
     average = copy.deepcopy(nn.ModuleDict({"unet": unet, "encoder": encoder})).requires_grad_(False)
     modules = {"unet": unet, "encoder": encoder, "average": average}
     step = load_state(state / "denoiser.pt", modules, optimizer)
+    if step == 0:  # an imported model's encoder may have listened on since
+        load_weights(state / "listener.pt", {"encoder": encoder})
+        average["encoder"].load_state_dict(encoder.state_dict())
     mask = torch.from_numpy(fixed_mask(RESOLUTION).copy()).to(device)
     pool = empty_pool(LOOKS if device.type == "cuda" else 2, data)
     for k in range(len(pool.target)):
-        encode_look(pool, k, vae, data, mask, scale)
+        encode_look(pool, k, vae, data, rng, mask, scale)
     print(f"denoiser: latents ready after {time.time() - began:.0f} s, std {float(pool.target.std()):.3f}", flush=True)
 
     alphas = ddim_scheduler().alphas_cumprod.to(device)
@@ -193,7 +202,7 @@ def train(
         losses.append(loss.detach())
         if (step - first) % REFRESH_STEPS == 0:
             renewed = 1 + (step - first) // REFRESH_STEPS % (len(pool.target) - 1)
-            encode_look(pool, renewed, vae, data, mask, scale)
+            encode_look(pool, renewed, vae, data, rng, mask, scale)
         if step % 200 == 0 or step == first + 1:
             mean = float(torch.stack(losses).mean())
             losses.clear()

@@ -96,16 +96,19 @@ def train(
             print(f"listener step {step} loss {float(loss):.4f} {elapsed:.0f} s", flush=True)
     print(f"listener: step {step}", flush=True)
     if unseen := load_clips(prepared, device, held_out=True):
-        score = opening_correlation(encoder, reader, unseen)
-        print(f"  held-out correlation of the mouth's opening {score:.3f}", flush=True)
+        scores = [opening_correlation(encoder, reader, unseen)]
+        if len(unseen.mel) > 1:
+            scores.append(opening_correlation(encoder, reader, unseen, own=False))
+        words = ", synthesised voices ".join(f"{score:.3f}" for score in scores)
+        print(f"  held-out correlation of the mouth's opening {words}", flush=True)
     save_state(state / "listener.pt", {"encoder": encoder, "reader": reader}, optimizer, step)
 
 
 @torch.no_grad()
-def opening_correlation(encoder: AudioEncoder, reader: LipReader, data: ClipSet) -> float:
-    """Mean correlation over windows between the predicted and the true opening of the mouth."""
+def opening_correlation(encoder: AudioEncoder, reader: LipReader, data: ClipSet, own: bool = True) -> float:
+    """Mean correlation over windows between the predicted and the true opening of the mouth; own: see draw_sound."""
     rng = np.random.default_rng(1)
-    sound = draw_sound(data, rng, 16, augment=False)
+    sound = draw_sound(data, rng, 16, augment=False, own=own)
     windows = draw_windows(data, sound, rng, 16)
     out = reader(tokens_of(encoder(sound.mel), windows))
     pair = torch.stack([out, centred_lips(data)[windows.frames]])  # (2, b, f, 40, 2)
