@@ -19,7 +19,7 @@ from torch import Tensor
 
 from latentsync.checkpoints import Models, load_models, resolve
 from latentsync.sampling import GUIDANCE_SCALE, INFERENCE_STEPS, WINDOW, DeepCache
-from optim.hardware import GIB, Gpu, read_gpus, recommended_level
+from optim.hardware import GIB, Gpu, apply_vram_fraction, read_gpus, recommended_level
 from optim.levels import STOPS, Level
 from optim.passes import (
     Watch,
@@ -430,7 +430,7 @@ def memory_row(limit: float, resolution: int, asked: Asked) -> MemoryRow:
 
         def shrink() -> None:  # accelerating sets a limit by the whole card
             reset_memory(device)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, level.vram_fraction * limit * GIB / total), device)
+            apply_vram_fraction(min(1.0, level.vram_fraction * limit * GIB / total), device.index or 0)
 
         given_up: list[str] = []
         relieve = accelerate.reliever(models, plan, lambda _: None, given_up.append)
