@@ -11,7 +11,7 @@ from latentsync.audio import SAMPLE_RATE
 from latentsync.checkpoints import Models
 from latentsync.evaluation.clips import SIDE, TRACKS, Clip, Seen, look
 from latentsync.evaluation.dubbing import dub, elsewhere
-from latentsync.evaluation.judge import Check, Judge, check, judge_clip, verdict
+from latentsync.evaluation.judge import MOST_OFF, Check, Judge, check, judge_clip, verdict
 from latentsync.evaluation.measures import (
     border_energy,
     correlation,
@@ -36,26 +36,27 @@ WHOLE = np.ones_like(HIDDEN)
 TABLE = (
     ("clips", "clips", "{:d}"),
     ("psnr", "self-dub: PSNR of the generated region, dB", "{:.1f}"),
-    ("ssim", "SSIM of the generated region", "{:.3f}"),
-    ("ssim_crop", "SSIM of the crop", "{:.3f}"),
-    ("lmd", "LMD, px of a 256 crop", "{:.2f}"),
-    ("lmd_kept", "LMD if the reference's mouth were kept", "{:.2f}"),
-    ("correlation", "cross-dub: correlation of the opening with the true one", "{:.2f}"),
-    ("lag", "its lag, frames (late: positive)", "{:+d}"),
-    ("mismatched", "the same with other clips of the speaker", "{:.2f}"),
-    ("loudness", "of the sound's loudness with the true opening", "{:.2f}"),
-    ("nearest", "true track is the nearest", "{:.0%}"),
-    ("tracks", "of how many tracks", "{:.0f}"),
+    ("ssim", "self-dub: SSIM of the generated region", "{:.3f}"),
+    ("ssim_crop", "self-dub: SSIM of the crop", "{:.3f}"),
+    ("lmd", "self-dub: LMD, px of a 256 crop", "{:.2f}"),
+    ("lmd_kept", "self-dub: LMD if the reference's mouth were kept", "{:.2f}"),
+    ("correlation", "cross-dub: correlation of generated and true opening", "{:.2f}"),
+    ("lag", "cross-dub: lag of its peak, frames (late: positive)", "{:+d}"),
+    ("mismatched", "cross-dub: correlation with other clips' openings", "{:.2f}"),
+    ("loudness", "cross-dub: correlation of loudness and true opening", "{:.2f}"),
+    ("nearest", "cross-dub: the true track is the nearest", "{:.0%}"),
+    ("tracks", "cross-dub: of how many tracks", "{:.1f}"),
     ("judge_confidence", "judge: confidence", "{:.2f}"),
-    ("judge_real", "of the real clips", "{:.2f}"),
-    ("judge_in_step", "in step", "{:.0%}"),
-    ("silent_variance", "variance of the opening, silence / speech", "{:.2f}"),
-    ("pause_variance", "pauses / speech", "{:.2f}"),
-    ("pause_variance_real", "of the real clips", "{:.2f}"),
-    ("flicker", "flicker / that of the real clip, self-dub", "{:.2f}"),
-    ("flicker_cross", "cross-dub", "{:.2f}"),
-    ("seam", "seam / that of the real clip, self-dub", "{:.2f}"),
-    ("seam_cross", "cross-dub", "{:.2f}"),
+    ("judge_real", "judge: confidence in the real clips of that sound", "{:.2f}"),
+    ("judge_undubbed", "judge: confidence in the clips before they were dubbed", "{:.2f}"),
+    ("judge_in_step", "judge: found in step", "{:.0%}"),
+    ("silent_variance", "silence: variance of the opening, over that of speech", "{:.2f}"),
+    ("pause_variance", "pauses: variance of the opening, over that of speech", "{:.2f}"),
+    ("pause_variance_real", "pauses: the same of the real clips", "{:.2f}"),
+    ("flicker", "flicker over the real clip's, self-dub", "{:.2f}"),
+    ("flicker_cross", "flicker over the real clip's, cross-dub", "{:.2f}"),
+    ("seam", "seam over the real clip's, self-dub", "{:.2f}"),
+    ("seam_cross", "seam over the real clip's, cross-dub", "{:.2f}"),
     ("seconds_per_frame", "seconds a frame of generating", "{:.3f}"),
 )
 
@@ -138,9 +139,13 @@ def measure_cross_dub(
     }
     if judge is not None:
         found = verdict(judge_clip(judge, result.crops, other.wav))
-        out.measures |= {"judge_confidence": found.confidence, "judge_in_step": abs(found.offset) <= 1,
-                         "judge_offset": found.offset}  # fmt: skip
-        out.measures["judge_real"] = verdict(judge_clip(judge, other.seen.crops, other.wav)).confidence
+        out.measures |= {
+            "judge_confidence": found.confidence,
+            "judge_offset": found.offset,
+            "judge_in_step": abs(found.offset) <= MOST_OFF,
+            "judge_real": verdict(judge_clip(judge, other.seen.crops, other.wav)).confidence,
+            "judge_undubbed": verdict(judge_clip(judge, clip.seen.crops, other.wav)).confidence,
+        }
     truth = other.seen.crops[: len(result.crops)]
     out.faces[f"the sound of {other.speaker}/{other.name}"] = (clip.seen.crops[: len(truth)], result.crops, truth)
     return result
@@ -189,7 +194,7 @@ def nan_mean(values: list) -> np.ndarray:
 
 
 def summary(results: list[Result]) -> dict:
-    """The measures of a group: means over its clips. Correlations are averaged at every lag before the peak is taken."""
+    """The measures of a group: means over its clips; correlations are averaged lag by lag before the peak is taken."""
     out: dict = {"clips": len(results)}
     for key, _, _ in TABLE:
         values = [result.measures[key] for result in results if key in result.measures]
