@@ -28,6 +28,7 @@ from latentsync.evaluation.measures import (
 from latentsync.evaluation.report import Result, pause_variance, summary, table
 from latentsync.pipeline import Painter, Settings, Shot
 from latentsync.training.prepare import prepare
+from optim import evaluation as levels
 
 SAMPLES = 640  # of sound, a frame
 CPU = torch.device("cpu")
@@ -284,3 +285,16 @@ def test_the_judge_trains_and_is_loaded_again(people, tmp_path, capsys):
     crops, wav = RNG.integers(0, 255, (9, 256, 256, 3), np.uint8), RNG.random(10 * SAMPLES).astype(np.float32)
     close = judging.judge_clip(judge, crops, wav)
     assert close.shape == (5, 6) and bool((close.abs() <= 1.001).all())
+
+
+def test_a_level_gives_the_settings_that_are_measured(checkpoint):
+    models = load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    for options, steps, cache in (
+        (["--level", "aggressive"], 12, (3, 0)),
+        (["--deepcache", "2,1"], 20, (2, 1)),
+        (["--level", "aggressive", "--deepcache", "off"], 12, None),
+    ):
+        args = levels.parser().parse_args(["clips", "CLIPS", "OUT", *options])
+        _, found = levels.prepare(args, models, Settings(args.steps))
+        assert found.steps == steps
+        assert cache == (found.cache and (found.cache.interval, found.cache.branch))

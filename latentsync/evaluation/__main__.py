@@ -32,7 +32,8 @@ SHEET_CLIPS = 2  # of every speaker, on the contact sheet
 Prepare = Callable[[argparse.Namespace, Models, Settings], tuple[Models, Settings]]
 
 
-def parser() -> argparse.ArgumentParser:
+def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The whole command line, and that of `clips` in it, to which more can be added."""
     found = argparse.ArgumentParser(
         prog="python -m latentsync.evaluation",
         description=__doc__,
@@ -63,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default="auto")
     for command in (clips, video):
         command.add_argument("--judge", type=Path, default=WEIGHTS, help="weights of the judge of sync")
-    return found
+    return found, clips
+
+
+def parser() -> argparse.ArgumentParser:
+    return parsers()[0]
 
 
 def as_asked(_: argparse.Namespace, models: Models, settings: Settings) -> tuple[Models, Settings]:

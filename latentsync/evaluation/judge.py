@@ -6,7 +6,7 @@ clips first.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -123,6 +123,7 @@ def train(prepared: Path, output: Path, seconds: float, device: torch.device) ->
     output.parent.mkdir(parents=True, exist_ok=True)
     data = load_clips(prepared, torch.device("cpu"))
     patches, mel = material(data, device)
+    data = replace(data, frames=data.frames[:0].clone())  # gigabytes that are not needed any more
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     judge = Judge().to(device, memory_format=torch.channels_last)
