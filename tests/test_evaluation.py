@@ -119,11 +119,15 @@ def test_a_pasted_patch_with_an_edge_has_a_seam_and_a_soft_one_has_none():
 
 def test_correlations_are_averaged_at_every_lag_before_their_peak_is_taken():
     results = [
-        Result("s1", "", "", {"correlation": correlation(wave(late=late), wave()), "lmd": late, "nearest": late > 0})
+        Result("s1", "", "", {
+            "correlation": correlation(wave(late=late), wave()), "lmd": late, "nearest": late > 0,
+            "opening_silent": 1.0, "opening_spoken": 4.0 + late,
+        })
         for late in (0, 2)
-    ]
+    ]  # fmt: skip
     found = summary(results)
     assert found["lag"] == 1 and found["correlation"] < 1 and found["lmd"] == 1 and found["nearest"] == 0.5
+    assert found["silent_variance"] == 1 / 5
     assert "50%" in table({"s1": found}) and "+1" in table({"s1": found})
 
 
@@ -240,6 +244,7 @@ def test_the_judge_tells_how_late_a_picture_is():
     assert judging.verdict(mouth[:-4] @ sound[4:].T).offset == 4, "what is seen was heard four frames before"
     assert judging.verdict(close, shift=6).offset == 6
     assert judging.verdict(close).confidence > 0.5
+    assert np.isnan(judging.verdict(close[:0]).confidence), "nothing to judge by"
 
 
 def test_a_judge_must_find_real_clips_in_step_before_it_may_judge():
@@ -284,6 +289,7 @@ def test_the_judge_trains_and_is_loaded_again(people, tmp_path, capsys):
     judge = judging.load_judge(weights, CPU)
     crops, wav = RNG.integers(0, 255, (9, 256, 256, 3), np.uint8), RNG.random(10 * SAMPLES).astype(np.float32)
     close = judging.judge_clip(judge, crops, wav)
+    assert judging.judge_clip(judge, crops[:2], wav).shape == (0, 6)
     assert close.shape == (5, 6) and bool((close.abs() <= 1.001).all())
 
 

@@ -11,14 +11,14 @@ from latentsync.errors import UserError
 from latentsync.faces import Face, mouth_opening, track_faces
 from latentsync.media import probe_video, read_audio, read_frames
 from latentsync.training.__main__ import clips_below
-from latentsync.training.data import HELD_OUT_SPEAKERS, LIPS, is_held_out
+from latentsync.training.data import HELD_OUT_EVERY, HELD_OUT_SPEAKERS, LIPS, is_held_out
 
 SIDE = 256  # pixels of the crops that are measured, whatever the model's resolution
 MOST_FRAMES = 10 * VIDEO_FPS  # of a clip; all are held
 TRACKS = 10  # among which the true one is to be found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
     """Frames and the face in each, and what the measures need of them.
 
@@ -33,7 +33,7 @@ class Seen:
     opening: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clip:
     speaker: str
     name: str
@@ -76,7 +76,7 @@ def read_clip(speaker: str, path: Path) -> Clip:
     wav = read_audio(path)
     seen = look(np.stack(list(read_frames(probe_video(path), count=MOST_FRAMES))))
     if np.isfinite(seen.opening).sum() < VIDEO_FPS // 2:
-        raise UserError(f"'{path}' shows no face that can be used: leave it out of the folder.")
+        raise UserError(f"'{path}' shows no face for half a second: take a clip in which one is seen from the front.")
     return Clip(speaker, path.stem, seen, wav)
 
 
@@ -96,8 +96,9 @@ def held_out(folder: Path, speakers: list[str] | None) -> dict[str, list[Path]]:
         if not speakers or speaker in speakers
     }
     found = {speaker: paths for speaker, paths in found.items() if paths}
-    if not found:
+    if sum(map(len, found.values())) < 2:
         raise UserError(
-            f"'{folder}' has no clips that training holds out; those are of {', '.join(HELD_OUT_SPEAKERS)}."
+            f"'{folder}' has no two clips that training holds out: add some of {', '.join(HELD_OUT_SPEAKERS)}, or more "
+            f"than {HELD_OUT_EVERY} of one person."
         )
     return found

@@ -188,8 +188,8 @@ def similarities(judge: Judge, patches: Tensor, mel: Tensor) -> Tensor:
     patches = patches[:, JITTER:-JITTER, JITTER:-JITTER].float() / 255
     device = patches.device
     sounds = len(mel) // MEL_PER_FRAME
-    seen = judge.see(windows(patches, torch.arange(len(patches) - SPAN + 1, device=device), SPAN))
-    starts = torch.arange(sounds - SPAN + 1, device=device) * MEL_PER_FRAME
+    seen = judge.see(windows(patches, torch.arange(max(len(patches) - SPAN + 1, 0), device=device), SPAN))
+    starts = torch.arange(max(sounds - SPAN + 1, 0), device=device) * MEL_PER_FRAME
     return seen @ judge.hear(windows(mel, starts, SPAN * MEL_PER_FRAME)).T
 
 
@@ -202,8 +202,8 @@ class Verdict:
 
 
 def verdict(close: Tensor, shift: int = 0) -> Verdict:
-    """Of `similarities` (n, m). shift: judge as if the sound came so many frames later than it does."""
-    lags = [lag for lag in range(-LATEST, LATEST + 1) if min(close.shape) > abs(lag - shift) + SPAN]
+    """Of `similarities` (n, m); NaN where they are too few. shift: as if the picture came so many frames later."""
+    lags = [lag for lag in range(-LATEST, LATEST + 1) if min(close.shape) > abs(lag - shift) + SPAN] or [0]
     # A picture that is late by `lag` matches the sound of `lag` frames before.
     mean = torch.stack([close.diagonal(shift - lag).mean() for lag in lags])
     best = int(mean.argmax())

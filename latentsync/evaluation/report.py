@@ -154,7 +154,7 @@ def measure_cross_dub(
 def measure_silence(clip: Clip, spoken: Seen, models: Models, settings: Settings, out: Result) -> None:
     """The clip with no sound at all, beside the one that speaks."""
     silent = look(dub(clip, np.zeros(round(SILENCE * SAMPLE_RATE), np.float32), models, settings), clip.seen.faces)
-    out.measures["silent_variance"] = ratio(float(np.nanvar(silent.opening)), float(np.nanvar(spoken.opening)))
+    out.measures |= {"opening_silent": np.nanvar(silent.opening), "opening_spoken": np.nanvar(spoken.opening)}
 
 
 def measure(
@@ -203,7 +203,11 @@ def summary(results: list[Result]) -> dict:
             out[key], lag = peak(mean) if mean.ndim else (float(mean), None)
             if key == "correlation":
                 out["lag"] = lag
-    return out
+    # Of the means: a clip that hardly speaks would have a ratio of its own that says little.
+    silent, spoken = (
+        nan_mean([result.measures[f"opening_{how}"] for result in results]) for how in ("silent", "spoken")
+    )
+    return out | {"silent_variance": ratio(float(silent), float(spoken))}
 
 
 def groups(results: list[Result]) -> dict[str, dict]:
