@@ -68,7 +68,7 @@ class Judge(nn.Module):
     def see(self, patches: Tensor) -> Tensor:
         """Grey patches (n, SPAN, *PATCH), of any range → (n, DIMENSIONS). Light and contrast do not count."""
         patches = patches - patches.mean((1, 2, 3), keepdim=True)
-        return F.normalize(self.mouth(patches / (patches.std((1, 2, 3), keepdim=True) + 1e-3)), dim=1)
+        return F.normalize(self.mouth(patches / (patches.std((1, 2, 3), correction=0, keepdim=True) + 1e-3)), dim=1)
 
     def hear(self, mel: Tensor) -> Tensor:
         """`relative` mel powers (n, SPAN · MEL_PER_FRAME, N_MELS) → (n, DIMENSIONS)."""
