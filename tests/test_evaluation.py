@@ -18,6 +18,7 @@ from latentsync.evaluation.measures import (
     LAGS,
     border_energy,
     correlation,
+    detail,
     flicker,
     is_nearest,
     landmark_distance,
@@ -105,6 +106,14 @@ def test_pulsing_patches_flicker_and_only_where_the_face_is_generated():
     outside = real.copy()
     outside[::2, ~HIDDEN] //= 2
     assert flicker(outside, HIDDEN) == flicker(real, HIDDEN)
+
+
+def test_a_blurred_mouth_has_less_detail():
+    real = RNG.integers(0, 255, (3, 64, 64, 3), np.uint8)
+    soft = np.stack([cv2.GaussianBlur(face, (0, 0), 1) for face in real])
+    assert detail(soft, HIDDEN) < 0.3 * detail(real, HIDDEN)
+    inner = cv2.erode(HIDDEN.astype(np.uint8), None) > 0
+    assert detail(np.where(HIDDEN[..., None], real, soft), inner) == detail(real, inner)
 
 
 def test_a_pasted_patch_with_an_edge_has_a_seam_and_a_soft_one_has_none():

@@ -104,6 +104,12 @@ def flicker(faces: np.ndarray, hidden: np.ndarray) -> float:
     return float(np.abs(np.diff(small[:, inside], n=2, axis=0)).mean())
 
 
+def detail(faces: np.ndarray, hidden: np.ndarray) -> float:
+    """Mean size of the Laplacian of the hidden part, in grey levels: what blur takes first."""
+    grey = (cv2.cvtColor(face, cv2.COLOR_RGB2GRAY) for face in faces)
+    return float(np.mean([np.abs(cv2.Laplacian(face, cv2.CV_32F, ksize=3)[hidden]).mean() for face in grey]))
+
+
 def border_energy(faces: np.ndarray, hidden: np.ndarray) -> float:
     """Mean squared gradient across the mask's border, in squared grey levels a pixel."""
     width = BORDER * hidden.shape[0]

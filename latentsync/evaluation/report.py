@@ -15,6 +15,7 @@ from latentsync.evaluation.judge import MOST_OFF, Check, Judge, check, judge_cli
 from latentsync.evaluation.measures import (
     border_energy,
     correlation,
+    detail,
     flicker,
     is_nearest,
     landmark_distance,
@@ -53,6 +54,7 @@ TABLE = (
     ("silent_variance", "silence: variance of the opening, over that of speech", "{:.2f}"),
     ("pause_variance", "pauses: variance of the opening, over that of speech", "{:.2f}"),
     ("pause_variance_real", "pauses: the same of the real clips", "{:.2f}"),
+    ("sharpness", "detail over the real clip's, self-dub", "{:.2f}"),
     ("flicker", "flicker over the real clip's, self-dub", "{:.2f}"),
     ("flicker_cross", "flicker over the real clip's, cross-dub", "{:.2f}"),
     ("seam", "seam over the real clip's, self-dub", "{:.2f}"),
@@ -103,6 +105,7 @@ def measure_self_dub(clip: Clip, models: Models, settings: Settings, out: Result
         "ssim_crop": ssim(result.crops, true, WHOLE),
         "lmd": landmark_distance(result.lips, lips),
         "lmd_kept": landmark_distance(lips[elsewhere(n)], lips),
+        "sharpness": ratio(detail(result.crops, HIDDEN), detail(true, HIDDEN)),
         "flicker": flickering,
         "seam": seam,
     }
