@@ -4,18 +4,16 @@
 
 Every level runs the same clip; the faces are cut out of the finished frames, before they are encoded, and compared
 with the plain pipeline's and with conservative's: PSNR in dB and SSIM (Wang et al. 2004) where the mask hides the
-face. Whether the mouth still says the words is not measured here.
+face. Whether the mouth still says the words is measured by `python -m optim.evaluation`.
 """
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
@@ -24,14 +22,12 @@ from latentsync.alignment import crop_face, fixed_mask
 from latentsync.audio import SAMPLE_RATE, frame_count
 from latentsync.checkpoints import Models, load_models, resolve
 from latentsync.errors import UserError
+from latentsync.evaluation.measures import psnr, ssim
 from latentsync.media import probe_video, read_audio, read_frames_looped
 from latentsync.pipeline import Settings, StageClock, generate
 from optim.accelerate import accelerate, make_plan
 from optim.hardware import read_gpus
 from optim.levels import CONSERVATIVE, STOPS, find_level
-
-SSIM_SIGMA, SSIM_SIDE = 1.5, 11  # of its Gaussian window, pixels (Wang et al. 2004)
-SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def faces_of(video: Path, wav: torch.Tensor, models: Models, settings: Settings) -> np.ndarray:
@@ -46,29 +42,6 @@ def faces_of(video: Path, wav: torch.Tensor, models: Models, settings: Settings)
     if not crops:
         raise UserError(f"'{video}' shows no face that can be used: use one in which a face is seen from the front.")
     return np.stack(crops)
-
-
-def psnr(ours: np.ndarray, theirs: np.ndarray, hidden: np.ndarray) -> float:
-    """dB over the hidden pixels of all faces; uint8 (n, R, R, 3), hidden bool (R, R)."""
-    error = np.mean((ours[:, hidden].astype(np.float32) - theirs[:, hidden].astype(np.float32)) ** 2)
-    return math.inf if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def ssim(ours: np.ndarray, theirs: np.ndarray, hidden: np.ndarray) -> float:
-    """Mean structural similarity of the grey values over the hidden pixels of all faces; arguments as in `psnr`."""
-
-    def blurred(picture: np.ndarray) -> np.ndarray:
-        return cv2.GaussianBlur(picture, (SSIM_SIDE, SSIM_SIDE), SSIM_SIGMA)
-
-    found = []
-    for pair in zip(ours, theirs, strict=True):
-        x, y = (cv2.cvtColor(face, cv2.COLOR_RGB2GRAY).astype(np.float64) for face in pair)
-        mx, my = blurred(x), blurred(y)
-        vx, vy, both = blurred(x * x) - mx * mx, blurred(y * y) - my * my, blurred(x * y) - mx * my
-        similarity = (2 * mx * my + SSIM_C1) * (2 * both + SSIM_C2)
-        similarity /= (mx * mx + my * my + SSIM_C1) * (vx + vy + SSIM_C2)
-        found.append(similarity[hidden].mean())
-    return float(np.mean(found))
 
 
 def compare(video: Path, wav: torch.Tensor, models: Models, asked: Settings, levels: list) -> Iterator[dict]:

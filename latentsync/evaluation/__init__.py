@@ -1,0 +1,1 @@
+"""Measures of lip sync on real clips: `python -m latentsync.evaluation`."""

@@ -1,0 +1,38 @@
+"""Measures of lip sync at a level: `python -m optim.evaluation clips CLIPS OUT --level aggressive`.
+
+All of `python -m latentsync.evaluation`, with the level and its DeepCache besides.
+"""
+
+import argparse
+import sys
+
+from latentsync.checkpoints import Models
+from latentsync.evaluation import __main__ as plain
+from latentsync.pipeline import Settings
+from optim.__main__ import parse_cache
+from optim.accelerate import accelerate, make_plan
+from optim.hardware import read_gpus
+from optim.levels import CONSERVATIVE, find_level, override
+
+
+def parser() -> argparse.ArgumentParser:
+    found, clips = plain.parsers()
+    found.prog = "python -m optim.evaluation"
+    clips.add_argument("--level", default=CONSERVATIVE.name, metavar="NAME|0…1", help="default: conservative")
+    clips.add_argument("--deepcache", metavar="INTERVAL[,BRANCH]|off", help="default: the level's")
+    return found
+
+
+def prepare(args: argparse.Namespace, models: Models, settings: Settings) -> tuple[Models, Settings]:
+    """Models and settings as the level has them."""
+    level = find_level(args.level)
+    if args.deepcache is not None:
+        level = override(level, cache=parse_cache(args.deepcache))
+    device = models.device
+    gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
+    plan = make_plan(level, settings, models.resolution, gpu)
+    return accelerate(models, plan), plan.settings
+
+
+if __name__ == "__main__":
+    sys.exit(plain.main(parser=parser, prepare=prepare))

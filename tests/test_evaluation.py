@@ -1,0 +1,315 @@
+"""The measures: known answers on made-up curves and faces, and a whole run on a tiny checkpoint."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from clips import ffmpeg, make_sound
+from conftest import portrait, save_video
+
+from latentsync.checkpoints import load_models, resolve
+from latentsync.evaluation import judge as judging
+from latentsync.evaluation.__main__ import main
+from latentsync.evaluation.clips import held_out, look
+from latentsync.evaluation.dubbing import ElsewherePainter, elsewhere
+from latentsync.evaluation.measures import (
+    LAGS,
+    border_energy,
+    correlation,
+    detail,
+    flicker,
+    is_nearest,
+    landmark_distance,
+    loudness,
+    pauses,
+    peak,
+)
+from latentsync.evaluation.report import Result, pause_variance, summary, table
+from latentsync.pipeline import Painter, Settings, Shot
+from latentsync.training.prepare import prepare
+from optim import evaluation as levels
+
+SAMPLES = 640  # of sound, a frame
+CPU = torch.device("cpu")
+HIDDEN = np.zeros((64, 64), bool)
+HIDDEN[32:56, 16:48] = True
+RNG = np.random.default_rng(0)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def wave(frames: int = 75, late: int = 0, period: float = 20.0) -> np.ndarray:
+    """A mouth that opens and closes, `late` frames after another."""
+    return np.sin(2 * np.pi * (np.arange(frames) - late) / period)
+
+
+def test_a_mouth_that_is_late_has_its_peak_at_that_lag():
+    for late in (-3, 0, 2):
+        found, lag = peak(correlation(wave(late=late), 5 * wave() + 1))
+        assert lag == late and found == pytest.approx(1)
+    in_step = correlation(wave(late=2), wave())[LAGS == 0][0]
+    assert in_step == pytest.approx(np.cos(2 * np.pi * 2 / 20), abs=0.05)
+
+
+def test_a_still_mouth_has_no_correlation_and_lost_frames_do_not_count():
+    assert np.isnan(peak(correlation(np.ones(75), wave()))[0])
+    holes = wave(late=1)
+    holes[20:40] = np.nan
+    assert peak(correlation(holes, wave())) == (pytest.approx(1), 1)
+    assert np.isnan(correlation(wave(6), wave(6))).all(), "too few frames"
+
+
+def test_the_true_track_is_the_nearest_only_where_it_fits_best():
+    others = [wave(period=period) for period in (11, 14, 31)]
+    assert is_nearest(wave(late=1), [wave(), *others])
+    assert not is_nearest(wave(period=14), [wave(), *others])
+    assert not is_nearest(np.ones(75), [wave(), *others]), "a still mouth finds nothing"
+
+
+def test_landmarks_are_compared_in_pixels():
+    lips = RNG.random((5, 40, 2))
+    moved = lips + (3, 4)
+    moved[2] = np.nan  # a face that was lost
+    assert landmark_distance(moved, lips) == pytest.approx(5)
+
+
+def test_loudness_is_in_decibels_over_the_loudest():
+    tone = np.sin(np.arange(4 * SAMPLES)).astype(np.float32)
+    tone[SAMPLES : 2 * SAMPLES] *= 0.1
+    tone[3 * SAMPLES :] = 0
+    level = loudness(tone)
+    assert level[0] - level[1] == pytest.approx(20, abs=0.2) and level[0] - level[3] == pytest.approx(60, abs=0.2)
+    assert np.isfinite(loudness(np.zeros(2 * SAMPLES, np.float32))).all()
+
+
+def test_a_mouth_that_rests_in_the_pauses_has_no_variance_there():
+    loud = np.repeat([0, 1, 0], [20, 40, 20])
+    sound = np.repeat(loud, SAMPLES) * np.sin(np.arange(80 * SAMPLES))
+    quiet = pauses(loudness(sound))
+    assert quiet[:18].all() and quiet[62:].all() and not quiet[18:62].any()
+    assert pause_variance(loud * wave(80), sound) == pytest.approx(0)
+    assert pause_variance(wave(80), sound) == pytest.approx(1, abs=0.3), "a mouth that chatters on"
+    assert np.isnan(pause_variance(wave(80), np.sin(np.arange(80 * SAMPLES)))), "no pause"
+
+
+def moving_faces(count: int = 12) -> np.ndarray:
+    picture = cv2.GaussianBlur(RNG.integers(0, 255, (64, 64 + 2 * count, 3), np.uint8), (0, 0), 4)
+    return np.stack([picture[:, i : i + 64] for i in range(count)])
+
+
+def test_pulsing_patches_flicker_and_only_where_the_face_is_generated():
+    real = moving_faces()
+    pulsing = real.astype(int)
+    pulsing[::2, HIDDEN] += 8
+    assert flicker(pulsing.clip(0, 255).astype(np.uint8), HIDDEN) > 2 * flicker(real, HIDDEN)
+    outside = real.copy()
+    outside[::2, ~HIDDEN] //= 2
+    assert flicker(outside, HIDDEN) == flicker(real, HIDDEN)
+
+
+def test_a_blurred_mouth_has_less_detail():
+    real = RNG.integers(0, 255, (3, 64, 64, 3), np.uint8)
+    soft = np.stack([cv2.GaussianBlur(face, (0, 0), 1) for face in real])
+    assert detail(soft, HIDDEN) < 0.3 * detail(real, HIDDEN)
+    inner = cv2.erode(HIDDEN.astype(np.uint8), None) > 0
+    assert detail(np.where(HIDDEN[..., None], real, soft), inner) == detail(real, inner)
+
+
+def test_a_pasted_patch_with_an_edge_has_a_seam_and_a_soft_one_has_none():
+    real = moving_faces(4)
+    patch = real.astype(float)
+    patch[:, HIDDEN] += 25
+    assert border_energy(patch.clip(0, 255).astype(np.uint8), HIDDEN) > 2 * border_energy(real, HIDDEN)
+    inside = real.copy()
+    inside[:, 38:50, 22:42] = 255 - inside[:, 38:50, 22:42]
+    assert border_energy(inside, HIDDEN) == pytest.approx(border_energy(real, HIDDEN))
+
+
+def test_correlations_are_averaged_at_every_lag_before_their_peak_is_taken():
+    results = [
+        Result("s1", "", "", {
+            "correlation": correlation(wave(late=late), wave()), "lmd": late, "nearest": late > 0,
+            "opening_silent": 1.0, "opening_spoken": 4.0 + late,
+        })
+        for late in (0, 2)
+    ]  # fmt: skip
+    found = summary(results)
+    assert found["lag"] == 1 and found["correlation"] < 1 and found["lmd"] == 1 and found["nearest"] == 0.5
+    assert found["silent_variance"] == 1 / 5
+    assert "50%" in table({"s1": found}) and "+1" in table({"s1": found})
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Two clips, of 18 and 20 frames, of a person who is held out, and one of someone else."""
+    folder = tmp_path_factory.mktemp("people")
+    for speaker, name, frames in (("s3", "one", 18), ("s3", "two", 20), ("other", "three", 18)):
+        (folder / speaker).mkdir(exist_ok=True)
+        picture = save_video(folder / f"{name}.mkv", [portrait(t) for t in range(frames)])
+        source = f"aevalsrc='0.4*sin({900 + frames}*t*t)':s=16000"
+        sound = make_sound(folder / f"{name}.wav", seconds=frames / 25, source=source)
+        ffmpeg(
+            "-i", picture, "-i", sound, "-c:v", "libx264", "-crf", 12, "-c:a", "aac", folder / speaker / f"{name}.mp4"
+        )
+    return folder
+
+
+def test_only_clips_that_training_holds_out_are_measured(people, capsys, tmp_path):
+    assert {speaker: [path.stem for path in paths] for speaker, paths in held_out(people, None).items()} == {
+        "s3": ["one", "two"]
+    }
+    assert main(["clips", str(people), str(tmp_path), "--speakers", "other"]) == 2
+    assert main(["clips", str(tmp_path), str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_clips_are_dubbed_and_measured_and_shown(people, checkpoint, tmp_path, capsys):
+    arguments = [
+        "clips",
+        people,
+        tmp_path / "out",
+        "--model",
+        checkpoint,
+        "--steps",
+        2,
+        "--limit",
+        1,
+        "--device",
+        "cpu",
+    ]
+    assert main([*map(str, arguments), "--judge", str(tmp_path / "none")]) == 0
+    found = json.loads((tmp_path / "out" / "measures.json").read_text())
+    group, (clip,) = found["groups"]["s3"], found["clips"]
+    assert (clip["speaker"], clip["name"], clip["voice"]) == ("s3", "one", "s3/two")
+    assert found["settings"]["steps"] == 2 and found["judge"] is None and group["clips"] == 1 and group["tracks"] == 2
+    # A tiny network with random weights paints anything but a face.
+    assert group["psnr"] < 30 and group["ssim"] < group["ssim_crop"] < 0.99
+    assert group["lmd_kept"] > 0 and len(clip["correlation"]) == len(LAGS)
+    printed = capsys.readouterr()
+    assert "SSIM of the crop" in printed.out and "no judge" in printed.err
+    sheet = cv2.imread(str(tmp_path / "out" / "s3.png"))
+    assert sheet.shape == (2 * (24 + 3 * 160), 8 * 160, 3)
+
+
+def test_a_result_is_aligned_as_its_source(talking):
+    frames = np.stack([portrait(t) for t in range(14)])
+    seen = look(frames)
+    assert seen.crops.shape == (14, 256, 256, 3) and seen.lips.shape == (14, 40, 2)
+    x, y = np.nanmean(seen.lips, axis=(0, 1)) / 256
+    assert abs(x - 0.5) < 0.06 and 0.5 < y < 0.7
+    faded = (0.5 * frames).astype(np.uint8)
+    again = look(faded, seen.faces)
+    assert np.abs(again.crops.astype(int) - 0.5 * seen.crops).max() < 4, "the same pixels"
+    assert landmark_distance(again.lips, seen.lips) < 4
+
+
+def test_the_reference_of_a_self_dub_is_another_moment(checkpoint):
+    assert list(elsewhere(5)) == [2, 3, 4, 0, 1]
+    assert min(abs(elsewhere(74) - np.arange(74))) == 37
+
+    models = load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    crops = RNG.integers(0, 255, (3, models.resolution, models.resolution, 3), np.uint8)
+    shots = [Shot(None, None, crop, source=i) for i, crop in enumerate(crops)]
+    here, there = [shots[0], shots[2]], [shots[2], shots[1]]
+    plain = Painter(models, Settings())
+    shown, reference = (
+        plain.condition(some, torch.from_numpy(np.stack([shot.crop for shot in some]))) for some in (here, there)
+    )
+    painter = ElsewherePainter(models, Settings(), [shots[2], shots[0], shots[1]])
+    told = painter.condition(here, torch.from_numpy(crops[[0, 2]]))
+    masked = 1 + models.vae.config.latent_channels
+    assert torch.equal(told[:, :masked], shown[:, :masked]) and torch.equal(told[:, masked:], reference[:, masked:])
+    assert not torch.equal(told, shown)
+
+
+def test_the_strip_shows_frames_and_sound(talking, voice, tmp_path, capsys):
+    picture = tmp_path / "strip.png"
+    assert main(["strip", str(talking), str(voice), str(talking), str(picture)]) == 0
+    found = cv2.imread(str(picture))
+    assert found.shape == (2 * 160 + 60, 8 * 160, 3) and found[330:].min() < 100
+    assert np.array_equal(found[:160], found[160:320])
+    assert main(["strip", str(talking), str(voice), str(talking), str(tmp_path / "strip.jpg")]) == 2
+    assert "strip.jpg" in capsys.readouterr().err
+
+
+def test_one_video_is_described(people, tmp_path, capsys):
+    assert main(["video", str(people / "s3" / "two.mp4"), "--judge", str(tmp_path / "none")]) == 0
+    out = capsys.readouterr().out
+    assert "20 of 20" in out and "correlation with loudness" in out
+
+
+def signals(clips: int = 6, frames: int = 60) -> tuple[list, list]:
+    """Embeddings of mouths and of sounds that belong together."""
+    sounds = [torch.nn.functional.normalize(torch.randn(frames, 16), dim=1) for _ in range(clips)]
+    return sounds, [torch.nn.functional.normalize(sound + 0.1 * torch.randn(frames, 16), dim=1) for sound in sounds]
+
+
+def test_the_judge_tells_how_late_a_picture_is():
+    torch.manual_seed(0)
+    (sound,), (mouth,) = signals(1)
+    close = mouth @ sound.T
+    assert judging.verdict(close).offset == 0
+    assert judging.verdict(mouth[:-4] @ sound[4:].T).offset == 4, "what is seen was heard four frames before"
+    assert judging.verdict(close, shift=6).offset == 6
+    assert judging.verdict(close).confidence > 0.5
+    assert np.isnan(judging.verdict(close[:0]).confidence), "nothing to judge by"
+
+
+def test_a_judge_must_find_real_clips_in_step_before_it_may_judge():
+    torch.manual_seed(0)
+    sounds, mouths = signals()
+    true = [mouth @ sound.T for mouth, sound in zip(mouths, sounds, strict=True)]
+    others = [mouth @ sounds[i - 1].T for i, mouth in enumerate(mouths)]
+    good = judging.check(true, others)
+    assert good.passed and good.in_step == good.shifted == 1 and "may judge" in good.sentence()
+    assert not judging.check(others, true).passed
+    slow = [mouth[3:] @ sound[:-3].T for mouth, sound in zip(mouths, sounds, strict=True)]
+    assert not judging.check(slow, others).passed, "out of step by three frames"
+
+
+def test_the_judge_sees_the_mouth_in_crops_of_any_side():
+    side = 256
+    y, x = np.mgrid[:side, :side] / side
+    crop = np.repeat((255 * x * y)[..., None], 3, axis=2).astype(np.uint8)
+    left, top, right, bottom = judging.MOUTH
+    seen = judging.patches_of(crop[None])[0][judging.JITTER : -judging.JITTER, judging.JITTER : -judging.JITTER]
+    assert seen.shape == judging.PATCH
+    wanted = 255 * np.outer(np.linspace(top, bottom, 41)[:-1] + 0.007, np.linspace(left, right, 49)[:-1] + 0.0075)
+    assert np.abs(seen - wanted).max() < 3
+    smaller = cv2.resize(crop, (128, 128), interpolation=cv2.INTER_AREA)
+    padded = cv2.copyMakeBorder(smaller, 16, 16, 16, 16, cv2.BORDER_REPLICATE)
+    inner = judging.patches_of(padded[None], 16 / 128)[0][4:-4, 4:-4]
+    assert np.abs(inner.astype(int) - seen).max() <= 3
+
+
+def test_the_judge_trains_and_is_loaded_again(people, tmp_path, capsys):
+    folder = tmp_path / "clips"
+    clip = people / "s3" / "two.mp4"
+    long = folder / "long.mp4"
+    folder.mkdir()
+    ffmpeg("-stream_loop", 2, "-i", clip, "-c", "copy", long)
+    prepare([("a", long), ("s3", long)], tmp_path / "prepared", crf=18)
+    weights = tmp_path / "judge.safetensors"
+    assert (
+        main(["judge", str(tmp_path / "prepared"), "--seconds", "0", "--output", str(weights), "--device", "cpu"]) == 0
+    )
+    assert weights.stat().st_size < 3e6 and "real clips in step" in capsys.readouterr().out
+    judge = judging.load_judge(weights, CPU)
+    crops, wav = RNG.integers(0, 255, (9, 256, 256, 3), np.uint8), RNG.random(10 * SAMPLES).astype(np.float32)
+    close = judging.judge_clip(judge, crops, wav)
+    assert judging.judge_clip(judge, crops[:2], wav).shape == (0, 6)
+    assert close.shape == (5, 6) and bool((close.abs() <= 1.001).all())
+
+
+def test_a_level_gives_the_settings_that_are_measured(checkpoint):
+    models = load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    for options, steps, cache in (
+        (["--level", "aggressive"], 12, (3, 0)),
+        (["--deepcache", "2,1"], 20, (2, 1)),
+        (["--level", "aggressive", "--deepcache", "off"], 12, None),
+    ):
+        args = levels.parser().parse_args(["clips", "CLIPS", "OUT", *options])
+        _, found = levels.prepare(args, models, Settings(args.steps))
+        assert found.steps == steps
+        assert cache == (found.cache and (found.cache.interval, found.cache.branch))
