@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from latentsync.conversion import SOURCE, in_groups
+from latentsync.download import found_here
 from latentsync.errors import UserError
-from latentsync.releases import RELEASES, VAE_REPOSITORY, folder_of, released_as
+from latentsync.releases import RELEASES, VAE_PARTS, VAE_REPOSITORY, folder_of, released_as
 from latentsync.sampling import WINDOW
 from latentsync.unet import UNet, UNetConfig
 from latentsync.whisper import AudioEncoder, WhisperDims
@@ -150,7 +150,7 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
     vae = _first(places, (Path(VAE_NAMES[0]).name,))
     vae_config = _first(places, (Path(VAE_CONFIG).name,))
     if not places:
-        vae, vae_config = _cached_vae()
+        vae_config, vae = (found_here(part) for part in VAE_PARTS)
     found = {"unet": _first(roots, UNET_NAMES), "whisper": _first(roots, WHISPER_NAMES), "vae": vae}
     found["vae_config"] = vae_config
     for part, names in zip(found, (UNET_NAMES, WHISPER_NAMES, VAE_NAMES, (VAE_CONFIG,)), strict=True):
@@ -172,27 +172,13 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
     )
 
 
-def _cached(repository: str, file: str, revision: str | None = None) -> Path | None:
-    path = try_to_load_from_cache(repository, file, revision=revision)
-    if not isinstance(path, str) and revision:
-        path = try_to_load_from_cache(repository, file)
-    return Path(path) if isinstance(path, str) else None
-
-
-def _cached_vae() -> tuple[Path | None, Path | None]:
-    """Weights and configuration of the released autoencoder in the Hugging Face cache, as the reference leaves it."""
-    return _cached(VAE_REPOSITORY, Path(VAE_NAMES[0]).name), _cached(VAE_REPOSITORY, Path(VAE_CONFIG).name)
-
-
 def _from_hub_cache(name: str) -> Checkpoint | None:
     release = RELEASES[name]
-    vae, vae_config = _cached_vae()
-    unet = _cached(release.repository, release.unet.file, release.unet.revision)
-    whisper = _cached(release.repository, "whisper/tiny.pt", release.unet.revision)
-    if not (unet and whisper and vae and vae_config):
+    found = {part.place: found_here(part) for part in release.parts}
+    if None in found.values():
         return None
-    resolution, remark = _resolution(unet.parent, unet, None, release.resolution)
-    return Checkpoint(name, resolution, UNetConfig(), unet, whisper, vae, vae_config, remark=remark)
+    unet, whisper = found[release.unet.place], found[WHISPER_NAMES[1]]
+    return Checkpoint(name, release.resolution, UNetConfig(), unet, whisper, found[VAE_NAMES[0]], found[VAE_CONFIG])
 
 
 def resolve_released(name: str) -> Checkpoint | None:

@@ -79,7 +79,7 @@ def partial_path(path: Path, part: Part) -> Path:
     return path.with_name(f"{path.name}.{part.sha256[:12]}.incomplete")
 
 
-def found_here(part: Part, folders: Iterable[Path]) -> Path | None:
+def found_here(part: Part, folders: Iterable[Path] = ()) -> Path | None:
     """A file of the part's name and size on this machine: in one of the folders, or in the Hugging Face cache."""
     candidates = [folder / part.place for folder in folders]
     for revision in (part.revision, None):

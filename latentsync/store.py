@@ -52,7 +52,9 @@ class Stored:
 def stored(name: str) -> Stored:
     """What is here of a released model, without reading the files."""
     release, folder = RELEASES[name], folder_of(name)
-    checkpoint = resolve_released(name)
+    checkpoint = None
+    with suppress(UserError):  # its parts are not all there
+        checkpoint = resolve_released(name)
     converted = folder / UNET_NAMES[0]
     pickle = folder / release.unet.place
     to_fetch = 0

@@ -180,7 +180,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_a_released_model_that_is_absent_says_what_to_fetch_and_where(monkeypatch, tmp_path):
     monkeypatch.setenv("LATENTSYNC_HOME", str(tmp_path))
-    monkeypatch.setattr("latentsync.checkpoints.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as caught:
         resolve("latentsync-1.6", CPU)
     assert RELEASES["latentsync-1.6"].repository in str(caught.value) and str(tmp_path) in str(caught.value)
