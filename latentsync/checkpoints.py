@@ -287,7 +287,7 @@ def load_exactly(
 
 def _to_device(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
     layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
-    return tensor.to(device=device, dtype=dtype, memory_format=layout)
+    return tensor.to(device).to(dtype=dtype, memory_format=layout)  # converted there, not in main memory
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from latentsync.errors import UserError
 
 GROUP = 256 << 20  # bytes of a file that are mapped in memory at a time
 SOURCE = "source_sha256"  # in the metadata of a converted file: the hash of the pickle that it was made of
+LARGEST = 65520  # from here on, float16 rounds to infinity
 ALIGNMENT = 8  # bytes, of the data in a safetensors file
 
 
@@ -68,10 +69,10 @@ def convert(
 
 def half(name: str, tensor: Tensor) -> Tensor:
     """Rounded to float16. Raises UserError where a number is too large for that."""
-    rounded = tensor.to(torch.float16)
-    if not torch.equal(rounded.isfinite(), tensor.isfinite()):
+    low, high = tensor.aminmax()
+    if not max(-low, high) < LARGEST:  # nor is it with numbers that are none
         raise UserError(f"The tensor '{name}' holds numbers that float16 cannot; it cannot be converted.")
-    return rounded
+    return tensor.to(torch.float16)
 
 
 def _write(read, path: Path, metadata: Mapping[str, str], name: str, progress: Progress, cancel: Event | None) -> str:
@@ -110,6 +111,11 @@ def _compare(read, path: Path, name: str, progress: Progress, cancel: Event | No
         with safe_open(path, "pt") as written:
             for key, tensor in tensors.items():
                 check_cancel(cancel)
-                if not torch.equal(written.get_tensor(key), tensor.to(torch.float16)):
+                if not _same_bits(written.get_tensor(key), tensor.to(torch.float16)):
                     raise UserError(f"'{path}' does not come back from the disk as it was written; check the disk.")
         progress(done // 2, total, f"checking {name}")
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Compared as whole numbers, which is several times as fast on a processor as comparing float16."""
+    return one.dtype == other.dtype and torch.equal(one.view(torch.int16), other.view(torch.int16))

@@ -2,10 +2,12 @@
 was fetched is kept. Small files in the released layout, from a hub on loopback, by the real client.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -425,3 +427,100 @@ def test_the_command_says_what_is_here_and_exits_with_2_when_it_cannot_go_on(hub
     (folder_of(NAME) / "vae/config.json").unlink()
     assert store.main(["verify", NAME]) == 2
     assert store.main(["remove", NAME]) == 0
+
+
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+}
+WHISPER = {"n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 384, "n_audio_head": 6, "n_audio_layer": 4}
+
+STEPS = """
+import json, pickle, sys, time
+from pathlib import Path
+import torch
+from latentsync import checkpoints, store
+from latentsync.__main__ import peak_memory
+from latentsync.releases import LICENCES, RELEASES, folder_of
+
+release, name, step = pickle.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2], sys.argv[3]
+RELEASES[name] = release
+LICENCES.update({part.repository: ("", "", "") for part in release.parts})
+before, began, parts = peak_memory(), time.monotonic(), {}
+if step == "get":
+    last, kind = began, "fetching"
+    def progress(done, total, what):
+        global last, kind
+        now = time.monotonic()
+        parts[kind] = parts.get(kind, 0) + now - last
+        last, kind = now, what if what.startswith(("checking", "converting")) else "fetching"
+    store.get(name, progress)
+else:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":  # a GPU's part is played by somebody who reads every number and keeps none
+        def read(tensor, device, dtype):
+            tensor.sum()
+            return tensor.to("meta", dtype)
+        checkpoints._to_device = read
+    else:
+        torch.zeros(1, device=device)
+        before, began = peak_memory(), time.monotonic()
+    found = checkpoints.resolve(name, torch.device("cpu"))
+    assert found.unet.suffix == step and found.remark is None, found
+    models = checkpoints.load_models(found, device, torch.float16)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        parts["GPU GB"] = torch.cuda.max_memory_allocated() / 1e9
+parts["seconds"] = time.monotonic() - began
+print(json.dumps({"step": step, "peak GB": peak_memory() / 1e9, "before GB": before / 1e9, **parts}))
+"""
+
+
+def write_full_size(folder: Path) -> None:
+    """Random weights with the names, shapes and formats of a release, 5.4 GB."""
+    from diffusers import AutoencoderKL
+    from safetensors.torch import save_file
+
+    from latentsync.whisper import AudioEncoder, WhisperDims
+
+    shapes = json.loads((ROOT / "tests/parity/unet_full_state_dict.json").read_text())["tensors"]
+    (folder / "whisper").mkdir(parents=True)
+    (folder / "vae").mkdir()
+    torch.save({"global_step": 1, "state_dict": {name: torch.randn(s) for name, s in shapes.items()}}, folder / UNET)
+    heard = {f"encoder.{name}": tensor for name, tensor in AudioEncoder(WhisperDims(**WHISPER)).state_dict().items()}
+    heard["decoder.token_embedding.weight"] = torch.randn(51865, 384)
+    heard = {name: tensor.half() for name, tensor in heard.items()}
+    torch.save({"dims": WHISPER, "model_state_dict": heard}, folder / "whisper/tiny.pt")
+    save_file(AutoencoderKL.from_config(VAE).state_dict(), folder / "vae/diffusion_pytorch_model.safetensors")
+    (folder / "vae/config.json").write_text(json.dumps(VAE))
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("name", ["latentsync-1.6", "latentsync-1.5"])
+def test_full_size_weights_are_fetched_converted_and_loaded_in_little_memory(name, tmp_path, capsys, request):
+    request.addfinalizer(lambda: shutil.rmtree(tmp_path))
+    write_full_size(tmp_path / "originals")
+    release = release_of(tmp_path / "originals", f"us/{name}")
+    release = dataclasses.replace(release, resolution=RELEASES[name].resolution)
+    files = {(part.repository, COMMIT, part.file): tmp_path / "originals" / part.place for part in release.parts}
+    (tmp_path / "release").write_bytes(pickle.dumps(release))
+    folder = tmp_path / "home" / "checkpoints" / name
+
+    def run(step: str) -> dict:
+        command = [sys.executable, "-c", STEPS, str(tmp_path / "release"), name, step]
+        variables = {"HF_ENDPOINT": found.endpoint, "LATENTSYNC_HOME": str(tmp_path / "home")}
+        variables |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        with capsys.disabled():
+            print(done.stdout)
+        return json.loads(done.stdout)
+
+    announced = {part.file: part.sha256 for part in release.parts}  # hashing them takes longer than the client waits
+    with serving(Hub(files, announced=announced)) as found:
+        assert run("get")["peak GB"] < 3.5
+    assert run(".safetensors")["peak GB"] < (1 if not torch.cuda.is_available() else 4)
+    (folder / "latentsync_unet.safetensors").rename(tmp_path / "away")
+    assert run(".pt")["peak GB"] < (1 if not torch.cuda.is_available() else 4)
