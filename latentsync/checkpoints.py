@@ -31,6 +31,7 @@ from latentsync.conversion import SOURCE, in_groups
 from latentsync.download import found_here
 from latentsync.errors import UserError
 from latentsync.releases import RELEASES, VAE_PARTS, VAE_REPOSITORY, folder_of, released_as
+from latentsync.releases import home as home  # asked for here, too
 from latentsync.sampling import WINDOW
 from latentsync.unet import UNet, UNetConfig
 from latentsync.whisper import AudioEncoder, WhisperDims
