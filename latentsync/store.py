@@ -94,6 +94,8 @@ def get(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder, progress, cancel):
+            for path in _unfinished(folder):
+                path.unlink()
             if recognise(target) != name:
                 if target.exists():
                     raise UserError(f"'{target}' was not made from the released {name}: move it away and fetch again.")
@@ -109,6 +111,8 @@ def get(
             keep_cards(name, folder)
             if not keep_pickle:
                 pickle.unlink(missing_ok=True)
+            for part in release.parts:  # what was fetched of a file that was then found on this machine
+                partial_path(folder / part.place, part).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"'{error.filename or folder}' cannot be written ({error.strerror or error}): make room on that disk, or "
@@ -141,13 +145,18 @@ def verify(name: str, progress: Progress = no_progress, cancel: Event | None = N
     return wrong
 
 
+def _unfinished(folder: Path) -> list[Path]:
+    """What a process that was killed while it copied or converted has left."""
+    return [*folder.glob("*.converting"), *folder.rglob("*.copying")]
+
+
 def _files(name: str) -> list[Path]:
     """All that `get` may have put into the folder of a model."""
     folder, files = folder_of(name), []
     for part in RELEASES[name].parts:
         files += [folder / part.place, partial_path(folder / part.place, part)]
     files += [folder / UNET_NAMES[0], folder / SUMS, folder / LICENCE, *folder.glob("licences/*.md")]
-    return files + [*folder.glob("*.converting"), *folder.glob("**/*.copying"), folder / ".lock"]
+    return [*files, *_unfinished(folder), folder / ".lock"]
 
 
 def remove(name: str, pickle_only: bool = False) -> int:

@@ -154,7 +154,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
         server.block_on_close = False
         Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         servers.append(server)
-    hub.endpoint, hub.store = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    hub.endpoint = f"http://127.0.0.1:{servers[0].server_port}"
+    hub.store = f"http://localhost:{servers[1].server_port}"  # another host, as far as the client can tell
     try:
         yield hub
     finally:

@@ -2,6 +2,7 @@
 was fetched is kept. Small files in the released layout, from a hub on loopback, by the real client.
 """
 
+import _thread
 import dataclasses
 import hashlib
 import json
@@ -316,6 +317,18 @@ def test_a_damaged_file_of_the_cache_is_fetched_instead(hub, originals, damage):
 def test_files_of_a_folder_are_taken_instead_of_fetched(hub, originals):
     store.get(NAME, sources=[originals])
     assert not hub.sent(UNET) and store.verify(NAME) == []
+    store.remove(NAME)
+    assert release_of(originals, "us/LatentSync-1.5") == RELEASES[NAME]  # they are still there
+
+
+def test_what_killed_processes_left_goes_with_the_next_get(hub, originals):
+    left = [folder_of(NAME) / "latentsync_unet.safetensors.1.converting", folder_of(NAME) / "vae/a.1.copying"]
+    left.append(download.partial_path(folder_of(NAME) / UNET, RELEASES[NAME].unet))
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    store.get(NAME, sources=[originals])
+    assert not any(path.exists() for path in left)
 
 
 def test_a_file_that_the_user_put_there_is_never_overwritten(hub):
@@ -409,6 +422,20 @@ def test_a_proxy_is_asked_for_what_the_hub_has(hub, tmp_path):
     process = start(hub, tmp_path, **proxies, HF_ENDPOINT="http://the-hub.invalid")
     process.communicate()
     assert process.returncode and hub.requests[-1].file.startswith("http://the-hub.invalid/")
+
+
+def test_an_interrupted_command_keeps_what_was_fetched(hub, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    hub.faults = [("none",), ("none",), ("stall", unet_size() // 2, 3)]
+
+    def interrupt() -> None:
+        while partial() < unet_size() // 2 - download.CHUNK:
+            time.sleep(0.01)
+        _thread.interrupt_main()
+
+    Thread(target=interrupt, daemon=True).start()
+    assert store.main(["get", NAME]) == 130
+    assert "is kept" in capsys.readouterr().err and partial() >= unet_size() // 2 - download.CHUNK
 
 
 def test_the_command_says_what_is_here_and_exits_with_2_when_it_cannot_go_on(hub, monkeypatch, capsys):
