@@ -80,8 +80,13 @@ def partial_path(path: Path, part: Part) -> Path:
 
 
 def found_here(part: Part, folders: Iterable[Path] = ()) -> Path | None:
-    """A file of the part's name and size on this machine: in one of the folders, or in the Hugging Face cache."""
-    candidates = [folder / part.place for folder in folders]
+    """A file of the part's name and size on this machine: in one of the folders, or in the Hugging Face cache.
+
+    In a folder the files may lie as in that of a released model, or as the reference and its wrappers have them.
+    """
+    names = (part.place, f"{part.repository}/{part.file}", f"{part.repository.split('/')[1]}/{part.file}")
+    roots = [root for folder in folders for root in (folder, folder / "checkpoints")]
+    candidates = [root / name for root in roots for name in names]
     for revision in (part.revision, None):
         cached = try_to_load_from_cache(part.repository, part.file, revision=revision)
         if isinstance(cached, str):
@@ -172,7 +177,9 @@ def _download_part(part: Part, partial: Path, transfer: _Transfer, stop: Event) 
                 _check_metadata(part, url)
                 checked = True
             _receive(part, url, partial, transfer, stop)
-            continue
+            if transfer.done == part.size:
+                return
+            reason = "the answer ends too early"
         except OfflineModeIsEnabled as error:
             raise UserError(
                 f"'{part.file}' of {part.repository} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it: "

@@ -91,6 +91,10 @@ def get(
     """
     release, folder = RELEASES[name], folder_of(name)
     target, pickle = folder / UNET_NAMES[0], folder / release.unet.place
+    sources = [Path(source).expanduser() for source in sources]
+    for source in sources:
+        if not source.is_dir():
+            raise UserError(f"The folder '{source}' to take files from does not exist; check its name.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder, progress, cancel):
@@ -100,7 +104,7 @@ def get(
                 if target.exists():
                     raise UserError(f"'{target}' was not made from the released {name}: move it away and fetch again.")
                 size = release.unet.size // 2
-                fetch(name, progress, cancel, [Path(source).expanduser() for source in sources], spare=size)
+                fetch(name, progress, cancel, sources, spare=size)
                 check_space(folder, size)
                 read, metadata = unet_reader(pickle), {"format": "pt", SOURCE: release.unet.sha256}
                 digest = convert(read, target, metadata, progress, cancel)

@@ -36,8 +36,8 @@ class Hub:
     endpoint: str = ""
     store: str = ""
     requests: list[Request] = field(default_factory=list)
-    # Each for one request for a large file's bytes: a status; "cut" or "stall" after some bytes; "wrong" bytes; "whole"
-    # in spite of a range.
+    # Each for one request for a large file's bytes: a status; "cut", "stall" or a "short" answer after some bytes;
+    # "wrong" bytes; "whole" in spite of a range.
     faults: list[tuple] = field(default_factory=list)
     refuse: int | None = None  # a status for everything that is asked of the hub itself
     token: str | None = None  # that is asked for
@@ -122,7 +122,7 @@ class _StoreHandler(_Handler):
         begin = 0 if fault == "whole" else self.request_seen.begin or 0
         self.request_seen.status = 206 if begin else 200
         self.send_response(self.request_seen.status)
-        self.send_header("Content-Length", str(size - begin))
+        self.send_header("Content-Length", str(limit[0] if fault == "short" else size - begin))
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{size - 1}/{size}")
         self.end_headers()

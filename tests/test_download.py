@@ -184,6 +184,12 @@ def test_a_server_without_ranges_sends_everything_again(hub):
     assert store.verify(NAME) == []
 
 
+def test_answers_that_end_too_early_are_not_asked_for_for_ever(hub):
+    hub.faults = [("none",), ("none",), ("short", 1000), *[("short", 0)] * 3]
+    assert "too early" in refusal()
+    assert partial() == 1000
+
+
 def test_a_slow_connection_that_stalls_is_taken_up_again(hub):
     hub.rate = 4e7
     hub.faults = [("none",), ("none",), ("stall", unet_size() // 2, 3)]
@@ -314,9 +320,13 @@ def test_a_damaged_file_of_the_cache_is_fetched_instead(hub, originals, damage):
     assert len(hub.sent(UNET)) == 1 and store.verify(NAME) == []
 
 
-def test_files_of_a_folder_are_taken_instead_of_fetched(hub, originals):
-    store.get(NAME, sources=[originals])
-    assert not hub.sent(UNET) and store.verify(NAME) == []
+@pytest.mark.parametrize("layout", ["ours", "the reference's"])
+def test_files_of_a_folder_are_taken_instead_of_fetched(hub, originals, tmp_path, layout):
+    if layout != "ours":
+        shutil.copytree(originals, tmp_path / "reference" / "checkpoints")
+        (tmp_path / "reference" / "checkpoints" / "vae").rename(tmp_path / "reference" / "vae")
+    store.get(NAME, sources=[originals if layout == "ours" else tmp_path / "reference"])
+    assert {r.file for r in hub.requests} <= {"README.md"} and store.verify(NAME) == []
     store.remove(NAME)
     assert release_of(originals, "us/LatentSync-1.5") == RELEASES[NAME]  # they are still there
 
@@ -329,6 +339,10 @@ def test_what_killed_processes_left_goes_with_the_next_get(hub, originals):
         path.touch()
     store.get(NAME, sources=[originals])
     assert not any(path.exists() for path in left)
+
+
+def test_a_folder_that_is_not_there_is_said(hub, tmp_path):
+    assert "does not exist" in refusal(sources=[tmp_path / "nowhere"])
 
 
 def test_a_file_that_the_user_put_there_is_never_overwritten(hub):
