@@ -562,6 +562,9 @@ def test_full_size_weights_are_fetched_converted_and_loaded_in_little_memory(nam
     announced = {part.file: part.sha256 for part in release.parts}  # hashing them takes longer than the client waits
     with serving(Hub(files, announced=announced)) as found:
         assert run("get")["peak GB"] < 3.5
-    assert run(".safetensors")["peak GB"] < (1 if not torch.cuda.is_available() else 4)
+    loads = [run(".safetensors")]
     (folder / "latentsync_unet.safetensors").rename(tmp_path / "away")
-    assert run(".pt")["peak GB"] < (1 if not torch.cuda.is_available() else 4)
+    loads.append(run(".pt"))
+    for load in loads:
+        assert load["peak GB"] - load["before GB"] < 0.5
+        assert load["peak GB"] < 1 or torch.cuda.is_available()  # CUDA's libraries take main memory of their own
