@@ -200,6 +200,8 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     models = load_models(checkpoint, device, dtype)
     print(f"model {models.name}, {models.resolution} px, on {device}", file=sys.stderr)
+    if checkpoint.remark:
+        print(checkpoint.remark, file=sys.stderr)
     settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed)
     bars = Bars() if sys.stderr.isatty() else Lines()
     try:

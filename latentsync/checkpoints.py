@@ -7,26 +7,31 @@ A checkpoint is a folder:
     vae/config.json, vae/diffusion_pytorch_model.safetensors    a diffusers AutoencoderKL
     latentsync.json                       {"resolution": 256, "unet": {…}, "match_colours": false}; the released
                                           models need none
+
+All but the last may also lie in its folder `checkpoints`, as the reference and its ComfyUI wrappers have it, and the
+autoencoder in the Hugging Face cache. `python -m latentsync.checkpoints` fetches the released ones, see `models`.
 """
 
 import json
-import os
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from latentsync.conversion import SOURCE, in_groups
+from latentsync.download import found_here
 from latentsync.errors import UserError
+from latentsync.releases import RELEASES, VAE_PARTS, VAE_REPOSITORY, folder_of, released_as
+from latentsync.releases import home as home  # asked for here, too
 from latentsync.sampling import WINDOW
 from latentsync.unet import UNet, UNetConfig
 from latentsync.whisper import AudioEncoder, WhisperDims
@@ -35,24 +40,11 @@ UNET_NAMES = ("latentsync_unet.safetensors", "latentsync_unet.pt")
 WHISPER_NAMES = ("whisper/tiny.safetensors", "whisper/tiny.pt")
 VAE_NAMES = ("vae/diffusion_pytorch_model.safetensors",)
 VAE_CONFIG = "vae/config.json"
+VAE_FOLDERS = ("vae", "sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse")
 CONFIG = "latentsync.json"
-VAE_REPOSITORY = "stabilityai/sd-vae-ft-mse"
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "demo"
 
 
-@dataclass(frozen=True)
-class Release:
-    """A released model: its hub repository, the side of its face crop, the GPU memory its makers ask for."""
-
-    repository: str
-    resolution: int  # pixels
-    vram: float  # bytes
-
-
-RELEASES = {  # the best first
-    "latentsync-1.6": Release("ByteDance/LatentSync-1.6", 512, 18e9),
-    "latentsync-1.5": Release("ByteDance/LatentSync-1.5", 256, 8e9),
-}
 NAMES = ("auto", "demo", *sorted(RELEASES))
 
 
@@ -68,6 +60,7 @@ class Checkpoint:
     vae: Path
     vae_config: Path
     match_colours: bool = False  # its autoencoder does not return every tone; see `compositing.match_colours`
+    remark: str | None = None  # a sentence for the user, where something about the files is not as expected
 
 
 @dataclass(frozen=True)
@@ -90,13 +83,8 @@ class Models:
         return self.unet.conv_in.weight.dtype
 
 
-def home() -> Path:
-    """The user's folder for checkpoints: $LATENTSYNC_HOME, else ~/.cache/latentsync."""
-    return Path(os.environ.get("LATENTSYNC_HOME") or Path.home() / ".cache" / "latentsync")
-
-
-def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+def _first(folders: Iterable[Path], names: Iterable[str]) -> Path | None:
+    return next((path for folder in folders for name in names if (path := folder / name).is_file()), None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -109,56 +97,95 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _from_folder(folder: Path, name: str, resolution: int | None = None) -> Checkpoint:
-    config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    resolution = config.get("resolution", resolution)
-    if resolution is None:
-        resolution = next((r.resolution for key, r in RELEASES.items() if folder.name.endswith(key[-3:])), None)
+def recognise(unet: Path) -> str | None:
+    """The release that a U-Net is of, by the size of its pickle or by what the conversion noted; None: not known."""
+    try:
+        if unet.suffix != ".safetensors":
+            return released_as(size=unet.stat().st_size)
+        with safe_open(unet, "pt") as file:
+            return released_as(sha256=(file.metadata() or {}).get(SOURCE))
+    except (SafetensorError, OSError):  # said better when it is loaded
+        return None
+
+
+def _named(folder: Path) -> int | None:
+    """The resolution of the release that a folder is called after, or that the hub's config.json in it names."""
+    names = [folder.name.lower()]
+    for config in (folder / "config.json", folder / "checkpoints" / "config.json"):
+        if config.is_file():
+            names.append(str(_read_json(config).get("Name", "")).lower())
+    return next((r.resolution for key, r in RELEASES.items() if any(name.endswith(key[-3:]) for name in names)), None)
+
+
+def _resolution(folder: Path, unet: Path, stated: Any, expected: int | None) -> tuple[int, str | None]:
+    """The side of the face crop that a U-Net is for, and a remark; stated: by latentsync.json, expected: by its place.
+
+    The wrong one gives blur, without an error: a known file decides, then what is stated, then the name of the folder.
+    """
+    release = recognise(unet)
+    if release:
+        resolution = RELEASES[release].resolution
+        other = next((r for r in (stated, expected, _named(folder)) if r is not None), resolution)
+        remark = f"'{unet}' is the U-Net of {release}, so it is run at {resolution} px, not at {other}."
+        return resolution, remark if other != resolution else None
+    resolution, remark = stated, None
+    if resolution is None and (resolution := expected or _named(folder)):
+        other = next(r.resolution for r in RELEASES.values() if r.resolution != resolution)
+        remark = (
+            f"'{unet}' is none of the released files that this program knows; it is run at {resolution} px, and if the "
+            f"mouth is blurred, it was made for another side: put {{\"resolution\": {other}}} into '{folder / CONFIG}'."
+        )
     if not isinstance(resolution, int) or resolution % 64 or not 64 <= resolution <= 1024:
         raise UserError(
             f"'{folder}' does not say which resolution it was trained for: put {{\"resolution\": 256}} (for 1.5) "
-            f'or 512 (for 1.6) into \'{folder / CONFIG}\'.'
+            f"or 512 (for 1.6) into '{folder / CONFIG}'."
         )
-    found = {}
-    for part, names in (
-        ("unet", UNET_NAMES),
-        ("whisper", WHISPER_NAMES),
-        ("vae", VAE_NAMES),
-        ("vae_config", (VAE_CONFIG,)),
-    ):
-        found[part] = _first(folder, names)
+    return resolution, remark
+
+
+def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkpoint:
+    """The checkpoint in a folder; expected: its resolution, if the place of the folder tells."""
+    config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    roots = (folder, folder / "checkpoints")
+    places = [root / place for root in roots for place in VAE_FOLDERS if (root / place).is_dir()]
+    vae = _first(places, (Path(VAE_NAMES[0]).name,))
+    vae_config = _first(places, (Path(VAE_CONFIG).name,))
+    if not places:
+        vae_config, vae = (found_here(part) for part in VAE_PARTS)
+    found = {"unet": _first(roots, UNET_NAMES), "whisper": _first(roots, WHISPER_NAMES), "vae": vae}
+    found["vae_config"] = vae_config
+    for part, names in zip(found, (UNET_NAMES, WHISPER_NAMES, VAE_NAMES, (VAE_CONFIG,)), strict=True):
         if found[part] is None:
             raise UserError(f"The checkpoint folder '{folder}' lacks {' or '.join(names)}; add that file.")
+    resolution, remark = _resolution(folder, found["unet"], config.get("resolution"), expected)
     try:
         unet_config = UNetConfig.from_dict(config.get("unet", {}))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"'{folder / CONFIG}' asks for a network that this program is not: {error}.") from error
     match_colours = config.get("match_colours", False) is True
     return Checkpoint(
-        name=name, resolution=resolution, unet_config=unet_config, match_colours=match_colours, **found
+        name=name,
+        resolution=resolution,
+        unet_config=unet_config,
+        match_colours=match_colours,
+        remark=remark,
+        **found,
     )
 
 
 def _from_hub_cache(name: str) -> Checkpoint | None:
     release = RELEASES[name]
-
-    def cached(repository: str, file: str) -> Path | None:
-        path = try_to_load_from_cache(repository, file)
-        return Path(path) if isinstance(path, str) else None
-
-    unet = cached(release.repository, "latentsync_unet.pt")
-    whisper = cached(release.repository, "whisper/tiny.pt")
-    vae = cached(VAE_REPOSITORY, "diffusion_pytorch_model.safetensors")
-    vae_config = cached(VAE_REPOSITORY, "config.json")
-    if not (unet and whisper and vae and vae_config):
+    found = {part.place: found_here(part) for part in release.parts}
+    if None in found.values():
         return None
-    return Checkpoint(name, release.resolution, UNetConfig(), unet, whisper, vae, vae_config)
+    unet, whisper = found[release.unet.place], found[WHISPER_NAMES[1]]
+    return Checkpoint(name, release.resolution, UNetConfig(), unet, whisper, found[VAE_NAMES[0]], found[VAE_CONFIG])
 
 
-def _released(name: str) -> Checkpoint | None:
+def resolve_released(name: str) -> Checkpoint | None:
     """A released model where it is present: in the user's folder, else in the Hugging Face cache."""
-    folder = home() / "checkpoints" / name
-    if _first(folder, UNET_NAMES):
+    folder = folder_of(name)
+    if _first([folder], UNET_NAMES):
         return _from_folder(folder, name, RELEASES[name].resolution)
     return _from_hub_cache(name)
 
@@ -172,17 +199,22 @@ def resolve(model: str, device: torch.device) -> Checkpoint:
     if model == "auto":
         memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
         for name, release in RELEASES.items():
-            if memory >= release.vram and (found := _released(name)):
+            if memory >= release.vram and (found := resolve_released(name)):
                 return found
-        model = "demo"
+        demo = _from_folder(DEMO_FOLDER, "demo")
+        return replace(
+            demo,
+            remark="This is the small demo model; `python -m latentsync.checkpoints list` shows the released ones.",
+        )
     if model == "demo":
         return _from_folder(DEMO_FOLDER, "demo")
     if model in RELEASES:
-        if found := _released(model):
+        if found := resolve_released(model):
             return found
         raise UserError(
-            f"The model '{model}' is not on this machine: put latentsync_unet.pt, whisper/tiny.pt and vae/ (of "
-            f"{RELEASES[model].repository} and {VAE_REPOSITORY}) into '{home() / 'checkpoints' / model}'."
+            f"The model '{model}' is not on this machine: run `python -m latentsync.checkpoints get {model}`, or put "
+            f"latentsync_unet.pt, whisper/tiny.pt and vae/ (of {RELEASES[model].repository} and {VAE_REPOSITORY}) into "
+            f"'{folder_of(model)}'."
         )
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -215,8 +247,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return dict(found), {}
 
 
-def load_exactly(module: nn.Module, tensors: Mapping[str, Any], path: Path) -> None:
-    """Give `module` (on the meta device or not) the tensors; every name and shape must be there, none over.
+def _check_exactly(module: nn.Module, tensors: Mapping[str, Any], path: Path) -> None:
+    """Every tensor of `module` must be there, in its shape, and none over.
 
     Raises UserError naming the first tensor that is missing, extra or misshaped.
     """
@@ -233,7 +265,30 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Any], path: Path) -> N
     if wrong:
         more = f" ({len(wrong) - 1} more differences)" if len(wrong) > 1 else ""
         raise UserError(f"The checkpoint file '{path}' {wrong[0]}{more}; it is of another model or version.")
-    module.load_state_dict(dict(tensors), assign=True)
+
+
+def load_exactly(
+    module: nn.Module,
+    read: Callable[[], Mapping[str, Any]],
+    path: Path,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Give `module`, which is on the meta device, the tensors that `read` maps from `path`: exactly its own.
+
+    They go to the device, there channels-last and in `dtype` (None: that of the file), a group at a time: main memory
+    never holds the file. Raises UserError naming the first tensor that is missing, extra or misshaped.
+    """
+    _check_exactly(module, read(), path)
+    for _, group in in_groups(read):
+        moved = {name: _to_device(tensor, device, dtype) for name, tensor in group.items()}
+        module.load_state_dict(moved, assign=True, strict=False)
+        del group, moved
+
+
+def _to_device(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+    return tensor.to(device).to(dtype=dtype, memory_format=layout)  # converted there, not in main memory
 
 
 @contextmanager
@@ -253,22 +308,50 @@ def _check_heads(widths: Iterable[int], heads: int) -> None:
         raise ValueError(f"{heads} heads cannot share the width evenly")
 
 
-def load_unet(path: Path, config: UNetConfig) -> UNet:
-    """The U-Net of a safetensors file, or of a torch file {"state_dict": …}, in the file's precision."""
-    tensors, _ = read_tensors(path)
-    tensors = tensors.get("state_dict", tensors)
-    if not isinstance(tensors, Mapping):
-        raise UserError(f"The checkpoint file '{path}' does not hold named tensors; fetch it again.")
+def reader(path: Path, pick: Callable[[dict[str, Any]], Any] = lambda found: found) -> Callable[[], dict[str, Tensor]]:
+    """A function that gives the tensors of a file, mapped anew at every call; pick: out of what the file holds.
+
+    Only safetensors and zipped torch files can be mapped; another is read whole, here. Raises UserError, as the
+    function does.
+    """
+
+    def read() -> dict[str, Tensor]:
+        tensors = pick(read_tensors(path)[0])
+        if not isinstance(tensors, Mapping):
+            raise UserError(f"The checkpoint file '{path}' does not hold named tensors; fetch it again.")
+        return dict(tensors)
+
+    if path.suffix == ".safetensors" or zipfile.is_zipfile(path):
+        return read
+    whole = read()
+    return lambda: whole
+
+
+def unet_reader(path: Path) -> Callable[[], dict[str, Tensor]]:
+    """`reader` for the U-Net of a safetensors file, or of a torch file {"state_dict": …}."""
+    return reader(path, lambda found: found.get("state_dict", found))
+
+
+def load_unet(
+    path: Path, config: UNetConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> UNet:
+    """The U-Net of a file, on the device, in the file's precision or in `dtype`."""
+    read = unet_reader(path)
     with _building(path):
         widths = config.block_out_channels
         _check_heads([*compress(widths, config.cross_attention), widths[-1]], config.heads)
         _check_heads(compress(widths, config.temporal), config.temporal_heads)
         unet = UNet(config)
-    load_exactly(unet, tensors, path)
+    if any(config.temporal) and not any("motion_modules" in name for name in read()):
+        raise UserError(
+            f"'{path}' has no temporal layers, as the U-Net of LatentSync 1.0; this program runs 1.5 and 1.6: fetch "
+            "one of them with `python -m latentsync.checkpoints get`."
+        )
+    load_exactly(unet, read, path, device, dtype)
     return unet.eval()
 
 
-def load_audio_encoder(path: Path) -> AudioEncoder:
+def load_audio_encoder(path: Path, device: torch.device | None = None) -> AudioEncoder:
     """The encoder of an OpenAI-format Whisper (torch file, or safetensors with the dims as metadata), float32."""
     tensors, metadata = read_tensors(path)
     try:
@@ -285,34 +368,37 @@ def load_audio_encoder(path: Path) -> AudioEncoder:
     with _building(path):
         _check_heads((dims.n_audio_state,), dims.n_audio_head)
         encoder = AudioEncoder(dims)
-    load_exactly(encoder, tensors, path)
+    load_exactly(encoder, lambda: tensors, path, device)
     return encoder.eval()
 
 
-def load_vae(path: Path, config_path: Path) -> AutoencoderKL:
+def load_vae(
+    path: Path, config_path: Path, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> AutoencoderKL:
     """The autoencoder of a diffusers folder, also of one written before diffusers renamed its attention."""
     renamed = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-    tensors, _ = read_tensors(path)
-    for name in [name for name in tensors if ".attentions." in name]:
-        new = name
-        for old_part, new_part in renamed.items():
-            new = new.replace(old_part, new_part)
-        tensors[new] = tensors.pop(name)
+
+    def today(name: str) -> str:
+        for old, new in renamed.items() if ".attentions." in name else ():
+            name = name.replace(old, new)
+        return name
+
+    read = reader(path, lambda found: {today(name): tensor for name, tensor in found.items()})
     config = _read_json(config_path)
     with _building(config_path):
         vae = AutoencoderKL.from_config(config)
-    load_exactly(vae, tensors, path)
+    load_exactly(vae, read, path, device, dtype)
     return vae.eval()
 
 
 def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Models:
-    """Load all three networks onto the device, convolutions channels-last.
+    """Load all three networks onto the device, convolutions channels-last; main memory never holds a file whole.
 
     The audio encoder stays float32, which costs little and keeps its features the reference's. Raises UserError
     where a file is damaged or does not fit.
     """
-    unet = load_unet(checkpoint.unet, checkpoint.unet_config)
-    vae = load_vae(checkpoint.vae, checkpoint.vae_config)
+    unet = load_unet(checkpoint.unet, checkpoint.unet_config, device, dtype)
+    vae = load_vae(checkpoint.vae, checkpoint.vae_config, device, dtype)
     latents = vae.config.latent_channels
     config = checkpoint.unet_config
     if (config.in_channels, config.out_channels) != (3 * latents + 1, latents):
@@ -321,11 +407,17 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         raise UserError(f"'{checkpoint.vae_config}' shifts its latents, which LatentSync does not; use its own VAE.")
     if any(config.temporal) and config.temporal_max_len < WINDOW:
         raise UserError(f"'{checkpoint.unet}' takes {config.temporal_max_len} frames, but a window has {WINDOW}.")
-    encoder = load_audio_encoder(checkpoint.whisper)
+    encoder = load_audio_encoder(checkpoint.whisper, device)
     if encoder.dims.n_audio_state != config.cross_attention_dim:
         raise UserError(f"'{checkpoint.unet}' and '{checkpoint.whisper}' do not belong together; fetch both again.")
-    for module in (unet, vae):
-        # diffusers' own `to` warns of modules to be kept in float32 even where there are none.
-        nn.Module.to(module.requires_grad_(False), device, dtype, memory_format=torch.channels_last)
-    encoder = encoder.requires_grad_(False).to(device)
+    for module in (unet, vae, encoder):
+        module.requires_grad_(False)
     return Models(checkpoint.name, checkpoint.resolution, unet, encoder, vae, checkpoint.match_colours)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from latentsync.store import main
+
+    sys.exit(main())

@@ -1,8 +1,11 @@
 """Checkpoints load exactly or are refused in one sentence that names the file, and the tensor where one is wrong."""
 
 import json
+import math
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentsync.checkpoints import RELEASES, load_models, resolve
+from latentsync.checkpoints import load_models, resolve
+from latentsync.conversion import in_groups
 from latentsync.errors import UserError
+from latentsync.releases import LICENCES, RELEASES, VAE_PARTS, recommend
 
 CPU = torch.device("cpu")
 UNET, WHISPER = "latentsync_unet.safetensors", "whisper/tiny.safetensors"
@@ -180,7 +185,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_a_released_model_that_is_absent_says_what_to_fetch_and_where(monkeypatch, tmp_path):
     monkeypatch.setenv("LATENTSYNC_HOME", str(tmp_path))
-    monkeypatch.setattr("latentsync.checkpoints.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as caught:
         resolve("latentsync-1.6", CPU)
     assert RELEASES["latentsync-1.6"].repository in str(caught.value) and str(tmp_path) in str(caught.value)
@@ -198,3 +203,120 @@ def test_auto_takes_the_demo_model_without_a_gpu(checkpoint, monkeypatch, tmp_pa
     shutil.copytree(checkpoint, tmp_path / "checkpoints" / "latentsync-1.6")  # needs more than this machine has
     monkeypatch.setattr("latentsync.checkpoints.DEMO_FOLDER", checkpoint)
     assert resolve("auto", CPU).name == "demo"
+
+
+def arrange(folder: Path, checkpoint: Path, vae: str = "vae") -> None:
+    """The tiny checkpoint in another layout, without latentsync.json, its U-Net as a pickle."""
+    (folder / "whisper").mkdir(parents=True)
+    torch.save({"global_step": 1, "state_dict": load_file(checkpoint / UNET)}, folder / "latentsync_unet.pt")
+    shutil.copy(checkpoint / WHISPER, folder / "whisper")
+    shutil.copytree(checkpoint / "vae", folder / vae)
+
+
+@pytest.mark.parametrize("inner", ["", "checkpoints"])
+@pytest.mark.parametrize("vae", ["vae", "sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse"])
+def test_layouts_of_the_reference_and_its_wrappers_are_found(checkpoint, tmp_path, inner, vae):
+    arrange(tmp_path / "LatentSync-1.5" / inner, checkpoint, vae)
+    found = resolve(str(tmp_path / "LatentSync-1.5"), CPU)
+    assert found.resolution == 256 and found.vae.parent == tmp_path / "LatentSync-1.5" / inner / vae
+
+
+def test_the_autoencoder_that_the_reference_left_in_the_cache_is_found(checkpoint, monkeypatch, tmp_path):
+    arrange(tmp_path / "reference-1.6" / "checkpoints", checkpoint)
+    shutil.rmtree(tmp_path / "reference-1.6" / "checkpoints" / "vae")
+    with pytest.raises(UserError, match="lacks vae/"):
+        resolve(str(tmp_path / "reference-1.6"), CPU)
+    parts = []
+    for part in VAE_PARTS:
+        cached = tmp_path / "models--stabilityai--sd-vae-ft-mse" / "snapshots" / part.revision / part.file
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkpoint / part.place, cached)
+        parts.append(replace(part, size=cached.stat().st_size))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("latentsync.checkpoints.VAE_PARTS", parts)
+    found = resolve(str(tmp_path / "reference-1.6"), CPU)
+    assert found.vae.is_file() and found.vae_config.is_file() and found.resolution == 512
+
+
+def test_a_file_that_is_not_known_is_run_as_its_folder_says_with_a_remark(checkpoint, tmp_path):
+    folder = tmp_path / "mine-1.6"
+    arrange(folder, checkpoint)
+    remark = resolve(str(folder), CPU).remark
+    assert (
+        "none of the released files" in remark and "512 px" in remark and str(folder / "latentsync_unet.pt") in remark
+    )
+    assert remark.endswith(".") and "\n" not in remark
+    (folder / "config.json").write_text('{"Name": "LatentSync-1.5"}')  # the hub's own; the folder's name goes on first
+    assert resolve(str(folder.rename(tmp_path / "mine")), CPU).resolution == 256
+
+
+@pytest.mark.parametrize("place", ["wrongly named 1.6", "wrong latentsync.json", "right"])
+def test_a_known_file_is_run_at_its_own_resolution_wherever_it_lies(checkpoint, monkeypatch, tmp_path, place):
+    folder = tmp_path / ("LatentSync-1.6" if place == "wrongly named 1.6" else "mine")
+    arrange(folder, checkpoint)
+    if place == "wrong latentsync.json":
+        (folder / "latentsync.json").write_text('{"resolution": 512}')
+    release = RELEASES["latentsync-1.5"]
+    unet = replace(release.unet, size=(folder / "latentsync_unet.pt").stat().st_size)
+    monkeypatch.setitem(RELEASES, "latentsync-1.5", replace(release, parts=(*release.parts[:-1], unet)))
+    found = resolve(str(folder), CPU)
+    assert found.resolution == 256
+    assert found.remark is None if place == "right" else "is the U-Net of latentsync-1.5" in found.remark
+
+
+def test_the_model_before_the_temporal_layers_is_named(folder):
+    as_torch_file(folder, lambda t: [t.pop(name) for name in list(t) if "motion_modules" in name])
+    assert "LatentSync 1.0" in refusal(folder) and "1.6" in refusal(folder)
+
+
+def test_loading_maps_a_little_of_a_file_at_a_time(checkpoint, monkeypatch):
+    """Every group is from a mapping of its own, and none is larger than a group and its last tensor."""
+    monkeypatch.setattr(in_groups, "__defaults__", (200_000,))
+    wanted = load_file(checkpoint / UNET)
+    groups = list(in_groups(lambda: load_file(checkpoint / UNET)))
+    largest = max(tensor.nbytes for tensor in wanted.values())
+    assert len(groups) > 5
+    assert all(sum(tensor.nbytes for tensor in group.values()) < 200_000 + largest for _, group in groups)
+    assert [name for _, group in groups for name in group] == list(wanted)
+    assert groups[-1][0] == sum(tensor.nbytes for tensor in wanted.values())
+    loaded = load(checkpoint).unet.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize(
+    "most, face, name, word",
+    [
+        (0, None, "demo", "memory"), (256, None, "latentsync-1.5", "512"), (512, None, "latentsync-1.6", "512"),
+        (512, 200, "latentsync-1.5", "200 px"), (512, 500, "latentsync-1.6", "512"),
+        (256, 500, "latentsync-1.5", "memory"),
+    ],
+)  # fmt: skip
+def test_the_model_is_chosen_by_memory_and_clip_with_a_reason(most, face, name, word):
+    chosen, reason = recommend(lambda side: side <= most, face)
+    assert chosen == name and word in reason and reason.endswith(".")
+
+
+def test_what_is_known_of_the_releases_is_consistent():
+    names = json.loads((Path(__file__).parent / "parity/unet_full_state_dict.json").read_text())["tensors"]
+    numbers = sum(math.prod(shape) for shape in names.values())
+    for release in RELEASES.values():
+        assert 0 < release.unet.size - 4 * numbers < 1e6  # a float32 pickle of these tensors
+        assert all(len(part.sha256) == 64 and len(part.revision) == 40 for part in release.parts)
+        assert {part.repository for part in release.parts} <= LICENCES.keys()
+    assert len({release.unet.size for release in RELEASES.values()}) == len(RELEASES)  # so size tells them apart
+
+
+def test_the_container_copies_and_runs_what_exists():
+    root = Path(__file__).resolve().parent.parent
+    text = (root / "assets/Dockerfile").read_text()
+    lines = [line.split() for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+    copied = [path for line in lines if line[0] == "COPY" for path in line[1:-1] if not path.startswith("--")]
+    assert {"launch.sh", "app.py", "requirements.txt", "optim", "latentsync", "assets"} <= set(copied)
+    assert all((root / path).exists() for path in copied if path != "app.py")  # the launcher checks for that
+    assert [line[-1] for line in lines if line[0] == "FROM"] == ["base", "cpu", "gpu"]
+    packages = re.search(r"packages=\((.*?)\)", (root / ".ci/run").read_text())[1].split()
+    assert set(packages) <= set(text.split())  # what the launcher asks for on Debian
+    commands = re.findall(r"\./launch\.sh (\w+)", text)
+    assert commands and all(f"    {command})" in (root / "launch.sh").read_text() for command in commands)
+    modules = re.findall(r"-m (latentsync[\w.]*)", text)
+    assert modules and all((root / f"{module.replace('.', '/')}.py").is_file() for module in modules)

@@ -1,0 +1,329 @@
+"""Fetching released files from the Hugging Face hub: continued where it stopped, cancellable, checked by hash.
+
+Addresses, tokens, proxies, HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's business. Its own download function
+is not used: since version 1.18 it throws away what an interrupted download had fetched.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+
+from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
+
+from latentsync.errors import UserError
+from latentsync.releases import RELEASES, Part, folder_of, gigabytes, released_as
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
+
+CHUNK = 1 << 20  # bytes between two looks at whether to stop
+PAUSES = (0.5, 1, 2, 4, 8)  # seconds to wait after failures in a row that brought no byte; then it is given up
+GLANCE = 0.1  # seconds between two reports of progress
+DISK_MARGIN = 200_000_000  # bytes to leave free on the disk
+
+
+class Cancelled(UserError):
+    """The user asked to stop. What was fetched is kept."""
+
+
+def no_progress(done: int, total: int, what: str) -> None:
+    pass
+
+
+def check_cancel(cancel: Event | None) -> None:
+    if cancel is not None and cancel.is_set():
+        raise Cancelled("Stopped; what was fetched is kept, and the next time goes on from there.")
+
+
+@contextmanager
+def alone(folder: Path, progress: Progress, cancel: Event | None) -> Iterator[None]:
+    """Hold the folder against other processes that fetch into it; waits for them."""
+    while True:
+        check_cancel(cancel)
+        try:
+            lock = WeakFileLock(folder / ".lock", timeout=2 * GLANCE)
+            lock.__enter__()
+            break
+        except TimeoutError:
+            progress(0, 0, "waiting for another process that fetches this model")
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise UserError where the disk of the folder has not that many bytes, and a little more, free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + DISK_MARGIN:
+        raise UserError(
+            f"The disk of '{folder}' has {gigabytes(free)} free, but {gigabytes(needed + DISK_MARGIN)} are needed: "
+            "make room, or set LATENTSYNC_HOME to a folder on another disk."
+        )
+
+
+def partial_path(path: Path, part: Part) -> Path:
+    """Where an unfinished download of a part is kept; named after its hash, so that it never continues another."""
+    return path.with_name(f"{path.name}.{part.sha256[:12]}.incomplete")
+
+
+def found_here(part: Part, folders: Iterable[Path] = ()) -> Path | None:
+    """A file of the part's name and size on this machine: in one of the folders, or in the Hugging Face cache.
+
+    In a folder the files may lie as in that of a released model, or as the reference and its wrappers have them.
+    """
+    names = (part.place, f"{part.repository}/{part.file}", f"{part.repository.split('/')[1]}/{part.file}")
+    roots = [root for folder in folders for root in (folder, folder / "checkpoints")]
+    candidates = [root / name for root in roots for name in names]
+    for revision in (part.revision, None):
+        cached = try_to_load_from_cache(part.repository, part.file, revision=revision)
+        if isinstance(cached, str):
+            candidates.append(Path(cached))
+    return next((path for path in candidates if path.is_file() and path.stat().st_size == part.size), None)
+
+
+def adopt(found: Path, path: Path) -> None:
+    """Take a file of this machine to `path`: as a second name where the disk allows it, else as a copy."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.copying")
+    try:
+        try:
+            os.link(found.resolve(), temporary)
+        except OSError:
+            check_space(path.parent, found.stat().st_size)
+            shutil.copyfile(found, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path, what: str, progress: Progress = no_progress, cancel: Event | None = None) -> str:
+    """Hash of a file, in hexadecimal digits; what: the words for progress."""
+    digest, total, done = hashlib.sha256(), path.stat().st_size, 0
+    buffer = bytearray(8 * CHUNK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            check_cancel(cancel)
+            digest.update(view[:count])
+            done += count
+            progress(done, total, what)
+    return digest.hexdigest()
+
+
+@dataclass
+class _Transfer:
+    """What the downloading thread and the one that waits for it share."""
+
+    done: int = 0  # bytes of this part that are there
+    waiting: bool = False  # for the connection to come back
+
+
+def download(parts: list[tuple[Part, Path]], progress: Progress = no_progress, cancel: Event | None = None) -> None:
+    """Fetch parts to their paths, one after the other, each continued from what is there of it.
+
+    progress is called in this thread, with bytes of all the parts. Raises UserError, and Cancelled within a second
+    of `cancel` being set, whatever the connection does.
+    """
+    total = sum(part.size for part, _ in parts)
+    before = 0
+    for part, path in parts:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        transfer, stop, failure = _Transfer(), Event(), []
+
+        def run(part=part, path=path, transfer=transfer, stop=stop, failure=failure) -> None:
+            try:
+                _download_part(part, partial_path(path, part), transfer, stop)
+            except BaseException as error:  # handed on to the thread that waits
+                failure.append(error)
+
+        thread = Thread(target=run, name="download", daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(GLANCE)
+                check_cancel(cancel)
+                words = "waiting for the connection" if transfer.waiting else part.file
+                progress(before + transfer.done, total, words)
+        finally:
+            stop.set()
+            thread.join(1)  # a chunk that is being written is written to its end
+        if failure:
+            raise failure[0]
+        before += part.size
+
+
+def _download_part(part: Part, partial: Path, transfer: _Transfer, stop: Event) -> None:
+    """All of a part into `partial`, which may hold the beginning of it; again and again while it gets on."""
+    url = hf_hub_url(part.repository, part.file, revision=part.revision)
+    failures, checked = 0, False
+    while not stop.is_set():
+        there = transfer.done = partial.stat().st_size if partial.exists() else 0
+        if there == part.size:
+            return
+        try:
+            if not checked:
+                _check_metadata(part, url)
+                checked = True
+            _receive(part, url, partial, transfer, stop)
+            if transfer.done == part.size:
+                return
+            reason = "the answer ends too early"
+        except OfflineModeIsEnabled as error:
+            raise UserError(
+                f"'{part.file}' of {part.repository} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it: "
+                "unset that variable, or put the file there by hand (see the README)."
+            ) from error
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status < 500 and status not in (408, 429):
+                raise UserError(_refusal(part, error, status)) from error
+            reason = f"the server answers with error {status}"
+        except HTTPError as error:
+            reason = f"the connection fails ({str(error) or type(error).__name__})"
+        except OSError as error:
+            raise UserError(
+                f"'{partial}' cannot be written ({error.strerror or error}): make room on that disk, or set "
+                "LATENTSYNC_HOME to another folder; what was fetched is kept."
+            ) from error
+        failures = 0 if transfer.done > there else failures + 1
+        if failures > len(PAUSES):
+            raise UserError(
+                f"'{part.file}' of {part.repository} cannot be fetched from {constants.ENDPOINT}: {reason}; what was "
+                "fetched is kept, so try again later and it goes on from there."
+            )
+        transfer.waiting = True
+        stop.wait(PAUSES[max(failures - 1, 0)])
+        transfer.waiting = False
+
+
+def _check_metadata(part: Part, url: str) -> None:
+    """Ask what is behind the address, before gigabytes of something else are fetched."""
+    found = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    other_hash = found.etag and len(found.etag) == len(part.sha256) and found.etag != part.sha256
+    if other_hash or (found.size is not None and found.size != part.size):
+        raise UserError(
+            f"What {constants.ENDPOINT} has as '{part.file}' of {part.repository} is another file than the released "
+            "one, so it was not fetched: unset HF_ENDPOINT, or name another mirror in it."
+        )
+
+
+def _receive(part: Part, url: str, partial: Path, transfer: _Transfer, stop: Event) -> None:
+    """One request, from where the file ends; returns when the answer ends."""
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if transfer.done:
+        headers["Range"] = f"bytes={transfer.done}-"
+    with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        hf_raise_for_status(response)
+        begins = response.headers.get("Content-Range", "").startswith(f"bytes {transfer.done}-")
+        goes_on = response.status_code == 206 and begins
+        if not goes_on:  # a server that knows no ranges sends everything
+            transfer.done = 0
+        with partial.open("ab" if goes_on else "wb") as file:
+            for chunk in response.iter_bytes(CHUNK):
+                if stop.is_set():
+                    return
+                if transfer.done + len(chunk) > part.size:
+                    raise UserError(f"{constants.ENDPOINT} sends more than '{part.file}' has; fetch it again.")
+                file.write(chunk)
+                transfer.done += len(chunk)
+
+
+def _refusal(part: Part, error: HfHubHTTPError, status: int) -> str:
+    what = f"'{part.file}' of {part.repository}"
+    if status == 403 or isinstance(error, GatedRepoError):
+        return f"The hub does not let you have {what}: accept its terms on https://huggingface.co/{part.repository}."
+    if status == 401 or isinstance(error, RepositoryNotFoundError):
+        return (
+            f"The hub does not let you have {what} (error {status}): check the token in HF_TOKEN or of "
+            "`hf auth login`, or unset it."
+        )
+    if status == 404:
+        return f"{constants.ENDPOINT} has no {what}: unset HF_ENDPOINT, or update this program."
+    return f"{constants.ENDPOINT} refuses {what} with error {status}: try again later."
+
+
+def fetch(
+    name: str,
+    progress: Progress = no_progress,
+    cancel: Event | None = None,
+    sources: Iterable[Path] = (),
+    spare: int = 0,
+    parts: Sequence[Part] | None = None,
+) -> None:
+    """Bring parts of a released model, None for all, into its folder, each checked by its hash.
+
+    sources: folders, besides those of the other releases and the Hugging Face cache, where a part may already be.
+    spare: bytes that must be free on the disk afterwards. To be called by who holds the folder, see `alone`. Raises
+    UserError. A file that the user put there is never overwritten.
+    """
+    folder = folder_of(name)
+    folders = [*sources, *(folder_of(other) for other in RELEASES if other != name)]
+    missing = []
+    for part in RELEASES[name].parts if parts is None else parts:
+        path = folder / part.place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            if not is_part(part, path, progress, cancel):
+                raise UserError(not_released(part, path))
+        elif found := found_here(part, folders):
+            adopt(found, path)
+            if not is_part(part, path, progress, cancel):
+                path.unlink()
+                missing.append((part, path))
+        else:
+            missing.append((part, path))
+    to_fetch = sum(part.size for part, _ in missing)
+    for part, path in missing:
+        with suppress(FileNotFoundError):
+            to_fetch -= partial_path(path, part).stat().st_size
+    check_space(folder, to_fetch + spare)
+    download(missing, progress, cancel)
+    for part, path in missing:
+        partial = partial_path(path, part)
+        if not is_part(part, partial, progress, cancel):
+            partial.unlink()
+            raise UserError(
+                f"What was fetched as '{part.file}' of {part.repository} does not have its hash and was removed: fetch "
+                "it again, and check the disk if that repeats."
+            )
+        os.replace(partial, path)
+
+
+def is_part(part: Part, path: Path, progress: Progress = no_progress, cancel: Event | None = None) -> bool:
+    """Whether a file is the released one, by its size and hash."""
+    return (
+        path.stat().st_size == part.size and sha256_of(path, f"checking {part.file}", progress, cancel) == part.sha256
+    )
+
+
+def not_released(part: Part, path: Path) -> str:
+    """The sentence on a file that stands in the place of a part and is not it."""
+    other = released_as(size=path.stat().st_size) if part.place == "latentsync_unet.pt" else None
+    what = f"is that of {other}" if other and RELEASES[other].unet != part else "is damaged, or of another version"
+    return f"'{path}' is not the released '{part.file}' of {part.repository}; it {what}: move it away and fetch again."
+
+
+def keep_cards(name: str, folder: Path) -> None:
+    """Put the model cards of a release, which state the licences, beside its files; where they can be had."""
+    for repository, revision in {part.repository: part.revision for part in RELEASES[name].parts}.items():
+        path = folder / "licences" / f"{repository.replace('/', '--')}.md"
+        if path.exists():
+            continue
+        with suppress(HTTPError, OSError):
+            url = hf_hub_url(repository, "README.md", revision=revision)
+            answer = get_session().get(url, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            hf_raise_for_status(answer)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(answer.content)

@@ -1,0 +1,287 @@
+"""The released models on this machine: what is there, and getting, verifying and removing it.
+
+python -m latentsync.checkpoints list | get | verify | remove
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+from tqdm import tqdm
+
+from latentsync.checkpoints import UNET_NAMES, recognise, resolve_released, unet_reader
+from latentsync.conversion import SOURCE, convert
+from latentsync.download import (
+    Progress,
+    alone,
+    check_space,
+    fetch,
+    is_part,
+    keep_cards,
+    no_progress,
+    not_released,
+    partial_path,
+    sha256_of,
+)
+from latentsync.errors import UserError
+from latentsync.releases import RELEASES, folder_of, gigabytes, notice
+
+SUMS = "SHA256SUMS"  # of the converted U-Net, in the format of sha256sum
+LICENCE = "LICENCES.txt"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What this machine has of a released model."""
+
+    name: str
+    resolution: int  # pixels
+    where: Path | None  # the folder of its U-Net; None where the model is not complete
+    converted: bool  # starts fast
+    pickle: int  # bytes of the original U-Net, which the converted one replaces
+    size: int  # bytes of all its files here
+    to_fetch: int  # bytes still to be fetched
+    folder: Path  # where it is, or would be, kept
+
+
+def stored(name: str) -> Stored:
+    """What is here of a released model, without reading the files."""
+    release, folder = RELEASES[name], folder_of(name)
+    checkpoint = None
+    with suppress(UserError):  # its parts are not all there
+        checkpoint = resolve_released(name)
+    converted = folder / UNET_NAMES[0]
+    pickle = folder / release.unet.place
+    to_fetch = 0
+    for part in release.parts:
+        path = folder / part.place
+        if checkpoint is None and not path.is_file():
+            partial = partial_path(path, part)
+            to_fetch += part.size - (partial.stat().st_size if partial.is_file() else 0)
+    return Stored(
+        name=name,
+        resolution=release.resolution,
+        where=checkpoint.unet.parent if checkpoint else None,
+        converted=converted.is_file(),
+        pickle=pickle.stat().st_size if converted.is_file() and pickle.is_file() else 0,
+        size=sum(path.stat().st_size for path in _files(name) if path.is_file()),
+        to_fetch=to_fetch,
+        folder=folder,
+    )
+
+
+def get(
+    name: str,
+    progress: Progress = no_progress,
+    cancel: Event | None = None,
+    sources: Iterable[Path] = (),
+    keep_pickle: bool = True,
+) -> Path:
+    """Fetch what is missing of a released model, check it, and convert its U-Net; returns its folder.
+
+    What is in the Hugging Face cache, in the folder of another release or in one of `sources` is taken from there.
+    progress is called often, in this thread, with bytes done, bytes in all (0: not known) and what is being done;
+    `cancel`, set by another thread, ends it within a second. Raises UserError, and its kind Cancelled; a later call
+    goes on where this one stopped.
+    """
+    release, folder = RELEASES[name], folder_of(name)
+    target, pickle = folder / UNET_NAMES[0], folder / release.unet.place
+    sources = [Path(source).expanduser() for source in sources]
+    for source in sources:
+        if not source.is_dir():
+            raise UserError(f"The folder '{source}' to take files from does not exist; check its name.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder, progress, cancel):
+            for path in _unfinished(folder):
+                path.unlink()
+            if recognise(target) != name:
+                if target.exists():
+                    raise UserError(f"'{target}' was not made from the released {name}: move it away and fetch again.")
+                size = release.unet.size // 2
+                fetch(name, progress, cancel, sources, spare=size)
+                check_space(folder, size)
+                read, metadata = unet_reader(pickle), {"format": "pt", SOURCE: release.unet.sha256}
+                digest = convert(read, target, metadata, progress, cancel)
+                (folder / SUMS).write_text(f"{digest}  {target.name}\n", encoding="utf-8")
+            else:
+                fetch(name, progress, cancel, parts=release.parts[:-1])
+            (folder / LICENCE).write_text(notice(name) + "\n", encoding="utf-8")
+            keep_cards(name, folder)
+            if not keep_pickle:
+                pickle.unlink(missing_ok=True)
+            for part in release.parts:  # what was fetched of a file that was then found on this machine
+                partial_path(folder / part.place, part).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"'{error.filename or folder}' cannot be written ({error.strerror or error}): make room on that disk, or "
+            "set LATENTSYNC_HOME to another folder."
+        ) from error
+    return folder
+
+
+def verify(name: str, progress: Progress = no_progress, cancel: Event | None = None) -> list[str]:
+    """Read all files of a released model and compare their hashes: a sentence for each that is not as it should be."""
+    release, folder = RELEASES[name], folder_of(name)
+    converted = folder / UNET_NAMES[0]
+    wrong = []
+    for part in release.parts:
+        path = folder / part.place
+        if path.is_file():
+            if not is_part(part, path, progress, cancel):
+                wrong.append(not_released(part, path))
+        elif part is not release.unet or not converted.is_file():
+            wrong.append(f"'{path}' is missing: run `python -m latentsync.checkpoints get {name}`.")
+    if converted.is_file():
+        wanted = ""
+        with suppress(OSError, IndexError):
+            wanted = (folder / SUMS).read_text(encoding="utf-8").split()[0]
+        if sha256_of(converted, f"checking {converted.name}", progress, cancel) != wanted:
+            wrong.append(
+                f"'{converted}' is not as it was converted: remove it, and run `python -m latentsync.checkpoints get "
+                f"{name}`."
+            )
+    return wrong
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What a process that was killed while it copied or converted has left."""
+    return [*folder.glob("*.converting"), *folder.rglob("*.copying")]
+
+
+def _files(name: str) -> list[Path]:
+    """All that `get` may have put into the folder of a model."""
+    folder, files = folder_of(name), []
+    for part in RELEASES[name].parts:
+        files += [folder / part.place, partial_path(folder / part.place, part)]
+    files += [folder / UNET_NAMES[0], folder / SUMS, folder / LICENCE, *folder.glob("licences/*.md")]
+    return [*files, *_unfinished(folder), folder / ".lock"]
+
+
+def remove(name: str, pickle_only: bool = False) -> int:
+    """Remove a released model from its folder, or only the original U-Net of a converted one; returns bytes removed.
+
+    Files of other names stay, and so does what lies in the Hugging Face cache. Raises UserError.
+    """
+    release, folder = RELEASES[name], folder_of(name)
+    if pickle_only and recognise(folder / UNET_NAMES[0]) != name:
+        raise UserError(f"'{folder / release.unet.place}' is needed: it has not been converted yet.")
+    paths = [folder / release.unet.place] if pickle_only else _files(name)
+    removed = 0
+    try:
+        for path in paths:
+            if path.is_file():
+                removed += path.stat().st_size
+                path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"'{path}' cannot be removed ({error.strerror or error}): close what uses it, or check its rights."
+        ) from error
+    if not pickle_only:
+        for inner in ("licences", "whisper", "vae", ""):
+            with suppress(OSError):
+                (folder / inner).rmdir()
+    return removed
+
+
+class Bar:
+    """Progress on a terminal: one bar for each thing that is done, one after the other."""
+
+    def __init__(self) -> None:
+        self.bar, self.what = None, ""
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if what != self.what:
+            self.close()
+            self.what = what
+            off = None if total else True  # None: on, where stderr is a terminal
+            self.bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=off)
+            if self.bar.disable:
+                print(what, file=sys.stderr, flush=True)
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def describe(found: Stored) -> str:
+    """What is here of a model, in a line."""
+    if found.where is None:
+        state = f"not here, {gigabytes(found.to_fetch)} to fetch"
+    elif found.converted:
+        state = f"ready, {gigabytes(found.size)} in {found.where}"
+        if found.pickle:
+            state += f" ({gigabytes(found.pickle)} of it can go: remove {found.name} --pickle)"
+    else:
+        state = f"here, starts faster after get {found.name}: {found.where}"
+    return f"{found.name}  {found.resolution} px  {state}"
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m latentsync.checkpoints", description="The released models on this machine."
+    )
+    commands = found.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="what is here, what could be fetched, and under which licences")
+    getting = commands.add_parser("get", help="fetch a model, or go on with it, and convert it")
+    getting.add_argument("name", choices=RELEASES)
+    getting.add_argument(
+        "--from", dest="source", type=Path, action="append", default=[], metavar="FOLDER",
+        help="take files that are in this folder instead of fetching them",
+    )  # fmt: skip
+    getting.add_argument("--remove-pickle", action="store_true", help="afterwards, remove the U-Net as it was fetched")
+    commands.add_parser("verify", help="compare the hashes of all files").add_argument("name", choices=RELEASES)
+    removing = commands.add_parser("remove", help="remove a model")
+    removing.add_argument("name", choices=RELEASES)
+    removing.add_argument("--pickle", action="store_true", help="only the U-Net as it was fetched, once converted")
+    return found
+
+
+def run(args: argparse.Namespace, progress: Progress) -> int:
+    if args.command == "list":
+        for name in RELEASES:
+            print(describe(stored(name)))
+        for name in RELEASES:
+            print(notice(name))
+    elif args.command == "get":
+        print(notice(args.name), file=sys.stderr, flush=True)
+        get(args.name, progress, sources=args.source, keep_pickle=not args.remove_pickle)
+        print(describe(stored(args.name)))
+    elif args.command == "verify":
+        wrong = verify(args.name, progress)
+        for sentence in wrong:
+            print(sentence, file=sys.stderr)
+        if wrong:
+            return 2
+        print(f"all files of {args.name} are as they should be")
+    else:
+        print(f"removed {gigabytes(remove(args.name, args.pickle))}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
+    args, bar = parser().parse_args(arguments), Bar()
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        return run(args, bar)
+    except UserError as error:
+        bar.close()
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        bar.close()
+        print("stopped; what was fetched is kept, and the next time goes on from there", file=sys.stderr)
+        return 130
+    finally:
+        bar.close()
