@@ -47,8 +47,7 @@ PREVIEW_SECONDS = 10  # of the result that can be played before it is done
 PREVIEW_PIXELS = 480  # the shorter side of what is shown before it is done
 PICTURE_INTERVAL = 1.0  # seconds between two preview pictures
 TIMELINE_POINTS = 300
-CACHES = {"as the level says": "level", "off": None, "every 2 steps": 2, "every 3 steps": 3, "every 4 steps": 4}
-SWITCH = {"as the level says": None, "on": True, "off": False}
+LIVE_SECONDS = 120.0  # of the curves of the machine
 
 
 @dataclass(frozen=True)
@@ -299,14 +298,12 @@ def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]
 
     On a GPU there is no need: the pipeline never runs far ahead of it. A compiled network is left alone.
     """
-    from torch._dynamo.eval_frame import OptimizedModule
+    from optim.compilation import CompiledUNet
 
     hooks = []
-    networks = (models.unet, models.vae, models.audio_encoder)
-    compiled = any(isinstance(module, OptimizedModule) for network in networks for module in network.modules())
-    compiled = compiled or any("forward" in vars(module) for module in models.unet.modules())
-    if models.device.type == "cpu" and not compiled:
-        for network in networks:
+    if models.device.type == "cpu":
+        compiled = isinstance(models.unet, CompiledUNet)
+        for network in (models.vae, models.audio_encoder, *(() if compiled else (models.unet,))):
             for module in network.modules():
                 hooks.append(module.register_forward_pre_hook(lambda *_: check()))
     try:
@@ -321,7 +318,7 @@ class Worker:
 
     folder: each job gets a folder of its own in it; queue_size: jobs that may wait; max_seconds: of sound, None for
     any length; model, device: what `auto` means, as on the command line; keep_hours: after which finished jobs and
-    their files are removed, None for never; run: what performs the pipeline's `lipsync`.
+    their files are removed, None for never; borrow: wraps the function that needs the device.
     """
 
     def __init__(
@@ -349,6 +346,8 @@ class Worker:
         self._waiting: deque[Job] = deque()
         self._wake = threading.Event()
         self._closed = False
+        self._seen: History | None = None
+        self._seen_at = -math.inf
         self._models: Models | None = None
         self._loaded: Checkpoint | None = None
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
@@ -413,6 +412,53 @@ class Worker:
     def _check_room(self) -> None:
         if len(self._waiting) >= self.queue_size:
             raise UserError(f"The queue is full, {len(self._waiting)} jobs wait already: try again in a few minutes.")
+
+    def view(self, job: Job) -> dict[str, Any]:
+        """What a visitor may know of a job of theirs, ready for JSON; paths are relative to where files are served."""
+        left, rate = job.seconds_left(), job.frames_per_second()
+        return {
+            "id": job.id,
+            "state": job.state,
+            "doing": job.doing,
+            "before": self.place(job),
+            "names": job.names,
+            "created": job.created,
+            "elapsed": None if job.started is None else round((job.ended or time.time()) - job.started, 1),
+            "frames": job.frames,
+            "size": [job.info.width, job.info.height],
+            "stages": {stage: job.progress.get(stage, 0) for stage in STAGES},
+            "mouths": round(job.progress.get("mouths", 0) + job.part, 1),
+            "frames_per_second": rate and round(rate, 2),
+            "seconds_left": None if left is None else round(left),
+            "picture": f"{job.key}/picture?{job.pictures}" if job.picture and job.state == RUNNING else None,
+            "playable": job.playable,
+            "files": {name: f"{job.key}/{name}/{path.name}" for name, path in job.files().items()},
+            "messages": job.messages,
+            "advice": job.advice,
+            "error": job.error,
+            "remedy": job.remedy,
+            "settings": job.request.settings(),
+            "report": job.report,
+            "timeline": job.timeline if job.report else None,
+        }
+
+    def live(self, since: float = 0.0) -> dict[str, Any]:
+        """The machine's curves after the time `since`, in seconds of the monitor, and no more than two minutes of it."""
+        if self.monitor is None:
+            return {"time": [], "curves": {}, "marks": [], "memory": {}}
+        now = time.monotonic()
+        if now - self._seen_at > 0.5:  # for all who look within it
+            self._seen_at, self._seen = now, self.monitor.snapshot(LIVE_SECONDS)
+        history = self._seen
+        new = int((history.time <= since).sum())
+        begin = history.time[0] if len(history.time) else 0.0
+        sizes = {f"GPU {gpu.index}" if len(history.gpus) > 1 else "GPU": gpu.memory_total for gpu in history.gpus}
+        return {
+            "time": [round(float(t), 2) for t in history.time[new:]],
+            "curves": {name: values[new:] for name, values in curves(history).items()},
+            "marks": [(round(t, 1), text) for t, text in history.marks if t >= begin],
+            "memory": sizes or {"Memory": history.ram_total},
+        }
 
     def find(self, job_id: str, visitor: str) -> Job:
         """A visitor's own job. Raises UserError, the same for another's as for one that there is not."""
