@@ -212,13 +212,13 @@ class Page:
 
     def _inputs(self) -> None:
         self.video = gr.Video(
-            label="Video of a face", sources=["upload", "webcam"], height=260, elem_id="video", include_audio=True,
+            label="Video of a face", sources=["upload", "webcam"], height=320, elem_id="video", include_audio=True,
             webcam_options=gr.WebcamOptions(mirror=False),
         )  # fmt: skip
         self.audio = gr.Audio(
             label="Voice", sources=["upload", "microphone"], type="filepath", elem_id="audio",
         )  # fmt: skip
-        with gr.Group(elem_id="speed"):
+        with gr.Column(elem_id="speed", variant="panel"):
             self.level = gr.Slider(
                 0, 1, value=0, step=0.05, label="Quality or speed", elem_id="level",
                 info="From as good as it gets (0) to as fast as it gets (1).",
@@ -500,6 +500,11 @@ def theme() -> gr.themes.Base:
         body_background_fill="#f5f7f8", body_background_fill_dark="#0f1417",
         block_background_fill="#ffffff", block_background_fill_dark="#171e22",
         block_border_color="#dfe5e8", block_border_color_dark="#28323a",
+        button_secondary_background_fill="#ffffff", button_secondary_background_fill_dark="#1d262b",
+        button_secondary_background_fill_hover="#eef3f4", button_secondary_background_fill_hover_dark="#243038",
+        button_secondary_border_color="#d5dde1", button_secondary_border_color_dark="#33404a",
+        button_secondary_text_color="#17212b", button_secondary_text_color_dark="#e8eef1",
+        button_border_width="1px", input_background_fill="#f5f7f8", input_background_fill_dark="#10171a",
         block_label_background_fill="transparent", block_label_background_fill_dark="transparent",
         button_primary_background_fill="#0f766e", button_primary_background_fill_dark="#14897f",
         button_primary_background_fill_hover="#0b5f59", button_primary_background_fill_hover_dark="#17a093",

@@ -30,6 +30,10 @@ async function call(name, ...data) {
   return (await answer.json()).data[0];
 }
 
+// of the machine, see draw
+let drawn = null, plotting = null, since = 0, marks = "";
+const curves = {}, times = [];
+
 // ---- small things
 
 function make(tag, attributes = {}, ...children) {
@@ -81,9 +85,10 @@ function makeCard(job) {
       part("shown", make("div", { class: "pair" },
         make("figure", {}, part("picture", make("img", { alt: "The newest finished frame", style: ratio, src: blank(job.size) })),
           make("figcaption", {}, "Newest finished frame")),
-        make("figure", {}, part("first", make("video", { controls: true, playsinline: true, preload: "none", style: ratio,
+        make("figure", {}, part("soon", make("div", { class: "soon", style: ratio }, "The first seconds can be played here as soon as they are done.")),
+          part("first", make("video", { controls: true, playsinline: true, preload: "none", style: ratio, hidden: true,
           "aria-label": "The first seconds of the result" })),
-          part("firstWords", make("figcaption", {}, "The first seconds, as soon as they are done"))))),
+          part("firstWords", make("figcaption", {}, "Nothing to play yet"))))),
       make("div", { class: "buttons" },
         button("cancel", "Cancel", () => act("cancel", id, false)),
         button("keep", "Stop and keep what is finished", () => act("cancel", id, true), "soft")))),
@@ -122,8 +127,10 @@ function update(view, job) {
     const idle = parts.first.paused || parts.first.ended;
     if (job.files.first && job.playable > 0 && view.playable !== job.playable && idle && !parts.first.currentTime) {
       view.playable = job.playable;
+      show(parts.soon, false);
+      show(parts.first, true);
       parts.first.src = `${root}/lipsync/${job.files.first}?${job.playable}`;
-      text(parts.firstWords, `The first ${job.playable} s of the result, playable now`);
+      text(parts.firstWords, `The first ${job.playable} s of the result, with sound`);
     }
     parts.cancel.disabled = parts.keep.disabled = job.doing === "cancelling";
     parts.keep.disabled ||= job.stages.writing === 0;
@@ -233,8 +240,7 @@ function focusOn(what) {
 
 // ---- curves
 
-let drawn = null, plotting = null, since = 0, marks = "";
-const curves = {}, times = [];
+
 
 function library() {
   plotting ||= new Promise((loaded, failed) =>
@@ -244,14 +250,14 @@ function library() {
 function look() {
   const colour = dark() ? "#aebac2" : "#4a5861", line = dark() ? "#28323a" : "#e6ebee";
   return { colour, line, base: {
-    margin: { l: 34, r: 8, t: 8, b: 22 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: true,
+    margin: { l: 42, r: 22, t: 8, b: 24 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: true,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
     font: { color: colour, size: 11, family: "system-ui, sans-serif" },
     yaxis: { range: [0, 102], ticksuffix: " %", gridcolor: line, zeroline: false, fixedrange: true },
   } };
 }
 const rule = (x, line) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { color: line, width: 1, dash: "dot" } });
-const label = (x, words, level) => ({ x, y: 1 - 0.13 * (level % 4), yref: "paper", text: words, showarrow: false, xanchor: "left", yanchor: "top", font: { size: 10 } });
+const label = (x, words, level) => ({ x, y: 0.97 - 0.13 * (level % 4), yref: "paper", text: words, showarrow: false, xanchor: x > since - 18 ? "right" : "left", yanchor: "top", font: { size: 10 } });
 
 async function draw(live) {
   if (!live.time.length && drawn) return;
@@ -343,7 +349,10 @@ function told(reply) {
 function setTheme(name) {
   document.body.classList.toggle("dark", name === "dark");
   text(find("#theme"), name === "dark" ? "Light" : "Dark");
-  drawn = null; // the curves take the new colours
+  since = 0; // the curves are asked for again, and take the new colours
+  times.length = 0;
+  for (const name of Object.keys(curves)) delete curves[name];
+  drawn = null;
 }
 try {
   const chosen = localStorage.getItem(THEME);

@@ -443,7 +443,7 @@ class Worker:
         }
 
     def live(self, since: float = 0.0) -> dict[str, Any]:
-        """The machine's curves after the time `since`, in seconds of the monitor, and no more than two minutes of it."""
+        """The machine's curves after the time `since`, seconds of the monitor, and no more than two minutes of it."""
         if self.monitor is None:
             return {"time": [], "curves": {}, "marks": [], "memory": {}}
         now = time.monotonic()
@@ -729,7 +729,7 @@ class Worker:
         progress = Progress(job, plan.settings.steps, self.monitor, check)
         output = job.folder / f"{_stem(job.names[0])}-synced.mp4"
         preview = Preview(job)
-        self.monitor.mark(f"{job.id}: {plan.level.name}")
+        self.monitor.mark(plan.level.name)
         began = time.monotonic()
         try:
             with interruptible(models, check):
@@ -745,7 +745,7 @@ class Worker:
         job.report = report.as_dict() | {"level": plan.level.name, "position": plan.level.position}
         job.report["step_downs"] = step_downs
         job.output = output
-        self.monitor.mark(f"{job.id}: done")
+        self.monitor.mark("done")
 
     def _history(self, job: Job) -> "History | None":
         """The machine since the job started."""
