@@ -212,7 +212,7 @@ class Page:
 
     def _inputs(self) -> None:
         self.video = gr.Video(
-            label="Video of a face", sources=["upload", "webcam"], height=320, elem_id="video", include_audio=True,
+            label="Video of a face", sources=["upload", "webcam"], elem_id="video", include_audio=True,
             webcam_options=gr.WebcamOptions(mirror=False),
         )  # fmt: skip
         self.audio = gr.Audio(
@@ -433,10 +433,7 @@ class Page:
             problem = f"<p class='problem'>{html.escape(self.worker.problem or '')}</p>"
             return (*[gr.skip()] * 5, problem, footer(self.worker))
         best = machine.recommended
-        stops = [
-            gr.Button(f"{name} · recommended here", elem_classes=["best"]) if position == best else gr.Button(name)
-            for name, position in STOPS
-        ]
+        stops = [gr.Button(elem_classes=["best"]) if position == best else gr.skip() for _, position in STOPS]
         choices = [(f"auto: the best that runs here ({machine.chosen})", "auto")]
         for model in machine.models:
             SERVED.add(model["name"])

@@ -275,7 +275,7 @@ async function draw(live) {
   }).join(" · "));
   await library();
   const plot = find("#plot"), { base, line } = look();
-  const ticks = () => ({ range: [since - POINTS, since], tickvals: [since - 120, since - 60, since], ticktext: ["2 min ago", "1 min", "now"],
+  const ticks = () => ({ range: [since - POINTS, since], tickvals: [since - 120, since - 60, since], ticktext: ["2 min ago", "1 min", "now"], ticklabelstandoff: 6,
     gridcolor: line, zeroline: false, fixedrange: true });
   const seen = live.marks.map(([, words]) => words).join() + dark();
   const shapes = live.marks.map(([x]) => rule(x, dark() ? "#6b7a83" : "#9aa8b0"));
