@@ -591,7 +591,8 @@ def main(arguments: list[str] | None = None) -> int:
         page.blocks.launch(
             share=args.share, auth=auth, server_name=args.server_name, server_port=args.server_port,
             root_path=args.root_path, max_file_size=unless_given(args.max_upload, PUBLIC_UPLOAD),
-            blocked_paths=[str(args.outputs.absolute())], app_kwargs={"routes": routes(worker)},
+            allowed_paths=[str(path) for path in EXAMPLE], blocked_paths=[str(args.outputs.absolute())],
+            app_kwargs={"routes": routes(worker)},
             theme=theme(), css_paths=[ROOT / "assets" / "page.css"], footer_links=["api"], run_history=False,
             inbrowser=args.open, prevent_thread_lock=True, show_error=True, ssr_mode=False, favicon_path=None,
         )  # fmt: skip

@@ -71,7 +71,7 @@ def give(page, clips, video="talking.mp4", audio="short.wav"):
     page.set_input_files("#video input[type=file]", str(clips / video))
     page.wait_for_selector("#video video")
     page.set_input_files("#audio input[type=file]", str(clips / audio))
-    page.wait_for_function("document.querySelector('#line').textContent.includes('clip')" if video != "text.mp4" else "1")
+    page.wait_for_function("/clip|first job/.test(document.querySelector('#line').textContent)")
 
 
 def start(page):
@@ -97,8 +97,7 @@ def test_from_the_first_visit_to_the_result_of_the_example(visit):
     playwright.expect(page.locator("#video video")).to_be_visible()
     page.wait_for_selector(".card[data-state=done]", timeout=3 * SLOW)
     page.wait_for_function("document.querySelector('.made').readyState > 0")
-    frames, shown = page.evaluate("[document.querySelector('.made').duration * 25, document.querySelector('.made').videoWidth]")
-    assert frames > 25 and shown > 0
+    assert page.evaluate("document.querySelector('.made').duration") > 1
     page.click(".card summary")
     used = page.inner_text(".card .tables")
     assert re.search(r"level\s+aggressive", used) and re.search(r"steps\s+2\b", used) and "mouths" in used
@@ -148,7 +147,8 @@ def test_a_job_shows_progress_survives_a_reload_and_is_cancelled_within_a_second
     start(page)
     state(page, "running")
     page.wait_for_function("document.querySelector('.card .rate').textContent.includes('frames/s')")
-    page.wait_for_function("document.querySelector('.card img').naturalWidth > 0 && document.querySelector('.card img').src.includes('picture')")
+    page.wait_for_function("document.querySelector('.card img').src.includes('picture')")
+    page.wait_for_function("document.querySelector('.card img').naturalWidth > 0")
     page.reload()
     state(page, "running")
     page.wait_for_selector(".card video:not([hidden])")  # the first seconds can be played
@@ -235,9 +235,11 @@ def test_nothing_scrolls_sideways(visit, clips, width, theme):
 def test_every_control_has_a_name_and_can_be_reached_by_keyboard(visit):
     page = visit()
     page.click("#advanced > button")
-    nameless = page.evaluate("""() => [...document.querySelectorAll('button, input:not([type=file]), video, progress')]
-        .filter((node) => node.offsetParent && !(node.innerText || node.ariaLabel || node.labels?.length || node.title
-            || node.getAttribute('aria-labelledby') || node.placeholder)).map((node) => node.outerHTML.slice(0, 120))""")
+    nameless = page.evaluate("""() =>
+        [...document.querySelectorAll('button, input:not([type=file]), video, progress')].filter((node) =>
+            node.offsetParent && !(node.innerText || node.ariaLabel || node.labels?.length || node.title
+                || node.getAttribute('aria-labelledby') || node.placeholder)
+        ).map((node) => node.outerHTML.slice(0, 120))""")
     assert nameless == []
     page.focus("#start")
     page.keyboard.press("Tab")
