@@ -319,14 +319,18 @@ class Page:
 
     # ---- endpoints
 
-    def submit(self, video: str | None, audio: str | None, *rest: Any) -> dict[str, Any]:
+    def submit(
+        self, video, audio, level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf,
+        visitor,
+    ) -> dict[str, Any]:  # fmt: skip
         """Put a job into the queue: {"job", "visitor", "error"}. An empty visitor gets a token, to ask with later."""
 
         def act() -> dict[str, Any]:
-            visitor = own(rest[-1])
+            who = own(visitor)
             files = uploaded(video, "video"), uploaded(audio, "voice")
-            job = self.worker.submit(asked(*files, *rest[:-1]), visitor)
-            return {"job": job.id, "visitor": visitor, "error": None}
+            settings = level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf
+            job = self.worker.submit(asked(*files, *settings), who)
+            return {"job": job.id, "visitor": who, "error": None}
 
         return answer(act)
 
@@ -373,11 +377,14 @@ class Page:
         folder.mkdir(mode=0o700, exist_ok=True)
         return str(shutil.copyfile(found.output, folder / found.output.name))
 
-    def describe(self, *given: Any) -> str:
-        """What settings mean on this machine, in one line; the last argument: seconds of sound, or nothing."""
+    def describe(
+        self, level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf, seconds
+    ) -> str:  # fmt: skip
+        """What settings mean on this machine, in one line of HTML; seconds: of sound, if it is known."""
 
         def act() -> dict[str, Any]:
-            return {"line": self.worker.describe(asked(Path(), Path(), *given[:-1]), given[-1] or None)}
+            settings = level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf
+            return {"line": self.worker.describe(asked(Path(), Path(), *settings), seconds or None)}
 
         found = answer(act)
         kind = "problem" if "error" in found else ""

@@ -210,6 +210,8 @@ def test_the_curves_get_a_point_every_second_and_do_not_flicker(visit):
     page.wait_for_selector("#plot .trace")
     points = "Number(document.querySelector('#plot').dataset.points)"
     page.evaluate("document.querySelector('#plot svg').dataset.kept = 'yes'")
+    first = page.evaluate(points)  # the drawing library took its time
+    page.wait_for_function(f"{points} > {first}")
     before, began = page.evaluate(points), time.monotonic()
     page.wait_for_timeout(4000)
     more, seconds = page.evaluate(points) - before, time.monotonic() - began
