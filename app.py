@@ -32,7 +32,7 @@ from starlette.routing import Route  # noqa: E402
 from latentsync import __version__  # noqa: E402
 from latentsync.errors import UserError  # noqa: E402
 from latentsync.media import probe_audio, probe_video  # noqa: E402
-from optim.jobs import Job, Request, Worker, said  # noqa: E402
+from optim.jobs import Job, Request, Worker, run_alone, said  # noqa: E402
 
 try:
     import spaces  # Hugging Face's package for ZeroGPU
@@ -568,8 +568,8 @@ def logins(args: argparse.Namespace, public: bool) -> list[tuple[str, str]] | No
 def main(arguments: list[str] | None = None) -> int:
     """Serve the page until interrupted; returns the exit code."""
     args = parser().parse_args(arguments)
-    in_space = "SPACE_ID" in os.environ
-    public = args.share or in_space
+    public = args.share or "SPACE_ID" in os.environ
+    on_zero_gpu = spaces is not None and "SPACES_ZERO_GPU" in os.environ
 
     def unless_given(value: Any, otherwise: Any) -> Any:
         return value if value is not None else otherwise if public else None
@@ -587,7 +587,7 @@ def main(arguments: list[str] | None = None) -> int:
         args.device,
         60 * args.idle_minutes,
         unless_given(args.keep_hours, PUBLIC_HOURS),
-        spaces.GPU(duration=GPU_SECONDS) if spaces else lambda run: run,
+        spaces.GPU(duration=GPU_SECONDS)(run_alone) if on_zero_gpu else None,
     )
     page = Page(worker)
     def stop(*_: Any) -> None:

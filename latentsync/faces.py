@@ -418,6 +418,8 @@ def _search(
     `thorough` also searches crops of the frame, larger ones first, for faces that are small in it.
     """
     height, width = frame.shape[:2]
+    which = "largest" if lost is not None else which
+    seen = []
     for share in (None, *TILES) if thorough else (None,):
         if share is None:
             corners, side = [(0, 0)], max(width, height)
@@ -426,14 +428,13 @@ def _search(
             corners = [(x, y) for y in _starts(height, side) for x in _starts(width, side)]
         if side < MIN_TILE:
             break
-        seen = []
         for x, y in corners:
             seen += _detect(landmarker, frame, x, y, x + side, y + side, TILE_PIXELS)
         if lost is not None:
             seen = [s for s in seen if _resembles(s, lost, reach)]
-        if seen:
-            return _choose(seen, "largest" if lost is not None else which, width)
-    return None
+        if seen and which == "largest":  # a smaller crop shows no larger one
+            break
+    return _choose(seen, which, width) if seen else None
 
 
 def _choose(seen: list[_Sighting], which: str, width: int) -> _Sighting:

@@ -313,12 +313,52 @@ def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]
             hook.remove()
 
 
+def make_plan(request: Request, resolution: int, device: "torch.device") -> "Plan":
+    """The plan for a request on a device. Raises UserError."""
+    from latentsync.pipeline import Settings
+    from latentsync.sampling import DeepCache
+    from optim.accelerate import plan_as_asked
+
+    asked = Settings(
+        steps=request.steps, guidance_scale=request.guidance, seed=request.seed, crf=request.crf, face=request.face
+    )
+    overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if request.cache != "level":
+        overrides["cache"] = request.cache and DeepCache(request.cache, 0)
+    return plan_as_asked(device, resolution, asked, request.level, request.batch, **overrides)
+
+
+def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
+    """All of a job in one call, for places that lend a GPU to one function at a time, in a process of its own.
+
+    model: as on the command line. Returns the report. Nobody can follow it, or end it. Raises UserError.
+    """
+    import torch
+
+    from latentsync.__main__ import choose_device
+    from latentsync.checkpoints import load_models, resolve
+    from latentsync.pipeline import lipsync
+    from optim.accelerate import accelerate, reliever
+
+    device = choose_device("auto")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    models = load_models(resolve(model, device), device, dtype)
+    plan = make_plan(request, models.resolution, device)
+    accelerate(models, plan, log)
+    report = lipsync(
+        request.video, request.audio, output, models, plan.settings, relieve=reliever(models, plan, log)
+    )
+    return report.as_dict() | {"level": plan.level.name, "position": plan.level.position, "step_downs": []}
+
+
 class Worker:
     """The queue and the thread.
 
     folder: each job gets a folder of its own in it; queue_size: jobs that may wait; max_seconds: of sound, None for
     any length; model, device: what `auto` means, as on the command line; keep_hours: after which finished jobs and
-    their files are removed, None for never; borrow: wraps the function that needs the device.
+    their files are removed, None for never; lent: does what `run_alone` does, where a GPU is only
+    lent to it.
     """
 
     def __init__(
@@ -330,12 +370,12 @@ class Worker:
         device: str = "auto",
         idle_seconds: float = IDLE_SECONDS,
         keep_hours: float | None = None,
-        borrow: Callable[[Callable], Callable] = lambda run: run,
+        lent: Callable[[Request, Path, str], dict[str, Any]] | None = None,
     ):
         self.folder, self.queue_size, self.max_seconds = folder, queue_size, max_seconds
         self.model, self.device_name = model, device
         self.idle_seconds, self.keep_hours = idle_seconds, keep_hours
-        self.borrow = borrow
+        self.lent = lent
         self.machine: Machine | None = None
         self.problem: str | None = None  # why there is none
         self.ready = threading.Event()  # set when one of the two is there
@@ -525,7 +565,7 @@ class Worker:
 
         device = torch.device(self.machine.device)
         checkpoint = resolve(self._model(request), device)
-        plan = self._plan(request, checkpoint.resolution, device)
+        plan = make_plan(request, checkpoint.resolution, device)
         words = f"{describe(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
         if seconds is None:
             return words + "."
@@ -590,7 +630,7 @@ class Worker:
 
         self.speeds = Speeds(home() / "speeds.json")
         self.monitor = Monitor(rate=1.0, seconds=3600).start()
-        device = choose_device(self.device_name)
+        device = torch.device("cpu") if self.lent else choose_device(self.device_name)
         gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
         chosen = resolve(self.model, device)
         models = []
@@ -604,7 +644,7 @@ class Worker:
         advice = advise(read_facts(chosen.resolution, self.folder))
         self.machine = Machine(
             device=str(device),
-            device_name=device_words(device),
+            device_name="a GPU lent for each job" if self.lent else device_words(device),
             recommended=recommended_level(gpu).position,
             models=tuple(models),
             chosen=chosen.name,
@@ -617,20 +657,6 @@ class Worker:
 
     def _where(self, checkpoint: "Checkpoint") -> str:
         return f"{checkpoint.name}, {self.machine.device_name}"
-
-    def _plan(self, request: Request, resolution: int, device: "torch.device") -> "Plan":
-        from latentsync.pipeline import Settings
-        from latentsync.sampling import DeepCache
-        from optim.accelerate import plan_as_asked
-
-        asked = Settings(
-            steps=request.steps, guidance_scale=request.guidance, seed=request.seed, crf=request.crf, face=request.face
-        )
-        overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        if request.cache != "level":
-            overrides["cache"] = request.cache and DeepCache(request.cache, 0)
-        return plan_as_asked(device, resolution, asked, request.level, request.batch, **overrides)
 
     def _load(self, request: Request, job: Job) -> "Models":
         """The models of a request: those at hand, or loaded in their place."""
@@ -665,7 +691,7 @@ class Worker:
         try:
             if self.machine is None:
                 raise UserError(self.problem or "This machine cannot be used.")
-            self.borrow(self._run)(job)
+            self._run_lent(job) if self.lent else self._run(job)
             job.state = CANCELLED if job.report and job.report["ended_early"] else DONE
             job.doing = "stopped; the finished part is kept" if job.state == CANCELLED else "done"
         except (Cancelled, Enough):
@@ -698,6 +724,15 @@ class Worker:
     def _fail(self, job: Job, error: str, remedy: dict | None) -> None:
         job.state, job.doing, job.error, job.remedy = FAILED, "failed", error, remedy
 
+    def _run_lent(self, job: Job) -> None:
+        job.doing = "running on a GPU that is lent for it; how far it is cannot be seen here"
+        output = self._output(job)
+        job.report, job.output = self.lent(job.request, output, self._model(job.request)), output
+
+    @staticmethod
+    def _output(job: Job) -> Path:
+        return job.folder / f"{_stem(job.names[0])}-synced.mp4"
+
     def _run(self, job: Job) -> None:
         from latentsync.pipeline import Enough, lipsync
         from optim.accelerate import accelerate, reliever
@@ -712,7 +747,7 @@ class Worker:
         check()
         models = self._load(request, job)
         check()
-        plan = self._plan(request, models.resolution, models.device)
+        plan = make_plan(request, models.resolution, models.device)
         found = self.speeds.estimate(self._where(self._loaded), plan.settings, job.frames)
         job.expected = found[0] if found else None
         job.doing = "preparing the networks"
@@ -727,7 +762,7 @@ class Worker:
 
         relieve = reliever(models, plan, job.messages.append, stepped_down)
         progress = Progress(job, plan.settings.steps, self.monitor, check)
-        output = job.folder / f"{_stem(job.names[0])}-synced.mp4"
+        output = self._output(job)
         preview = Preview(job)
         self.monitor.mark(plan.level.name)
         began = time.monotonic()
