@@ -544,9 +544,16 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--model", default="auto", help="what 'auto' means on the page: a name, or a checkpoint folder")
     found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     found.add_argument("--idle-minutes", type=float, default=10, help="until the model is let go (default 10)")
-    found.add_argument("--open", action="store_true", help="open the page in a browser")
+    found.add_argument("--no-open", action="store_true", help="do not open the page in a browser")
     found.add_argument("--version", action="version", version=__version__)
     return found
+
+
+def has_desktop() -> bool:
+    """Whether a browser that is opened here is likely to be seen."""
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")) and "SSH_CONNECTION" not in os.environ
 
 
 def logins(args: argparse.Namespace, public: bool) -> list[tuple[str, str]] | None:
@@ -601,13 +608,16 @@ def main(arguments: list[str] | None = None) -> int:
             allowed_paths=[str(path) for path in EXAMPLE], blocked_paths=[str(args.outputs.absolute())],
             app_kwargs={"routes": routes(worker)},
             theme=theme(), css_paths=[ROOT / "assets" / "page.css"], footer_links=["api"], run_history=False,
-            inbrowser=args.open, prevent_thread_lock=True, show_error=True, ssr_mode=False, favicon_path=None,
+            inbrowser=not args.no_open and has_desktop(), prevent_thread_lock=True, show_error=True, ssr_mode=False,
         )  # fmt: skip
         worker.start()
         while True:
             time.sleep(3600)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt:  # the way to end a server
+        return 0
+    except OSError as error:
+        print(f"The page cannot be served ({error}): name another port with --server-port.", file=sys.stderr)
+        return 2
     finally:
         worker.close()
         page.blocks.close(verbose=False)

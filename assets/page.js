@@ -61,7 +61,7 @@ function notice(words) {
 // ---- cards
 
 const cards = new Map();
-const STAGES = { faces: "Faces found", mouths: "Mouths painted", writing: "Frames written" };
+const STAGES = { faces: "Faces", mouths: "Mouths", writing: "Written" };
 const STATES = { waiting: "Waiting", running: "Working", done: "Done", cancelled: "Cancelled", failed: "Failed" };
 
 function makeCard(job) {
@@ -129,6 +129,7 @@ function update(view, job) {
       view.playable = job.playable;
       show(parts.soon, false);
       show(parts.first, true);
+      parts.first.poster = parts.picture.src;
       parts.first.src = `${root}/lipsync/${job.files.first}?${job.playable}`;
       text(parts.firstWords, `The first ${job.playable} s of the result, with sound`);
     }

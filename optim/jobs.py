@@ -593,6 +593,8 @@ class Worker:
         except Exception as error:
             traceback.print_exc()
             self.problem = f"The machine could not be looked at ({type(error).__name__}: {error}): see the console."
+        if self.problem:
+            log(self.problem)
         self.ready.set()
         idle_since = time.monotonic()
         while not self._closed:

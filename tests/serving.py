@@ -41,7 +41,7 @@ def serve(folder: Path, *options: object):
         port = probe.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
     outputs, log = folder / "outputs", folder / "log"
-    arguments = ["--server-port", port, "--outputs", outputs, *options]
+    arguments = ["--server-port", port, "--outputs", outputs, "--no-open", *options]
     # One thread: small networks are no faster on several, and the tests' own processes want the other core.
     environment = os.environ | {"LATENTSYNC_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
     with open(log, "w") as out:
