@@ -287,8 +287,8 @@ async function draw(live) {
     await Plotly.newPlot(plot, traces, { ...base, height: 210, xaxis: ticks(), shapes, annotations }, { staticPlot: true, responsive: true });
   } else {
     const fresh = { x: names.map(() => times.slice()), y: names.map((name) => curves[name].slice()) };
-    const change = { xaxis: ticks(), shapes, annotations };
-    if (seen !== marks) Object.assign(change, base);
+    const change = { xaxis: ticks() };
+    if (seen !== marks) Object.assign(change, base, { shapes, annotations });
     await Plotly.update(plot, fresh, change);
   }
   marks = seen;
@@ -302,8 +302,8 @@ async function timeline(plot, job) {
   const traces = Object.entries(job.timeline.curves || {}).map(([name, y], i) => ({ x: job.timeline.time, y, name, mode: "lines", line: { width: 1.6, color: COLOURS[i % COLOURS.length] } }));
   stages.forEach(([stage, [begin, end]], i) => traces.push({ x: [begin, end], y: [stage, stage], name: STAGES[stage] || stage, mode: "lines", showlegend: false,
     line: { width: 11, color: COLOURS[(i + 2) % COLOURS.length] }, yaxis: "y2" }));
-  const layout = { ...base, height: 260, xaxis: { ticksuffix: " s", zeroline: false, range: [0, Math.max(job.elapsed, 1)], gridcolor: look().line }, margin: { l: 58, r: 8, t: 8, b: 28 },
-    yaxis: { ...base.yaxis, domain: [0.42, 1] }, yaxis2: { domain: [0, 0.34], fixedrange: true, autorange: "reversed", zeroline: false } };
+  const layout = { ...base, height: 260, xaxis: { anchor: "y2", ticksuffix: " s", zeroline: false, range: [0, Math.max(job.elapsed, 1)], gridcolor: look().line }, margin: { l: 58, r: 8, t: 8, b: 28 },
+    yaxis: { ...base.yaxis, domain: [0.42, 1] }, yaxis2: { domain: [0, 0.3], fixedrange: true, autorange: "reversed", zeroline: false, showgrid: false } };
   await Plotly.newPlot(plot, traces, layout, { displayModeBar: false, responsive: true });
 }
 

@@ -207,7 +207,7 @@ def test_what_cannot_be_used_gets_its_sentence(visit, clips):
 
 def test_the_curves_get_a_point_every_second_and_do_not_flicker(visit):
     page = visit()
-    page.wait_for_selector("#plot .trace")
+    page.wait_for_selector("#plot .trace", state="attached")
     points = "Number(document.querySelector('#plot').dataset.points)"
     page.evaluate("document.querySelector('#plot svg').dataset.kept = 'yes'")
     first = page.evaluate(points)  # the drawing library took its time
