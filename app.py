@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,11 @@ LICENCES = (
     ("LatentSync 1.6", "see its page", "https://huggingface.co/ByteDance/LatentSync-1.6"),
     ("Whisper tiny", "MIT", "https://github.com/openai/whisper"),
     ("sd-vae-ft-mse", "MIT", "https://huggingface.co/stabilityai/sd-vae-ft-mse"),
-    ("MediaPipe Face Landmarker", "Apache-2.0", "https://ai.google.dev/edge/mediapipe/solutions/vision/face_landmarker"),
+    (
+        "MediaPipe Face Landmarker",
+        "Apache-2.0",
+        "https://ai.google.dev/edge/mediapipe/solutions/vision/face_landmarker",
+    ),
 )
 
 HEADER = """
@@ -105,8 +110,8 @@ def uploaded(path: str | None, kind: str) -> Path:
     return real
 
 
-def asked(video: Path, audio: Path, *settings: Any) -> Request:
-    """The request that the page's settings make, in the order of `Page.settings`. Raises UserError."""
+def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Request:
+    """The request of settings in the order of `Page.settings`; models: the names that are known. Raises UserError."""
     level, model, steps, guidance, seed, vram, batch, cache, compiled, face, crf = settings
 
     def number(name: str, value: Any, low: float, high: float, kind: type = int) -> Any:
@@ -126,7 +131,7 @@ def asked(video: Path, audio: Path, *settings: Any) -> Request:
         video=video,
         audio=audio,
         level=level if isinstance(level, str) else str(number("The level", level, 0, 1, float)),
-        model=one_of("model", model, MODELS) if model not in SERVED else model,
+        model=one_of("model", model, models),
         steps=number("The number of steps", steps, 1, 200),
         guidance=number("The lip strength", guidance, 0, 10, float),
         seed=number("The seed", seed, 0, 2**63 - 1),
@@ -137,9 +142,6 @@ def asked(video: Path, audio: Path, *settings: Any) -> Request:
         face=one_of("face", face, [value for _, value in FACES]),
         crf=number("The output quality (CRF)", crf, 0, 40, float),
     )
-
-
-SERVED: set[str] = set()  # names that `auto` stands for besides those in MODELS
 
 
 def as_settings(request: dict[str, Any]) -> list[Any]:
@@ -291,9 +293,7 @@ class Page:
         ).then(**submitting, api_visibility="private").then(**told)
 
         meaning = {"fn": self.describe, "inputs": [*self.settings, seconds], "outputs": self.line, **quiet}
-        gr.on(
-            [setting.change for setting in self.settings], **meaning, trigger_mode="always_last", api_name="describe"
-        )
+        gr.on([setting.change for setting in self.settings], **meaning, trigger_mode="always_last", api_name="describe")
         self.audio.change(self.measure, self.audio, [seconds, reply], **quiet, api_name="measure").then(**told).then(
             **meaning, api_visibility="private"
         )
@@ -317,6 +317,10 @@ class Page:
     def _endpoint(fn: Any, inputs: list, outputs: Any, name: str) -> None:
         gr.Button(visible=False).click(fn, inputs, outputs, api_name=name, queue=False, show_progress="hidden")
 
+    def _asked(self, *given: Any) -> Request:
+        machine = self.worker.machine
+        return asked((*MODELS, *([machine.chosen] if machine else [])), *given)
+
     # ---- endpoints
 
     def submit(
@@ -329,7 +333,7 @@ class Page:
             who = own(visitor)
             files = uploaded(video, "video"), uploaded(audio, "voice")
             settings = level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf
-            job = self.worker.submit(asked(*files, *settings), who)
+            job = self.worker.submit(self._asked(*files, *settings), who)
             return {"job": job.id, "visitor": who, "error": None}
 
         return answer(act)
@@ -354,7 +358,7 @@ class Page:
         def act() -> dict[str, Any]:
             old = self.worker.find(job, visitor)
             merged = old.request.settings() | {k: v for k, v in (changes or {}).items() if k in ("level", "model")}
-            request = asked(old.request.video, old.request.audio, merged["level"], *as_settings(merged)[1:])
+            request = self._asked(old.request.video, old.request.audio, merged["level"], *as_settings(merged)[1:])
             new = self.worker.again(job, visitor, **{name: getattr(request, name) for name in ("level", "model")})
             return {"job": new.id, "visitor": visitor, "error": None}
 
@@ -384,7 +388,7 @@ class Page:
 
         def act() -> dict[str, Any]:
             settings = level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf
-            return {"line": self.worker.describe(asked(Path(), Path(), *settings), seconds or None)}
+            return {"line": self.worker.describe(self._asked(Path(), Path(), *settings), seconds or None)}
 
         found = answer(act)
         kind = "problem" if "error" in found else ""
@@ -443,7 +447,6 @@ class Page:
         stops = [gr.Button(elem_classes=["best"]) if position == best else gr.skip() for _, position in STOPS]
         choices = [(f"auto: the best that runs here ({machine.chosen})", "auto")]
         for model in machine.models:
-            SERVED.add(model["name"])
             where = f"{model['resolution']} px" if model["present"] else "not on this machine"
             choices.append((f"{model['name']} ({where})", model["name"]))
         return (*stops, best, gr.Dropdown(choices=choices), shown(machine.advice), footer(self.worker))
@@ -597,6 +600,7 @@ def main(arguments: list[str] | None = None) -> int:
         spaces.GPU(duration=GPU_SECONDS)(run_alone) if on_zero_gpu else None,
     )
     page = Page(worker)
+
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 

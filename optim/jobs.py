@@ -13,7 +13,6 @@ import gc
 import json
 import math
 import os
-import queue
 import secrets
 import shutil
 import sys
@@ -29,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 from latentsync.errors import UserError
 from latentsync.media import FPS, VideoInfo, probe_audio, probe_video
+from optim.preview import Preview
+from optim.speeds import Speeds
 
 if TYPE_CHECKING:  # torch takes seconds to load
-    import numpy as np
     import torch
 
     from latentsync.checkpoints import Checkpoint, Models
-    from latentsync.pipeline import Settings
     from optim.accelerate import Plan
     from optim.monitor import History, Monitor
 
@@ -43,9 +42,6 @@ WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cance
 STAGES = ("faces", "mouths", "writing")  # latentsync.pipeline.STAGES, which would import torch
 IDLE_SECONDS = 600.0  # without a job, until the model is let go
 KEPT_JOBS = 50  # finished ones that a visitor finds in the list
-PREVIEW_SECONDS = 10  # of the result that can be played before it is done
-PREVIEW_PIXELS = 480  # the shorter side of what is shown before it is done
-PICTURE_INTERVAL = 1.0  # seconds between two preview pictures
 TIMELINE_POINTS = 300
 LIVE_SECONDS = 120.0  # of the curves of the machine
 
@@ -77,7 +73,7 @@ class Cancelled(Exception):
     """Raised inside a run that is to end and leave nothing."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request on its way. Written by the worker's thread, read by all."""
 
@@ -174,124 +170,6 @@ def device_words(device: "torch.device") -> str:
     return f"{' '.join(words[1:-1]) or words[0]}, {os.cpu_count()} cores"
 
 
-class Speeds:
-    """How fast this machine has been, in a small file: seconds a frame by model, device and what a frame costs."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with suppress(OSError, ValueError):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            self._known: dict[str, dict[str, float]] = found if isinstance(found, dict) else {}
-        if not hasattr(self, "_known"):
-            self._known = {}
-
-    @staticmethod
-    def work(settings: "Settings") -> float:
-        """What denoising a frame costs, in full unguided passes; shallow ones take a ninth (README, Speed)."""
-        sides = 2 if settings.guidance_scale > 1 else 1
-        if settings.cache is None or settings.cache.interval < 2:
-            return sides * settings.steps
-        full = math.ceil(settings.steps / settings.cache.interval)
-        return sides * full + (settings.steps - full) / 9 * (sides if settings.cache.guided else 1)
-
-    def estimate(self, place: str, settings: "Settings", frames: int) -> tuple[float, bool] | None:
-        """Seconds for so many frames, and whether that was measured with these settings; None where nothing was.
-
-        With other settings, the time is scaled by the work of the nearest that were.
-        """
-        known = {float(work): seconds for work, seconds in self._known.get(place, {}).items()}
-        if not known:
-            return None
-        work = round(self.work(settings), 2)
-        nearest = min(known, key=lambda other: abs(math.log(other / work)))
-        return frames * known[nearest] * work / nearest, nearest == work
-
-    def record(self, place: str, settings: "Settings", frames: int, seconds: float) -> None:
-        """Remember a job; the newest of its kind counts."""
-        self._known.setdefault(place, {})[str(round(self.work(settings), 2))] = seconds / frames
-        with suppress(OSError):  # a full disk costs the memory, not the job
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._known, indent=1), encoding="utf-8")
-            os.replace(partial, self.path)
-
-
-class Preview:
-    """Looks at finished frames in a thread of its own: a picture now and then, and the first seconds as a video.
-
-    The video is in fragments, each playable as soon as it is there.
-    """
-
-    def __init__(self, job: Job):
-        self._job = job
-        self._taken = 0
-        self._due = 0.0
-        self._given: queue.Queue = queue.Queue(2 * FPS)
-        self._thread = threading.Thread(target=self._work, name="preview", daemon=True)
-        self._thread.start()
-
-    def __call__(self, frame: "np.ndarray") -> None:
-        """Take a frame, if it is wanted; costs the run no more than that. frame: uint8 (H, W, 3)."""
-        self._taken += 1
-        now = time.monotonic()
-        in_video, in_picture = self._taken <= PREVIEW_SECONDS * FPS, now >= self._due
-        if in_picture:
-            self._due = now + PICTURE_INTERVAL
-        if in_video:
-            self._given.put((frame, True, in_picture))
-        elif in_picture:
-            with suppress(queue.Full):
-                self._given.put_nowait((frame, False, True))
-
-    def close(self) -> None:
-        self._given.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        writer = None
-        try:
-            writer = self._show()
-        except Exception:  # whatever a preview cannot do, the job can
-            traceback.print_exc()
-            while self._given.get() is not None:
-                pass
-        finally:
-            if writer is not None:
-                writer.close()
-
-    def _show(self) -> Any:
-        import cv2
-        import imageio_ffmpeg
-
-        job, writer, written = self._job, None, 0
-        size = None
-        while (item := self._given.get()) is not None:
-            frame, in_video, in_picture = item
-            if size is None:
-                height, width = frame.shape[:2]
-                scale = min(1.0, PREVIEW_PIXELS / min(height, width))
-                size = 2 * max(1, round(width * scale / 2)), 2 * max(1, round(height * scale / 2))
-                writer = imageio_ffmpeg.write_frames(
-                    str(job.first), size, fps=FPS, quality=None, macro_block_size=2, codec="libx264",
-                    audio_path=str(job.request.audio), audio_codec="aac", ffmpeg_log_level="error",
-                    output_params=["-preset", "ultrafast", "-crf", "23", "-g", str(FPS), "-shortest",
-                                   "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"],
-                )  # fmt: skip
-                writer.send(None)
-            small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-            if in_video:
-                writer.send(small)
-                written += 1
-                # A fragment is written when the next one begins, and the encoder looks ahead.
-                job.playable = max(0, written // FPS - 1) if written < PREVIEW_SECONDS * FPS else PREVIEW_SECONDS
-                if written == PREVIEW_SECONDS * FPS:
-                    writer.close()
-            if in_picture:
-                _, jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
-                job.picture, job.pictures = jpeg.tobytes(), job.pictures + 1
-        return writer
-
-
 @contextmanager
 def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]:
     """On a processor, ask `check` in the middle of passes too, which may take many seconds; what it raises ends them.
@@ -346,9 +224,7 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
     models = load_models(resolve(model, device), device, dtype)
     plan = make_plan(request, models.resolution, device)
     accelerate(models, plan, log)
-    report = lipsync(
-        request.video, request.audio, output, models, plan.settings, relieve=reliever(models, plan, log)
-    )
+    report = lipsync(request.video, request.audio, output, models, plan.settings, relieve=reliever(models, plan, log))
     return report.as_dict() | {"level": plan.level.name, "position": plan.level.position, "step_downs": []}
 
 
@@ -503,17 +379,17 @@ class Worker:
     def find(self, job_id: str, visitor: str) -> Job:
         """A visitor's own job. Raises UserError, the same for another's as for one that there is not."""
         job = self._jobs.get(job_id)
-        if job is None or not secrets.compare_digest(job.visitor.encode(), visitor.encode()):
+        if job is None or not _same(job.visitor, visitor):
             raise UserError(f"There is no job '{job_id}' of yours: it may have been removed.")
         return job
 
     def by_key(self, key: str) -> Job | None:
         """The job that a key opens."""
-        return next((job for job in list(self._jobs.values()) if secrets.compare_digest(job.key, key)), None)
+        return next((job for job in list(self._jobs.values()) if _same(job.key, key)), None)
 
     def jobs_of(self, visitor: str) -> list[Job]:
         """A visitor's jobs, the newest first."""
-        own = [job for job in list(self._jobs.values()) if secrets.compare_digest(job.visitor, visitor)]
+        own = [job for job in list(self._jobs.values()) if _same(job.visitor, visitor)]
         return own[::-1][:KEPT_JOBS]
 
     def place(self, job: Job) -> int | None:
@@ -882,6 +758,11 @@ def in_words(seconds: float) -> str:
     if seconds < 5400:
         return f"{round(seconds / 60)} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def _same(ours: str, given: str) -> bool:
+    """Compared so that the time it takes tells nothing."""
+    return secrets.compare_digest(ours.encode(), given.encode())
 
 
 def _suffix(name: str) -> str:
