@@ -5,6 +5,7 @@ Every action is an endpoint with a name, for `gradio_client` as for the page's o
 """
 
 import argparse
+import atexit
 import html
 import os
 import secrets
@@ -24,6 +25,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no file and no wor
 OWN_TEMP = None if "GRADIO_TEMP_DIR" in os.environ else tempfile.mkdtemp(prefix="latentsync-page-")
 if OWN_TEMP:
     os.environ["GRADIO_TEMP_DIR"] = OWN_TEMP
+    atexit.register(shutil.rmtree, OWN_TEMP, ignore_errors=True)
 
 import gradio as gr  # noqa: E402
 from starlette.requests import Request as WebRequest  # noqa: E402

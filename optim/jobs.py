@@ -366,7 +366,7 @@ class Worker:
         if now - self._seen_at > 0.5:  # for all who look within it
             self._seen_at, self._seen = now, self.monitor.snapshot(LIVE_SECONDS)
         history = self._seen
-        new = int((history.time <= since).sum())
+        new = int((history.time.round(2) <= since).sum())  # rounded as it is given away
         begin = history.time[0] if len(history.time) else 0.0
         sizes = {f"GPU {gpu.index}" if len(history.gpus) > 1 else "GPU": gpu.memory_total for gpu in history.gpus}
         return {

@@ -69,6 +69,19 @@ def test_a_job_is_done_and_told(worker, talking, voice):
     assert "for this clip" in worker.describe(job.request, 10) and "about" in worker.describe(job.request, 10)
 
 
+def test_the_curves_are_given_point_by_point(worker):
+    until(lambda: len(worker.live()["time"]) >= 3)
+    times, since = [], 0.0
+    for _ in range(5):
+        worker._seen_at = 0  # ask the monitor anew
+        live = worker.live(since)
+        assert all(len(values) == len(live["time"]) for values in live["curves"].values())
+        times += live["time"]
+        since = times[-1]
+        time.sleep(0.4)
+    assert times == sorted(set(times)) and all(after - before > 0.5 for before, after in zip(times, times[1:], strict=False))
+
+
 def test_a_running_job_is_cancelled_within_a_second(worker, talking, long_voice):
     job = worker.submit(Request(talking, long_voice), ME)
     until(lambda: job.part > 0)
