@@ -79,7 +79,8 @@ def test_the_curves_are_given_point_by_point(worker):
         times += live["time"]
         since = times[-1]
         time.sleep(0.4)
-    assert times == sorted(set(times)) and all(after - before > 0.5 for before, after in zip(times, times[1:], strict=False))
+    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    assert len(gaps) >= 2 and min(gaps) > 0.5
 
 
 def test_a_running_job_is_cancelled_within_a_second(worker, talking, long_voice):
