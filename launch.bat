@@ -37,16 +37,13 @@ exit /b 0
 if "%COMMAND%"=="-h" goto help
 if "%COMMAND%"=="--help" goto help
 :app
-if exist "%ROOT%\app.py" goto app_start
-echo The web page is not in this version: use launch.bat sync VIDEO AUDIO -o OUT.mp4, or launch.bat demo.>&2
-rem Without an argument the script was probably started by a double click: keep the window open.
-if not defined COMMAND pause
-exit /b 2
-:app_start
 call :install
 if errorlevel 1 goto stop
 "%VPY%" "%ROOT%\app.py" %REST%
-exit /b %ERRORLEVEL%
+if not errorlevel 1 exit /b 0
+rem Without an argument the script was probably started by a double click: keep the window open.
+if not defined COMMAND pause
+exit /b 2
 
 :sync
 set REST=%REST:*sync=%

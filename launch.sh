@@ -122,9 +122,6 @@ case $command in
         help
         ;;
     "" | -*)
-        if [ ! -f "$here/app.py" ]; then
-            fail "The web page is not in this version: use ./launch.sh sync VIDEO AUDIO -o OUT.mp4, or ./launch.sh demo."
-        fi
         install "$here/requirements.txt" installed
         exec "$python" "$here/app.py" "$@"
         ;;

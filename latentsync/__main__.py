@@ -42,6 +42,10 @@ def parser() -> argparse.ArgumentParser:
         "--guidance", type=between(float, 0, 10), default=1.5, help="lip strength, 1 (off) to 3 (default 1.5)"
     )
     found.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=1247, help="default 1247")
+    found.add_argument(
+        "--face", choices=("largest", "left", "right", "centre"), default="largest",
+        help="which one, where several are seen (default largest)",
+    )  # fmt: skip
     found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     found.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
     found.add_argument("--version", action="version", version=__version__)
@@ -202,7 +206,7 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     print(f"model {models.name}, {models.resolution} px, on {device}", file=sys.stderr)
     if checkpoint.remark:
         print(checkpoint.remark, file=sys.stderr)
-    settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed)
+    settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed, face=args.face)
     bars = Bars() if sys.stderr.isatty() else Lines()
     try:
         with prepare(args, models, settings, sound.duration) as job:

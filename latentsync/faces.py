@@ -69,6 +69,7 @@ SMOOTHING = 4  # frames that are looked at to either side
 SMOOTHING_SIGMA = 2.0  # frames
 STILL = 0.005  # face sizes: points that differ by much more are motion, not tremble, and are kept
 STILL_PIXELS = 0.4  # the same for small faces
+WHICH = ("largest", "left", "right", "centre")  # faces to choose from where there are several
 JUMP = 0.3  # face sizes from one frame to the next: no smoothing across
 
 
@@ -151,12 +152,13 @@ def mouth_opening(landmarks: np.ndarray) -> float:
 
 
 def track_faces(
-    frames: Iterable[np.ndarray], landmarkers: int | None = None
+    frames: Iterable[np.ndarray], landmarkers: int | None = None, which: str = "largest"
 ) -> Iterator[tuple[np.ndarray, Face | None]]:
     """Follow one face, the largest when it first appears, and yield every frame with it.
 
     frames: uint8 RGB (H, W, 3), all of one size. At most 12 are held at a time, and one more for every landmarker
-    that works ahead. landmarkers: how many of them work; by default as the processor's cores allow.
+    that works ahead. landmarkers: how many of them work; by default as the processor's cores allow. which: one of
+    WHICH, the face to follow where several are seen when it first appears; the sides are those of the picture.
     The face is None where none is usable: not found, turned more than 60 degrees away, or with the mouth
     outside the picture. Another face does not take over until the followed one has been gone for a second
     or the shot has changed.
@@ -171,7 +173,7 @@ def track_faces(
         landmarker = open_now.enter_context(_landmarker())
         others = [open_now.enter_context(_landmarker()) for _ in range(landmarkers if landmarkers > 1 else 0)]
         searched = open_now.enter_context(closing(_SearchedAhead(frames, others)))
-        for slot in _follow(searched, landmarker):
+        for slot in _follow(searched, landmarker, which):
             line.append(slot)
             if len(line) - current > reach:
                 yield _finish(line, current)
@@ -295,7 +297,7 @@ class _SearchedAhead:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker) -> Iterator[_Slot]:
+def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> Iterator[_Slot]:
     """Every frame with the sighting of the followed face.
 
     Frames without a face wait up to SEARCH_INTERVAL frames: a face that the next search finds was often
@@ -320,7 +322,7 @@ def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker) -> Iterator[_Slo
             if missing > PATIENCE:
                 followed = None
             thorough = missing % SEARCH_INTERVAL == 1
-            found = _search(landmarker, frame, followed, NEAR + missing * DRIFT, thorough)
+            found = _search(landmarker, frame, followed, NEAR + missing * DRIFT, thorough, which)
             if found is not None:
                 # Seen again from a crop of its own, so that its points do not depend on how it was found.
                 region = _region(found, None)
@@ -408,13 +410,16 @@ def _resembles(seen: _Sighting, face: _Sighting, reach: float) -> bool:
 
 
 def _search(
-    landmarker: FaceLandmarker, frame: np.ndarray, lost: _Sighting | None, reach: float, thorough: bool
+    landmarker: FaceLandmarker, frame: np.ndarray, lost: _Sighting | None, reach: float, thorough: bool, which: str
 ) -> _Sighting | None:
-    """The largest face of the whole frame; of those within `reach` sizes of the `lost` one if there is one.
+    """The largest face of the whole frame, or what `which` says; of those within `reach` sizes of the `lost` one, the
+    largest, if there is one.
 
     `thorough` also searches crops of the frame, larger ones first, for faces that are small in it.
     """
     height, width = frame.shape[:2]
+    which = "largest" if lost is not None else which
+    seen = []
     for share in (None, *TILES) if thorough else (None,):
         if share is None:
             corners, side = [(0, 0)], max(width, height)
@@ -423,14 +428,24 @@ def _search(
             corners = [(x, y) for y in _starts(height, side) for x in _starts(width, side)]
         if side < MIN_TILE:
             break
-        seen = []
         for x, y in corners:
             seen += _detect(landmarker, frame, x, y, x + side, y + side, TILE_PIXELS)
         if lost is not None:
             seen = [s for s in seen if _resembles(s, lost, reach)]
-        if seen:
-            return max(seen, key=lambda s: s.size)
-    return None
+        if seen and which == "largest":  # a smaller crop shows no larger one
+            break
+    return _choose(seen, which, width) if seen else None
+
+
+def _choose(seen: list[_Sighting], which: str, width: int) -> _Sighting:
+    """The one of several faces that `which` of WHICH means, in a picture of that width."""
+    ranks = {
+        "largest": lambda s: -s.size,
+        "left": lambda s: s.centre[0],
+        "right": lambda s: -s.centre[0],
+        "centre": lambda s: abs(s.centre[0] - width / 2),
+    }
+    return min(seen, key=ranks[which])
 
 
 def _starts(length: int, side: int) -> list[int]:

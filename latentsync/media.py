@@ -57,6 +57,8 @@ COPIED_AUDIO = {  # codecs that go into the container as they are
     "matroska": {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac", "vorbis", "dts", "mp2", "truehd",
                  "wavpack", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le"},
 }  # fmt: skip
+# Demuxers of files that only name other files: whoever sends one could have us read what is not theirs to read.
+PLAYLISTS = {"applehttp", "avisynth", "concat", "dash", "hls", "imf", "rtsp", "sdp", "vapoursynth"}
 LOSSLESS_AUDIO = {"flac", "alac", "wavpack", "tta", "ape", "tak", "shorten", "truehd", "mlp", "als",
                   "wmalossless"}  # fmt: skip
 AAC_BITRATE = "256k"
@@ -180,6 +182,8 @@ def _header(path: Path, text: str, kind: str) -> str:
         r"^Input #0, (?!tty).*?(?=^Stream mapping:|^Output #|\Z)", text, re.MULTILINE | re.DOTALL
     )
     if match:
+        if PLAYLISTS & set(re.match(r"Input #0, (.*?), from", match[0])[1].split(",")):
+            raise UserError(f"{path} is a playlist that names other files; give a {kind} file itself.")
         return match[0]
     with open(path, "rb") as file:
         box = file.read(8)[4:]
@@ -551,9 +555,9 @@ class VideoWriter:
 
     H.264, 8-bit yuv420p, with the matrix, range and colour tags of `info`. An odd side grows by one repeated
     line. Sound that the container takes is copied as it is, lossless sound is stored losslessly, and the rest
-    becomes AAC at 256 kbit/s; its first sample is at the time of the first frame. The file appears under its
-    name when the block ends well; when it does not, nothing is left of it. Raises UserError where the file
-    cannot be written.
+    becomes AAC at 256 kbit/s; its first sample is at the time of the first frame. The file says in its metadata that
+    it is synthetic (COMMENT). It appears under its name when the block ends well; when it does not, nothing is left of
+    it. Raises UserError where the file cannot be written.
     """
 
     def __init__(
@@ -566,6 +570,7 @@ class VideoWriter:
         self.path = check_output(path, (info.path,) if audio is None else (info.path, audio))
         self.info = info
         self.frames = 0  # written so far
+        self.cut = False  # the sound is to end with the frames, where these are fewer than it lasts
         self._arguments = self._encoding(None if audio is None else probe_audio(audio), crf)
         name = f".latentsync-{uuid.uuid4().hex[:12]}{self.path.suffix}"
         self._partial = self.path.absolute().with_name(name)
@@ -630,12 +635,32 @@ class VideoWriter:
             f"{self.path} could not be written ({said}); free some space or choose another name."
         )
 
+    def _cut_sound(self) -> None:
+        """Let the finished file end with its last frame, to a packet of the sound."""
+        whole = self._partial.with_stem(f"{self._partial.stem}-whole")
+        os.replace(self._partial, whole)
+        container = SUFFIXES[self.path.suffix.lower()]
+        arguments = [
+            *("-loglevel", "error", "-nostats", "-y", *_input(whole), "-t", f"{self.frames / FPS:.3f}"),
+            *("-map", "0", "-c", "copy", "-map_metadata", "0"),
+            *(() if container == "matroska" else ("-movflags", "+faststart")),
+            *("-f", container, _url(self._partial)),
+        ]
+        try:
+            with _ffmpeg(arguments) as (process, self._log):
+                if process.wait() != 0:
+                    raise self._failure()
+        finally:
+            whole.unlink(missing_ok=True)
+
     def __exit__(self, kind, error, trace) -> None:
         try:
             if kind is None:
                 self._process.stdin.close()
                 if self._process.wait() != 0:
                     raise self._failure()
+                if self.cut:
+                    self._cut_sound()
                 try:
                     os.replace(self._partial, self.path)
                 except OSError as failed:  # Windows: another program has the old file open

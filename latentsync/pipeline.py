@@ -26,7 +26,7 @@ from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints import Models
 from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
 from latentsync.errors import UserError
-from latentsync.faces import Face, track_faces
+from latentsync.faces import WHICH, Face, track_faces
 from latentsync.media import (
     CRF,
     VideoWriter,
@@ -59,6 +59,10 @@ END = object()
 Progress = Callable[[str, int, int], None]
 
 
+class Enough(Exception):
+    """For a callback of `lipsync` to raise: end the run here, and keep what is finished as a video of its own."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run is asked for."""
@@ -70,8 +74,11 @@ class Settings:
     frames_per_pass: int = 16  # frames that go through the autoencoder together, from 1
     cache: DeepCache | None = None
     crf: float = CRF  # x264's, of the output
+    face: str = "largest"  # one of `faces.WHICH`
 
     def __post_init__(self) -> None:
+        if self.face not in WHICH:
+            raise UserError(f"There is no face '{self.face}' to choose: give one of {', '.join(WHICH)}.")
         for name in ("windows_per_pass", "frames_per_pass"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)} is not possible: give a number from 1.")
@@ -105,6 +112,7 @@ class Report:
     dtype: str
     frames: int = 0
     frames_without_face: int = 0
+    ended_early: bool = False  # by `Enough`
     seconds: dict[str, float] = field(default_factory=dict)  # each stage was busy; they overlap
     waiting: dict[str, float] = field(default_factory=dict)  # seconds that others waited for this stage's thread
     total_seconds: float = 0.0
@@ -470,14 +478,16 @@ def lipsync(
     settings: Settings | None = None,
     on_progress: Progress | None = None,
     relieve: Callable[[], Settings | None] | None = None,
+    on_frame: Callable[[np.ndarray], None] | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
     It lasts as long as the sound, ceil(seconds × 25) frames; a shorter video is played forward and backward.
     on_progress(stage, frames done, frames in all) is called as the stages of STAGES advance, and at every
     denoising step, in the caller's thread; what it raises stops the run. relieve() is called when the device's memory
-    ran out, and gives settings to go on with that need less, or None to give up. Whatever ends a run early, no part
-    of the output is left, and no thread.
+    ran out, and gives settings to go on with that need less, or None to give up. on_frame(frame) is called with every
+    finished frame, uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a run
+    early, no part of the output is left, and no thread; but after `Enough` the finished frames are, with their sound.
     Raises UserError where the files cannot be used, or the video never shows a usable face.
     """
     settings = settings or Settings()
@@ -517,13 +527,22 @@ def lipsync(
         closing(Behind(write, settings.frames_behind, "writing")) as writing,
         closing(generate(frames, wav, models, settings, total, looped, clock, progress, relieve)) as shots,
     ):
-        for shot in shots:
-            report.frames += 1
-            report.frames_without_face += shot.crop is None
-            with clock.charge(clock.waiting, "writing"):
-                writing.give(shot.frame)
-            tell_written()
-        if report.frames_without_face == report.frames:
+        try:
+            for shot in shots:
+                with clock.charge(clock.waiting, "writing"):
+                    writing.give(shot.frame)
+                report.frames += 1
+                report.frames_without_face += shot.crop is None
+                if on_frame:
+                    on_frame(shot.frame)
+                tell_written()
+        except Enough:
+            if not report.frames:
+                raise
+            shots.close()  # lets go of what is under way, while the encoder catches up
+            report.ended_early = writer.cut = True
+            on_progress = None
+        if report.frames_without_face == report.frames and not report.ended_early:
             raise UserError(
                 f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
                 "the front, with the whole mouth in the picture."
@@ -577,7 +596,7 @@ def generate(
             closing(ahead(clock.time(frames, "reading"), DECODED_AHEAD, "reading")) as decoded,
         ):
             shown = clock.wait(decoded, "reading")
-            followed = clock.time(track_faces(first_time(shown, most, again)), "faces")
+            followed = clock.time(track_faces(first_time(shown, most, again), which=settings.face), "faces")
             with closing(ahead(followed, TRACKED_AHEAD, "faces")) as tracked:
                 faces, tokens = clock.wait(tracked, "faces"), clock.wait(tokens, "sound")
                 yield from clock.time(align(faces, tokens, models.resolution, most, chain(again, shown)), "crops")

@@ -15,8 +15,16 @@ from latentsync.pipeline import Settings
 from optim.compilation import compile_network, restore, say, use_cache_folder
 from optim.fused import fuse, unfuse
 from optim.graphs import capture, release
-from optim.hardware import GIB, BatchSizes, Gpu, apply_vram_fraction, batch_sizes
-from optim.levels import STOPS, Level, steps_for
+from optim.hardware import (
+    GIB,
+    BatchSizes,
+    Gpu,
+    apply_vram_fraction,
+    batch_sizes,
+    read_gpus,
+    recommended_level,
+)
+from optim.levels import STOPS, Level, find_level, override, steps_for
 
 # Four faces at a time were as fast as 16 on two cores, with 0.3 GB less.
 CPU_BATCH = BatchSizes(frames=4, windows=1, tiling=False, planned=0, allowed=0)
@@ -39,6 +47,25 @@ def make_plan(level: Level, asked: Settings, resolution: int, gpu: Gpu | None) -
     """
     batch = batch_sizes(gpu, resolution, level) if gpu else CPU_BATCH
     return Plan(level, batch, _settings(level, batch, asked))
+
+
+def plan_as_asked(
+    device: torch.device,
+    resolution: int,
+    asked: Settings,
+    level: str = "auto",
+    batch: int | None = None,
+    **overrides: object,
+) -> Plan:
+    """The plan for a device: level as users name it, or `auto` for what suits the device; overrides: of single settings
+    of the level; batch: frames that go through the autoencoder together. Raises UserError."""
+    gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
+    chosen = recommended_level(gpu) if level == "auto" else find_level(level)
+    plan = make_plan(override(chosen, **overrides), asked, resolution, gpu)
+    if batch:
+        settings = replace(plan.settings, frames_per_pass=batch)
+        plan = replace(plan, batch=replace(plan.batch, frames=batch), settings=settings)
+    return plan
 
 
 def _settings(level: Level, batch: BatchSizes, asked: Settings) -> Settings:
@@ -81,18 +108,18 @@ def accelerate(
     if level.graphs and on_gpu and not compiled:
         capture(models.unet)
     (models.vae.enable_tiling if plan.batch.tiling else models.vae.disable_tiling)()
-    say(describe(plan, models) + (", compiled" if compiled else ""))
+    say(describe(plan, models.device) + (", compiled" if compiled else ""))
     return models
 
 
-def describe(plan: Plan, models: Models) -> str:
-    """The plan in one line, as it is carried out on the models' device."""
+def describe(plan: Plan, device: torch.device) -> str:
+    """The plan in one line, as it is carried out on a device."""
     level, settings, cache = plan.level, plan.settings, plan.settings.cache
     parts = [f"{settings.steps} steps"]
     if cache and cache.interval > 1:
         half = "" if cache.guided or settings.guidance_scale <= 1 else ", guidance in full passes only"
         parts.append(f"DeepCache every {cache.interval} steps (branch {cache.branch}{half})")
-    if models.device.type == "cuda":
+    if device.type == "cuda":
         parts += [name for name, on in (
             ("TF32", level.tf32), ("fused kernels", level.fused), ("CUDA graphs", level.graphs),
             ("VAE in tiles", plan.batch.tiling),

@@ -8,17 +8,22 @@ Exits with 0 if there is nothing to improve, else with 1.
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pynvml
 import torch
 
 from optim.hardware import GIB, ask, batch_sizes, nvml_gpus, nvml_session
 from optim.levels import CONSERVATIVE
-from optim.monitor import GpuProcess, other_processes, read_slowdowns
+from optim.monitor import GpuProcess, History, other_processes, read_slowdowns
+
+if TYPE_CHECKING:
+    from latentsync.pipeline import Report
+    from optim.accelerate import Plan
 
 DRIVER = 545  # the oldest NVIDIA driver to recommend
 OTHERS_BYTES, OTHERS_SHARE = 10**9, 0.05  # what others may hold of a card: the larger of these
@@ -294,6 +299,34 @@ def quality_advice(run: RunFacts) -> Iterator[Advice]:
 def advise_run(run: RunFacts) -> list[Advice]:
     """All advice on a finished run, the most serious first."""
     return _by_severity([*slow_advice(run), *memory_advice(run), *quality_advice(run)])
+
+
+def advise_report(
+    report: "Report", plan: "Plan", step_downs: Sequence[str] = (), history: History | None = None
+) -> list[Advice]:
+    """The advice on what `latentsync.pipeline.lipsync` reports of a run by a plan; history: of the machine then."""
+    cache = plan.settings.cache
+    utilization, slowdowns = None, 0
+    gpus = history.gpus if history else ()
+    if gpus and np.isfinite(gpus[0].utilization).any():
+        utilization = float(np.nanmean(gpus[0].utilization))
+        for bits in gpus[0].slowdowns[np.isfinite(gpus[0].slowdowns)]:
+            slowdowns |= int(bits)
+    return advise_run(
+        RunFacts(
+            frames=report.frames,
+            seconds=report.total_seconds,
+            resolution=report.resolution,
+            steps=plan.settings.steps,
+            device=report.device,
+            position=plan.level.position,
+            cache_interval=cache.interval if cache else 1,
+            frames_without_face=report.frames_without_face,
+            utilization=utilization,
+            slowdowns=slowdowns,
+            step_downs=tuple(step_downs),
+        )
+    )
 
 
 def _by_severity(found: list[Advice]) -> list[Advice]:

@@ -97,10 +97,12 @@ class Monitor:
         with self._lock:
             self._marks.append((time.monotonic() - self._began, text))
 
-    def snapshot(self) -> History:
-        """A copy of what is held, for drawing; may be called at any time from any thread."""
+    def snapshot(self, seconds: float | None = None) -> History:
+        """A copy of what is held, or of its last seconds, for drawing; may be called at any time from any thread."""
+        last = None if seconds is None else max(1, round(seconds * self._rate))
         with self._lock:
             rows, marks, gpus = list(self._rows), tuple(self._marks), list(self._gpus)
+        rows = rows if last is None else rows[-last:]
         columns = np.array(rows, dtype=np.float64).reshape(len(rows), 3 + SERIES * len(gpus)).T.copy()
         histories = [GpuHistory(*gpu, *columns[3 + SERIES * i :][:SERIES]) for i, gpu in enumerate(gpus)]
         return History(*columns[:3], psutil.virtual_memory().total, tuple(histories), marks)

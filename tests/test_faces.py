@@ -210,3 +210,11 @@ def test_a_still_face_is_searched_once_a_frame(portrait, monkeypatch):
     assert all(face for _, face in track_faces(iter(frames), landmarkers=2))
     here = threading.current_thread()
     assert len(calls) <= len(frames) + 4 and sum(thread is not here for thread in calls) >= 8
+
+
+@pytest.mark.parametrize("which, at", [("largest", 220), ("left", 20), ("right", 460), ("centre", 220)])
+def test_the_face_that_was_asked_for_is_followed(portrait, which, at):
+    scene = put(put(put(room(), portrait, 20, 60, 0.6), portrait, 220, 50), portrait, 460, 60, 0.6)
+    width = portrait.shape[1] * (1 if at == 220 else 0.6)
+    for _, face in track_faces(iter([scene] * 3), which=which):
+        assert at < middle(face) < at + width

@@ -98,16 +98,9 @@ def test_unknown_command_is_named(copy):
     assert "snyc" in result.stderr
 
 
-def test_without_the_page_the_start_says_what_to_use(copy):
-    result = copy.start("--share")
-    assert result.returncode == 2
-    assert "sync VIDEO AUDIO" in result.stderr
-
-
 def test_the_page_gets_its_options(with_python):
-    (with_python.root / "app.py").touch()
-    assert with_python.start("--share", "--port", "80").returncode == 0
-    assert with_python.calls()[-1].endswith("app.py --share --port 80")
+    assert with_python.start("--share", "--server-port", "80").returncode == 0
+    assert with_python.calls()[-1].endswith("app.py --share --server-port 80")
 
 
 def test_no_python_is_one_sentence(copy):

@@ -540,3 +540,14 @@ def test_errors_of_ffmpeg_never_stall_a_reader(tmp_path):
         data[at] ^= 255
     path.write_bytes(data)
     assert sum(1 for _ in read_frames(probe_video(path))) > 0
+
+
+@pytest.mark.parametrize("probe, kind", [(probe_video, "video"), (probe_audio, "sound")])
+def test_a_playlist_is_refused_since_it_names_files_of_others(tmp_path, probe, kind):
+    whole = make_video(tmp_path / "whole.mp4", sound="sine")
+    stream = make_video(tmp_path / "stream.ts", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "aac", sound="sine")
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\n{stream}\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile {whole.name}\n")
+    for name in ("list.m3u8", "list.mp4"):
+        with pytest.raises(UserError, match="is a playlist"):
+            probe(tmp_path / name)

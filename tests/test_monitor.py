@@ -30,6 +30,13 @@ def test_processor_and_memory_are_sampled_where_there_is_no_gpu():
     assert np.all(np.diff(history.time) > 0.05)
 
 
+def test_the_last_seconds_are_to_be_had_alone():
+    with Monitor(rate=10, nvml=NO_GPU) as monitor:
+        wait_for(lambda: len(monitor.snapshot().time) >= 5)
+    whole, last = monitor.snapshot(), monitor.snapshot(seconds=0.3)
+    assert np.array_equal(last.time, whole.time[-3:]) and len(last.cpu) == 3
+
+
 def test_every_gpu_is_sampled_in_its_units():
     nvml = FakeNvml([Card(used=3 * GIB, slow=0x40), card_of(8)])
     with Monitor(rate=10, nvml=nvml) as monitor:

@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from clips import make_sound
 from conftest import SIDE, portrait
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
@@ -18,12 +19,13 @@ from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints import load_models, resolve
 from latentsync.compositing import match_colours, paste_face
 from latentsync.errors import UserError
-from latentsync.media import VideoWriter, probe_video, read_frames
+from latentsync.media import COMMENT, VideoWriter, probe_audio, probe_video, read_frames
 from latentsync.overlap import ahead
 from latentsync.pipeline import (
     DECODED_AHEAD,
     STAGES,
     WINDOW,
+    Enough,
     Painter,
     Settings,
     Shot,
@@ -429,6 +431,51 @@ def test_an_exception_from_the_progress_stops_the_run_and_leaves_nothing(models,
     assert time.monotonic() - stopped[0] < 3  # a second on an idle machine
     assert os.listdir(tmp_path) == []
     assert threading.enumerate() == before
+
+
+@pytest.mark.parametrize("where", ["progress", "frame"])
+def test_a_run_that_has_enough_keeps_its_finished_part_with_the_sound_up_to_there(models, talking, tmp_path, where):
+    sound, output = make_sound(tmp_path / "long.wav", seconds=4), tmp_path / "out.mp4"
+    seen = []
+
+    def progress(stage, done, _):
+        if where == "progress" and stage == "mouths" and done == 40:
+            raise Enough
+
+    def on_frame(frame):
+        seen.append(frame.shape)
+        if where == "frame" and len(seen) == 30:
+            raise Enough
+
+    threads = threading.active_count()
+    report = lipsync(talking, sound, output, models, Settings(steps=1), progress, on_frame=on_frame)
+    assert report.ended_early and set(seen) == {(SIDE, SIDE, 3)}
+    assert report.frames == len(seen) == len(list(read_frames(probe_video(output)))) < 100
+    assert abs(probe_audio(output).duration - report.frames / 25) < 0.3
+    assert COMMENT.encode() in output.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["long.wav", "out.mp4"] and threading.active_count() == threads
+
+
+def test_enough_before_the_first_frame_leaves_nothing(models, talking, voice, tmp_path):
+    def progress(*_):
+        raise Enough
+
+    with pytest.raises(Enough):
+        lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1), progress)
+    assert os.listdir(tmp_path) == []
+
+
+def test_frames_are_shown_in_order_as_they_are_written(models, talking, voice, tmp_path):
+    seen = []
+    settings = Settings(steps=1, crf=1)
+    lipsync(talking, voice, tmp_path / "out.mkv", models, settings, on_frame=lambda frame: seen.append(frame.copy()))
+    written = np.stack(list(read_frames(probe_video(tmp_path / "out.mkv"))))
+    assert len(seen) == len(written) and psnr(np.stack(seen), written) > 35
+
+
+def test_a_face_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match="largest, left, right, centre"):
+        Settings(face="pretty")
 
 
 def test_an_encoder_that_dies_stops_the_run_and_leaves_nothing(models, talking, voice, tmp_path, monkeypatch):

@@ -1,0 +1,639 @@
+"""The page: `python app.py` opens it. Inputs and buttons are Gradio's; what moves is drawn by assets/page.js.
+
+Jobs run in `optim.jobs.Worker`, a thread beside the server. torch is not imported before the page is shown.
+Every action is an endpoint with a name, for `gradio_client` as for the page's own script (README, The page).
+"""
+
+import argparse
+import atexit
+import html
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no file and no word leaves the machine
+# Uploads lie in a folder of this server alone, and go with it.
+OWN_TEMP = None if "GRADIO_TEMP_DIR" in os.environ else tempfile.mkdtemp(prefix="latentsync-page-")
+if OWN_TEMP:
+    os.environ["GRADIO_TEMP_DIR"] = OWN_TEMP
+    atexit.register(shutil.rmtree, OWN_TEMP, ignore_errors=True)
+
+import gradio as gr  # noqa: E402
+from starlette.requests import Request as WebRequest  # noqa: E402
+from starlette.responses import FileResponse, PlainTextResponse, Response  # noqa: E402
+from starlette.routing import Route  # noqa: E402
+
+from latentsync import __version__  # noqa: E402
+from latentsync.errors import UserError  # noqa: E402
+from latentsync.media import probe_audio, probe_video  # noqa: E402
+from optim.jobs import Job, Request, Worker, run_alone, said  # noqa: E402
+
+try:
+    import spaces  # Hugging Face's package for ZeroGPU
+except ImportError:
+    spaces = None
+
+EXAMPLE = (ROOT / "assets" / "example" / "face.mp4", ROOT / "assets" / "example" / "speech.wav")
+STOPS = (("Conservative", 0.0), ("Balanced", 0.5), ("Aggressive", 1.0))
+MODELS = ("auto", "demo", "latentsync-1.5", "latentsync-1.6")
+AS_LEVEL = "as the level says"
+CACHES = {AS_LEVEL: "level", "off": None, "every 2nd step": 2, "every 3rd step": 3, "every 4th step": 4}
+SWITCHES = {AS_LEVEL: None, "on": True, "off": False}
+FACES = [("the largest", "largest"), ("on the left", "left"), ("on the right", "right"), ("in the centre", "centre")]
+QUALITIES = [("highest (CRF 12)", 12), ("high (CRF 16)", 16), ("good (CRF 20)", 20), ("small file (CRF 26)", 26)]
+PUBLIC_SECONDS, PUBLIC_UPLOAD, PUBLIC_HOURS = 120.0, "200mb", 24.0  # limits of a public server, unless given
+GPU_SECONDS = 240  # of ZeroGPU that a job may ask for
+LICENCES = (
+    ("demo model", "Apache-2.0; trained on GRID, CC BY 4.0", "https://zenodo.org/records/3625687"),
+    ("LatentSync 1.5", "OpenRAIL++", "https://huggingface.co/ByteDance/LatentSync-1.5"),
+    ("LatentSync 1.6", "see its page", "https://huggingface.co/ByteDance/LatentSync-1.6"),
+    ("Whisper tiny", "MIT", "https://github.com/openai/whisper"),
+    ("sd-vae-ft-mse", "MIT", "https://huggingface.co/stabilityai/sd-vae-ft-mse"),
+    (
+        "MediaPipe Face Landmarker",
+        "Apache-2.0",
+        "https://ai.google.dev/edge/mediapipe/solutions/vision/face_landmarker",
+    ),
+)
+
+HEADER = """
+<header id="top">
+  <div>
+    <h1>LatentSync</h1>
+    <p>Give a filmed face new words: a video, a voice, one button. Nothing leaves the machine it runs on.</p>
+  </div>
+  <button type="button" id="theme" aria-label="Switch between light and dark">Dark</button>
+</header>
+"""
+LIVE = """
+<section id="jobs" aria-label="Jobs and results">
+  <p id="notice" role="alert"></p>
+  <div id="empty">
+    <p class="big">The result appears here.</p>
+    <p>Drop a video and a voice, leave the slider where it is, and press the button. Or try the example.</p>
+  </div>
+  <div id="cards"></div>
+</section>
+<section id="machine" aria-label="This machine, the last two minutes">
+  <div class="row"><h2>This machine</h2><span id="load" role="status"></span></div>
+  <div id="plot" role="img" aria-label="Use of the machine over the last two minutes"></div>
+  <p id="now"></p>
+</section>
+"""
+
+
+# ---- what the endpoints do
+
+
+def own(visitor: str) -> str:
+    """A visitor's token, or a new one; short ones could be guessed. Raises UserError."""
+    visitor = (visitor or "").strip()
+    if visitor and not 22 <= len(visitor) <= 100:
+        raise UserError("A visitor's token has 22 to 100 letters: leave it empty to get one.")
+    return visitor or secrets.token_urlsafe(24)
+
+
+def uploaded(path: str | None, kind: str) -> Path:
+    """The file that an upload has become. Raises UserError for none, and for what no upload is."""
+    if not path:
+        raise UserError(f"There is no {kind} yet: drop one, or record it.")
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(os.environ["GRADIO_TEMP_DIR"])) or not real.is_file():
+        raise UserError(f"This is no uploaded {kind}: upload it first.")
+    return real
+
+
+def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Request:
+    """The request of settings in the order of `Page.settings`; models: the names that are known. Raises UserError."""
+    level, model, steps, guidance, seed, vram, batch, cache, compiled, face, crf = settings
+
+    def number(name: str, value: Any, low: float, high: float, kind: type = int) -> Any:
+        try:
+            if low <= (found := kind(value)) <= high:
+                return found
+        except (TypeError, ValueError):
+            pass
+        raise UserError(f"{name} is {value!r}: give a number from {low} to {high}.")
+
+    def one_of(name: str, value: Any, known: Any) -> Any:
+        if value not in known:
+            raise UserError(f"There is no {name} '{value}': give one of {', '.join(map(str, known))}.")
+        return value
+
+    return Request(
+        video=video,
+        audio=audio,
+        level=level if isinstance(level, str) else str(number("The level", level, 0, 1, float)),
+        model=one_of("model", model, models),
+        steps=number("The number of steps", steps, 1, 200),
+        guidance=number("The lip strength", guidance, 0, 10, float),
+        seed=number("The seed", seed, 0, 2**63 - 1),
+        vram_fraction=number("The VRAM fraction", vram, 0.1, 1, float),
+        batch=number("The batch", batch, 0, 256) or None,
+        cache=CACHES[one_of("DeepCache setting", cache, CACHES)],
+        compile=SWITCHES[one_of("compile setting", compiled, SWITCHES)],
+        face=one_of("face", face, [value for _, value in FACES]),
+        crf=number("The output quality (CRF)", crf, 0, 40, float),
+    )
+
+
+def as_settings(request: dict[str, Any]) -> list[Any]:
+    """The page's settings for a request's, in the order of `Page.settings`."""
+    named = {"conservative": 0.0, "balanced": 0.5, "aggressive": 1.0}
+    level = request["level"]
+    return [
+        named.get(level, 0.0 if level == "auto" else None) if level in (*named, "auto") else float(level),
+        request["model"], request["steps"], request["guidance"], request["seed"],
+        request["vram_fraction"] or 0.85, request["batch"] or 0,
+        next(words for words, value in CACHES.items() if value == request["cache"]),
+        next(words for words, value in SWITCHES.items() if value is request["compile"]),
+        request["face"], request["crf"],
+    ]  # fmt: skip
+
+
+def answer(act: Any) -> dict[str, Any]:
+    """What `act` returns, or {"error": sentence}."""
+    try:
+        return act()
+    except UserError as error:
+        return {"error": str(error)}
+
+
+def shown(advice: tuple[dict[str, str], ...] | list) -> str:
+    """Advice as HTML."""
+    if not advice:
+        return "<p class='quiet'>Nothing to improve.</p>"
+    return "<ul class='advice'>" + "".join(
+        f"<li class='{each['severity']}'><b>{each['severity'].capitalize()}</b> {html.escape(each['problem'])} "
+        f"<span>{html.escape(each['remedy'])}</span></li>"
+        for each in advice
+    ) + "</ul>"  # fmt: skip
+
+
+def footer(worker: Worker) -> str:
+    machine = worker.machine
+    device = f"{machine.device_name} · torch {machine.torch}" if machine else "looking at this machine …"
+    links = " · ".join(f'<a href="{url}" rel="noreferrer">{name}</a>: {licence}' for name, licence, url in LICENCES)
+    return (
+        f"<footer><p><b>LatentSync {__version__}</b> · {html.escape(device)} · code under Apache-2.0</p>"
+        f"<p>{links}</p>"
+        "<p>A face and a voice belong to a person. Use this only with the consent of the person shown and of the "
+        "person heard; do not use it to deceive, to defame or to pass for someone, and say where you publish a result "
+        "that it is synthetic. Every file written here says so in its metadata.</p></footer>"
+    )
+
+
+class Page:
+    """The Blocks, and the endpoints under their names."""
+
+    def __init__(self, worker: Worker):
+        self.worker = worker
+        with gr.Blocks(title="LatentSync", analytics_enabled=False, delete_cache=(3600, 86400)) as self.blocks:
+            self._build()
+
+    def _build(self) -> None:
+        gr.HTML(HEADER)
+        with gr.Row(elem_id="columns", equal_height=False):
+            with gr.Column(scale=5, min_width=320, elem_id="inputs"):
+                self._inputs()
+                self._advanced()
+            with gr.Column(scale=7, min_width=320, elem_id="outputs"):
+                script = (ROOT / "assets" / "page.js").read_text(encoding="utf-8")
+                live = gr.HTML(LIVE, js_on_load=script, elem_id="live")
+                with gr.Accordion("Doctor: what would make this machine faster", open=False, elem_id="doctor"):
+                    advice = gr.HTML("<p class='quiet'>Looking at this machine …</p>")
+        foot = gr.HTML(footer(self.worker))
+        self._listen(live, advice, foot)
+
+    def _inputs(self) -> None:
+        self.video = gr.Video(
+            label="Video of a face", sources=["upload", "webcam"], elem_id="video", include_audio=True,
+            webcam_options=gr.WebcamOptions(mirror=False),
+        )  # fmt: skip
+        self.audio = gr.Audio(
+            label="Voice", sources=["upload", "microphone"], type="filepath", elem_id="audio",
+        )  # fmt: skip
+        with gr.Column(elem_id="speed", variant="panel"):
+            self.level = gr.Slider(
+                0, 1, value=0, step=0.05, label="Quality or speed", elem_id="level",
+                info="From as good as it gets (0) to as fast as it gets (1).",
+            )  # fmt: skip
+            with gr.Row(elem_id="stops"):
+                self.stops = [
+                    gr.Button(name, size="sm", elem_id=f"stop-{i}", min_width=60) for i, (name, _) in enumerate(STOPS)
+                ]
+            self.line = gr.HTML(
+                "<p id='line' role='status'>Looking at this machine …</p>", elem_id="line-box", padding=False
+            )
+        self.start = gr.Button("Lip-sync", variant="primary", size="lg", elem_id="start")
+        self.example = gr.Button("Try it with the example", size="md", elem_id="example")
+
+    def _advanced(self) -> None:
+        with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+            self.model = gr.Dropdown(list(MODELS), value="auto", label="Model", elem_id="model")
+            with gr.Row():
+                self.steps = gr.Slider(
+                    4, 60, value=20, step=1, label="Inference steps", elem_id="steps",
+                    info="The level runs its share of them.",
+                )  # fmt: skip
+                self.guidance = gr.Slider(
+                    1, 3, value=1.5, step=0.1, label="Lip strength (guidance)", elem_id="guidance",
+                    info="How strongly the voice drives the mouth; 1 is fastest.",
+                )  # fmt: skip
+            with gr.Row():
+                self.face = gr.Dropdown(
+                    FACES, value="largest", label="Which face", info="Where several are seen.", elem_id="face"
+                )
+                self.crf = gr.Dropdown(
+                    QUALITIES, value=16, label="Output quality", info="Smaller numbers are larger files.", elem_id="crf"
+                )
+            with gr.Row():
+                self.seed = gr.Number(1247, precision=0, label="Seed", minimum=0, elem_id="seed")
+                self.batch = gr.Number(
+                    0, precision=0, label="Batch", minimum=0, maximum=256, elem_id="batch",
+                    info="Frames a pass; 0: what fits.",
+                )  # fmt: skip
+            with gr.Row():
+                self.cache = gr.Dropdown(list(CACHES), value=AS_LEVEL, label="DeepCache", elem_id="cache")
+                self.compile = gr.Dropdown(list(SWITCHES), value=AS_LEVEL, label="Compile", elem_id="compile")
+            self.vram = gr.Slider(
+                0.1, 1, value=0.85, step=0.05, label="VRAM fraction", elem_id="vram",
+                info="Share of the GPU's memory that may be used.",
+            )  # fmt: skip
+        self.settings = [
+            self.level, self.model, self.steps, self.guidance, self.seed, self.vram, self.batch, self.cache,
+            self.compile, self.face, self.crf,
+        ]  # fmt: skip
+
+    def _listen(self, live: gr.HTML, advice: gr.HTML, foot: gr.HTML) -> None:
+        visitor = gr.Textbox(visible=False, label="visitor", value="")
+        seconds = gr.Number(visible=False, label="seconds")
+        reply = gr.JSON(visible=False, label="reply")
+        job, keep = gr.Textbox(visible=False, label="job"), gr.Checkbox(visible=False, label="keep")
+        changes = gr.JSON(visible=False, label="settings")
+        since = gr.Number(visible=False, label="since", value=0)
+        file = gr.File(visible=False, label="file")
+        quiet = {"queue": False, "show_progress": "hidden"}
+        as_visitor = "(...given) => [...given.slice(0, -1), window.lipsync.visitor]"
+        submitting = {
+            "fn": self.submit, "inputs": [self.video, self.audio, *self.settings, visitor], "outputs": reply,
+            "js": as_visitor, **quiet,
+        }  # fmt: skip
+        told = {"fn": None, "inputs": reply, "outputs": None, "js": "(reply) => window.lipsync.told(reply)"}
+        self.start.click(**submitting, api_name="submit").then(**told)
+        self.example.click(
+            lambda: tuple(map(str, EXAMPLE)), None, [self.video, self.audio], **quiet, api_name="example"
+        ).then(**submitting, api_visibility="private").then(**told)
+
+        meaning = {"fn": self.describe, "inputs": [*self.settings, seconds], "outputs": self.line, **quiet}
+        gr.on([setting.change for setting in self.settings], **meaning, trigger_mode="always_last", api_name="describe")
+        self.audio.change(self.measure, self.audio, [seconds, reply], **quiet, api_name="measure").then(**told).then(
+            **meaning, api_visibility="private"
+        )
+        self.video.change(self.check_video, self.video, reply, **quiet, api_name="check_video").then(**told)
+        for button, (_, position) in zip(self.stops, STOPS, strict=True):
+            button.click(None, None, self.level, js=f"() => {position}")
+        live.select(self.take_settings, None, self.settings, **quiet, api_visibility="private")
+
+        self.blocks.load(
+            self.greet, None, [*self.stops, self.level, self.model, advice, foot], **quiet, api_visibility="private"
+        ).then(**meaning, api_visibility="private")
+
+        self._endpoint(self.watch, [visitor, since], reply, "watch")
+        self._endpoint(self.cancel, [job, keep, visitor], reply, "cancel")
+        self._endpoint(self.again, [job, changes, visitor], reply, "again")
+        self._endpoint(self.remove, [job, visitor], reply, "remove")
+        self._endpoint(self.result, [job, visitor], file, "result")
+        self._endpoint(self.about, [], reply, "machine")
+
+    @staticmethod
+    def _endpoint(fn: Any, inputs: list, outputs: Any, name: str) -> None:
+        gr.Button(visible=False).click(fn, inputs, outputs, api_name=name, queue=False, show_progress="hidden")
+
+    def _asked(self, *given: Any) -> Request:
+        machine = self.worker.machine
+        return asked((*MODELS, *([machine.chosen] if machine else [])), *given)
+
+    # ---- endpoints
+
+    def submit(
+        self, video, audio, level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf,
+        visitor,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Put a job into the queue: {"job", "visitor", "error"}. An empty visitor gets a token, to ask with later."""
+
+        def act() -> dict[str, Any]:
+            who = own(visitor)
+            files = uploaded(video, "video"), uploaded(audio, "voice")
+            settings = level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf
+            job = self.worker.submit(self._asked(*files, *settings), who)
+            return {"job": job.id, "visitor": who, "error": None}
+
+        return answer(act)
+
+    def watch(self, visitor: str, since: float = 0.0) -> dict[str, Any]:
+        """A visitor's jobs, the length of the queue, and the machine's curves after the time `since`."""
+
+        def act() -> dict[str, Any]:
+            running, waiting = self.worker.load()
+            jobs = [self.worker.view(job) for job in self.worker.jobs_of(own(visitor))]
+            return {"jobs": jobs, "running": running, "waiting": waiting, "live": self.worker.live(since or 0.0)}
+
+        return answer(act)
+
+    def cancel(self, job: str, keep: bool, visitor: str) -> dict[str, Any]:
+        """End a job; keep: what is finished of it stays as a result."""
+        return answer(lambda: {"job": self.worker.cancel(job, visitor, bool(keep)).id, "error": None})
+
+    def again(self, job: str, changes: dict | None, visitor: str) -> dict[str, Any]:
+        """The files of a job of one's own once more, with some settings changed, as {"level": "balanced"}."""
+
+        def act() -> dict[str, Any]:
+            old = self.worker.find(job, visitor)
+            merged = old.request.settings() | {k: v for k, v in (changes or {}).items() if k in ("level", "model")}
+            request = self._asked(old.request.video, old.request.audio, merged["level"], *as_settings(merged)[1:])
+            new = self.worker.again(job, visitor, **{name: getattr(request, name) for name in ("level", "model")})
+            return {"job": new.id, "visitor": visitor, "error": None}
+
+        return answer(act)
+
+    def remove(self, job: str, visitor: str) -> dict[str, Any]:
+        """Forget a job that has ended, and delete its files."""
+        return answer(lambda: {"removed": self.worker.remove(job, visitor) or job, "error": None})
+
+    def result(self, job: str, visitor: str) -> str:
+        """The finished video of a job of one's own, as a file."""
+        try:
+            found = self.worker.find(job, visitor)
+            if found.output is None:
+                raise UserError("There is no result yet: watch the job until it is done.")
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        # Gradio serves what lies in its own folder; nobody else can know this name.
+        folder = Path(os.environ["GRADIO_TEMP_DIR"]) / found.key
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return str(shutil.copyfile(found.output, folder / found.output.name))
+
+    def describe(
+        self, level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf, seconds
+    ) -> str:  # fmt: skip
+        """What settings mean on this machine, in one line of HTML; seconds: of sound, if it is known."""
+
+        def act() -> dict[str, Any]:
+            settings = level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf
+            return {"line": self.worker.describe(self._asked(Path(), Path(), *settings), seconds or None)}
+
+        found = answer(act)
+        kind = "problem" if "error" in found else ""
+        return f"<p id='line' role='status' class='{kind}'>{html.escape(found.get('error') or found['line'])}</p>"
+
+    def measure(self, audio: str | None) -> tuple[float | None, dict[str, Any]]:
+        """The seconds of a sound, or the sentence that says what is wrong with it."""
+        if not audio:
+            return None, {}
+        seconds = None
+
+        def act() -> dict[str, Any]:
+            nonlocal seconds
+            path = uploaded(audio, "voice")
+            try:
+                seconds = probe_audio(path).duration
+            except UserError as error:
+                raise UserError(said(error, {path: path.name})) from None
+            most = self.worker.max_seconds
+            if most and seconds > most:
+                raise UserError(f"'{path.name}' lasts {seconds:.0f} s, and this server takes {most:.0f} s at most.")
+            return {"checked": "audio"}
+
+        found = answer(act)
+        return seconds, found
+
+    def check_video(self, video: str | None) -> dict[str, Any]:
+        """Nothing, or the sentence that says what is wrong with a video."""
+        if not video:
+            return {}
+
+        def act() -> dict[str, Any]:
+            path = uploaded(video, "video")
+            try:
+                probe_video(path)
+            except UserError as error:
+                raise UserError(said(error, {path: path.name})) from None
+            return {"checked": "video"}
+
+        return answer(act)
+
+    def about(self) -> dict[str, Any]:
+        """What this machine is, its models and the doctor's advice; waits until it has been looked at."""
+        self.worker.ready.wait()
+        found = asdict(self.worker.machine) if self.worker.machine else {"error": self.worker.problem}
+        return found | {"queue_size": self.worker.queue_size, "max_seconds": self.worker.max_seconds}
+
+    def greet(self) -> tuple:
+        """What is only known once the machine has been looked at."""
+        self.worker.ready.wait()
+        machine = self.worker.machine
+        if machine is None:
+            problem = f"<p class='problem'>{html.escape(self.worker.problem or '')}</p>"
+            return (*[gr.skip()] * 5, problem, footer(self.worker))
+        best = machine.recommended
+        stops = [gr.Button(elem_classes=["best"]) if position == best else gr.skip() for _, position in STOPS]
+        choices = [(f"auto: the best that runs here ({machine.chosen})", "auto")]
+        for model in machine.models:
+            where = f"{model['resolution']} px" if model["present"] else "not on this machine"
+            choices.append((f"{model['name']} ({where})", model["name"]))
+        return (*stops, best, gr.Dropdown(choices=choices), shown(machine.advice), footer(self.worker))
+
+    def take_settings(self, event: gr.EventData) -> list[Any]:
+        """Set the page to the settings of a job."""
+        return as_settings(event._data["settings"])
+
+
+# ---- files
+
+
+def routes(worker: Worker) -> list[Route]:
+    """Results, previews and the library that draws: what Gradio is not to serve."""
+
+    def allowed(request: WebRequest) -> bool:
+        app = request.app
+        names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
+        return app.auth is None or any(app.tokens.get(request.cookies.get(name)) is not None for name in names)
+
+    def job_file(request: WebRequest) -> Response:
+        """A file of a job, for who knows its key; no name that is asked for ever becomes a path."""
+        job: Job | None = worker.by_key(request.path_params["key"]) if allowed(request) else None
+        path = job and job.files().get(request.path_params["name"])
+        if not path or not path.is_file() or path.is_symlink():
+            return PlainTextResponse("There is no such file.", 404)
+        headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
+        return FileResponse(path, headers=headers, filename=path.name, content_disposition_type="inline")
+
+    def picture(request: WebRequest) -> Response:
+        job = worker.by_key(request.path_params["key"]) if allowed(request) else None
+        if job is None or job.picture is None:
+            return PlainTextResponse("There is no such picture.", 404)
+        return Response(job.picture, media_type="image/jpeg", headers={"Cache-Control": "private, no-store"})
+
+    def plotly(_: WebRequest) -> Response:
+        from importlib.util import find_spec
+
+        path = Path(find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"
+        return FileResponse(path, headers={"Cache-Control": "public, max-age=604800"})
+
+    return [
+        Route("/lipsync/plotly.min.js", plotly),
+        Route("/lipsync/{key}/picture", picture),
+        Route("/lipsync/{key}/{name}/{file}", job_file),
+    ]
+
+
+# ---- serving
+
+
+def theme() -> gr.themes.Base:
+    sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.teal, neutral_hue=gr.themes.colors.slate, radius_size=gr.themes.sizes.radius_md,
+        font=sans, font_mono=["ui-monospace", "Consolas", "monospace"],
+    ).set(
+        body_background_fill="#f5f7f8", body_background_fill_dark="#0f1417",
+        block_background_fill="#ffffff", block_background_fill_dark="#171e22",
+        block_border_color="#dfe5e8", block_border_color_dark="#28323a",
+        button_secondary_background_fill="#ffffff", button_secondary_background_fill_dark="#1d262b",
+        button_secondary_background_fill_hover="#eef3f4", button_secondary_background_fill_hover_dark="#243038",
+        button_secondary_border_color="#d5dde1", button_secondary_border_color_dark="#33404a",
+        button_secondary_text_color="#17212b", button_secondary_text_color_dark="#e8eef1",
+        button_border_width="1px", input_background_fill="#f5f7f8", input_background_fill_dark="#10171a",
+        block_label_background_fill="transparent", block_label_background_fill_dark="transparent",
+        button_primary_background_fill="#0f766e", button_primary_background_fill_dark="#14897f",
+        button_primary_background_fill_hover="#0b5f59", button_primary_background_fill_hover_dark="#17a093",
+        button_primary_text_color="#ffffff", button_primary_text_color_dark="#ffffff",
+        slider_color="#0f766e", slider_color_dark="#2bb3a6",
+    )  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    def from_environment(name: str) -> str | None:
+        return os.environ.get(name) or None
+
+    yes = (from_environment("GRADIO_SHARE") or "").lower() in ("1", "true", "yes")
+    port = from_environment("GRADIO_SERVER_PORT")
+    found = argparse.ArgumentParser(prog="app.py", description="Open the page.")
+    found.add_argument("--share", action="store_true", default=yes, help="a public link; asks for a login, see --auth")
+    found.add_argument(
+        "--auth", metavar="NAME:PASSWORD[,…]", help="who may log in; with --share and without this, a login is made up"
+    )
+    found.add_argument("--no-auth", action="store_true", help="no login, even with --share")
+    found.add_argument("--server-name", default=from_environment("GRADIO_SERVER_NAME"), help="default 127.0.0.1")
+    found.add_argument("--server-port", type=int, default=int(port) if port else None, help="default: from 7860 on")
+    found.add_argument("--root-path", default=from_environment("GRADIO_ROOT_PATH"), help="where a proxy has the page")
+    found.add_argument("--queue-size", type=int, default=20, metavar="JOBS", help="that may wait (default 20)")
+    found.add_argument(
+        "--max-seconds", type=float, metavar="S", help=f"of sound a job ({PUBLIC_SECONDS:.0f} with --share)"
+    )
+    found.add_argument("--max-upload", metavar="SIZE", help=f"of a file, as 500mb ({PUBLIC_UPLOAD} with --share)")
+    found.add_argument(
+        "--keep-hours", type=float, metavar="H", help=f"then results are deleted ({PUBLIC_HOURS:.0f} with --share)"
+    )
+    found.add_argument("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="of the results")
+    found.add_argument("--model", default="auto", help="what 'auto' means on the page: a name, or a checkpoint folder")
+    found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
+    found.add_argument("--idle-minutes", type=float, default=10, help="until the model is let go (default 10)")
+    found.add_argument("--no-open", action="store_true", help="do not open the page in a browser")
+    found.add_argument("--version", action="version", version=__version__)
+    return found
+
+
+def has_desktop() -> bool:
+    """Whether a browser that is opened here is likely to be seen."""
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")) and "SSH_CONNECTION" not in os.environ
+
+
+def logins(args: argparse.Namespace, public: bool) -> list[tuple[str, str]] | None:
+    """Names and passwords; made up for a public link, unless a login is refused explicitly. Raises UserError."""
+    if args.no_auth:
+        return None
+    if args.auth:
+        found = [tuple(part.split(":", 1)) for part in args.auth.split(",")]
+        if any(len(part) != 2 or not all(part) for part in found):
+            raise UserError("--auth is not understood: give NAME:PASSWORD, several with commas between them.")
+        return found
+    if public:
+        login = ("lipsync", secrets.token_urlsafe(9))
+        print(f"Log in as '{login[0]}', password '{login[1]}' (--auth sets another, --no-auth none).", flush=True)
+        return [login]
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve the page until interrupted; returns the exit code."""
+    args = parser().parse_args(arguments)
+    public = args.share or "SPACE_ID" in os.environ
+    on_zero_gpu = spaces is not None and "SPACES_ZERO_GPU" in os.environ
+
+    def unless_given(value: Any, otherwise: Any) -> Any:
+        return value if value is not None else otherwise if public else None
+
+    try:
+        auth = logins(args, args.share)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    worker = Worker(
+        args.outputs.absolute(),
+        args.queue_size,
+        unless_given(args.max_seconds, PUBLIC_SECONDS),
+        args.model,
+        args.device,
+        60 * args.idle_minutes,
+        unless_given(args.keep_hours, PUBLIC_HOURS),
+        spaces.GPU(duration=GPU_SECONDS)(run_alone) if on_zero_gpu else None,
+    )
+    page = Page(worker)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)  # so that a terminated server cleans up as an interrupted one does
+    try:
+        page.blocks.launch(
+            share=args.share, auth=auth, server_name=args.server_name, server_port=args.server_port,
+            root_path=args.root_path, max_file_size=unless_given(args.max_upload, PUBLIC_UPLOAD),
+            allowed_paths=[str(path) for path in EXAMPLE], blocked_paths=[str(args.outputs.absolute())],
+            app_kwargs={"routes": routes(worker)},
+            theme=theme(), css_paths=[ROOT / "assets" / "page.css"], footer_links=["api"], run_history=False,
+            inbrowser=not args.no_open and has_desktop(), prevent_thread_lock=True, show_error=True, ssr_mode=False,
+        )  # fmt: skip
+        # As Gradio has it on Windows; its loop of 1 ms elsewhere takes 5 % of a core from the jobs.
+        page.blocks._queue.sleep_when_free = 0.05
+        worker.start()
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:  # the way to end a server
+        return 0
+    except OSError as error:
+        print(f"The page cannot be served ({error}): name another port with --server-port.", file=sys.stderr)
+        return 2
+    finally:
+        worker.close()
+        page.blocks.close(verbose=False)
+        if OWN_TEMP:
+            shutil.rmtree(OWN_TEMP, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    from latentsync.__main__ import leave
+
+    leave(main())

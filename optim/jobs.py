@@ -1,0 +1,781 @@
+"""Jobs for a page: a queue, and one thread that works on it beside the server.
+
+    worker = Worker(Path("outputs"))
+    worker.start()
+    job = worker.submit(Request(video, audio), visitor)
+    worker.cancel(job.id, visitor, keep=True)
+
+Nothing here knows of a page or a server. torch is imported by the worker's thread, so that a page can be shown before.
+The model stays loaded between jobs and is let go after a while without any.
+"""
+
+import gc
+import json
+import math
+import os
+import secrets
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentsync.errors import UserError
+from latentsync.media import FPS, VideoInfo, probe_audio, probe_video
+from optim.preview import Preview
+from optim.speeds import Speeds
+
+if TYPE_CHECKING:  # torch takes seconds to load
+    import torch
+
+    from latentsync.checkpoints import Checkpoint, Models
+    from optim.accelerate import Plan
+    from optim.monitor import History, Monitor
+
+WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
+STAGES = ("faces", "mouths", "writing")  # latentsync.pipeline.STAGES, which would import torch
+IDLE_SECONDS = 600.0  # without a job, until the model is let go
+KEPT_JOBS = 50  # finished ones that a visitor finds in the list
+TIMELINE_POINTS = 300
+LIVE_SECONDS = 120.0  # of the curves of the machine
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for. Ranges are those of the command line; None: what the level or the machine suggests."""
+
+    video: Path
+    audio: Path
+    level: str = "auto"  # a name, or a number from 0 (quality) to 1 (speed)
+    model: str = "auto"
+    steps: int = 20
+    guidance: float = 1.5
+    seed: int = 1247
+    vram_fraction: float | None = None
+    batch: int | None = None
+    cache: int | str | None = "level"  # "level", None (off), or an interval
+    compile: bool | None = None
+    face: str = "largest"
+    crf: float = 16
+
+    def settings(self) -> dict[str, Any]:
+        """All but the files, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if name not in ("video", "audio")}
+
+
+class Cancelled(Exception):
+    """Raised inside a run that is to end and leave nothing."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way. Written by the worker's thread, read by all."""
+
+    request: Request
+    visitor: str  # who may see it
+    folder: Path  # its own: inputs, and what comes out
+    names: tuple[str, str]  # the user's names of the two files
+    info: VideoInfo
+    seconds: float  # of sound
+    id: str = field(default_factory=lambda: secrets.token_hex(4))
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(24))  # opens its files, for who knows it
+    state: str = WAITING
+    created: float = field(default_factory=time.time)
+    started: float | None = None
+    ended: float | None = None
+    doing: str = "waiting"  # in words
+    progress: dict[str, int] = field(default_factory=dict)  # frames that each stage has done
+    part: float = 0.0  # of the frames of the pass that is being painted, how many its steps amount to
+    messages: list[str] = field(default_factory=list)
+    advice: list[dict[str, str]] = field(default_factory=list)
+    error: str | None = None
+    remedy: dict[str, Any] | None = None  # {"label": …, "settings": {…}} or {"label": …, "focus": "video"}
+    report: dict[str, Any] | None = None
+    timeline: dict[str, Any] | None = None
+    output: Path | None = None
+    picture: bytes | None = None  # JPEG, of a frame that is done
+    pictures: int = 0
+    playable: int = 0  # seconds of `first` that can be played
+    ending: threading.Event = field(default_factory=threading.Event)
+    keep: bool = False  # what is finished, when ending
+    expected: float | None = None  # seconds, by earlier jobs
+
+    @property
+    def frames(self) -> int:
+        return math.ceil(self.seconds * FPS)
+
+    @property
+    def first(self) -> Path:
+        """The first seconds of the result, as far as they are done."""
+        return self.folder / "first.mp4"
+
+    def files(self) -> dict[str, Path]:
+        """What of this job can be looked at, by name."""
+        found = {"original": self.request.video}
+        if self.output:
+            found["result"] = self.output
+        elif self.playable:
+            found["first"] = self.first
+        return found
+
+    def frames_per_second(self) -> float | None:
+        """Of the mouths since the first of them was begun; None before."""
+        began = self.timeline and self.timeline["stages"].get("mouths")
+        done = self.progress.get("mouths", 0) + self.part
+        if not began or not done:
+            return None
+        until = self.ended or time.time()
+        return done / max(until - self.started - began[0], 1e-3)
+
+    def seconds_left(self) -> float | None:
+        """By this job's own speed, or by that of earlier ones while it has none; None where there is neither."""
+        if self.state != RUNNING:
+            return None
+        rate = self.frames_per_second()
+        if rate:
+            return (self.frames - self.progress.get("mouths", 0) - self.part) / rate
+        if self.expected is not None:
+            return max(self.expected - (time.time() - self.started), 0.0)
+        return None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the worker found when it looked around."""
+
+    device: str  # torch's name
+    device_name: str  # in words
+    recommended: float  # level, 0 to 1
+    models: tuple[dict[str, Any], ...]  # name, resolution, present
+    chosen: str  # the model that `auto` is
+    advice: tuple[dict[str, str], ...]
+    torch: str
+
+
+def device_words(device: "torch.device") -> str:
+    """The device's own name."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    from optim.compilation import processor
+
+    words = processor().split()  # machine, name, instruction set
+    return f"{' '.join(words[1:-1]) or words[0]}, {os.cpu_count()} cores"
+
+
+@contextmanager
+def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]:
+    """On a processor, ask `check` in the middle of passes too, which may take many seconds; what it raises ends them.
+
+    On a GPU there is no need: the pipeline never runs far ahead of it. A compiled network is left alone.
+    """
+    from optim.compilation import CompiledUNet
+
+    hooks = []
+    if models.device.type == "cpu":
+        compiled = isinstance(models.unet, CompiledUNet)
+        for network in (models.vae, models.audio_encoder, *(() if compiled else (models.unet,))):
+            for module in network.modules():
+                hooks.append(module.register_forward_pre_hook(lambda *_: check()))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def make_plan(request: Request, resolution: int, device: "torch.device") -> "Plan":
+    """The plan for a request on a device. Raises UserError."""
+    from latentsync.pipeline import Settings
+    from latentsync.sampling import DeepCache
+    from optim.accelerate import plan_as_asked
+
+    asked = Settings(
+        steps=request.steps, guidance_scale=request.guidance, seed=request.seed, crf=request.crf, face=request.face
+    )
+    overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if request.cache != "level":
+        overrides["cache"] = request.cache and DeepCache(request.cache, 0)
+    return plan_as_asked(device, resolution, asked, request.level, request.batch, **overrides)
+
+
+def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
+    """All of a job in one call, for places that lend a GPU to one function at a time, in a process of its own.
+
+    model: as on the command line. Returns the report. Nobody can follow it, or end it. Raises UserError.
+    """
+    import torch
+
+    from latentsync.__main__ import choose_device
+    from latentsync.checkpoints import load_models, resolve
+    from latentsync.pipeline import lipsync
+    from optim.accelerate import accelerate, reliever
+
+    device = choose_device("auto")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    models = load_models(resolve(model, device), device, dtype)
+    plan = make_plan(request, models.resolution, device)
+    accelerate(models, plan, log)
+    report = lipsync(request.video, request.audio, output, models, plan.settings, relieve=reliever(models, plan, log))
+    return report.as_dict() | {"level": plan.level.name, "position": plan.level.position, "step_downs": []}
+
+
+class Worker:
+    """The queue and the thread.
+
+    folder: each job gets a folder of its own in it; queue_size: jobs that may wait; max_seconds: of sound, None for
+    any length; model, device: what `auto` means, as on the command line; keep_hours: after which finished jobs and
+    their files are removed, None for never; lent: does what `run_alone` does, where a GPU is only
+    lent to it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        queue_size: int = 20,
+        max_seconds: float | None = None,
+        model: str = "auto",
+        device: str = "auto",
+        idle_seconds: float = IDLE_SECONDS,
+        keep_hours: float | None = None,
+        lent: Callable[[Request, Path, str], dict[str, Any]] | None = None,
+    ):
+        self.folder, self.queue_size, self.max_seconds = folder, queue_size, max_seconds
+        self.model, self.device_name = model, device
+        self.idle_seconds, self.keep_hours = idle_seconds, keep_hours
+        self.lent = lent
+        self.machine: Machine | None = None
+        self.problem: str | None = None  # why there is none
+        self.ready = threading.Event()  # set when one of the two is there
+        self.monitor: Monitor | None = None
+        self.speeds: Speeds | None = None
+        self._lock = threading.Lock()
+        self._jobs: dict[str, Job] = {}  # the oldest first
+        self._waiting: deque[Job] = deque()
+        self._wake = threading.Event()
+        self._closed = False
+        self._seen: History | None = None
+        self._seen_at = -math.inf
+        self._models: Models | None = None
+        self._loaded: Checkpoint | None = None
+        self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
+
+    # ---- for every thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the running job and the thread; what waits is dropped."""
+        self._closed = True
+        for job in list(self._jobs.values()):
+            job.ending.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        if self.monitor:
+            self.monitor.stop()
+
+    def submit(self, request: Request, visitor: str, names: tuple[str, str] | None = None) -> Job:
+        """Copy the files into a folder of the job's own, look at them, and put the job into the queue.
+
+        names: what the user calls the files. Raises UserError for files that cannot be used, a sound that is too long,
+        and a full queue.
+        """
+        self._check_room()
+        names = names or (request.video.name, request.audio.name)
+        folder = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(8)}"
+        folder.mkdir(parents=True, mode=0o700)
+        try:
+            video, audio = (
+                Path(shutil.copyfile(path, folder / f"{part}{_suffix(name)}", follow_symlinks=True))
+                for part, path, name in (("video", request.video, names[0]), ("voice", request.audio, names[1]))
+            )
+            try:
+                info, seconds = probe_video(video), probe_audio(audio).duration
+            except UserError as error:
+                raise UserError(said(error, {video: names[0], audio: names[1]})) from None
+            if self.max_seconds and seconds > self.max_seconds:
+                raise UserError(
+                    f"'{names[1]}' lasts {seconds:.0f} s, and this server takes {self.max_seconds:.0f} s at most: "
+                    "cut it into shorter pieces."
+                )
+            fields = request.settings() | {"video": video, "audio": audio}
+            job = Job(Request(**fields), visitor, folder, names, info, seconds)
+            with self._lock:
+                self._check_room()
+                self._jobs[job.id] = job
+                self._waiting.append(job)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._wake.set()
+        return job
+
+    def again(self, job_id: str, visitor: str, **changes: Any) -> Job:
+        """The same files with some settings changed. Raises UserError."""
+        job = self.find(job_id, visitor)
+        return self.submit(Request(**(vars(job.request) | changes)), visitor, job.names)
+
+    def _check_room(self) -> None:
+        if len(self._waiting) >= self.queue_size:
+            raise UserError(f"The queue is full, {len(self._waiting)} jobs wait already: try again in a few minutes.")
+
+    def view(self, job: Job) -> dict[str, Any]:
+        """What a visitor may know of a job of theirs, ready for JSON; paths are relative to where files are served."""
+        left, rate = job.seconds_left(), job.frames_per_second()
+        return {
+            "id": job.id,
+            "state": job.state,
+            "doing": job.doing,
+            "before": self.place(job),
+            "names": job.names,
+            "created": job.created,
+            "elapsed": None if job.started is None else round((job.ended or time.time()) - job.started, 1),
+            "frames": job.frames,
+            "size": [job.info.width, job.info.height],
+            "stages": {stage: job.progress.get(stage, 0) for stage in STAGES},
+            "mouths": round(job.progress.get("mouths", 0) + job.part, 1),
+            "frames_per_second": rate and round(rate, 2),
+            "seconds_left": None if left is None else round(left),
+            "picture": f"{job.key}/picture?{job.pictures}" if job.picture and job.state == RUNNING else None,
+            "playable": job.playable,
+            "files": {name: f"{job.key}/{name}/{path.name}" for name, path in job.files().items()},
+            "messages": job.messages,
+            "advice": job.advice,
+            "error": job.error,
+            "remedy": job.remedy,
+            "settings": job.request.settings(),
+            "report": job.report,
+            "timeline": job.timeline if job.report else None,
+        }
+
+    def live(self, since: float = 0.0) -> dict[str, Any]:
+        """The machine's curves after the time `since`, seconds of the monitor, and no more than two minutes of it."""
+        if self.monitor is None:
+            return {"time": [], "curves": {}, "marks": [], "memory": {}}
+        now = time.monotonic()
+        if now - self._seen_at > 0.5:  # for all who look within it
+            self._seen_at, self._seen = now, self.monitor.snapshot(LIVE_SECONDS)
+        history = self._seen
+        new = int((history.time.round(2) <= since).sum())  # rounded as it is given away
+        begin = history.time[0] if len(history.time) else 0.0
+        sizes = {f"GPU {gpu.index}" if len(history.gpus) > 1 else "GPU": gpu.memory_total for gpu in history.gpus}
+        return {
+            "time": [round(float(t), 2) for t in history.time[new:]],
+            "curves": {name: values[new:] for name, values in curves(history).items()},
+            "marks": [(round(t, 1), text) for t, text in history.marks if t >= begin],
+            "memory": sizes or {"Memory": history.ram_total},
+        }
+
+    def find(self, job_id: str, visitor: str) -> Job:
+        """A visitor's own job. Raises UserError, the same for another's as for one that there is not."""
+        job = self._jobs.get(job_id)
+        if job is None or not _same(job.visitor, visitor):
+            raise UserError(f"There is no job '{job_id}' of yours: it may have been removed.")
+        return job
+
+    def by_key(self, key: str) -> Job | None:
+        """The job that a key opens."""
+        return next((job for job in list(self._jobs.values()) if _same(job.key, key)), None)
+
+    def jobs_of(self, visitor: str) -> list[Job]:
+        """A visitor's jobs, the newest first."""
+        own = [job for job in list(self._jobs.values()) if _same(job.visitor, visitor)]
+        return own[::-1][:KEPT_JOBS]
+
+    def place(self, job: Job) -> int | None:
+        """How many jobs come before one that waits; None for one that does not."""
+        with self._lock:
+            if job not in self._waiting:
+                return None
+            return self._waiting.index(job) + any(other.state == RUNNING for other in self._jobs.values())
+
+    def load(self) -> tuple[int, int]:
+        """Jobs that run and that wait, of all visitors."""
+        with self._lock:
+            return sum(job.state == RUNNING for job in self._jobs.values()), len(self._waiting)
+
+    def cancel(self, job_id: str, visitor: str, keep: bool = False) -> Job:
+        """End a job; keep: leave what is finished as a result. Raises UserError for another's job."""
+        job = self.find(job_id, visitor)
+        with self._lock:
+            job.keep = keep
+            job.ending.set()
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.state, job.ended, job.doing = CANCELLED, time.time(), "cancelled"
+        return job
+
+    def remove(self, job_id: str, visitor: str) -> None:
+        """Forget a job and delete its files. Raises UserError for another's, or one that has not ended."""
+        job = self.find(job_id, visitor)
+        if job.state in (WAITING, RUNNING):
+            raise UserError("This job has not ended yet: cancel it first.")
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
+        shutil.rmtree(job.folder, ignore_errors=True)
+
+    def describe(self, request: Request, seconds: float | None) -> str:
+        """What a request means on this machine, in one line; seconds: of its sound, None where there is none yet.
+
+        Waits for the worker to have looked at the machine. Raises UserError.
+        """
+        self.ready.wait()
+        import torch
+
+        if self.machine is None:
+            raise UserError(self.problem or "")
+        from latentsync.checkpoints import resolve
+        from optim.accelerate import describe
+
+        device = torch.device(self.machine.device)
+        checkpoint = resolve(self._model(request), device)
+        plan = make_plan(request, checkpoint.resolution, device)
+        words = f"{describe(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
+        if seconds is None:
+            return words + "."
+        frames = math.ceil(seconds * FPS)
+        found = self.speeds.estimate(self._where(checkpoint), plan.settings, frames)
+        if found is None:
+            return words + "; how long it takes here is not known before the first job."
+        estimate, measured = found
+        return f"{words}; {'about' if measured else 'roughly'} {in_words(estimate)} for this clip."
+
+    def wait(self, job: Job, timeout: float) -> bool:
+        """Whether a job has ended within that many seconds."""
+        until = time.monotonic() + timeout
+        while job.state in (WAITING, RUNNING) and time.monotonic() < until:
+            time.sleep(0.05)
+        return job.state not in (WAITING, RUNNING)
+
+    # ---- for the worker's thread
+
+    def _work(self) -> None:
+        try:
+            self._look()
+        except UserError as error:
+            self.problem = str(error)
+        except Exception as error:
+            traceback.print_exc()
+            self.problem = f"The machine could not be looked at ({type(error).__name__}: {error}): see the console."
+        if self.problem:
+            log(self.problem)
+        self.ready.set()
+        idle_since = time.monotonic()
+        while not self._closed:
+            with self._lock:
+                job = self._waiting.popleft() if self._waiting else None
+                if job:
+                    job.state, job.started = RUNNING, time.time()
+                else:
+                    self._wake.clear()
+            if job is None:
+                self._wake.wait(timeout=min(self.idle_seconds, 60))
+                if self._models is not None and time.monotonic() - idle_since > self.idle_seconds:
+                    self._unload()
+                self._sweep()
+                continue
+            self._perform(job)
+            idle_since = time.monotonic()
+
+    def _sweep(self) -> None:
+        """Remove what is too old to be kept."""
+        if self.keep_hours is None:
+            return
+        for job in list(self._jobs.values()):
+            if job.ended and time.time() - job.ended > 3600 * self.keep_hours:
+                self._forget(job)
+
+    def _look(self) -> None:
+        import torch
+
+        from latentsync.__main__ import choose_device
+        from latentsync.checkpoints import NAMES, home, resolve
+        from optim.doctor import advise, read_facts
+        from optim.hardware import read_gpus, recommended_level
+        from optim.monitor import Monitor
+
+        self.speeds = Speeds(home() / "speeds.json")
+        self.monitor = Monitor(rate=1.0, seconds=3600).start()
+        device = torch.device("cpu") if self.lent else choose_device(self.device_name)
+        gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
+        chosen = resolve(self.model, device)
+        models = []
+        for name in [*NAMES[1:], *([chosen.name] if chosen.name not in NAMES else [])]:
+            try:
+                found = resolve(self.model if name == chosen.name else name, device)
+                models.append({"name": name, "resolution": found.resolution, "present": True})
+            except UserError:
+                models.append({"name": name, "resolution": None, "present": False})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        advice = advise(read_facts(chosen.resolution, self.folder))
+        self.machine = Machine(
+            device=str(device),
+            device_name="a GPU lent for each job" if self.lent else device_words(device),
+            recommended=recommended_level(gpu).position,
+            models=tuple(models),
+            chosen=chosen.name,
+            advice=tuple(asdict(each) for each in advice),
+            torch=torch.__version__,
+        )
+
+    def _model(self, request: Request) -> str:
+        return self.model if self.machine and request.model in ("auto", self.machine.chosen) else request.model
+
+    def _where(self, checkpoint: "Checkpoint") -> str:
+        return f"{checkpoint.name}, {self.machine.device_name}"
+
+    def _load(self, request: Request, job: Job) -> "Models":
+        """The models of a request: those at hand, or loaded in their place."""
+        import torch
+
+        from latentsync.checkpoints import load_models, resolve
+
+        device = torch.device(self.machine.device)
+        checkpoint = resolve(self._model(request), device)
+        if self._models is None or self._loaded != checkpoint:
+            self._unload()
+            job.doing = f"loading the model {checkpoint.name}"
+            dtype = torch.float16 if device.type == "cuda" else torch.float32
+            self._models, self._loaded = load_models(checkpoint, device, dtype), checkpoint
+        return self._models
+
+    def _unload(self) -> None:
+        import torch
+
+        self._models = self._loaded = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _perform(self, job: Job) -> None:
+        """Run a job to whatever end; raises nothing."""
+        from torch import OutOfMemoryError
+
+        from latentsync.pipeline import Enough
+
+        job.timeline = {"stages": {}}
+        try:
+            if self.machine is None:
+                raise UserError(self.problem or "This machine cannot be used.")
+            self._run_lent(job) if self.lent else self._run(job)
+            job.state = CANCELLED if job.report and job.report["ended_early"] else DONE
+            job.doing = "stopped; the finished part is kept" if job.state == CANCELLED else "done"
+        except (Cancelled, Enough):
+            job.state, job.doing = CANCELLED, "cancelled"
+        except OutOfMemoryError:
+            self._fail(job, *out_of_memory(job.request, self.machine))
+            self._unload()
+        except UserError as error:
+            names = {job.request.video: job.names[0], job.request.audio: job.names[1]}
+            remedy = {"label": "Choose another video", "focus": "video"} if "shows no face" in str(error) else None
+            self._fail(job, said(error, names), remedy)
+        except Exception as error:
+            traceback.print_exc()
+            self._fail(
+                job,
+                f"Something inside the program failed ({type(error).__name__}); its console says where. Your files are "
+                "unharmed: try again, or with other settings.",
+                None,
+            )
+            self._unload()
+        job.ended = time.time()
+        job.first.unlink(missing_ok=True)
+        job.playable = 0
+        self._keep_timeline(job)
+        # Not among the files that are served, but beside them for whoever finds the folder.
+        with suppress(OSError):
+            about = {"state": job.state, "error": job.error, "settings": job.request.settings(), "report": job.report}
+            (job.folder / "job.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def _fail(self, job: Job, error: str, remedy: dict | None) -> None:
+        job.state, job.doing, job.error, job.remedy = FAILED, "failed", error, remedy
+
+    def _run_lent(self, job: Job) -> None:
+        job.doing = "running on a GPU that is lent for it; how far it is cannot be seen here"
+        output = self._output(job)
+        job.report, job.output = self.lent(job.request, output, self._model(job.request)), output
+
+    @staticmethod
+    def _output(job: Job) -> Path:
+        return job.folder / f"{_stem(job.names[0])}-synced.mp4"
+
+    def _run(self, job: Job) -> None:
+        from latentsync.pipeline import Enough, lipsync
+        from optim.accelerate import accelerate, reliever
+        from optim.doctor import advise_report
+
+        request = job.request
+
+        def check() -> None:
+            if job.ending.is_set():
+                raise Enough if job.keep else Cancelled
+
+        check()
+        models = self._load(request, job)
+        check()
+        plan = make_plan(request, models.resolution, models.device)
+        found = self.speeds.estimate(self._where(self._loaded), plan.settings, job.frames)
+        job.expected = found[0] if found else None
+        job.doing = "preparing the networks"
+        accelerate(models, plan, job.messages.append, frames=job.frames)
+        check()
+        job.doing = "looking at the files"
+        step_downs: list[str] = []
+
+        def stepped_down(words: str) -> None:
+            step_downs.append(words)
+            self.monitor.mark(words)
+
+        relieve = reliever(models, plan, job.messages.append, stepped_down)
+        progress = Progress(job, plan.settings.steps, self.monitor, check)
+        output = self._output(job)
+        preview = Preview(job)
+        self.monitor.mark(plan.level.name)
+        began = time.monotonic()
+        try:
+            with interruptible(models, check):
+                report = lipsync(
+                    request.video, request.audio, output, models, plan.settings, progress, relieve, preview
+                )
+        finally:
+            preview.close()
+        if not report.ended_early and not step_downs:
+            self.speeds.record(self._where(self._loaded), plan.settings, report.frames, time.monotonic() - began)
+        history = self._history(job)
+        job.advice = [asdict(each) for each in advise_report(report, plan, step_downs, history)]
+        job.report = report.as_dict() | {"level": plan.level.name, "position": plan.level.position}
+        job.report["step_downs"] = step_downs
+        job.output = output
+        self.monitor.mark("done")
+
+    def _history(self, job: Job) -> "History | None":
+        """The machine since the job started."""
+        from dataclasses import replace
+
+        whole = self.monitor.snapshot()
+        since = time.time() - job.started
+        if not len(whole.time):
+            return None
+        keep = whole.time >= whole.time[-1] - since
+        gpus = tuple(
+            replace(gpu, **{name: value[keep] for name, value in vars(gpu).items() if hasattr(value, "dtype")})
+            for gpu in whole.gpus
+        )
+        columns = {name: getattr(whole, name)[keep] for name in ("time", "cpu", "ram_used")}
+        return replace(whole, **columns, gpus=gpus)
+
+    def _keep_timeline(self, job: Job) -> None:
+        """The curves of the job's time, thinned out, beside its stages."""
+        if self.monitor is None or job.report is None or (history := self._history(job)) is None:
+            return
+        every = max(1, math.ceil(len(history.time) / TIMELINE_POINTS))
+        start = history.time[-1] - (time.time() - job.started) if len(history.time) else 0
+        rows = curves(history)
+        job.timeline["time"] = [round(float(t - start), 1) for t in history.time[::every]]
+        job.timeline["curves"] = {name: values[::every] for name, values in rows.items()}
+
+
+def curves(history: "History") -> dict[str, list[float | None]]:
+    """The curves to draw, in percent, by what they are called: each GPU's use and memory, or the processor's."""
+    found: dict[str, Any] = {}
+    for gpu in history.gpus:
+        name = "GPU" if len(history.gpus) == 1 else f"GPU {gpu.index}"
+        found[name] = gpu.utilization
+        found[f"{name} memory"] = 100 * gpu.memory_used / (gpu.memory_total or math.nan)
+    if not history.gpus:
+        found = {"CPU": history.cpu, "Memory": 100 * history.ram_used / history.ram_total}
+    return {
+        name: [None if math.isnan(value) else round(float(value), 1) for value in values]
+        for name, values in found.items()
+    }
+
+
+class Progress:
+    """What the pipeline calls as it gets on: writes into the job, and ends the run when that is wished."""
+
+    def __init__(self, job: Job, steps: int, monitor: "Monitor", check: Callable[[], None]):
+        from latentsync.sampling import WINDOW
+
+        self._job, self._steps, self._monitor, self._check = job, steps, monitor, check
+        self._window, self._stepped = WINDOW, 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self._check()
+        job, now = self._job, time.time()
+        span = job.timeline["stages"].setdefault(stage, [now - job.started, 0.0])
+        span[1] = now - job.started
+        if stage not in job.progress:
+            self._monitor.mark(stage)
+        if stage == "mouths":
+            job.doing = "painting mouths"
+            # Between two frames it is a denoising step that calls. Decoding follows the last one.
+            self._stepped = self._stepped + 1 if done == job.progress.get(stage, 0) else 0
+            part = min(self._stepped / (self._steps + 1), 1.0) * self._window
+            job.part = min(part, total - done)
+        elif stage == "faces" and "mouths" not in job.progress:
+            job.doing = "finding faces"
+        job.progress[stage] = done
+
+
+def out_of_memory(request: Request, machine: Machine) -> tuple[str, dict | None]:
+    """The sentence for a run that the memory was not enough for, and what to try next."""
+    sentence = f"The memory of {machine.device_name} is not enough for this, even in the smallest pieces: "
+    smaller = next((m for m in machine.models if m["present"] and m["resolution"] and m["resolution"] < 512), None)
+    if smaller and request.model != smaller["name"]:
+        remedy = {"label": f"Run again with {smaller['name']}", "settings": {"model": smaller["name"]}}
+        return sentence + "close other programs that use it, or take the smaller model.", remedy
+    if request.level != "balanced":
+        remedy = {"label": "Run again at balanced", "settings": {"level": "balanced"}}
+        return sentence + "close other programs that use it, then try balanced.", remedy
+    return sentence + "close other programs that use it.", None
+
+
+def said(error: UserError, names: dict[Path, str]) -> str:
+    """An error's sentence with the user's names of files in place of ours."""
+    text = str(error)
+    for path, name in names.items():
+        for ours in (f"'{path}'", str(path)):
+            text = text.replace(ours, f"'{name}'")
+    return text
+
+
+def in_words(seconds: float) -> str:
+    """A duration as one says it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _same(ours: str, given: str) -> bool:
+    """Compared so that the time it takes tells nothing."""
+    return secrets.compare_digest(ours.encode(), given.encode())
+
+
+def _suffix(name: str) -> str:
+    """The ending of a user's file name, if it is one that can do no harm."""
+    suffix = Path(name).suffix.lower()
+    return suffix if suffix[1:].isalnum() and suffix.isascii() and len(suffix) <= 6 else ""
+
+
+def _stem(name: str) -> str:
+    """A user's file name without its ending, of letters that every system takes."""
+    kept = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).stem)
+    return kept[:60].strip("_") or "video"
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,95 @@
+"""What can be seen of a job's result before it is done."""
+
+import queue
+import threading
+import time
+import traceback
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from latentsync.media import FPS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from optim.jobs import Job
+
+PREVIEW_SECONDS = 10  # of the result that can be played before it is done
+PREVIEW_PIXELS = 480  # the shorter side of what is shown before it is done
+PICTURE_INTERVAL = 1.0  # seconds between two preview pictures
+
+
+class Preview:
+    """Looks at finished frames in a thread of its own: a picture now and then, and the first seconds as a video.
+
+    The video is in fragments, each playable as soon as it is there.
+    """
+
+    def __init__(self, job: "Job"):
+        self._job = job
+        self._taken = 0
+        self._due = 0.0
+        self._given: queue.Queue = queue.Queue(2 * FPS)
+        self._thread = threading.Thread(target=self._work, name="preview", daemon=True)
+        self._thread.start()
+
+    def __call__(self, frame: "np.ndarray") -> None:
+        """Take a frame, if it is wanted; costs the run no more than that. frame: uint8 (H, W, 3)."""
+        self._taken += 1
+        now = time.monotonic()
+        in_video, in_picture = self._taken <= PREVIEW_SECONDS * FPS, now >= self._due
+        if in_picture:
+            self._due = now + PICTURE_INTERVAL
+        if in_video:
+            self._given.put((frame, True, in_picture))
+        elif in_picture:
+            with suppress(queue.Full):
+                self._given.put_nowait((frame, False, True))
+
+    def close(self) -> None:
+        self._given.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        writer = None
+        try:
+            writer = self._show()
+        except Exception:  # whatever a preview cannot do, the job can
+            traceback.print_exc()
+            while self._given.get() is not None:
+                pass
+        finally:
+            if writer is not None:
+                writer.close()
+
+    def _show(self) -> Any:
+        import cv2
+        import imageio_ffmpeg
+
+        job, writer, written = self._job, None, 0
+        size = None
+        while (item := self._given.get()) is not None:
+            frame, in_video, in_picture = item
+            if size is None:
+                height, width = frame.shape[:2]
+                scale = min(1.0, PREVIEW_PIXELS / min(height, width))
+                size = 2 * max(1, round(width * scale / 2)), 2 * max(1, round(height * scale / 2))
+                writer = imageio_ffmpeg.write_frames(
+                    str(job.first), size, fps=FPS, quality=None, macro_block_size=2, codec="libx264",
+                    audio_path=str(job.request.audio), audio_codec="aac", ffmpeg_log_level="error",
+                    output_params=["-preset", "ultrafast", "-crf", "23", "-g", str(FPS), "-shortest",
+                                   "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"],
+                )  # fmt: skip
+                writer.send(None)
+            small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+            if in_video:
+                writer.send(small)
+                written += 1
+                # A fragment is written when the next one begins, and the encoder looks ahead.
+                job.playable = max(0, written // FPS - 1) if written < PREVIEW_SECONDS * FPS else PREVIEW_SECONDS
+                if written == PREVIEW_SECONDS * FPS:
+                    writer.close()
+            if in_picture:
+                _, jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+                job.picture, job.pictures = jpeg.tobytes(), job.pictures + 1
+        return writer

@@ -1,0 +1,65 @@
+"""The page as a process of its own, for tests that talk to it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Server:
+    """A running page: its address, the folder of its outputs, and what it said."""
+
+    def __init__(self, process: subprocess.Popen, port: int, outputs: Path, log: Path, began: float):
+        self.process, self.url, self.outputs, self.log = process, f"http://127.0.0.1:{port}", outputs, log
+        self.began = began
+
+    def wait_until_ready(self, seconds: float = 90) -> float:
+        """Seconds of the processor that it took until the page was there, whatever else the machine does."""
+        while time.monotonic() - self.began < seconds:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                if httpx.get(self.url, timeout=5).status_code == 200:
+                    spent = psutil.Process(self.process.pid).cpu_times()
+                    return spent.user + spent.system
+            except httpx.HTTPError:
+                time.sleep(0.05)
+        raise AssertionError(f"no page after {seconds} s: {self.log.read_text()}")
+
+
+@contextmanager
+def serve(folder: Path, *options: object):
+    """Start app.py on a free port of the loopback, with its files in `folder`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    outputs, log = folder / "outputs", folder / "log"
+    arguments = ["--server-port", port, "--outputs", outputs, "--no-open", *options]
+    # One thread: small networks are no faster on several, and the tests' own processes want the other core.
+    environment = os.environ | {"LATENTSYNC_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    with open(log, "w") as out:
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "app.py"), *map(str, arguments)],
+            stdout=out, stderr=out, env=environment, cwd=folder,
+        )  # fmt: skip
+    server = Server(process, port, outputs, log, began)
+    try:
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise

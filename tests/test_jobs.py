@@ -1,0 +1,228 @@
+"""The queue and the thread that works on it."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from clips import make_sound, make_video
+
+from latentsync.errors import UserError
+from latentsync.media import probe_video
+from latentsync.pipeline import Settings
+from latentsync.sampling import DeepCache
+from optim import jobs
+from optim.jobs import CANCELLED, DONE, FAILED, Request, Worker, interruptible, run_alone
+from optim.speeds import Speeds
+
+ME, OTHER = "m" * 24, "o" * 24
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    before = os.environ.get("LATENTSYNC_HOME")
+    os.environ["LATENTSYNC_HOME"] = str(tmp_path_factory.mktemp("home"))
+    yield
+    if before is None:
+        del os.environ["LATENTSYNC_HOME"]
+    else:
+        os.environ["LATENTSYNC_HOME"] = before
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory, checkpoint, home):
+    worker = Worker(tmp_path_factory.mktemp("outputs"), model=str(checkpoint), device="cpu")
+    worker.start()
+    assert worker.ready.wait(60) and worker.machine, worker.problem
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(scope="module")
+def long_voice(tmp_path_factory):
+    return make_sound(tmp_path_factory.mktemp("voice") / "long.wav", seconds=30)
+
+
+def ended(worker, job):
+    assert worker.wait(job, 120), job
+    return job
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_a_job_is_done_and_told(worker, talking, voice):
+    job = ended(worker, worker.submit(Request(talking, voice, steps=2), ME, ("mine & yours.mp4", "v.wav")))
+    assert job.state == DONE, job.error
+    assert job.output.name == "mine___yours-synced.mp4" and probe_video(job.output).n_frames == 20
+    view = worker.view(job)
+    assert view["report"]["frames"] == 20 and set(view["files"]) == {"original", "result"}
+    assert view["timeline"]["stages"].keys() == set(jobs.STAGES)
+    assert sorted(os.listdir(job.folder)) == sorted(["job.json", job.output.name, "video.mp4", "voice.wav"])
+    assert "for this clip" in worker.describe(job.request, 10) and "about" in worker.describe(job.request, 10)
+
+
+def test_the_curves_are_given_point_by_point(worker):
+    until(lambda: len(worker.live()["time"]) >= 3)
+    times, since = [], 0.0
+    for _ in range(5):
+        worker._seen_at = 0  # ask the monitor anew
+        live = worker.live(since)
+        assert all(len(values) == len(live["time"]) for values in live["curves"].values())
+        times += live["time"]
+        since = times[-1]
+        time.sleep(0.4)
+    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    assert len(gaps) >= 2 and min(gaps) > 0.5
+
+
+def test_a_running_job_is_cancelled_within_a_second(worker, talking, long_voice):
+    job = worker.submit(Request(talking, long_voice), ME)
+    until(lambda: job.part > 0)
+    began = time.monotonic()
+    worker.cancel(job.id, ME)
+    ended(worker, job)
+    assert time.monotonic() - began < 1
+    assert job.state == CANCELLED and job.output is None
+    assert sorted(os.listdir(job.folder)) == ["job.json", "video.mp4", "voice.wav"]
+
+
+def test_what_is_finished_can_be_kept(worker, talking, long_voice):
+    job = worker.submit(Request(talking, long_voice, steps=4), ME)
+    until(lambda: job.progress.get("writing", 0) > 20 and job.picture)
+    worker.cancel(job.id, ME, keep=True)
+    ended(worker, job)
+    assert job.state == CANCELLED and 20 < probe_video(job.output).n_frames == job.report["frames"] < 750
+
+
+def test_a_pass_is_ended_in_its_middle(worker, talking, voice):
+    ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    models, asked = worker._models, []
+
+    def check():
+        asked.append(None)
+        if len(asked) == 20:
+            raise KeyError
+
+    x = torch.zeros(1, 3, 64, 64)
+    with pytest.raises(KeyError), interruptible(models, check):
+        models.vae.encode(x)
+    models.vae.encode(x)
+    assert len(asked) == 20
+
+
+def test_a_waiting_job_is_cancelled_at_once_and_the_others_move_up(worker, talking, voice, long_voice):
+    first, *rest = (worker.submit(Request(talking, v, steps=2), ME) for v in (long_voice, voice, voice))
+    until(lambda: first.state == "running")
+    assert [worker.place(job) for job in (first, *rest)] == [None, 1, 2] and worker.load() == (1, 2)
+    worker.cancel(rest[0].id, ME)
+    assert rest[0].state == CANCELLED and worker.place(rest[1]) == 1
+    worker.cancel(first.id, ME)
+    assert ended(worker, rest[1]).state == DONE
+
+
+def test_others_do_not_find_a_job(worker, talking, voice):
+    job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    assert job in worker.jobs_of(ME) and worker.jobs_of(OTHER) == []
+    for act in (worker.find, worker.cancel, worker.again, worker.remove):
+        with pytest.raises(UserError, match="no job"):
+            act(job.id, OTHER)
+    worker.remove(job.id, ME)
+    assert not job.folder.exists() and worker.by_key(job.key) is None
+
+
+def test_a_failing_job_gets_a_sentence_and_the_next_one_runs(worker, talking, voice, tmp_path, monkeypatch, capfd):
+    faceless = make_video(tmp_path / "no face.mp4", seconds=0.4)
+    job = ended(worker, worker.submit(Request(faceless, voice, steps=1), ME))
+    assert job.state == FAILED and "'no face.mp4' shows no face" in job.error and job.remedy["focus"] == "video"
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("by a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentsync.pipeline.lipsync", broken)
+        job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    assert job.state == FAILED and "ZeroDivisionError" in job.error and "by a test" in capfd.readouterr().err
+    assert ended(worker, worker.again(job.id, ME, level="balanced")).state == DONE
+
+
+def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, monkeypatch):
+    def starved(*_, **__):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentsync.pipeline.lipsync", starved)
+        job = ended(worker, worker.submit(Request(talking, voice, level="aggressive", model="auto"), ME))
+    assert job.state == FAILED and "is not enough" in job.error and worker._models is None
+    assert job.remedy["label"].startswith("Run again") and set(job.remedy["settings"]) <= {"level", "model"}
+    assert ended(worker, worker.again(job.id, ME, steps=1, **job.remedy["settings"] | {"model": "auto"})).state == DONE
+
+
+@pytest.mark.parametrize("which", ["video", "audio"])
+def test_files_that_cannot_be_used_are_refused_by_the_user_s_name_for_them(worker, talking, voice, tmp_path, which):
+    (tmp_path / "x1").write_text("this is neither\n" * 50)
+    files = {"video": talking, "audio": voice} | {which: tmp_path / "x1"}
+    before = set(worker.folder.iterdir())
+    with pytest.raises(UserError, match="'my file.mp4' is not a"):
+        worker.submit(Request(**files), ME, ("my file.mp4", "my file.mp4"))
+    assert set(worker.folder.iterdir()) == before
+
+
+def test_limits_are_said(talking, long_voice, voice, tmp_path):
+    worker = Worker(tmp_path, queue_size=1, max_seconds=20)  # not started: what is put in waits
+    with pytest.raises(UserError, match="lasts 30 s, and this server takes 20 s"):
+        worker.submit(Request(talking, long_voice), ME)
+    worker.submit(Request(talking, voice), ME)
+    with pytest.raises(UserError, match="queue is full"):
+        worker.submit(Request(talking, voice), ME)
+
+
+def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, talking, voice, tmp_path, home):
+    worker = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=1.0, keep_hours=0.0003)
+    worker.start()
+    ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    models = worker._models
+    assert ended(worker, worker.submit(Request(talking, voice, steps=1, level="1"), ME)).state == DONE
+    assert worker._models is models is not None
+    until(lambda: worker._models is None, 10)
+    until(lambda: os.listdir(tmp_path) == [], 10)  # old results go, too
+    assert worker.jobs_of(ME) == []
+    worker.close()
+    assert "jobs" not in [thread.name for thread in threading.enumerate() if thread is worker._thread]
+
+
+def test_speeds_are_remembered_and_scaled_by_the_work(tmp_path):
+    speeds = Speeds(tmp_path / "deep" / "speeds.json")
+    full, half = Settings(steps=20), Settings(steps=10)
+    assert speeds.estimate("demo, here", full, 100) is None
+    speeds.record("demo, here", full, 50, 100.0)
+    again = Speeds(tmp_path / "deep" / "speeds.json")
+    assert again.estimate("demo, here", full, 100) == (200.0, True)
+    assert again.estimate("demo, here", half, 100) == (100.0, False)
+    assert again.estimate("demo, there", full, 100) is None
+    cached = Settings(steps=20, cache=DeepCache(2, 0))
+    assert Speeds.work(half) < Speeds.work(cached) < Speeds.work(full)
+    (tmp_path / "broken").write_text("[")
+    assert Speeds(tmp_path / "broken").estimate("demo, here", full, 1) is None
+
+
+def test_a_gpu_that_is_lent_runs_the_job_in_one_call(checkpoint, talking, voice, tmp_path, home):
+    calls = []
+
+    def lent(request: Request, output: Path, model: str):
+        calls.append(model)
+        return run_alone(request, output, model)
+
+    worker = Worker(tmp_path, model=str(checkpoint), lent=lent)
+    worker.start()
+    job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    assert job.state == DONE, job.error
+    assert calls == [str(checkpoint)] and probe_video(job.output).n_frames == 20
+    worker.close()

@@ -1,0 +1,247 @@
+"""The page in a headless Chromium: what a person sees and does, from the first visit to the result."""
+
+import os
+import re
+import shutil
+import time
+
+import pytest
+from clips import make_sound, make_video
+from conftest import portrait, save_video
+from serving import serve
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+SLOW = 60_000  # milliseconds that something may take on a busy machine
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A face, a voice of a second, a long one that takes a while, and files that cannot be used."""
+    folder = tmp_path_factory.mktemp("clips")
+    options = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", 12)
+    save_video(folder / "talking.mp4", [portrait(t) for t in range(24)], *options)
+    make_sound(folder / "short.wav", seconds=0.78)
+    make_sound(folder / "long.wav", seconds=40)
+    (folder / "text.mp4").write_text("this is not a video\n" * 50)
+    make_video(folder / "faceless.mp4", seconds=0.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, checkpoint):
+    with serve(tmp_path_factory.mktemp("page"), "--model", checkpoint) as server:
+        server.wait_until_ready()
+        yield server
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, server):
+    """Open the page as a new visitor; at the end the console must hold no error."""
+    contexts, errors = [], []
+
+    def open_page(width=1280, theme="light"):
+        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+        context.set_default_timeout(SLOW)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server.url)
+        page.wait_for_function("document.querySelector('#line')?.textContent.includes('steps')")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def give(page, clips, video="talking.mp4", audio="short.wav"):
+    """Drop the two files."""
+    page.set_input_files("#video input[type=file]", str(clips / video))
+    page.wait_for_selector("#video video")
+    page.set_input_files("#audio input[type=file]", str(clips / audio))
+    page.wait_for_function("/clip|first job/.test(document.querySelector('#line').textContent)")
+
+
+def start(page):
+    page.click("#start")
+    page.wait_for_selector(".card")
+
+
+def state(page, wanted):
+    page.wait_for_selector(f".card[data-state={wanted}]")
+
+
+def test_from_the_first_visit_to_the_result_of_the_example(visit):
+    page = visit()
+    page.click("#advanced > button")
+    page.click("#model input")
+    page.click("text=demo (128 px)")
+    page.fill("#steps input[type=number]", "4")
+    page.press("#steps input[type=number]", "Tab")
+    page.click("#stop-2")
+    page.wait_for_function("/2 steps.*demo/.test(document.querySelector('#line').textContent)")
+    page.click("#example")
+    page.wait_for_selector(".card")
+    playwright.expect(page.locator("#video video")).to_be_visible()
+    page.wait_for_selector(".card[data-state=done]", timeout=3 * SLOW)
+    page.wait_for_function("document.querySelector('.made').readyState > 0")
+    assert page.evaluate("document.querySelector('.made').duration") > 1
+    page.click(".card summary")
+    used = page.inner_text(".card .tables")
+    assert re.search(r"level\s+aggressive", used) and re.search(r"steps\s+2\b", used) and "mouths" in used
+    page.wait_for_selector(".timeline .js-plotly-plot, .timeline.js-plotly-plot")
+    # The page can be set to them again.
+    page.click("#stop-0")
+    page.click("text=Use these settings again")
+    page.wait_for_function("document.querySelector('#level input[type=number]').value == '1'")
+
+
+def test_own_files_give_a_result_beside_the_original(visit, clips, server):
+    page = visit()
+    give(page, clips)
+    start(page)
+    state(page, "done")
+    page.wait_for_function("document.querySelector('.made').readyState > 0")
+    assert page.evaluate("Math.round(document.querySelector('.made').duration * 25)") == 20
+    playwright.expect(page.locator(".original")).to_be_visible()
+    page.click(".compare")
+    playwright.expect(page.locator(".original")).to_be_hidden()
+    with page.expect_download() as download:
+        page.click("text=Download")
+    assert download.value.suggested_filename == "talking-synced.mp4" and os.path.getsize(download.value.path()) > 1000
+    page.click("text=Remove")
+    page.wait_for_selector(".card", state="detached")
+
+
+def test_the_slider_changes_the_line_and_the_settings_that_are_used(visit, clips):
+    page = visit()
+    give(page, clips)
+    before = page.inner_text("#line")
+    page.click("#stop-1")
+    page.wait_for_function("document.querySelector('#line').textContent.includes('16 steps')")
+    assert page.inner_text("#line") != before and "DeepCache" in page.inner_text("#line")
+    start(page)
+    state(page, "done")
+    page.click(".card summary")
+    assert re.search(r"level\s+balanced", page.inner_text(".card .tables"))
+    page.wait_for_timeout(500)
+    page.press("#level input[type=range]", "ArrowRight")
+    page.wait_for_function("document.querySelector('#line').textContent.includes('etween balanced')")
+
+
+def test_a_job_shows_progress_survives_a_reload_and_is_cancelled_within_a_second(visit, clips):
+    page = visit()
+    give(page, clips, audio="long.wav")
+    start(page)
+    state(page, "running")
+    page.wait_for_function("document.querySelector('.card .rate').textContent.includes('frames/s')")
+    page.wait_for_function("document.querySelector('.card img').src.includes('picture')")
+    page.wait_for_function("document.querySelector('.card img').naturalWidth > 0")
+    page.reload()
+    state(page, "running")
+    page.wait_for_selector(".card video:not([hidden])")  # the first seconds can be played
+    page.evaluate("void document.querySelector('.card figure video').play()")
+    page.wait_for_function("document.querySelector('.card figure video').currentTime > 0.1")
+    began = time.monotonic()
+    page.evaluate("window.lipsync.refresh()")
+    page.click("text=Cancel")
+    state(page, "cancelled")
+    assert time.monotonic() - began < 1 + 1 + 1  # a second, until the page asks again, and a busy machine
+
+
+def test_a_cancelled_job_may_keep_what_is_finished(visit, clips):
+    page = visit()
+    give(page, clips, audio="long.wav")
+    start(page)
+    page.wait_for_function("+document.querySelector('.card .stage:nth-child(3) output').textContent.split('/')[0] > 25")
+    page.click("text=Stop and keep what is finished")
+    state(page, "cancelled")
+    page.wait_for_function("document.querySelector('.made').readyState > 0")
+    assert 1 < page.evaluate("document.querySelector('.made').duration") < 35
+
+
+def test_two_visitors_see_their_own_jobs_and_the_queue_s_length(visit, clips):
+    first, second = visit(), visit()
+    give(first, clips, audio="long.wav")
+    start(first)
+    state(first, "running")
+    second.wait_for_function("document.querySelector('#load').textContent.includes('1 running')")
+    assert second.locator(".card").count() == 0
+    give(second, clips)
+    start(second)
+    state(second, "waiting")
+    assert "1 job comes before" in second.inner_text(".card")
+    assert second.locator(".card").count() == first.locator(".card").count() == 1
+    first.click("text=Cancel")
+    state(first, "cancelled")
+    state(second, "done")
+    assert second.locator(".card").count() == first.locator(".card").count() == 1
+
+
+def test_what_cannot_be_used_gets_its_sentence(visit, clips):
+    page = visit()
+    page.click("#start")
+    page.wait_for_function("document.querySelector('#notice').textContent.includes('There is no video yet')")
+    give(page, clips, video="faceless.mp4")
+    start(page)
+    state(page, "failed")
+    assert "'faceless.mp4' shows no face" in page.inner_text(".card .error")
+    page.click("text=Choose another video")
+    page.click("#video [aria-label='Clear']")
+    page.set_input_files("#video input[type=file]", str(clips / "text.mp4"))
+    page.wait_for_function("document.querySelector('#notice').textContent.includes('text.mp4')")
+    assert "is not a video that ffmpeg can read" in page.inner_text("#notice")
+
+
+def test_the_curves_get_a_point_every_second_and_do_not_flicker(visit):
+    page = visit()
+    page.wait_for_selector("#plot .trace", state="attached")
+    points = "Number(document.querySelector('#plot').dataset.points)"
+    page.evaluate("document.querySelector('#plot svg').dataset.kept = 'yes'")
+    page.wait_for_timeout(4000)  # the drawing library took its time, in which points gathered
+    before, began = page.evaluate(points), time.monotonic()
+    page.wait_for_timeout(4000)
+    more, seconds = page.evaluate(points) - before, time.monotonic() - began
+    assert seconds - 3 <= more <= seconds + 3
+    assert page.evaluate("document.querySelector('#plot svg').dataset.kept") == "yes"  # the same drawing, not a new one
+    assert page.locator("#plot .trace").count() >= 2
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_scrolls_sideways(visit, clips, width, theme):
+    page = visit(width, theme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.click("#advanced > button")
+    page.click("#doctor > button")
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    page.click("#theme")
+    assert page.evaluate("document.body.classList.contains('dark')") == (theme != "dark")
+
+
+def test_every_control_has_a_name_and_can_be_reached_by_keyboard(visit):
+    page = visit()
+    page.click("#advanced > button")
+    nameless = page.evaluate("""() =>
+        [...document.querySelectorAll('button, input:not([type=file]), video, progress')].filter((node) =>
+            node.offsetParent && !(node.innerText || node.ariaLabel || node.labels?.length || node.title
+                || node.getAttribute('aria-labelledby') || node.placeholder)
+        ).map((node) => node.outerHTML.slice(0, 120))""")
+    assert nameless == []
+    page.focus("#start")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "example"

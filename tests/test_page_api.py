@@ -1,0 +1,203 @@
+"""The page's endpoints: jobs by `gradio_client`, and what a visitor must not be able to do."""
+
+import os
+import re
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from clips import make_sound
+from conftest import portrait, save_video
+from gradio_client import Client, handle_file
+from serving import ROOT, serve
+
+from latentsync.media import COMMENT, probe_video
+
+LOGIN = ("anna", "a long password")
+UPLOAD_LIMIT = 2_000_000  # bytes
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    save_video(folder / "talking.mp4", [portrait(t) for t in range(24)], "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    make_sound(folder / "short.wav", seconds=0.3)
+    make_sound(folder / "long.wav", seconds=28)
+    make_sound(folder / "too long.wav", seconds=31)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, checkpoint):
+    """As with --share, but on the loopback: a login, a limit to lengths and uploads, and a queue of nine."""
+    options = ("--auth", ":".join(LOGIN), "--max-seconds", 30, "--max-upload", f"{UPLOAD_LIMIT}b", "--queue-size", 9)
+    with serve(tmp_path_factory.mktemp("page"), "--model", checkpoint, *options) as server:
+        server.seconds_until_ready = server.wait_until_ready()
+        yield server
+
+
+def connect(server) -> Client:
+    return Client(server.url, auth=LOGIN, verbose=False)
+
+
+def submit(client, clips, audio="short.wav", visitor="", **settings) -> dict:
+    files = {"video": handle_file(clips / "talking.mp4"), "audio": handle_file(clips / audio)}
+    return client.predict(**files, visitor=visitor, steps=4, **settings, api_name="/submit")
+
+
+def job(client, reply) -> dict:
+    seen = client.predict(reply["visitor"], 0, api_name="/watch")
+    return next(job for job in seen["jobs"] if job["id"] == reply["job"])
+
+
+def until(client, reply, *states, seconds=120) -> dict:
+    began = time.monotonic()
+    while (seen := job(client, reply))["state"] not in states:
+        assert time.monotonic() - began < seconds, seen
+        time.sleep(0.1)
+    return seen
+
+
+def browser(server) -> httpx.Client:
+    """A logged-in visitor without any job."""
+    visitor = httpx.Client(base_url=server.url, timeout=30)
+    assert visitor.post("/login", data=dict(zip(("username", "password"), LOGIN, strict=True))).status_code == 200
+    return visitor
+
+
+def test_the_page_is_there_before_torch_is_and_within_seconds(server):
+    assert server.seconds_until_ready < 8
+    code = "import app, sys; app.Page(app.Worker(app.Path('x'))); print('torch' in sys.modules, 'cv2' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.split() == ["False", "False"], said.stderr
+
+
+def test_a_client_runs_a_job_follows_it_and_cancels_another(server, clips, tmp_path):
+    client = connect(server)
+    first = submit(client, clips)
+    assert first["error"] is None
+    other = submit(client, clips, "long.wav", first["visitor"])
+    done = until(client, first, "done")
+    assert done["stages"] == {"faces": 8, "mouths": 8, "writing": 8} and done["report"]["frames"] == 8
+    running = until(client, other, "running")
+    while not running["mouths"]:
+        running = job(client, other)
+    began = time.monotonic()
+    client.predict(other["job"], False, other["visitor"], api_name="/cancel")
+    until(client, other, "cancelled")
+    assert time.monotonic() - began < 2  # 1 s, and the way there and back on a busy machine
+    path = client.predict(first["job"], first["visitor"], api_name="/result")
+    assert probe_video(path).n_frames == 8
+    assert COMMENT.encode() in Path(path).read_bytes()
+    assert "steps" in client.predict(seconds=1, api_name="/describe")
+    assert client.predict(api_name="/machine")["max_seconds"] == 30
+
+
+def test_ten_jobs_at_once_are_all_done_and_more_are_refused(server, clips):
+    client = connect(server)
+    hold = submit(client, clips, "long.wav")
+    until(client, hold, "running")
+    replies = [submit(client, clips, visitor=hold["visitor"]) for _ in range(10)]
+    assert [reply.get("error") is None for reply in replies] == [True] * 9 + [False]
+    assert "The queue is full" in replies[-1]["error"]
+    client.predict(hold["job"], False, hold["visitor"], api_name="/cancel")
+    for reply in replies[:9]:
+        until(client, reply, "done")
+    assert not list(server.outputs.glob("*/first.mp4"))
+
+
+def test_nothing_is_to_be_had_without_a_login(server, clips):
+    stranger = httpx.Client(base_url=server.url)
+    client = connect(server)
+    reply = submit(client, clips)
+    files = until(client, reply, "done")["files"]
+    for method, path in (
+        ("POST", "/gradio_api/run/submit"), ("POST", "/gradio_api/run/watch"), ("POST", "/gradio_api/upload"),
+        ("POST", "/gradio_api/queue/join"), ("POST", "/gradio_api/call/submit"), ("GET", "/config"),
+    ):  # fmt: skip
+        found = stranger.request(method, path, **({"json": {"data": []}} if method == "POST" else {}))
+        assert found.status_code == 401, path
+    assert stranger.get(f"/lipsync/{files['result']}").status_code == 404
+    assert browser(server).get(f"/lipsync/{files['result']}").status_code == 200
+
+
+def test_a_visitor_cannot_read_what_is_not_theirs(server, clips):
+    client, visitor = connect(server), browser(server)
+    reply = submit(client, clips)
+    seen = until(client, reply, "done")
+    foreign = secrets.token_urlsafe(24)
+    key, name, file = seen["files"]["result"].split("/")
+    (result,) = server.outputs.glob(f"*/{file}") if len(list(server.outputs.glob("*"))) == 1 else [
+        sorted(server.outputs.glob(f"*/{file}"))[-1]
+    ]  # fmt: skip
+    link = result.with_name("link.mp4")
+    os.symlink("/etc/passwd", link)
+    secret = b"root:"
+    for path in (
+        f"/gradio_api/file={result}", f"/gradio_api/file={result.parent / 'job.json'}", f"/gradio_api/file={link}",
+        "/gradio_api/file=/etc/passwd", f"/gradio_api/file={ROOT / 'README.md'}", f"/gradio_api/file={ROOT / 'app.py'}",
+        f"/gradio_api/file={server.outputs}/../log", "/gradio_api/file=..%2f..%2fetc%2fpasswd",
+        f"/lipsync/{key}/job.json/job.json", f"/lipsync/{key}/../job.json", f"/lipsync/{key}/..%2fjob.json/x",
+        f"/lipsync/{key}/link.mp4/link.mp4", f"/lipsync/{foreign}/result/{file}", f"/lipsync//result/{file}",
+        f"/lipsync/{key[:-1]}/result/{file}", "/lipsync/..%2f..%2fetc%2fpasswd/result/x",
+    ):  # fmt: skip
+        found = visitor.get(path)
+        assert found.status_code in (400, 403, 404, 405), path
+        assert secret not in found.content and b"ftyp" not in found.content[:100]
+
+    def ask(endpoint, *data):
+        return visitor.post(f"/gradio_api/run/{endpoint}", json={"data": data})
+
+    # Another's job is as one that there is not.
+    for endpoint, data in (("cancel", (False, foreign)), ("again", ({}, foreign)), ("remove", (foreign,))):
+        unknown = ask(endpoint, "0" * 8, *data).json()["data"][0]["error"]
+        assert ask(endpoint, reply["job"], *data).json()["data"][0]["error"] == unknown.replace("0" * 8, reply["job"])
+    assert ask("result", reply["job"], foreign).status_code == 500
+    assert ask("watch", foreign, 0).json()["data"][0]["jobs"] == []
+    assert "22 to 100 letters" in ask("watch", "me", 0).json()["data"][0]["error"]
+
+    # Files that were not uploaded, by any of the ways to name one.
+    config = visitor.get("/config").json()
+    assert any(dependency["api_name"] == "submit" for dependency in config["dependencies"])
+    rest = [0, "auto", 4, 1.5, 1, 0.85, 0, "as the level says", "as the level says", "largest", 16, foreign]
+    for path in ("/etc/passwd", str(result), str(result.with_name("video.mp4")), "../../../etc/passwd", str(link)):
+        given = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        found = ask("submit", given, given, *rest)
+        assert found.status_code != 200 or found.json()["data"][0]["error"]
+    assert ask("watch", foreign, 0).json()["data"][0]["jobs"] == []
+
+    # A playlist, by which ffmpeg would read other files.
+    for name, words in (("list.mp4", f"ffconcat version 1.0\nfile {result}\n"),
+                        ("list.m3u8", f"#EXTM3U\n#EXTINF:9,\n{result}\n#EXT-X-ENDLIST\n")):  # fmt: skip
+        sent = visitor.post("/gradio_api/upload", files={"files": (name, words)}).json()[0]
+        given = {"path": sent, "meta": {"_type": "gradio.FileData"}}
+        assert ask("submit", given, given, *rest).json()["data"][0]["error"]
+
+
+def test_the_limits_hold(server, clips):
+    client, visitor = connect(server), browser(server)
+    assert "lasts 31 s, and this server takes 30 s" in submit(client, clips, "too long.wav")["error"]
+    large = visitor.post("/gradio_api/upload", files={"files": ("large.mp4", b"0" * (UPLOAD_LIMIT + 1000))})
+    assert large.status_code == 413
+    for name, value in (("level", 2), ("guidance", -1), ("seed", -1), ("batch", 1000), ("vram_fraction", 2)):
+        with pytest.raises(Exception, match=str(value)):
+            assert submit(client, clips, **{name: value})["error"] is None
+
+
+def test_a_public_link_asks_for_a_login_unless_it_is_refused(capsys):
+    import app
+
+    def auth(*arguments):
+        args = app.parser().parse_args(arguments)
+        return app.logins(args, args.share)
+
+    ((name, password),) = auth("--share")
+    assert re.fullmatch(r"[\w-]{12,}", password) and password in capsys.readouterr().out
+    assert auth("--share", "--no-auth") is None and auth() is None
+    assert auth("--share", "--auth", "a:b:c,d:e") == [("a", "b:c"), ("d", "e")]
+    with pytest.raises(app.UserError, match="NAME:PASSWORD"):
+        auth("--auth", "anna")
