@@ -75,7 +75,7 @@ copy /y "%ROOT%\tests\requirements.txt" "%VENV%\installed-tests" >nul
 cd /d "%ROOT%"
 "%VPY%" -m ruff check .
 if not "%ERRORLEVEL%"=="0" exit /b %ERRORLEVEL%
-"%VPY%" -m pytest %REST%
+"%VPY%" -m pytest -n logical --maxprocesses 4 --dist loadfile %REST%
 exit /b %ERRORLEVEL%
 
 :stop

@@ -144,7 +144,7 @@ case $command in
         install "$here/tests/requirements.txt" installed-tests
         cd -- "$here"
         "$python" -m ruff check .
-        exec "$python" -m pytest "$@"
+        exec "$python" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
         ;;
     *)
         fail "Unknown command: $command (./launch.sh help lists the commands)."

@@ -39,8 +39,9 @@ def parser() -> argparse.ArgumentParser:
         "--steps", type=between(int, 1, 999), default=20, help="diffusion steps, 12 to 50 are useful (default 20)"
     )
     found.add_argument(
-        "--guidance", type=between(float, 0, 10), default=1.5, help="lip strength, 1 (off) to 3 (default 1.5)"
-    )
+        "--guidance", type=between(float, 0, 10),
+        help="lip strength, 1 (off) to 3 (default: what suits the model; 1.5 for the released ones)",
+    )  # fmt: skip
     found.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=1247, help="default 1247")
     found.add_argument(
         "--face", choices=("largest", "left", "right", "centre"), default="largest",
@@ -206,7 +207,8 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     print(f"model {models.name}, {models.resolution} px, on {device}", file=sys.stderr)
     if checkpoint.remark:
         print(checkpoint.remark, file=sys.stderr)
-    settings = Settings(steps=args.steps, guidance_scale=args.guidance, seed=args.seed, face=args.face)
+    guidance = models.guidance_scale if args.guidance is None else args.guidance
+    settings = Settings(steps=args.steps, guidance_scale=guidance, seed=args.seed, face=args.face)
     bars = Bars() if sys.stderr.isatty() else Lines()
     try:
         with prepare(args, models, settings, sound.duration) as job:

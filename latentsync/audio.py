@@ -71,17 +71,17 @@ def log_powers(wav: Tensor, n_mels: int) -> Iterator[Tensor]:
         yield (filters @ power).clamp(min=MEL_FLOOR).log10()
 
 
-def mel_segments(wav: Tensor, n_mels: int = 80) -> Iterator[Tensor]:
+def mel_segments(wav: Tensor, n_mels: int = 80, mel_range: float = MEL_RANGE) -> Iterator[Tensor]:
     """Whisper's log-mel, clamped under the loudest point of the whole clip, in segments of 30 s.
 
-    wav: (samples,) float32 in [−1, 1] at 16 kHz. Yields (n_mels, ≤ 3000), about −1 to 1.
+    wav: (samples,) float32 in [−1, 1] at 16 kHz; mel_range: decades. Yields (n_mels, ≤ 3000), about −1 to 1.
     """
     if len(wav) < N_FFT:
         wav = torch.nn.functional.pad(wav, (0, N_FFT - len(wav)))
     # Twice through the sound, as the maximum must be known before the first segment is.
     loudest = max(float(part.max()) for part in log_powers(wav, n_mels))
     for part in log_powers(wav, n_mels):
-        yield (part.clamp(min=loudest - MEL_RANGE) + 4) / 4
+        yield (part.clamp(min=loudest - mel_range) + 4) / 4
 
 
 def log_mel(wav: Tensor, n_mels: int = 80) -> Tensor:
@@ -90,13 +90,13 @@ def log_mel(wav: Tensor, n_mels: int = 80) -> Tensor:
 
 
 @torch.inference_mode()
-def feature_segments(encoder: AudioEncoder, wav: Tensor) -> Iterator[Tensor]:
+def feature_segments(encoder: AudioEncoder, wav: Tensor, mel_range: float = MEL_RANGE) -> Iterator[Tensor]:
     """Whisper features, 50 rows a second, in segments of 30 s: (rows, layers, width) each.
 
     A segment of n mel frames gives n // 2 rows; short ones are padded with 0.0 in the normalised mel.
     """
     weight = encoder.conv1.weight
-    for mel in mel_segments(wav, encoder.dims.n_mels):
+    for mel in mel_segments(wav, encoder.dims.n_mels, mel_range):
         padded = torch.nn.functional.pad(mel, (0, SEGMENT_FRAMES - mel.shape[1]))
         features = encoder(padded[None].to(weight.device, weight.dtype))[0]
         yield features[: mel.shape[1] // 2]
@@ -107,14 +107,16 @@ def frame_count(samples: int) -> int:
     return math.ceil(samples * VIDEO_FPS / SAMPLE_RATE)
 
 
-def audio_chunks(encoder: AudioEncoder, wav: Tensor, frames: int) -> Iterator[Tensor]:
+def audio_chunks(
+    encoder: AudioEncoder, wav: Tensor, frames: int, mel_range: float = MEL_RANGE
+) -> Iterator[Tensor]:
     """The audio tokens of video frames 0 … frames − 1 at 25 fps.
 
     wav: (samples,) float32 at 16 kHz. Yields (10 · layers, width), row-major (row, layer): rows c − 4 … c + 5
     around the frame's row c, each clamped to the clip.
     """
     total = max(len(wav), N_FFT) // HOP_LENGTH // 2  # every segment but the last has an even number of frames
-    segments = feature_segments(encoder, wav)
+    segments = feature_segments(encoder, wav, mel_range)
     held, first = next(segments), 0  # rows first … first + len(held) − 1
     for i in range(frames):
         centre = i * ROWS_PER_SECOND // VIDEO_FPS

@@ -5,8 +5,8 @@ A checkpoint is a folder:
     latentsync_unet.safetensors or .pt    the U-Net under its released names
     whisper/tiny.safetensors or .pt       an OpenAI-format Whisper, of which the encoder is used
     vae/config.json, vae/diffusion_pytorch_model.safetensors    a diffusers AutoencoderKL
-    latentsync.json                       {"resolution": 256, "unet": {…}, "match_colours": false}; the released
-                                          models need none
+    latentsync.json                       {"resolution": 256, "unet": {…}, "match_colours": false,
+                                          "guidance_scale": 1.5, "mel_range": 8}; the released models need none
 
 All but the last may also lie in its folder `checkpoints`, as the reference and its ComfyUI wrappers have it, and the
 autoencoder in the Hugging Face cache. `python -m latentsync.checkpoints` fetches the released ones, see `models`.
@@ -27,12 +27,13 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from latentsync.audio import MEL_RANGE
 from latentsync.conversion import SOURCE, in_groups
 from latentsync.download import found_here
 from latentsync.errors import UserError
 from latentsync.releases import RELEASES, VAE_PARTS, VAE_REPOSITORY, folder_of, released_as
 from latentsync.releases import home as home  # asked for here, too
-from latentsync.sampling import WINDOW
+from latentsync.sampling import GUIDANCE_SCALE, WINDOW
 from latentsync.unet import UNet, UNetConfig
 from latentsync.whisper import AudioEncoder, WhisperDims
 
@@ -60,6 +61,8 @@ class Checkpoint:
     vae: Path
     vae_config: Path
     match_colours: bool = False  # its autoencoder does not return every tone; see `compositing.match_colours`
+    guidance_scale: float = GUIDANCE_SCALE  # what suits it, where nothing else is asked for
+    mel_range: float = MEL_RANGE  # decades under the loudest sound that its audio encoder has learnt to hear
     remark: str | None = None  # a sentence for the user, where something about the files is not as expected
 
 
@@ -73,6 +76,8 @@ class Models:
     audio_encoder: AudioEncoder
     vae: AutoencoderKL
     match_colours: bool = False
+    guidance_scale: float = GUIDANCE_SCALE
+    mel_range: float = MEL_RANGE
 
     @property
     def device(self) -> torch.device:
@@ -163,11 +168,18 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"'{folder / CONFIG}' asks for a network that this program is not: {error}.") from error
     match_colours = config.get("match_colours", False) is True
+    try:
+        guidance_scale = float(config.get("guidance_scale", GUIDANCE_SCALE))
+        mel_range = float(config.get("mel_range", MEL_RANGE))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"'{folder / CONFIG}' has a guidance_scale or a mel_range that is no number.") from error
     return Checkpoint(
         name=name,
         resolution=resolution,
         unet_config=unet_config,
         match_colours=match_colours,
+        guidance_scale=guidance_scale,
+        mel_range=mel_range,
         remark=remark,
         **found,
     )
@@ -412,7 +424,10 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         raise UserError(f"'{checkpoint.unet}' and '{checkpoint.whisper}' do not belong together; fetch both again.")
     for module in (unet, vae, encoder):
         module.requires_grad_(False)
-    return Models(checkpoint.name, checkpoint.resolution, unet, encoder, vae, checkpoint.match_colours)
+    return Models(
+        checkpoint.name, checkpoint.resolution, unet, encoder, vae,
+        checkpoint.match_colours, checkpoint.guidance_scale, checkpoint.mel_range,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

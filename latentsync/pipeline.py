@@ -590,7 +590,8 @@ def generate(
     def aligned() -> Iterator[Shot]:
         most = KNOWN_BYTES // (3 * models.resolution**2) if looped else 0
         again: list[tuple[int, np.ndarray]] = []
-        heard = clock.time(beside(audio_chunks(models.audio_encoder, wav, total), models.device), "sound")
+        chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range)
+        heard = clock.time(beside(chunks, models.device), "sound")
         with (
             closing(ahead(heard, TRACKED_AHEAD, "sound")) as tokens,
             closing(ahead(clock.time(frames, "reading"), DECODED_AHEAD, "reading")) as decoded,

@@ -1,5 +1,6 @@
 """What several test files share: a checkpoint, a talking face, a voice, and one thread for small networks."""
 
+import os
 from pathlib import Path
 
 import cv2
@@ -9,6 +10,10 @@ import torch
 from clips import ffmpeg, make_sound
 from skimage.data import astronaut
 from tiny import make_checkpoint
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # every worker has a core, and no more
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that it starts
+    torch.set_num_threads(1)
 
 SIDE = 192  # pixels of the face clip
 FACE_FRAMES = 24

@@ -20,6 +20,7 @@ from latentsync.training.data import (
     MARGIN,
     MEL_PER_FRAME,
     MOUTH_REACH,
+    QUIETEST,
     RESOLUTION,
     SIDE,
     WINDOW,
@@ -73,7 +74,7 @@ def test_the_training_windows_hear_what_inference_hears(prepared, clip, one_thre
     windows = draw_windows(data, sound, rng, 3)
     with torch.no_grad():
         tokens = tokens_of(encoder(sound.mel), windows)
-    heard = torch.stack(list(audio_chunks(encoder, torch.from_numpy(read_audio(clip)), FRAMES)))
+    heard = torch.stack(list(audio_chunks(encoder, torch.from_numpy(read_audio(clip)), FRAMES, QUIETEST)))
     first = int(data.starts[sound.clips[0][0]])
     for window, wanted in zip(tokens, heard[windows.frames - first], strict=True):
         error = float((window - wanted).norm() / wanted.norm())
@@ -226,7 +227,7 @@ def test_an_export_is_a_checkpoint_that_loads(tmp_path):
     save_state(state / "denoiser.pt", {"average": nn.ModuleDict({"unet": unet, "encoder": encoder})}, optimizer, 1)
     export(state, folder)
     models = load_models(resolve(str(folder), CPU), CPU, torch.float32)
-    assert models.resolution == RESOLUTION and models.match_colours
+    assert models.resolution == RESOLUTION and models.match_colours and models.mel_range == QUIETEST
     assert models.vae.config.scaling_factor == 0.5
     assert torch.equal(models.unet.conv_out.weight, unet.conv_out.weight.half().float())
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 40e6
@@ -307,11 +308,13 @@ def test_other_voices_are_heard_in_the_clips_time(prepared):
     assert any((counts < data.lengths.min()).any() for drawn in mixed for counts in drawn), "parts of clips as well"
 
 
-def test_people_are_blended_and_their_motion_kept(prepared):
+def test_people_are_blended_by_what_tells_them_apart(prepared):
     data = load_clips(prepared, CPU)
     means = data.means.clone()
     means[0] = 255 - means[0]
-    change = random_people(replace(data, means=means), np.random.default_rng(1))
-    assert change.shape == means.shape and float(change.abs().max()) > 1
+    two = replace(data, means=means)
+    changes = [random_people(two, np.random.default_rng(seed)) for seed in range(12)]
+    shares = {round(float((change[0] / (means[1] - means[0])).nanmedian()), 3) for change in changes}
+    assert 0 in shares and 4 <= len(shares) and max(shares) <= 0.7, "sometimes not at all, never for the most part"
     again = random_people(data, np.random.default_rng(1))
-    assert float(again.abs().max()) < 1e-3, "both clips show the same person"
+    assert float(again.abs().max()) < 1, "both clips show the same person"

@@ -2,7 +2,7 @@
 
     .venv/bin/python assets/example/make_example.py [FOLDER]
 
-Needs scikit-image (it carries the portrait) and the program espeak-ng; see SOURCES.md beside this file.
+The portrait is `portrait.png` beside this file; needs the program flite. See SOURCES.md.
 """
 
 import subprocess
@@ -12,27 +12,27 @@ from pathlib import Path
 import cv2
 import imageio_ffmpeg
 import numpy as np
-from skimage.data import astronaut
 
 FPS = 25
-SECONDS = 4.4
-SIDE = 512  # output width and height in pixels
-ZOOM = 2.05  # output pixels per pixel of the portrait
+SECONDS = 3.84
+SIDE = 320  # output width and height in pixels
+ZOOM = 1.07  # output pixels per pixel of the portrait
 OVERSAMPLING = 4  # the portrait is enlarged by this first, so that slow motion is smooth below a pixel
 
-# Places in the 512x512 portrait, (x, y) in pixels.
-VIEW_CENTRE = (229.0, 135.0)
-NECK = (222.0, 182.0)  # the head sways about this point
-HEAD_CENTRE = (227.0, 98.0)
-HEAD_RADII = (88.0, 95.0)  # the sway fades out towards this ellipse
-EYES = ((203.5, 102.0), (250.0, 104.0))
-EYE_RADII = (15.0, 11.0)
-EYE_OPENING = 6.6  # height of the open eye; above 0.65 x the radius the warp would fold
-BLINKS = (1.3, 3.5)  # seconds
+# Places in the 384x384 portrait, (x, y) in pixels.
+VIEW_CENTRE = (192.0, 166.0)
+NECK = (193.0, 285.0)  # the head sways about this point
+HEAD_CENTRE = (191.0, 190.0)
+HEAD_RADII = (130.0, 165.0)  # the sway fades out towards this ellipse
+EYES = ((159.0, 171.0), (222.0, 170.0))
+EYE_RADII = (17.0, 10.0)
+EYE_OPENING = 6.0  # height of the open eye; above 0.65 x the radius the warp would fold
+BLINKS = (1.3, 3.1)  # seconds
 BLINK_HALF_LENGTH = 0.13  # seconds from open to closed
 
-TEXT = "Hello! ... My moving mouth and my voice were both made by a machine."
-VOICE = ("-v", "en-us+f3", "-s", "158", "-p", "55")  # 22,050 Hz mono
+# Of the kind of sentence that the demo model has learnt.
+TEXT = "Bin blue at L four please. Set white in A nine again."
+VOICE = ("-voice", "slt", "--setf", "duration_stretch=1.15")  # 16 kHz mono
 
 
 def bump(x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radii: tuple[float, float]) -> np.ndarray:
@@ -68,7 +68,7 @@ def source_points(t: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_video(path: Path) -> None:
-    portrait = astronaut()
+    portrait = cv2.imread(str(Path(__file__).resolve().parent / "portrait.png"))[:, :, ::-1]
     large = cv2.resize(portrait, None, fx=OVERSAMPLING, fy=OVERSAMPLING, interpolation=cv2.INTER_LANCZOS4)
     writer = imageio_ffmpeg.write_frames(
         str(path), (SIDE, SIDE), fps=FPS, codec="libx264", pix_fmt_out="yuv420p", quality=None,
@@ -90,7 +90,7 @@ def write_video(path: Path) -> None:
 
 
 def write_speech(path: Path) -> None:
-    subprocess.run(["espeak-ng", *VOICE, "-w", str(path), TEXT], check=True)
+    subprocess.run(["flite", *VOICE, "-t", TEXT, "-o", str(path)], check=True)
 
 
 if __name__ == "__main__":

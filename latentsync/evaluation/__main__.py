@@ -49,7 +49,7 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     clips.add_argument("--limit", type=between(int, 1, 1000), help="clips of every speaker (default: all held out)")
     clips.add_argument("--model", default="demo", metavar="NAME|PATH")
     clips.add_argument("--steps", type=between(int, 1, 999), default=20)
-    clips.add_argument("--guidance", type=between(float, 0, 10), default=1.5)
+    clips.add_argument("--guidance", type=between(float, 0, 10), help="default: what suits the model")
     clips.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=1247)
     video = commands.add_parser("video", help="mouth and sound of one file")
     video.add_argument("result", type=Path)
@@ -93,7 +93,8 @@ def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
     files = held_out(args.clips, args.speakers)
     device = choose_device(args.device)
     models = load_models(resolve(args.model, device), device, torch.float16 if device.type == "cuda" else torch.float32)
-    models, settings = prepare(args, models, Settings(args.steps, args.guidance, args.seed))
+    guidance = models.guidance_scale if args.guidance is None else args.guidance
+    models, settings = prepare(args, models, Settings(args.steps, guidance, args.seed))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -45,7 +45,8 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own: bo
     def tracked() -> Iterator:
         yield from zip(clip.seen.frames[:n].copy(), clip.seen.faces[:n], strict=True)
 
-    heard = beside(audio_chunks(models.audio_encoder, torch.from_numpy(wav), n), models.device)
+    chunks = audio_chunks(models.audio_encoder, torch.from_numpy(wav), n, models.mel_range)
+    heard = beside(chunks, models.device)
     shots = list(align(tracked(), heard, models.resolution, most=n))
     painter = Painter(models, settings)
     if own:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from latentsync.audio import (
     HOP_LENGTH,
-    MEL_RANGE,
     ROWS_AFTER,
     ROWS_BEFORE,
     SAMPLE_RATE,
@@ -37,6 +36,7 @@ CORNERS = LIPS.index(61), LIPS.index(291)
 MOUTH_REACH = 2.0  # of half the mouth's width: how far from its middle a mouth warp moves anything
 PLAIN_MOUTHS = 0.25  # share of mouth warps that are none
 MEL_STEP, MEL_BASE = 0.055, -10.0  # decades of power a grey level of the stored mel, and its zero
+QUIETEST = 3.5  # decades under the loudest sound that are heard: rooms are seldom quieter, synthesisers are
 MEL_PER_FRAME = SAMPLE_RATE // HOP_LENGTH // VIDEO_FPS
 N_MELS = 80
 WARP = 0.05  # of half the canvas: the largest standard deviation of the displacements that change a face's shape
@@ -368,7 +368,7 @@ def draw_sound(data: ClipSet, rng: np.random.Generator, segments: int, augment: 
     silent = (index < 0)[..., None]
     power = power.masked_fill(silent, -10.0)
     loudest = power.amax((1, 2), keepdim=True)
-    mel = (power.maximum(loudest - MEL_RANGE) + 4) / 4
+    mel = (power.maximum(loudest - QUIETEST) + 4) / 4
     return Sound(mel.masked_fill(silent, 0.0).transpose(1, 2), *parts)
 
 
