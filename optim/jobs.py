@@ -22,7 +22,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from latentsync.errors import UserError
 from latentsync.media import FPS, VideoInfo, probe_audio, probe_video
 from optim.preview import Preview
 from optim.speeds import Speeds
+from optim.stock import best_for, resolve_here, survey
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
@@ -152,8 +153,10 @@ class Machine:
     device: str  # torch's name
     device_name: str  # in words
     recommended: float  # level, 0 to 1
-    models: tuple[dict[str, Any], ...]  # name, resolution, present
+    models: tuple[dict[str, Any], ...]  # name, resolution, present, remark
     chosen: str  # the model that `auto` is
+    best: str  # the model that suits it, there or not
+    why: str  # that one, as a sentence
     advice: tuple[dict[str, str], ...]
     torch: str
 
@@ -436,11 +439,10 @@ class Worker:
 
         if self.machine is None:
             raise UserError(self.problem or "")
-        from latentsync.checkpoints import resolve
         from optim.accelerate import describe
 
         device = torch.device(self.machine.device)
-        checkpoint = resolve(self._model(request), device)
+        checkpoint = self._checkpoint(request)
         plan = make_plan(request, checkpoint.resolution, device)
         words = f"{describe(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
         if seconds is None:
@@ -501,7 +503,7 @@ class Worker:
         import torch
 
         from latentsync.__main__ import choose_device
-        from latentsync.checkpoints import NAMES, home, resolve
+        from latentsync.releases import home
         from optim.doctor import advise, read_facts
         from optim.hardware import read_gpus, recommended_level
         from optim.monitor import Monitor
@@ -510,28 +512,38 @@ class Worker:
         self.monitor = Monitor(rate=1.0, seconds=3600).start()
         device = torch.device("cpu") if self.lent else choose_device(self.device_name)
         gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
-        chosen = resolve(self.model, device)
-        models = []
-        for name in [*NAMES[1:], *([chosen.name] if chosen.name not in NAMES else [])]:
-            try:
-                found = resolve(self.model if name == chosen.name else name, device)
-                models.append({"name": name, "resolution": found.resolution, "present": True})
-            except UserError:
-                models.append({"name": name, "resolution": None, "present": False})
+        best, why = best_for(gpu, self.lent is not None)
+        found = survey(self.model, device, best)
+        chosen = resolve_here(self.model, device, best)
         self.folder.mkdir(parents=True, exist_ok=True)
         advice = advise(read_facts(chosen.resolution, self.folder))
         self.machine = Machine(
             device=str(device),
             device_name="a GPU lent for each job" if self.lent else device_words(device),
             recommended=recommended_level(gpu).position,
-            models=tuple(models),
-            chosen=chosen.name,
+            **found,
+            best=best,
+            why=why,
             advice=tuple(asdict(each) for each in advice),
             torch=torch.__version__,
         )
 
-    def _model(self, request: Request) -> str:
-        return self.model if self.machine and request.model in ("auto", self.machine.chosen) else request.model
+    def look_for_models(self) -> None:
+        """See anew which models there are and what `auto` is, as one may have been fetched, or removed."""
+        if self.machine is None:
+            return
+        import torch
+
+        found = survey(self.model, torch.device(self.machine.device), self.machine.best)
+        self.machine = replace(self.machine, **found)
+
+    def _checkpoint(self, request: Request) -> "Checkpoint":
+        """The model of a request, as it is on this machine now. Raises UserError."""
+        import torch
+
+        own = request.model == self.machine.chosen and self.model != "auto"  # the folder that the server was given
+        name = self.model if own or request.model == "auto" else request.model
+        return resolve_here(name, torch.device(self.machine.device), self.machine.best)
 
     def _where(self, checkpoint: "Checkpoint") -> str:
         return f"{checkpoint.name}, {self.machine.device_name}"
@@ -540,10 +552,13 @@ class Worker:
         """The models of a request: those at hand, or loaded in their place."""
         import torch
 
-        from latentsync.checkpoints import load_models, resolve
+        from latentsync.checkpoints import load_models
 
         device = torch.device(self.machine.device)
-        checkpoint = resolve(self._model(request), device)
+        checkpoint = self._checkpoint(request)
+        if checkpoint.remark:
+            job.messages.append(checkpoint.remark)
+            checkpoint = replace(checkpoint, remark=None)  # the same files, however they were asked for
         if self._models is None or self._loaded != checkpoint:
             self._unload()
             job.doing = f"loading the model {checkpoint.name}"
@@ -605,7 +620,9 @@ class Worker:
     def _run_lent(self, job: Job) -> None:
         job.doing = "running on a GPU that is lent for it; how far it is cannot be seen here"
         output = self._output(job)
-        job.report, job.output = self.lent(job.request, output, self._model(job.request)), output
+        name = self._checkpoint(job.request).name
+        model = name if self.model == "auto" or name != self.machine.chosen else self.model
+        job.report, job.output = self.lent(job.request, output, model), output
 
     @staticmethod
     def _output(job: Job) -> Path:
@@ -662,8 +679,6 @@ class Worker:
 
     def _history(self, job: Job) -> "History | None":
         """The machine since the job started."""
-        from dataclasses import replace
-
         whole = self.monitor.snapshot()
         since = time.time() - job.started
         if not len(whole.time):
