@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentsync.errors import UserError
 from latentsync.media import FPS, VideoInfo, probe_audio, probe_video
+from optim.curves import NO_CURVES, latest, live, thinned
 from optim.preview import Preview
 from optim.speeds import Speeds
 from optim.stock import best_for, resolve_here, survey
@@ -43,7 +44,6 @@ WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cance
 STAGES = ("faces", "mouths", "writing")  # latentsync.pipeline.STAGES, which would import torch
 IDLE_SECONDS = 600.0  # without a job, until the model is let go
 KEPT_JOBS = 50  # finished ones that a visitor finds in the list
-TIMELINE_POINTS = 300
 LIVE_SECONDS = 120.0  # of the curves of the machine
 
 
@@ -364,20 +364,11 @@ class Worker:
     def live(self, since: float = 0.0) -> dict[str, Any]:
         """The machine's curves after the time `since`, seconds of the monitor, and no more than two minutes of it."""
         if self.monitor is None:
-            return {"time": [], "curves": {}, "marks": [], "memory": {}}
+            return NO_CURVES
         now = time.monotonic()
         if now - self._seen_at > 0.5:  # for all who look within it
             self._seen_at, self._seen = now, self.monitor.snapshot(LIVE_SECONDS)
-        history = self._seen
-        new = int((history.time.round(2) <= since).sum())  # rounded as it is given away
-        begin = history.time[0] if len(history.time) else 0.0
-        sizes = {f"GPU {gpu.index}" if len(history.gpus) > 1 else "GPU": gpu.memory_total for gpu in history.gpus}
-        return {
-            "time": [round(float(t), 2) for t in history.time[new:]],
-            "curves": {name: values[new:] for name, values in curves(history).items()},
-            "marks": [(round(t, 1), text) for t, text in history.marks if t >= begin],
-            "memory": sizes or {"Memory": history.ram_total},
-        }
+        return live(self._seen, since)
 
     def find(self, job_id: str, visitor: str) -> Job:
         """A visitor's own job. Raises UserError, the same for another's as for one that there is not."""
@@ -679,42 +670,13 @@ class Worker:
 
     def _history(self, job: Job) -> "History | None":
         """The machine since the job started."""
-        whole = self.monitor.snapshot()
-        since = time.time() - job.started
-        if not len(whole.time):
-            return None
-        keep = whole.time >= whole.time[-1] - since
-        gpus = tuple(
-            replace(gpu, **{name: value[keep] for name, value in vars(gpu).items() if hasattr(value, "dtype")})
-            for gpu in whole.gpus
-        )
-        columns = {name: getattr(whole, name)[keep] for name in ("time", "cpu", "ram_used")}
-        return replace(whole, **columns, gpus=gpus)
+        return latest(self.monitor.snapshot(), time.time() - job.started)
 
     def _keep_timeline(self, job: Job) -> None:
-        """The curves of the job's time, thinned out, beside its stages."""
+        """The curves of the job's time beside its stages."""
         if self.monitor is None or job.report is None or (history := self._history(job)) is None:
             return
-        every = max(1, math.ceil(len(history.time) / TIMELINE_POINTS))
-        start = history.time[-1] - (time.time() - job.started) if len(history.time) else 0
-        rows = curves(history)
-        job.timeline["time"] = [round(float(t - start), 1) for t in history.time[::every]]
-        job.timeline["curves"] = {name: values[::every] for name, values in rows.items()}
-
-
-def curves(history: "History") -> dict[str, list[float | None]]:
-    """The curves to draw, in percent, by what they are called: each GPU's use and memory, or the processor's."""
-    found: dict[str, Any] = {}
-    for gpu in history.gpus:
-        name = "GPU" if len(history.gpus) == 1 else f"GPU {gpu.index}"
-        found[name] = gpu.utilization
-        found[f"{name} memory"] = 100 * gpu.memory_used / (gpu.memory_total or math.nan)
-    if not history.gpus:
-        found = {"CPU": history.cpu, "Memory": 100 * history.ram_used / history.ram_total}
-    return {
-        name: [None if math.isnan(value) else round(float(value), 1) for value in values]
-        for name, values in found.items()
-    }
+        job.timeline |= thinned(history, time.time() - job.started)
 
 
 class Progress:

@@ -315,7 +315,7 @@ def test_the_container_copies_and_runs_what_exists():
     assert all((root / path).exists() for path in copied)
     assert [line[-1] for line in lines if line[0] == "FROM"] == ["base", "cpu", "gpu"]
     packages = re.search(r"packages=\((.*?)\)", (root / ".ci/run").read_text())[1].split()
-    assert set(packages) <= set(text.split())  # what the launcher asks for on Debian
+    assert set(packages) - {"chromium"} <= set(text.split())  # what the launcher asks for on Debian; that is for tests
     commands = re.findall(r"\./launch\.sh (\w+)", text)
     assert commands and all(f"    {command})" in (root / "launch.sh").read_text() for command in commands)
     assert [line[1:] for line in lines if line[0] == "CMD"] == [['["./launch.sh"]']]  # which serves the page
