@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ from starlette.routing import Route  # noqa: E402
 from latentsync import __version__  # noqa: E402
 from latentsync.errors import UserError  # noqa: E402
 from latentsync.media import probe_audio, probe_video  # noqa: E402
+from latentsync.releases import RELEASES  # noqa: E402
 from optim.jobs import Job, Request, Worker, run_alone, said  # noqa: E402
+from optim.stock import Fetcher  # noqa: E402
 
 try:
     import spaces  # Hugging Face's package for ZeroGPU
@@ -44,7 +47,7 @@ except ImportError:
 
 EXAMPLE = (ROOT / "assets" / "example" / "face.mp4", ROOT / "assets" / "example" / "speech.wav")
 STOPS = (("Conservative", 0.0), ("Balanced", 0.5), ("Aggressive", 1.0))
-MODELS = ("auto", "demo", "latentsync-1.5", "latentsync-1.6")
+MODELS = ("auto", "demo", *sorted(RELEASES))
 AS_LEVEL = "as the level says"
 CACHES = {AS_LEVEL: "level", "off": None, "every 2nd step": 2, "every 3rd step": 3, "every 4th step": 4}
 SWITCHES = {AS_LEVEL: None, "on": True, "off": False}
@@ -55,7 +58,7 @@ GPU_SECONDS = 240  # of ZeroGPU that a job may ask for
 LICENCES = (
     ("demo model", "Apache-2.0; trained on GRID, CC BY 4.0", "https://zenodo.org/records/3625687"),
     ("LatentSync 1.5", "OpenRAIL++", "https://huggingface.co/ByteDance/LatentSync-1.5"),
-    ("LatentSync 1.6", "see its page", "https://huggingface.co/ByteDance/LatentSync-1.6"),
+    ("LatentSync 1.6", "OpenRAIL++", "https://huggingface.co/ByteDance/LatentSync-1.6"),
     ("Whisper tiny", "MIT", "https://github.com/openai/whisper"),
     ("sd-vae-ft-mse", "MIT", "https://huggingface.co/stabilityai/sd-vae-ft-mse"),
     (
@@ -73,6 +76,8 @@ HEADER = """
   </div>
   <button type="button" id="theme" aria-label="Switch between light and dark">Dark</button>
 </header>
+<section id="offer" aria-label="A better model for this machine" hidden></section>
+<section id="fetching" aria-label="Fetching a model" hidden></section>
 """
 LIVE = """
 <section id="jobs" aria-label="Jobs and results">
@@ -89,6 +94,7 @@ LIVE = """
   <p id="now"></p>
 </section>
 """
+MODELS_BOX = "<section id='models' aria-label='The released models'>Looking at this machine …</section>"
 
 
 # ---- what the endpoints do
@@ -195,8 +201,8 @@ def footer(worker: Worker) -> str:
 class Page:
     """The Blocks, and the endpoints under their names."""
 
-    def __init__(self, worker: Worker):
-        self.worker = worker
+    def __init__(self, worker: Worker, fetcher: Fetcher):
+        self.worker, self.fetcher = worker, fetcher
         with gr.Blocks(title="LatentSync", analytics_enabled=False, delete_cache=(3600, 86400)) as self.blocks:
             self._build()
 
@@ -240,6 +246,7 @@ class Page:
     def _advanced(self) -> None:
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             self.model = gr.Dropdown(list(MODELS), value="auto", label="Model", elem_id="model")
+            gr.HTML(MODELS_BOX, padding=False)
             with gr.Row():
                 self.steps = gr.Slider(
                     4, 60, value=20, step=1, label="Inference steps", elem_id="steps",
@@ -303,6 +310,10 @@ class Page:
         for button, (_, position) in zip(self.stops, STOPS, strict=True):
             button.click(None, None, self.level, js=f"() => {position}")
         live.select(self.take_settings, None, self.settings, **quiet, api_visibility="private")
+        # The page's script says so when there is another model.
+        live.input(self.choices, None, self.model, **quiet, api_visibility="private").then(
+            **meaning, api_visibility="private"
+        )
 
         self.blocks.load(
             self.greet, None, [*self.stops, self.level, self.model, advice, foot], **quiet, api_visibility="private"
@@ -314,6 +325,12 @@ class Page:
         self._endpoint(self.remove, [job, visitor], reply, "remove")
         self._endpoint(self.result, [job, visitor], file, "result")
         self._endpoint(self.about, [], reply, "machine")
+        name, task = gr.Textbox(visible=False, label="name"), gr.Textbox("get", visible=False, label="task")
+        pickle_only = gr.Checkbox(visible=False, label="pickle_only")
+        self._endpoint(self.models, [], reply, "models")
+        self._endpoint(self.fetch, [name, task], reply, "fetch")
+        self._endpoint(self.stop_fetching, [], reply, "stop_fetching")
+        self._endpoint(self.remove_model, [name, pickle_only], reply, "remove_model")
 
     @staticmethod
     def _endpoint(fn: Any, inputs: list, outputs: Any, name: str) -> None:
@@ -341,12 +358,19 @@ class Page:
         return answer(act)
 
     def watch(self, visitor: str, since: float = 0.0) -> dict[str, Any]:
-        """A visitor's jobs, the length of the queue, and the machine's curves after the time `since`."""
+        """A visitor's jobs, the length of the queue, the machine's curves after the time `since`, and what is fetched.
+
+        models: a number that changes when /models has something new to say; None before the machine was looked at.
+        """
 
         def act() -> dict[str, Any]:
             running, waiting = self.worker.load()
             jobs = [self.worker.view(job) for job in self.worker.jobs_of(own(visitor))]
-            return {"jobs": jobs, "running": running, "waiting": waiting, "live": self.worker.live(since or 0.0)}
+            return {
+                "jobs": jobs, "running": running, "waiting": waiting, "live": self.worker.live(since or 0.0),
+                "models": self.fetcher.version if self.worker.ready.is_set() else None,
+                "fetching": self.fetcher.view(),
+            }  # fmt: skip
 
         return answer(act)
 
@@ -438,6 +462,52 @@ class Page:
         found = asdict(self.worker.machine) if self.worker.machine else {"error": self.worker.problem}
         return found | {"queue_size": self.worker.queue_size, "max_seconds": self.worker.max_seconds}
 
+    def models(self) -> dict[str, Any]:
+        """The released models: what is here, what would be fetched under which licences, and which suits the machine.
+
+        Waits until the machine has been looked at.
+        """
+        return answer(self.fetcher.models)
+
+    def fetch(self, name: str, task: str = "get") -> dict[str, Any]:
+        """Fetch a model, go on with it, or verify it (task: "verify"); /watch says how far it is."""
+
+        def act() -> dict[str, Any]:
+            self.fetcher.check_allowed()
+            return {"fetching": self.fetcher.start(name, task or "get").view(), "error": None}
+
+        return answer(act)
+
+    def stop_fetching(self) -> dict[str, Any]:
+        """End it; what was fetched is kept, and /fetch goes on from there."""
+
+        def act() -> dict[str, Any]:
+            self.fetcher.check_allowed()
+            self.fetcher.stop()
+            return {"fetching": self.fetcher.view(), "error": None}
+
+        return answer(act)
+
+    def remove_model(self, name: str, pickle_only: bool = False) -> dict[str, Any]:
+        """Remove a model, or only the original of its U-Net once that is converted: {"removed": bytes}."""
+
+        def act() -> dict[str, Any]:
+            self.fetcher.check_allowed()
+            return {"removed": self.fetcher.remove(name, bool(pickle_only)), "error": None}
+
+        return answer(act)
+
+    def choices(self) -> Any:
+        """The models to choose from, as they are now."""
+        machine = self.worker.machine
+        if machine is None:
+            return gr.skip()
+        found = [(f"auto: the best that runs here ({machine.chosen})", "auto")]
+        for model in machine.models:
+            where = f"{model['resolution']} px" if model["present"] else "not on this machine"
+            found.append((f"{model['name']} ({where})", model["name"]))
+        return gr.Dropdown(choices=found)
+
     def greet(self) -> tuple:
         """What is only known once the machine has been looked at."""
         self.worker.ready.wait()
@@ -445,13 +515,12 @@ class Page:
         if machine is None:
             problem = f"<p class='problem'>{html.escape(self.worker.problem or '')}</p>"
             return (*[gr.skip()] * 5, problem, footer(self.worker))
+        with suppress(UserError):  # the folder of --model may be gone; jobs say so
+            self.worker.look_for_models()  # files may have been put there by hand
+            machine = self.worker.machine
         best = machine.recommended
         stops = [gr.Button(elem_classes=["best"]) if position == best else gr.skip() for _, position in STOPS]
-        choices = [(f"auto: the best that runs here ({machine.chosen})", "auto")]
-        for model in machine.models:
-            where = f"{model['resolution']} px" if model["present"] else "not on this machine"
-            choices.append((f"{model['name']} ({where})", model["name"]))
-        return (*stops, best, gr.Dropdown(choices=choices), shown(machine.advice), footer(self.worker))
+        return (*stops, best, self.choices(), shown(machine.advice), footer(self.worker))
 
     def take_settings(self, event: gr.EventData) -> list[Any]:
         """Set the page to the settings of a job."""
@@ -548,6 +617,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="of the results")
     found.add_argument("--model", default="auto", help="what 'auto' means on the page: a name, or a checkpoint folder")
     found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
+    found.add_argument(
+        "--get", metavar="NAME", default=from_environment("LATENTSYNC_GET"),
+        help="fetch this released model while the page is served, unless it is there (or the variable LATENTSYNC_GET)",
+    )  # fmt: skip
+    found.add_argument(
+        "--allow-download", action="store_true", help="let visitors fetch and remove models, even with --share"
+    )
     found.add_argument("--idle-minutes", type=float, default=10, help="until the model is let go (default 10)")
     found.add_argument("--no-open", action="store_true", help="do not open the page in a browser")
     found.add_argument("--version", action="version", version=__version__)
@@ -588,6 +664,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         auth = logins(args, args.share)
+        if args.get and args.get not in RELEASES:
+            raise UserError(f"There is no model '{args.get}' to fetch: give --get one of {', '.join(RELEASES)}.")
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -601,7 +679,8 @@ def main(arguments: list[str] | None = None) -> int:
         unless_given(args.keep_hours, PUBLIC_HOURS),
         spaces.GPU(duration=GPU_SECONDS)(run_alone) if on_zero_gpu else None,
     )
-    page = Page(worker)
+    fetcher = Fetcher(worker, args.allow_download or not public)
+    page = Page(worker, fetcher)
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -619,6 +698,8 @@ def main(arguments: list[str] | None = None) -> int:
         # As Gradio has it on Windows; its loop of 1 ms elsewhere takes 5 % of a core from the jobs.
         page.blocks._queue.sleep_when_free = 0.05
         worker.start()
+        if args.get:
+            fetcher.start(args.get)
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:  # the way to end a server
@@ -627,6 +708,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"The page cannot be served ({error}): name another port with --server-port.", file=sys.stderr)
         return 2
     finally:
+        fetcher.close()
         worker.close()
         page.blocks.close(verbose=False)
         if OWN_TEMP:

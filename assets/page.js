@@ -218,13 +218,14 @@ function follow(leader, other) {
   leader.addEventListener("timeupdate", () => { if (backward()) { other.pause(); align(); } else if (!leader.paused && other.paused) { align(); other.play().catch(() => {}); } });
 }
 
+const OWNERLESS = new Set(["fetch", "stop_fetching", "remove_model"]); // models are everybody's
 async function act(name, ...data) {
   try {
     if (name === "cancel") {
       const view = cards.get(data[0]);
       if (view) { text(view.parts.doing, "cancelling"); view.parts.cancel.disabled = view.parts.keep.disabled = true; }
     }
-    told(await call(name, ...data, visitor));
+    told(await call(name, ...data, ...(OWNERLESS.has(name) ? [] : [visitor])));
   } catch {
     notice("The server did not answer: see whether it still runs, and try again.");
   }
@@ -307,6 +308,125 @@ async function timeline(plot, job) {
   await Plotly.newPlot(plot, traces, layout, { displayModeBar: false, responsive: true });
 }
 
+// ---- released models: what is here, and fetching others
+
+const LATER = "latentsync-not-now";
+const size = (bytes) => bytes >= 1e8 ? `${(bytes / 1e9).toFixed(1)} GB` : `${(bytes / 1e6).toFixed(1)} MB`;
+const once = { get: (key) => { try { return localStorage.getItem(key); } catch { return null; } },
+  set: (key, value) => { try { localStorage.setItem(key, value); } catch { /* it is asked again at the next visit */ } } };
+let models = null, fetching = null, taskView = null, versionAsked = null;
+
+/** The lines of a licence notice, their addresses as links. */
+function licences(lines) {
+  return make("ul", { class: "licences" }, ...lines.map((line) => make("li", {}, ...line.trim().split(/(https:\/\/[^\s)]+)/).map((part) =>
+    part.startsWith("https://") ? make("a", { href: part, target: "_blank", rel: "noreferrer" }, part.slice(8)) : part))));
+}
+const modelAct = (label, name, data, kind = "soft") =>
+  make("button", { type: "button", class: kind, onclick: () => act(name, ...data) }, label);
+const begun = (model) => model.to_fetch > 0 && model.size > 0;
+const getLabel = (model) => begun(model) ? `Continue (${size(model.to_fetch)} left)` : model.to_fetch ? `Fetch ${size(model.to_fetch)}` : "Prepare it for fast starts";
+
+function modelState(model) {
+  if (!model.present) return begun(model) ? `not complete, ${size(model.to_fetch)} to fetch` : `not here, ${size(model.to_fetch)} to fetch`;
+  return model.converted ? `here, ${size(model.size)}` : "here; starts faster once it is prepared";
+}
+
+function renderModels() {
+  const box = find("#models");
+  if (!models || !box) return; // it comes when its accordion is opened
+  const key = `${versionAsked} ${fetching?.id} ${fetching?.state}`;
+  if (box.dataset.shown === key) return;
+  box.dataset.shown = key;
+  if (models.error) return box.replaceChildren(make("p", { class: "problem" }, models.error));
+  const busy = fetching?.state === "running";
+  const rows = models.models.map((model) => {
+    const buttons = [];
+    if (models.allowed && !busy) {
+      if (!model.converted && !(models.offline && model.to_fetch)) buttons.push(modelAct(getLabel(model), "fetch", [model.name, "get"], model.name === models.recommended ? "main" : "soft"));
+      if (model.present && model.converted) buttons.push(modelAct("Verify", "fetch", [model.name, "verify"]));
+      if (model.pickle) buttons.push(modelAct(`Free ${size(model.pickle)} (the original, not needed any more)`, "remove_model", [model.name, true]));
+      if (model.size) buttons.push(make("button", { type: "button", class: "soft", onclick: () => {
+        if (confirm(`Remove ${model.title} from this machine (${size(model.size)})?`)) act("remove_model", model.name, false);
+      } }, "Remove"));
+    }
+    return make("article", { "data-model": model.name, "data-present": String(model.present) },
+      make("div", { class: "row" },
+        make("h3", {}, `${model.title}, ${model.resolution} px`, model.name === models.recommended ? make("span", { class: "best" }, " recommended here") : null),
+        make("span", { class: "quiet" }, modelState(model))),
+      model.present ? make("details", {}, make("summary", {}, "Licences"), licences(model.notice.slice(1))) : licences(model.notice),
+      model.remark ? make("p", { class: "quiet" }, model.remark) : null,
+      models.offline && model.to_fetch && models.allowed ? make("p", { class: "quiet" },
+        `HF_HUB_OFFLINE forbids to fetch it: start without that variable, or put its files into ${model.folder} (see the README).`) : null,
+      buttons.length ? make("div", { class: "buttons" }, ...buttons) : null);
+  });
+  box.replaceChildren(
+    make("p", { class: "why" }, `Auto is ${models.chosen} here. ${models.chosen === models.recommended ? "" : "What suits this machine: "}${models.why}`, models.remark ? ` ${models.remark}` : ""), ...rows,
+    ...(models.allowed ? [] : [make("p", { class: "quiet" }, "Visitors of this server cannot fetch models.")]));
+}
+
+function renderOffer() {
+  const box = find("#offer");
+  const model = models?.models?.find((each) => each.name === models.recommended);
+  const wanted = model && models.allowed && !models.offline && !models.models.some((each) => each.present) && !fetching && once.get(LATER) !== model.name;
+  show(box, Boolean(wanted));
+  if (!wanted) return;
+  box.replaceChildren(
+    make("p", {}, make("b", {}, "This machine can do better than the demo model. "), models.why),
+    licences(model.notice),
+    make("div", { class: "buttons" }, modelAct(getLabel(model), "fetch", [model.name, "get"], "main"),
+      make("button", { type: "button", class: "soft", onclick: () => { once.set(LATER, model.name); show(box, false); } }, "Not now")));
+}
+
+function renderFetching(task) {
+  const box = find("#fetching");
+  const shown = Boolean(task) && taskView?.closed !== task.id;
+  show(box, shown);
+  if (!shown) return;
+  const title = models?.models?.find((each) => each.name === task.name)?.title || task.name;
+  const key = `${task.id} ${task.state} ${models?.allowed}`;
+  if (taskView?.key !== key) {
+    const running = task.state === "running", allowed = models?.allowed;
+    const parts = { key, doing: make("span", {}), amount: make("span", { class: "amount" }), bar: make("progress", { max: 1, "aria-label": `Progress of ${title}` }) };
+    const close = () => { taskView.closed = task.id; show(box, false); };
+    box.replaceChildren(
+      make("div", { class: "row" }, make("h2", {}, `${task.task === "get" ? "Fetching" : "Verifying"} ${title}`),
+        make("span", { class: "state", role: "status" }, { running: "Working", done: "Done", stopped: "Stopped", failed: "Failed" }[task.state])),
+      ...(running ? [parts.bar] : []),
+      task.error ? make("p", { class: "error", role: "alert" }, task.error) : make("p", { class: "doing" }, parts.doing, parts.amount),
+      make("div", { class: "buttons" },
+        running && allowed ? modelAct("Cancel", "stop_fetching", []) : null,
+        !running && allowed && task.state !== "done" ? modelAct(task.task === "get" ? "Continue" : "Verify again", "fetch", [task.name, task.task], "main") : null,
+        running ? null : make("button", { type: "button", class: "soft", onclick: close }, "Close")));
+    box.dataset.state = task.state;
+    taskView = parts;
+  }
+  text(taskView.doing, task.doing);
+  if (task.total) taskView.bar.value = task.done / task.total; else taskView.bar.removeAttribute("value");
+  const words = [];
+  if (task.state === "running" && task.total) words.push(`${size(task.done)} of ${size(task.total)}`);
+  if (task.speed != null) words.push(`${size(task.speed)}/s`);
+  if (task.seconds_left != null) words.push(`about ${clock(task.seconds_left)} left`);
+  text(taskView.amount, words.map((each) => ` · ${each}`).join(""));
+}
+
+async function showModels(seen) {
+  fetching = seen.fetching;
+  if (seen.models != null && seen.models !== versionAsked) {
+    const first = versionAsked === null;
+    versionAsked = seen.models;
+    try {
+      models = await call("models");
+    } catch (error) {
+      versionAsked = null;
+      throw error;
+    }
+    if (!first) trigger("input", {}); // the chooser, too
+  }
+  renderModels();
+  renderOffer();
+  renderFetching(fetching);
+}
+
 // ---- once a second, while somebody looks
 
 let asking = null;
@@ -327,6 +447,7 @@ async function ask() {
   show(find("#empty"), cards.size === 0);
   const others = seen.running + seen.waiting;
   text(find("#load"), others === 0 ? "No job is running" : `${seen.running} running, ${seen.waiting} waiting`);
+  await showModels(seen);
   await draw(seen.live);
 }
 function refresh() {
@@ -337,9 +458,10 @@ function told(reply) {
   if (reply.error) {
     notice(reply.error);
     find("#notice").scrollIntoView({ behavior: "smooth", block: "nearest" });
-  } else if (reply.job || reply.checked) {
+  } else if (reply.job || reply.checked || reply.fetching || reply.removed != null) {
     notice("");
   }
+  if (reply.fetching || reply.removed != null) refresh().then(refresh);
   if (reply.job) refresh().then(refresh).then(() => {
     if (innerWidth < 900) find("#jobs").scrollIntoView({ behavior: "smooth" });
   });

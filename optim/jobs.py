@@ -22,14 +22,16 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentsync.errors import UserError
 from latentsync.media import FPS, VideoInfo, probe_audio, probe_video
+from optim.curves import NO_CURVES, latest, live, thinned
 from optim.preview import Preview
 from optim.speeds import Speeds
+from optim.stock import best_for, resolve_here, survey
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
@@ -42,7 +44,6 @@ WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cance
 STAGES = ("faces", "mouths", "writing")  # latentsync.pipeline.STAGES, which would import torch
 IDLE_SECONDS = 600.0  # without a job, until the model is let go
 KEPT_JOBS = 50  # finished ones that a visitor finds in the list
-TIMELINE_POINTS = 300
 LIVE_SECONDS = 120.0  # of the curves of the machine
 
 
@@ -152,8 +153,10 @@ class Machine:
     device: str  # torch's name
     device_name: str  # in words
     recommended: float  # level, 0 to 1
-    models: tuple[dict[str, Any], ...]  # name, resolution, present
+    models: tuple[dict[str, Any], ...]  # name, resolution, present, remark
     chosen: str  # the model that `auto` is
+    best: str  # the model that suits it, there or not
+    why: str  # that one, as a sentence
     advice: tuple[dict[str, str], ...]
     torch: str
 
@@ -361,20 +364,11 @@ class Worker:
     def live(self, since: float = 0.0) -> dict[str, Any]:
         """The machine's curves after the time `since`, seconds of the monitor, and no more than two minutes of it."""
         if self.monitor is None:
-            return {"time": [], "curves": {}, "marks": [], "memory": {}}
+            return NO_CURVES
         now = time.monotonic()
         if now - self._seen_at > 0.5:  # for all who look within it
             self._seen_at, self._seen = now, self.monitor.snapshot(LIVE_SECONDS)
-        history = self._seen
-        new = int((history.time.round(2) <= since).sum())  # rounded as it is given away
-        begin = history.time[0] if len(history.time) else 0.0
-        sizes = {f"GPU {gpu.index}" if len(history.gpus) > 1 else "GPU": gpu.memory_total for gpu in history.gpus}
-        return {
-            "time": [round(float(t), 2) for t in history.time[new:]],
-            "curves": {name: values[new:] for name, values in curves(history).items()},
-            "marks": [(round(t, 1), text) for t, text in history.marks if t >= begin],
-            "memory": sizes or {"Memory": history.ram_total},
-        }
+        return live(self._seen, since)
 
     def find(self, job_id: str, visitor: str) -> Job:
         """A visitor's own job. Raises UserError, the same for another's as for one that there is not."""
@@ -436,11 +430,10 @@ class Worker:
 
         if self.machine is None:
             raise UserError(self.problem or "")
-        from latentsync.checkpoints import resolve
         from optim.accelerate import describe
 
         device = torch.device(self.machine.device)
-        checkpoint = resolve(self._model(request), device)
+        checkpoint = self._checkpoint(request)
         plan = make_plan(request, checkpoint.resolution, device)
         words = f"{describe(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
         if seconds is None:
@@ -501,7 +494,7 @@ class Worker:
         import torch
 
         from latentsync.__main__ import choose_device
-        from latentsync.checkpoints import NAMES, home, resolve
+        from latentsync.releases import home
         from optim.doctor import advise, read_facts
         from optim.hardware import read_gpus, recommended_level
         from optim.monitor import Monitor
@@ -510,28 +503,38 @@ class Worker:
         self.monitor = Monitor(rate=1.0, seconds=3600).start()
         device = torch.device("cpu") if self.lent else choose_device(self.device_name)
         gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
-        chosen = resolve(self.model, device)
-        models = []
-        for name in [*NAMES[1:], *([chosen.name] if chosen.name not in NAMES else [])]:
-            try:
-                found = resolve(self.model if name == chosen.name else name, device)
-                models.append({"name": name, "resolution": found.resolution, "present": True})
-            except UserError:
-                models.append({"name": name, "resolution": None, "present": False})
+        best, why = best_for(gpu, self.lent is not None)
+        found = survey(self.model, device, best)
+        chosen = resolve_here(self.model, device, best)
         self.folder.mkdir(parents=True, exist_ok=True)
         advice = advise(read_facts(chosen.resolution, self.folder))
         self.machine = Machine(
             device=str(device),
             device_name="a GPU lent for each job" if self.lent else device_words(device),
             recommended=recommended_level(gpu).position,
-            models=tuple(models),
-            chosen=chosen.name,
+            **found,
+            best=best,
+            why=why,
             advice=tuple(asdict(each) for each in advice),
             torch=torch.__version__,
         )
 
-    def _model(self, request: Request) -> str:
-        return self.model if self.machine and request.model in ("auto", self.machine.chosen) else request.model
+    def look_for_models(self) -> None:
+        """See anew which models there are and what `auto` is, as one may have been fetched, or removed."""
+        if self.machine is None:
+            return
+        import torch
+
+        found = survey(self.model, torch.device(self.machine.device), self.machine.best)
+        self.machine = replace(self.machine, **found)
+
+    def _checkpoint(self, request: Request) -> "Checkpoint":
+        """The model of a request, as it is on this machine now. Raises UserError."""
+        import torch
+
+        own = request.model == self.machine.chosen and self.model != "auto"  # the folder that the server was given
+        name = self.model if own or request.model == "auto" else request.model
+        return resolve_here(name, torch.device(self.machine.device), self.machine.best)
 
     def _where(self, checkpoint: "Checkpoint") -> str:
         return f"{checkpoint.name}, {self.machine.device_name}"
@@ -540,10 +543,13 @@ class Worker:
         """The models of a request: those at hand, or loaded in their place."""
         import torch
 
-        from latentsync.checkpoints import load_models, resolve
+        from latentsync.checkpoints import load_models
 
         device = torch.device(self.machine.device)
-        checkpoint = resolve(self._model(request), device)
+        checkpoint = self._checkpoint(request)
+        if checkpoint.remark:
+            job.messages.append(checkpoint.remark)
+            checkpoint = replace(checkpoint, remark=None)  # the same files, however they were asked for
         if self._models is None or self._loaded != checkpoint:
             self._unload()
             job.doing = f"loading the model {checkpoint.name}"
@@ -605,7 +611,9 @@ class Worker:
     def _run_lent(self, job: Job) -> None:
         job.doing = "running on a GPU that is lent for it; how far it is cannot be seen here"
         output = self._output(job)
-        job.report, job.output = self.lent(job.request, output, self._model(job.request)), output
+        name = self._checkpoint(job.request).name
+        model = name if self.model == "auto" or name != self.machine.chosen else self.model
+        job.report, job.output = self.lent(job.request, output, model), output
 
     @staticmethod
     def _output(job: Job) -> Path:
@@ -662,44 +670,13 @@ class Worker:
 
     def _history(self, job: Job) -> "History | None":
         """The machine since the job started."""
-        from dataclasses import replace
-
-        whole = self.monitor.snapshot()
-        since = time.time() - job.started
-        if not len(whole.time):
-            return None
-        keep = whole.time >= whole.time[-1] - since
-        gpus = tuple(
-            replace(gpu, **{name: value[keep] for name, value in vars(gpu).items() if hasattr(value, "dtype")})
-            for gpu in whole.gpus
-        )
-        columns = {name: getattr(whole, name)[keep] for name in ("time", "cpu", "ram_used")}
-        return replace(whole, **columns, gpus=gpus)
+        return latest(self.monitor.snapshot(), time.time() - job.started)
 
     def _keep_timeline(self, job: Job) -> None:
-        """The curves of the job's time, thinned out, beside its stages."""
+        """The curves of the job's time beside its stages."""
         if self.monitor is None or job.report is None or (history := self._history(job)) is None:
             return
-        every = max(1, math.ceil(len(history.time) / TIMELINE_POINTS))
-        start = history.time[-1] - (time.time() - job.started) if len(history.time) else 0
-        rows = curves(history)
-        job.timeline["time"] = [round(float(t - start), 1) for t in history.time[::every]]
-        job.timeline["curves"] = {name: values[::every] for name, values in rows.items()}
-
-
-def curves(history: "History") -> dict[str, list[float | None]]:
-    """The curves to draw, in percent, by what they are called: each GPU's use and memory, or the processor's."""
-    found: dict[str, Any] = {}
-    for gpu in history.gpus:
-        name = "GPU" if len(history.gpus) == 1 else f"GPU {gpu.index}"
-        found[name] = gpu.utilization
-        found[f"{name} memory"] = 100 * gpu.memory_used / (gpu.memory_total or math.nan)
-    if not history.gpus:
-        found = {"CPU": history.cpu, "Memory": 100 * history.ram_used / history.ram_total}
-    return {
-        name: [None if math.isnan(value) else round(float(value), 1) for value in values]
-        for name, values in found.items()
-    }
+        job.timeline |= thinned(history, time.time() - job.started)
 
 
 class Progress:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from clips import ffmpeg, make_sound
 from skimage.data import astronaut
+from small_release import small_release, write_originals
 from tiny import make_checkpoint
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # every worker has a core, and no more
@@ -57,6 +58,19 @@ def voice(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def originals(checkpoint, tmp_path_factory) -> Path:
+    """The checkpoint with the names and in the formats of a release."""
+    return write_originals(checkpoint, tmp_path_factory.mktemp("originals"))
+
+
+@pytest.fixture
+def hub(originals, monkeypatch, tmp_path):
+    """A hub with one small release, under a released name; a user's folder and cache, both empty."""
+    with small_release(originals, monkeypatch, tmp_path) as found:
+        yield found
 
 
 @pytest.fixture

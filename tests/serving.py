@@ -45,7 +45,9 @@ def serve(folder: Path, *options: object):
     outputs, log = folder / "outputs", folder / "log"
     arguments = ["--server-port", port, "--outputs", outputs, "--no-open", *options]
     # One thread: small networks are no faster on several, and the tests' own processes want the other core.
+    # And no network, nor anything of the Hugging Face cache: the page must do without.
     environment = os.environ | {"LATENTSYNC_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "huggingface")}
     with open(log, "w") as out:
         began = time.monotonic()
         process = subprocess.Popen(

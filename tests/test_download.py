@@ -4,7 +4,6 @@ was fetched is kept. Small files in the released layout, from a hub on loopback,
 
 import _thread
 import dataclasses
-import hashlib
 import json
 import os
 import pickle
@@ -18,78 +17,20 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
-import tiny
 import torch
 from hub import Hub, serving
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 from safetensors.torch import load_file
+from small_release import COMMIT, NAME, UNET, release_of
 
 from latentsync import download, store
 from latentsync.checkpoints import load_models, resolve
 from latentsync.download import Cancelled
 from latentsync.errors import UserError
-from latentsync.releases import LICENCES, RELEASES, Part, Release, folder_of
+from latentsync.releases import RELEASES, folder_of
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = "latentsync-1.5"
 CPU = torch.device("cpu")
-UNET = "latentsync_unet.pt"
-COMMIT = "1" * 40
-
-
-@pytest.fixture(scope="module")
-def originals(checkpoint, tmp_path_factory) -> Path:
-    """The tiny checkpoint with the names and in the formats of a release."""
-    folder = tmp_path_factory.mktemp("originals")
-    (folder / "whisper").mkdir()
-    (folder / "vae").mkdir()
-    torch.save({"global_step": 1, "state_dict": load_file(checkpoint / "latentsync_unet.safetensors")}, folder / UNET)
-    heard = load_file(checkpoint / "whisper/tiny.safetensors")
-    torch.save({"dims": tiny.DIMS, "model_state_dict": heard}, folder / "whisper/tiny.pt")
-    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
-        (folder / "vae" / file).write_bytes((checkpoint / "vae" / file).read_bytes())
-    return folder
-
-
-def release_of(folder: Path, repository: str) -> Release:
-    def part(repository: str, file: str, place: str) -> Part:
-        data = (folder / place).read_bytes()
-        return Part(repository, COMMIT, file, place, len(data), hashlib.sha256(data).hexdigest())
-
-    vae = [part("them/vae", file, f"vae/{file}") for file in ("config.json", "diffusion_pytorch_model.safetensors")]
-    own = [part(repository, file, file) for file in ("whisper/tiny.pt", UNET)]
-    return Release(repository, tiny.RESOLUTION, 0, (*vae, *own))
-
-
-@pytest.fixture
-def hub(originals, monkeypatch, tmp_path):
-    """A hub with one small release, under a released name; a user's folder and cache, both empty."""
-    release = release_of(originals, "us/LatentSync-1.5")
-    monkeypatch.setitem(RELEASES, NAME, release)
-    monkeypatch.setitem(LICENCES, release.repository, ("LatentSync 1.5", "us", "a licence"))
-    monkeypatch.setitem(LICENCES, "them/vae", ("an autoencoder", "them", "another licence"))
-    monkeypatch.setenv("LATENTSYNC_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-    monkeypatch.setattr(download, "PAUSES", (0.02, 0.02))
-    monkeypatch.setattr(download, "CHUNK", 1 << 16)
-    card = tmp_path / "card.md"
-    card.write_text("---\nlicense: openrail++\n---\n")
-    files = {(part.repository, COMMIT, part.file): originals / part.place for part in release.parts}
-    files[(release.repository, COMMIT, "README.md")] = card
-    # Where the tiny U-Net's sizes come from; a release needs no such file.
-    folder_of(NAME).mkdir(parents=True)
-    sizes = {"resolution": tiny.RESOLUTION, "unet": tiny.UNET}
-    (folder_of(NAME) / "latentsync.json").write_text(json.dumps(sizes))
-    with serving(Hub(files)) as found:
-        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
-        template = found.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield found
-        close_session()
 
 
 def refusal(*arguments, **options) -> str:

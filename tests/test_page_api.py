@@ -71,7 +71,10 @@ def browser(server) -> httpx.Client:
 
 def test_the_page_is_there_before_torch_is_and_within_seconds(server):
     assert server.seconds_until_ready < 8
-    code = "import app, sys; app.Page(app.Worker(app.Path('x'))); print('torch' in sys.modules, 'cv2' in sys.modules)"
+    code = (
+        "import app, sys; w = app.Worker(app.Path('x')); app.Page(w, app.Fetcher(w, True)); "
+        "print('torch' in sys.modules, 'cv2' in sys.modules)"
+    )
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert said.stdout.split() == ["False", "False"], said.stderr
 
