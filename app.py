@@ -309,6 +309,7 @@ class Page:
         self.video.change(self.check_video, self.video, reply, **quiet, api_name="check_video").then(**told)
         for button, (_, position) in zip(self.stops, STOPS, strict=True):
             button.click(None, None, self.level, js=f"() => {position}")
+        self.model.input(self.strength, self.model, self.guidance, **quiet, api_visibility="private")
         live.select(self.take_settings, None, self.settings, **quiet, api_visibility="private")
         # The page's script says so when there is another model.
         live.input(self.choices, None, self.model, **quiet, api_visibility="private").then(
@@ -316,8 +317,9 @@ class Page:
         )
 
         self.blocks.load(
-            self.greet, None, [*self.stops, self.level, self.model, advice, foot], **quiet, api_visibility="private"
-        ).then(**meaning, api_visibility="private")
+            self.greet, None, [*self.stops, self.level, self.model, self.guidance, advice, foot], **quiet,
+            api_visibility="private",
+        ).then(**meaning, api_visibility="private")  # fmt: skip
 
         self._endpoint(self.watch, [visitor, since], reply, "watch")
         self._endpoint(self.cancel, [job, keep, visitor], reply, "cancel")
@@ -508,19 +510,26 @@ class Page:
             found.append((f"{model['name']} ({where})", model["name"]))
         return gr.Dropdown(choices=found)
 
+    def strength(self, model: str) -> Any:
+        """The lip strength that suits a model, for the slider."""
+        machine = self.worker.machine
+        name = machine.chosen if machine and model == "auto" else model
+        found = [each["guidance"] for each in machine.models if each["name"] == name] if machine else []
+        return found[0] if found and found[0] else gr.skip()
+
     def greet(self) -> tuple:
         """What is only known once the machine has been looked at."""
         self.worker.ready.wait()
         machine = self.worker.machine
         if machine is None:
             problem = f"<p class='problem'>{html.escape(self.worker.problem or '')}</p>"
-            return (*[gr.skip()] * 5, problem, footer(self.worker))
+            return (*[gr.skip()] * 6, problem, footer(self.worker))
         with suppress(UserError):  # the folder of --model may be gone; jobs say so
             self.worker.look_for_models()  # files may have been put there by hand
             machine = self.worker.machine
         best = machine.recommended
         stops = [gr.Button(elem_classes=["best"]) if position == best else gr.skip() for _, position in STOPS]
-        return (*stops, best, self.choices(), shown(machine.advice), footer(self.worker))
+        return (*stops, best, self.choices(), self.strength("auto"), shown(machine.advice), footer(self.worker))
 
     def take_settings(self, event: gr.EventData) -> list[Any]:
         """Set the page to the settings of a job."""

@@ -153,7 +153,7 @@ class Machine:
     device: str  # torch's name
     device_name: str  # in words
     recommended: float  # level, 0 to 1
-    models: tuple[dict[str, Any], ...]  # name, resolution, present, remark
+    models: tuple[dict[str, Any], ...]  # name, resolution, present, guidance (what suits it), remark
     chosen: str  # the model that `auto` is
     best: str  # the model that suits it, there or not
     why: str  # that one, as a sentence

@@ -64,9 +64,10 @@ def survey(model: str, device: "torch.device", best: str) -> dict[str, Any]:
     for name in [*NAMES[1:], *([chosen.name] if chosen.name not in NAMES else [])]:
         try:
             found = chosen if name == chosen.name else resolve(name, device)
-            models.append({"name": name, "resolution": found.resolution, "present": True, "remark": found.remark})
+            facts = {"resolution": found.resolution, "guidance": found.guidance_scale, "remark": found.remark}
         except UserError:
-            models.append({"name": name, "resolution": None, "present": False, "remark": None})
+            facts = dict.fromkeys(("resolution", "guidance", "remark"))
+        models.append({"name": name, "present": facts["resolution"] is not None, **facts})
     return {"models": tuple(models), "chosen": chosen.name}
 
 

@@ -322,3 +322,14 @@ def test_the_container_copies_and_runs_what_exists():
     app = (root / "app.py").read_text()
     assert all(f'"{name}"' in app for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "LATENTSYNC_GET"))
     assert all(f"{name}=" in text for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "LATENTSYNC_GET"))
+
+
+def test_a_checkpoint_says_what_suits_it(folder):
+    config = {"resolution": 64, "unet": tiny.UNET, "guidance_scale": 2.25, "mel_range": 5}
+    plain = load(folder)
+    assert (plain.guidance_scale, plain.mel_range) == (1.5, 8.0), "those of the released models, where nothing is said"
+    (folder / "latentsync.json").write_text(json.dumps(config))
+    own = load(folder)
+    assert (own.guidance_scale, own.mel_range) == (2.25, 5.0)
+    (folder / "latentsync.json").write_text(json.dumps(config | {"guidance_scale": "strong"}))
+    assert "guidance_scale" in refusal(folder)
