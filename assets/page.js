@@ -360,7 +360,7 @@ function renderModels() {
       buttons.length ? make("div", { class: "buttons" }, ...buttons) : null);
   });
   box.replaceChildren(
-    make("p", { class: "why" }, `Auto is ${models.chosen} here. ${models.chosen === models.recommended ? "" : "What suits this machine: "}${models.why}`, models.remark ? ` ${models.remark}` : ""), ...rows,
+    make("p", { class: "why" }, `Auto is ${models.chosen} here. ${models.remark ? `${models.remark} ` : ""}${models.chosen === models.recommended ? "" : "What suits this machine: "}${models.why}`), ...rows,
     ...(models.allowed ? [] : [make("p", { class: "quiet" }, "Visitors of this server cannot fetch models.")]));
 }
 
