@@ -263,6 +263,6 @@ def test_the_lip_strength_follows_the_model(tmp_path, checkpoint):
     with looking(tmp_path) as worker:
         own = {model["name"]: model["guidance"] for model in worker.machine.models}
         assert worker.machine.chosen == "demo" and own["demo"] > 1
-        page = app.Page(worker)
+        page = app.Page(worker, Fetcher(worker, allowed=True))
         assert page.strength("auto") == page.strength("demo") == own["demo"]
         assert own["latentsync-1.6"] is None and page.strength("latentsync-1.6") == app.gr.skip()
