@@ -289,13 +289,25 @@ def load_exactly(
     """Give `module`, which is on the meta device, the tensors that `read` maps from `path`: exactly its own.
 
     They go to the device, there channels-last and in `dtype` (None: that of the file), a group at a time: main memory
-    never holds the file. Raises UserError naming the first tensor that is missing, extra or misshaped.
+    never holds the file. Raises UserError naming the first tensor that is missing, extra, misshaped or not finite.
     """
     _check_exactly(module, read(), path)
     for _, group in in_groups(read):
         moved = {name: _to_device(tensor, device, dtype) for name, tensor in group.items()}
+        _check_finite(moved, path)
         module.load_state_dict(moved, assign=True, strict=False)
         del group, moved
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError naming the first tensor with a number that is none, or too large for its type."""
+    known = {name: torch.stack(tensor.aminmax()).isfinite().all() for name, tensor in tensors.items() if tensor.numel()}
+    if known and not torch.stack(list(known.values())).all():  # one wait for the device
+        name = next(name for name, finite in known.items() if not finite)
+        kind = str(tensors[name].dtype).removeprefix("torch.")
+        raise UserError(
+            f"The checkpoint file '{path}' holds numbers in '{name}' that are not finite as {kind}; fetch it again."
+        )
 
 
 def _to_device(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:

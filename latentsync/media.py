@@ -11,6 +11,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import uuid
 import zlib
 from array import array
@@ -37,6 +39,11 @@ PIPE_BYTES = 1 << 20  # size asked for the pipes (Linux allows a user 1 MiB; its
 SEGMENT_FRAMES = 32  # frames held at a time while playing backwards ...
 SEGMENT_BYTES = 256 << 20  # ... and their bytes at most
 SEEK_SECONDS = 1.0  # seek this much before the wanted frame: covers reordered and leading pictures
+MOST_PIXELS = 8192 * 8192  # of a picture; 8K video has half
+MOST_STREAMS = 256  # of a file
+MOST_BYTES = 1 << 30  # in one piece of ffmpeg's memory, for an index or a picture
+MOST_HOURS = 6.0  # of sound, which is held whole: 1.4 GB; a false timestamp can ask for years of silence
+STALL_SECONDS = 15.0  # without anything from ffmpeg, while it looks at a file
 SEEKABLE = {"mov", "matroska", "webm"}  # demuxers whose index leads to a whole picture at or before a time
 
 # One point of chroma for a 2x2 block on the way in, and their mean on the way out, return the chroma that the
@@ -108,7 +115,7 @@ def _ffmpeg(arguments: list[str], *, stdin: int = subprocess.DEVNULL, stdout: in
     The messages go to a file, which cannot fill up and stop ffmpeg as a pipe would.
     """
     options = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}
-    command = [get_ffmpeg_exe(), "-nostdin", "-hide_banner", *arguments]
+    command = [get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-max_alloc", str(MOST_BYTES), *arguments]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
@@ -154,7 +161,8 @@ def _input(path: Path) -> list[str]:
     is_picture = path.suffix.lower() in {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
     pattern = pattern if is_picture and "%" in path.name else []
     # Only local files: a playlist given as a video must not fetch from the network.
-    return [*pattern, "-protocol_whitelist", "file", "-i", _url(path)]
+    limits = ["-max_pixels", str(MOST_PIXELS), "-max_streams", str(MOST_STREAMS)]
+    return [*pattern, *limits, "-protocol_whitelist", "file", "-i", _url(path)]
 
 
 def _url(path: Path) -> str:
@@ -193,8 +201,38 @@ def _header(path: Path, text: str, kind: str) -> str:
             f"{path} is cut off: its index is missing, as after an unfinished download or recording; "
             "get a complete copy."
         )
+    if "max pixel count" in text:
+        raise UserError(_too_large(path))
     formats = "MP4, MOV, MKV or WebM" if kind == "video" else "WAV, MP3, M4A or FLAC"
     raise UserError(f"{path} is not a {kind} that ffmpeg can read; give a {kind} file such as {formats}.")
+
+
+def _lively(process: subprocess.Popen, items: Iterator, path: Path) -> Iterator:
+    """The items that come from ffmpeg, as long as none takes STALL_SECONDS; then it is ended, and UserError raised."""
+    heard, ended, stalled = time.monotonic(), threading.Event(), False
+
+    def watch() -> None:
+        nonlocal stalled
+        while not ended.wait(STALL_SECONDS / 20):
+            if time.monotonic() - heard > STALL_SECONDS:
+                stalled = True
+                return process.kill()
+
+    watcher = threading.Thread(target=watch, name="stalled ffmpeg", daemon=True)
+    watcher.start()
+    try:
+        for item in items:
+            heard = time.monotonic()
+            yield item
+        heard = time.monotonic()
+        process.wait()
+    finally:
+        ended.set()
+        watcher.join()
+    if stalled:
+        raise UserError(
+            f"{path} is damaged, ffmpeg gets nothing out of it in {STALL_SECONDS:g} seconds; give another file."
+        )
 
 
 def _packets(process: subprocess.Popen) -> Iterator[tuple[Fraction, int, int, int, int]]:
@@ -225,14 +263,13 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     ]
     first, end, packets, time_base = None, None, 0, Fraction(1, FPS)
     with _ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
-        for stream_base, dts, pts, length, _ in _packets(process):
+        for stream_base, dts, pts, length, _ in _lively(process, _packets(process), path):
             time_base = stream_base
             pts = pts if abs(pts) < 1 << 62 else dts
             if pts >= 0 and abs(pts) < 1 << 62:
                 packets += 1
                 first = pts if first is None else min(first, pts)
                 end = pts + length if end is None else max(end, pts + length)
-        process.wait()
         text = _text(log)
     header = _header(path, text, "video")
     video = re.search(r"^  Stream #0:\d+(?!.*\(attached pic\)).*?: Video: (\w+)", header, re.MULTILINE)
@@ -240,6 +277,8 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
         raise UserError(f"{path} holds no picture, only sound; give a video file.")
     frame = re.search(r"\bpts: *(\S+) .*?\bfmt:(\w+) .*?\bsar:(\d+)/(\d+) s:(\d+)x(\d+)", text)
     if not frame:
+        if "max pixel count" in text:
+            raise UserError(_too_large(path))
         raise UserError(f"{path} is cut off or damaged, no picture can be decoded; get a complete copy.")
     if re.search(r": partial file$", text, re.MULTILINE):  # the index of an MP4 or MOV points past the file's end
         raise UserError(
@@ -283,6 +322,10 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
         start_pts=start_pts,
         time_base=Fraction(shown_base[1]) if shown_base else time_base,
     )
+
+
+def _too_large(path: Path) -> str:
+    return f"The picture in {path} has more than {MOST_PIXELS / 1e6:.0f} million pixels; give a smaller one."
 
 
 def _has_audio(header: str) -> bool:
@@ -469,12 +512,13 @@ def probe_audio(path: str | os.PathLike) -> AudioInfo:
     ]
     samples, size, rate, start = 0, 0, 0, None
     with _ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
-        for time_base, _, pts, length, packet_bytes in _packets(process):
+        for time_base, _, pts, length, packet_bytes in _lively(process, _packets(process), path):
             rate = time_base.denominator
             start = pts if start is None else start
             samples += length
             size += packet_bytes
-        process.wait()
+            if samples > MOST_HOURS * 3600 * rate:
+                raise UserError(_too_long(path))
         text = _text(log)
     header = _header(path, text, "sound")
     audio = re.search(r"^  Stream #0:\d+.*?: Audio: (\w+)(?:.*? Hz, [^,\n]+, (\w+))?", header, re.MULTILINE)
@@ -497,6 +541,10 @@ def _no_samples(path: Path) -> str:
     return f"The sound in {path} has no samples, it is of zero length or damaged; give another recording."
 
 
+def _too_long(path: Path) -> str:
+    return f"The sound in {path} lasts more than {MOST_HOURS:g} hours, or its timestamps are wrong; give a shorter one."
+
+
 def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE) -> np.ndarray:
     """All of a file's first sound stream: (samples,) float32 mono in [-1, 1] at `rate` Hz.
 
@@ -513,9 +561,10 @@ def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE) -> np.ndarray:
     ]
     data = bytearray()
     with _ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
-        while chunk := process.stdout.read(PIPE_BYTES):
+        for chunk in _lively(process, iter(lambda: process.stdout.read(PIPE_BYTES), b""), path):
             data += chunk
-        process.wait()
+            if len(data) > MOST_HOURS * 3600 * rate * 4:
+                raise UserError(_too_long(path))
         text = _text(log)
     if not data:
         if not _has_audio(_header(path, text, "sound")):

@@ -47,6 +47,7 @@ from latentsync.sampling import (
     denoise,
     initial_noise,
 )
+from latentsync.soundness import WIDER, unusable, widened
 from latentsync.vae import condition, decode, to_pixels
 
 STAGES = ("faces", "mouths", "writing")
@@ -112,6 +113,7 @@ class Report:
     dtype: str
     frames: int = 0
     frames_without_face: int = 0
+    frames_computed_again: int = 0  # in a wider type, see `latentsync.soundness`
     ended_early: bool = False  # by `Enough`
     seconds: dict[str, float] = field(default_factory=dict)  # each stage was busy; they overlap
     waiting: dict[str, float] = field(default_factory=dict)  # seconds that others waited for this stage's thread
@@ -127,7 +129,7 @@ class Shot:
 
     frame: uint8 (H, W, 3), changed in place when its face is put back; tokens: audio (50, d);
     crop: uint8 (R, R, 3), None without a usable face; matrix (2, 3) and opacity: how it goes back;
-    source: the frame's number in a video that is shown more than once, else None.
+    source: the frame's number in a video that is shown more than once, else None; again: painted in a wider type.
     """
 
     frame: np.ndarray
@@ -136,6 +138,7 @@ class Shot:
     matrix: np.ndarray | None = None
     opacity: float = 0.0
     source: int | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -245,18 +248,22 @@ class Painter:
         self.groups_behind = int(self.on_gpu)  # groups that the device may still be working on
         self.steps: deque[torch.cuda.Event] = deque()  # the ends of the last steps that were given to the GPU
         self.conditions: dict[int, Tensor] = {}  # of the frames of a video that is shown more than once
-        self.mask = torch.from_numpy(fixed_mask(models.resolution).copy()).to(device, dtype)
+        mask = fixed_mask(models.resolution)
+        self.mask = torch.from_numpy(mask.copy()).to(device, dtype)
+        rows, columns = np.nonzero(mask < 1)
+        self.hidden = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
         self.schedule: Schedule = ddim_schedule(settings.steps)
         vae = models.vae.config
         side = models.resolution // 2 ** (len(vae.block_out_channels) - 1)
         self.noise = initial_noise(settings.seed, vae.latent_channels, side, side, device, dtype)
 
     @torch.inference_mode()
-    def paint(self, windows: list[Window]) -> Callable[[], None]:
+    def paint(self, windows: list[Window]) -> Callable[[], list[Window]]:
         """Generate the mouths of windows of one length: give the device all that is to be done.
 
         The function that is returned waits for the device and puts the faces into their frames, in place; it is
-        called once. Until then the shots must stay as they are.
+        called once. Until then the shots must stay as they are. It returns the windows with an unusable face, whose
+        frames it leaves as they were.
         """
         models, settings = self.models, self.settings
         b, f = len(windows), len(windows[0].shots)
@@ -281,10 +288,19 @@ class Painter:
 
         latents, crops = new(latents.transpose(1, 2).flatten(0, 1)), new(crops)
         generated = torch.cat([decode(models.vae, some) for some in latents.split(settings.frames_per_pass)])
+        bad = unusable(self.schedule.predicted(latents, self.noise[:, :, 0]), generated, self.hidden)
         if models.match_colours:
             generated = match_colours(generated, crops, self.mask)
         faces = merge_faces(generated, crops, self.mask)
-        return self.paste(faces, [shot for window in windows for shot in window.shots[window.done :]])
+        counts = [f - window.done for window in windows]
+        bad = torch.cat([part.any().expand(len(part)) for part in bad.split(counts)])
+        complete = self.paste(faces, [shot for window in windows for shot in window.shots[window.done :]], bad)
+
+        def finish() -> list[Window]:
+            flags = iter(complete())
+            return [w for w, count in zip(windows, counts, strict=True) if [next(flags) for _ in range(count)][0]]
+
+        return finish
 
     def condition(self, shots: list[Shot], crops: Tensor) -> Tensor:
         """What the network is told of n faces besides the noise, (n, 1 + 2c, h, w), encoded once for each source."""
@@ -298,10 +314,11 @@ class Painter:
         self.conditions.update((source, one) for source, one in zip(sources, given, strict=True) if source is not None)
         return given
 
-    def paste(self, faces: Tensor, shots: list[Shot]) -> Callable[[], None]:
+    def paste(self, faces: Tensor, shots: list[Shot], bad: Tensor) -> Callable[[], list[bool]]:
         """Blend faces (n, 3, R, R) into the frames of n shots: on the device, and on the host when called.
 
-        Only the parts of the frames that change travel, all in one piece each way.
+        Only the parts of the frames that change travel, all in one piece each way. bad: bool (n,), faces that are to
+        be left out; the function that is returned gives them to the host.
         """
         rectangles = [pasted_rectangle(shot.matrix, faces.shape[-1], shot.frame.shape) for shot in shots]
         regions = [shot.frame[y0:y1, x0:x1] for shot, (x0, y0, x1, y1) in zip(shots, rectangles, strict=True)]
@@ -319,15 +336,19 @@ class Painter:
                 paste_into_rectangle(part, face, shot.matrix, rectangle, shot.frame.shape, shot.opacity)
         pasted, ready = on_device, None
         if self.on_gpu:
+            known = torch.empty_like(bad, device="cpu", pin_memory=True)
+            bad = known.copy_(bad, non_blocking=True)
             pasted = torch.empty_like(packed, pin_memory=True)
             pasted.copy_(on_device, non_blocking=True)
             ready = self.event()
 
-        def complete() -> None:
+        def complete() -> list[bool]:
             if ready is not None:
                 ready.synchronize()
-            for region, part in zip(regions, cut(pasted), strict=True):
-                region[...] = part.numpy()
+            for region, part, left_out in zip(regions, cut(pasted), flags := bad.tolist(), strict=True):
+                if not left_out:
+                    region[...] = part.numpy()
+            return flags
 
         return complete
 
@@ -359,21 +380,22 @@ def paint(
     """Paint every window of every group; yields the finished shots in order, each once.
 
     A group is finished when the device has been given what the painter's `groups_behind` next ones need. Where its
-    memory runs out, `relieve` is asked for settings that need less, until they suffice or there are none.
+    memory runs out, `relieve` is asked for settings that need less, until they suffice or there are none. Windows whose
+    faces are unusable are painted again in a wider type. Raises UserError where that does not help.
     """
-    given: deque[tuple[list[Window | Shot], list[Callable[[], None]]]] = deque()
+    given: deque[tuple[list[Window | Shot], list[Callable[[], list[Window]]]]] = deque()
 
     def finished() -> Iterator[Shot]:
         group, completions = given.popleft()
-        for complete in completions:
-            complete()
+        if again := [window for complete in completions for window in complete()]:
+            paint_again(again, painter)
         for part in group:
             if isinstance(part, Window):
                 yield from part.shots[part.done :]
             else:
                 yield part
 
-    def given_to_device(group: list[Window | Shot]) -> list[Callable[[], None]]:
+    def given_to_device(group: list[Window | Shot]) -> list[Callable[[], list[Window]]]:
         by_length: dict[int, list[Window]] = {}
         for part in group:
             if isinstance(part, Window):
@@ -405,6 +427,36 @@ def paint(
             yield from finished()
     while given:
         yield from finished()
+
+
+def paint_again(windows: list[Window], painter: Painter) -> None:
+    """Paint windows in a type with a wider range than the painter's, one by one and in little memory.
+
+    That is float32 or, where memory does not suffice for it, bfloat16. Raises UserError where faces are unusable again.
+    """
+    left, tried = deque(windows), [painter.models.dtype]
+    settings = replace(painter.settings, windows_per_pass=1, frames_per_pass=1)
+    for dtype in WIDER.get(painter.models.dtype, ()):
+        if painter.on_gpu:
+            torch.cuda.empty_cache()
+        wide = None
+        try:
+            wide = Painter(widened(painter.models, dtype), settings, painter.on_step)
+            while left and not wide.paint([left[0]])():
+                window = left.popleft()
+                for shot in window.shots[window.done :]:
+                    shot.again = True
+        except torch.OutOfMemoryError:
+            continue
+        if not left:
+            return
+        tried.append(dtype)
+        break
+    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in tried)
+    raise UserError(
+        f"The model '{painter.models.name}' gives no usable picture of a mouth, computed in {names}: check its files "
+        "with `python -m latentsync.checkpoints verify`, close other programs that use the GPU, or take another model."
+    )
 
 
 def beside(items: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
@@ -533,6 +585,7 @@ def lipsync(
                     writing.give(shot.frame)
                 report.frames += 1
                 report.frames_without_face += shot.crop is None
+                report.frames_computed_again += shot.again
                 if on_frame:
                     on_frame(shot.frame)
                 tell_written()

@@ -42,6 +42,16 @@ class Schedule:
     latent_scale: tuple[float, ...]
     noise_scale: tuple[float, ...]
 
+    def predicted(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The noise that the network has predicted, its mean over all steps by their weight in the latents.
+
+        latents (n, c, h, w) are what the steps have made of noise (1, c, h, w).
+        """
+        left, taken = 1.0, 0.0  # of the first noise, of what was predicted
+        for latent_scale, noise_scale in zip(self.latent_scale, self.noise_scale, strict=True):
+            left, taken = latent_scale * left, latent_scale * taken + noise_scale
+        return (latents.float() - left * noise.float()) / taken
+
 
 def ddim_scheduler() -> DDIMScheduler:
     """The reference's scheduler: epsilon prediction, leading spacing, offset 1, alpha never set to one."""

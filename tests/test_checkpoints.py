@@ -109,6 +109,64 @@ def test_numbers_of_the_wrong_kind_are_refused(folder):
     assert "'conv_in.bias' as torch.int32" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    "file, name",
+    [(UNET, "conv_in.weight"), (WHISPER, "encoder.blocks.0.attn.query.weight"), (VAE, "decoder.conv_in.bias")],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused(folder, file, name, value):
+    edit(folder / file, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
+    assert f"'{name.removeprefix('encoder.')}' that are not finite" in refusal(folder)
+
+
+def test_weights_too_large_for_half_precision_are_refused_only_there(folder):
+    edit(folder / UNET, lambda tensors: tensors["conv_in.weight"].view(-1)[:1].fill_(1e5))
+    load(folder)
+    with pytest.raises(UserError, match=r"latentsync_unet.*'conv_in.weight' that are not finite as float16"):
+        load_models(resolve(str(folder), CPU), CPU, torch.float16)
+
+
+def lie(path: Path, change) -> None:
+    """Apply `change` to the header of a safetensors file and leave the numbers behind it as they are."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    changed = change(header)
+    text = json.dumps(header).encode() if changed is None else changed
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def last(header: dict) -> dict:
+    return max((entry for name, entry in header.items() if name[0] != "_"), key=lambda entry: entry["data_offsets"])
+
+
+LIES = {
+    "more numbers than there are": lambda h: last(h)["data_offsets"].__setitem__(1, 1 << 40),
+    "numbers before the first": lambda h: last(h)["data_offsets"].__setitem__(0, -8),
+    "numbers of another tensor": lambda h: last(h).update(data_offsets=[0, 4]),
+    "a shape without end": lambda h: last(h).update(shape=[1 << 40, 1 << 40]),
+    "a type that there is not": lambda h: last(h).update(dtype="F1"),
+    "a wider type": lambda h: last(h).update(dtype="F64"),
+    "no JSON": lambda h: b"{" * 100,
+    "a list": lambda h: b"[]",
+    "nested without end": lambda h: b"[" * 100_000 + b"]" * 100_000,
+}
+
+
+@pytest.mark.parametrize("file", [UNET, WHISPER, VAE])
+@pytest.mark.parametrize("kind", LIES)
+def test_a_lying_header_is_refused(folder, file, kind):
+    lie(folder / file, LIES[kind])
+    assert str(folder / file) in refusal(folder)
+
+
+@pytest.mark.parametrize("length", [0, 7, 1 << 30, (1 << 63) - 1, (1 << 64) - 1])
+def test_a_header_of_an_absurd_length_is_refused(folder, length):
+    data = (folder / UNET).read_bytes()
+    (folder / UNET).write_bytes(length.to_bytes(8, "little") + data[8:])
+    assert str(folder / UNET) in refusal(folder)
+
+
 class Bomb:
     """What runs code when it is unpickled."""
 

@@ -179,7 +179,12 @@ class Slate:
     def paint(self, windows):
         first = numbers(windows[0].shots)[0]
         self.told.append(f"queue {first}")
-        return lambda: self.told.append(f"finish {first}")
+
+        def finish() -> list[Window]:
+            self.told.append(f"finish {first}")
+            return []
+
+        return finish
 
 
 @pytest.mark.parametrize("behind", [0, 1])
@@ -248,7 +253,7 @@ def test_a_part_of_the_frame_is_pasted_as_the_whole_is(models):
         paste_face(frame, face, matrix, 1 - i / 10)
         wanted.append(frame.numpy())
     before = stacked(shots)
-    complete = Painter(models, Settings(steps=1)).paste(faces, shots)
+    complete = Painter(models, Settings(steps=1)).paste(faces, shots, torch.zeros(5, dtype=torch.bool))
     assert np.array_equal(stacked(shots), before)  # until it is completed
     complete()
     assert np.array_equal(stacked(shots), np.stack(wanted))
