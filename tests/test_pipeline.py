@@ -323,7 +323,7 @@ def still(models, monkeypatch, seconds: float = 0.0, face: bool = True) -> None:
             time.sleep(seconds)
             yield Shot(frame, next(tokens), CROP if face else None)
 
-    monkeypatch.setattr(pipeline, "track_faces", lambda frames: ((frame, None) for frame in frames))
+    monkeypatch.setattr(pipeline, "track_faces", lambda frames, **_: ((frame, None) for frame in frames))
     monkeypatch.setattr(pipeline, "align", instead)
     monkeypatch.setattr(pipeline, "Painter", lambda *_: Slate(1))
     monkeypatch.setattr(pipeline, "audio_chunks", lambda *_: iter(lambda: torch.empty(0), None))
@@ -579,8 +579,8 @@ def test_a_video_that_comes_again_is_searched_and_encoded_once(models, wav, monk
     searched, encoded = [], []
     track, condition = pipeline.track_faces, pipeline.condition
 
-    def counted(frames):
-        return track(searched.append(0) or frame for frame in frames)
+    def counted(frames, **options):
+        return track((searched.append(0) or frame for frame in frames), **options)
 
     def counted_condition(vae, pixels, mask):
         encoded.append(len(pixels))

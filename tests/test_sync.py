@@ -1,0 +1,79 @@
+"""Sound and picture of a written file lie together: measured from its packets, at its start and at its end."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clips import ffmpeg
+
+from latentsync.media import FPS, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped
+
+MOST = 0.010  # seconds
+RATES = ("24", "25", "30000/1001", "60")
+
+
+def clip(path: Path, rate: str, seconds: float) -> Path:
+    """Every second, a white flash and a beep of 0.2 s, from the first on."""
+    shown = f"color=s=64x64:r={rate}:d={seconds},geq=lum='255*lt(mod(T+0.001,1),0.2)':cb=128:cr=128"
+    heard = f"aevalsrc='0.8*sin(880*2*PI*t)*lt(mod(t,1),0.2)':s=48000:d={seconds}"
+    ffmpeg(
+        *("-f", "lavfi", "-i", shown, "-f", "lavfi", "-i", heard),
+        *("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "-c:a", "pcm_s16le", path),
+    )
+    return path
+
+
+def packets(path: Path, stream: str) -> list[tuple[float, float]]:
+    """(pts, duration) in seconds of all packets of a stream, in order of time and as players place them."""
+    base, found = Fraction(1), []
+    for line in ffmpeg("-i", path, "-map", stream, "-c", "copy", "-f", "framecrc", "-").decode().splitlines():
+        if line.startswith("#tb 0:"):
+            base = Fraction(line.split()[2])
+        elif not line.startswith("#"):
+            _, _, pts, duration, *_ = line.split(",")
+            found.append((float(int(pts) * base), float(int(duration) * base)))
+    return sorted(found)
+
+
+def rises(level: np.ndarray, rate: float) -> np.ndarray:
+    """Seconds at which a level goes up through a half."""
+    high = level > 0.5
+    return np.flatnonzero(high & ~np.roll(high, 1)) / rate
+
+
+def offsets(path: Path) -> tuple[float, float]:
+    """Seconds by which the sound begins, and ends, later than the picture, by the packets."""
+    shown, heard = packets(path, "0:v:0"), packets(path, "0:a:0")
+    return heard[0][0] - shown[0][0], sum(heard[-1]) - sum(shown[-1])
+
+
+def check(folder: Path, rate: str, seconds: int) -> None:
+    """The source's own frames and sound, through the reader and the writer of the pipeline."""
+    source, output = clip(folder / "source.mov", rate, seconds), folder / "out.mp4"
+    info = probe_video(source)
+    with VideoWriter(output, info, source, crf=30) as writer:
+        for _, frame in read_frames_looped(info, seconds * FPS):
+            writer.write(frame)
+    start, end = offsets(output)
+    print(f"{rate} fps, {seconds} s: {1000 * start:+.1f} ms at the start, {1000 * end:+.1f} ms at the end")
+    assert abs(start) <= MOST and abs(end) <= MOST
+    # What is seen and heard: a frame of the source or of the output late at most.
+    light = np.array([frame.mean() / 255 for frame in read_frames(probe_video(output))])
+    envelope = np.abs(read_audio(output, 16_000)).reshape(-1, 16).max(1)
+    seen = rises(light, FPS)
+    starts = [max(0, 1000 * second - 500) for second in range(seconds)]  # in the silence before each beep
+    heard = np.array([start + np.argmax(envelope[start:] > 0.4) for start in starts]) / 1000
+    assert len(seen) == seconds
+    assert np.abs(seen - heard).max() <= 1 / FPS + 0.002
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_sound_and_picture_stay_together(tmp_path, rate):
+    check(tmp_path, rate, 3)
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("rate", RATES)
+def test_sound_and_picture_stay_together_for_ten_minutes(tmp_path, rate):
+    check(tmp_path, rate, 600)
