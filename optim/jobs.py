@@ -31,7 +31,7 @@ from latentsync.media import FPS, VideoInfo, probe_audio, probe_video
 from optim.curves import NO_CURVES, latest, live, thinned
 from optim.preview import Preview
 from optim.speeds import Speeds
-from optim.stock import best_for, resolve_here, survey
+from optim.stock import best_for, survey
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
@@ -494,6 +494,7 @@ class Worker:
         import torch
 
         from latentsync.__main__ import choose_device
+        from latentsync.checkpoints import resolve
         from latentsync.releases import home
         from optim.doctor import advise, read_facts
         from optim.hardware import read_gpus, recommended_level
@@ -504,8 +505,7 @@ class Worker:
         device = torch.device("cpu") if self.lent else choose_device(self.device_name)
         gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
         best, why = best_for(gpu, self.lent is not None)
-        found = survey(self.model, device, best)
-        chosen = resolve_here(self.model, device, best)
+        found, chosen = survey(self.model, device), resolve(self.model, device)
         self.folder.mkdir(parents=True, exist_ok=True)
         advice = advise(read_facts(chosen.resolution, self.folder))
         self.machine = Machine(
@@ -525,16 +525,18 @@ class Worker:
             return
         import torch
 
-        found = survey(self.model, torch.device(self.machine.device), self.machine.best)
+        found = survey(self.model, torch.device(self.machine.device))
         self.machine = replace(self.machine, **found)
 
     def _checkpoint(self, request: Request) -> "Checkpoint":
         """The model of a request, as it is on this machine now. Raises UserError."""
         import torch
 
+        from latentsync.checkpoints import resolve
+
         own = request.model == self.machine.chosen and self.model != "auto"  # the folder that the server was given
         name = self.model if own or request.model == "auto" else request.model
-        return resolve_here(name, torch.device(self.machine.device), self.machine.best)
+        return resolve(name, torch.device(self.machine.device))
 
     def _where(self, checkpoint: "Checkpoint") -> str:
         return f"{checkpoint.name}, {self.machine.device_name}"

@@ -22,7 +22,6 @@ from latentsync.releases import RELEASES, folder_of, notice, recommend
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
-    from latentsync.checkpoints import Checkpoint
     from optim.hardware import Gpu
     from optim.jobs import Worker
 
@@ -36,30 +35,29 @@ TASKS = ("get", "verify")
 
 
 def best_for(gpu: "Gpu | None", lent: bool = False) -> tuple[str, str]:
-    """The released model for a GPU, and the reason as a sentence; lent: for a large one that is not here yet."""
+    """The released model for a GPU, and the reason as a sentence; lent: for a large one that is not here yet.
+
+    One that fits by its makers' word, which `auto` goes by, and by this program's own model of memory.
+    """
     from optim.hardware import batch_sizes, recommended_level
 
     level = recommended_level(gpu)
-    return recommend(lambda side: lent or (gpu is not None and batch_sizes(gpu, side, level).fits))
+    needed = {release.resolution: release.vram for release in RELEASES.values()}
+
+    def fits(side: int) -> bool:
+        return gpu is not None and gpu.memory_total >= needed[side] and batch_sizes(gpu, side, level).fits
+
+    return recommend(lambda side: lent or fits(side))
 
 
-def resolve_here(model: str, device: "torch.device", best: str) -> "Checkpoint":
-    """`latentsync.checkpoints.resolve`, but that `auto` is the model `best` where it is there. Raises UserError."""
-    from latentsync.checkpoints import resolve, resolve_released
-
-    if model == "auto" and best in RELEASES and (found := resolve_released(best)):
-        return found
-    return resolve(model, device)
-
-
-def survey(model: str, device: "torch.device", best: str) -> dict[str, Any]:
+def survey(model: str, device: "torch.device") -> dict[str, Any]:
     """Fields of `optim.jobs.Machine`: the models there are, what `auto` is, and what is to be said of that one.
 
     model: what the server was told that `auto` is. Raises UserError where that is not there.
     """
     from latentsync.checkpoints import NAMES, resolve
 
-    chosen = resolve_here(model, device, best)
+    chosen = resolve(model, device)
     models = []
     for name in [*NAMES[1:], *([chosen.name] if chosen.name not in NAMES else [])]:
         try:

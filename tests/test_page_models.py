@@ -215,7 +215,7 @@ def test_a_name_to_get_that_nobody_released_is_refused_before_anything_is_served
     assert app.main([]) == 2 and "latentsync-9" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("gib, best", [(None, "demo"), (4, "latentsync-1.5"), (24, "latentsync-1.6")])
+@pytest.mark.parametrize("gib, best", [(None, "demo"), (4, "demo"), (12, "latentsync-1.5"), (24, "latentsync-1.6")])
 def test_the_recommended_model_is_one_that_the_memory_holds(gib, best):
     gpu = gib and Gpu(0, "a card", gib * 2**30, gib * 2**30, (8, 6))
     assert best_for(gpu)[0] == best
