@@ -152,7 +152,7 @@ def train(prepared: Path, output: Path, seconds: float, device: torch.device) ->
 def material(data: ClipSet, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mouth patches (n, h, w) uint8 and relative mel (n · MEL_PER_FRAME, N_MELS) of clips end to end."""
     patches = patches_of(data.frames.permute(0, 2, 3, 1).numpy(), MARGIN / RESOLUTION)
-    power = data.mel.float() * MEL_STEP + MEL_BASE
+    power = data.mel[0].float() * MEL_STEP + MEL_BASE
     mel = [relative(part) for part in power.split([int(length) * MEL_PER_FRAME for length in data.lengths])]
     return torch.from_numpy(patches).to(device), torch.cat(mel).to(device)
 
