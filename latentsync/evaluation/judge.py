@@ -109,7 +109,7 @@ def load_judge(path: Path, device: torch.device) -> Judge:
     """Raises UserError where the file is missing or of another judge."""
     tensors, _ = read_tensors(path)
     judge = Judge()
-    load_exactly(judge, {name: tensor.float() for name, tensor in tensors.items()}, path)
+    load_exactly(judge, lambda: tensors, path, device, torch.float32)
     return judge.to(device).eval()
 
 
