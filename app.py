@@ -36,7 +36,7 @@ from starlette.routing import Route  # noqa: E402
 from latentsync import __version__  # noqa: E402
 from latentsync.errors import UserError  # noqa: E402
 from latentsync.media import probe_audio, probe_video  # noqa: E402
-from latentsync.releases import RELEASES  # noqa: E402
+from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
 from optim.jobs import Job, Request, Worker, run_alone, said  # noqa: E402
 from optim.stock import Fetcher  # noqa: E402
 
@@ -55,12 +55,19 @@ FACES = [("the largest", "largest"), ("on the left", "left"), ("on the right", "
 QUALITIES = [("highest (CRF 12)", 12), ("high (CRF 16)", 16), ("good (CRF 20)", 20), ("small file (CRF 26)", 26)]
 PUBLIC_SECONDS, PUBLIC_UPLOAD, PUBLIC_HOURS = 120.0, "200mb", 24.0  # limits of a public server, unless given
 GPU_SECONDS = 240  # of ZeroGPU that a job may ask for
-LICENCES = (
+
+
+def released(repository: str) -> tuple[str, str, str]:
+    """Name, licence and address of a repository's model, for the footer."""
+    name, licence = repository.split("/")[1].replace("LatentSync-", "LatentSync "), LICENCES[repository][2]
+    return name, licence.split(":")[0], f"https://huggingface.co/{repository}"
+
+
+CREDITS = (
     ("demo model", "Apache-2.0; trained on GRID, CC BY 4.0", "https://zenodo.org/records/3625687"),
-    ("LatentSync 1.5", "OpenRAIL++", "https://huggingface.co/ByteDance/LatentSync-1.5"),
-    ("LatentSync 1.6", "OpenRAIL++", "https://huggingface.co/ByteDance/LatentSync-1.6"),
+    *(released(RELEASES[name].repository) for name in sorted(RELEASES)),
     ("Whisper tiny", "MIT", "https://github.com/openai/whisper"),
-    ("sd-vae-ft-mse", "MIT", "https://huggingface.co/stabilityai/sd-vae-ft-mse"),
+    released(VAE_REPOSITORY),
     (
         "MediaPipe Face Landmarker",
         "Apache-2.0",
@@ -154,10 +161,10 @@ def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Re
 
 def as_settings(request: dict[str, Any]) -> list[Any]:
     """The page's settings for a request's, in the order of `Page.settings`."""
-    named = {"conservative": 0.0, "balanced": 0.5, "aggressive": 1.0}
+    positions = {"auto": 0.0} | {name.lower(): position for name, position in STOPS}
     level = request["level"]
     return [
-        named.get(level, 0.0 if level == "auto" else None) if level in (*named, "auto") else float(level),
+        positions[level] if level in positions else float(level),
         request["model"], request["steps"], request["guidance"], request["seed"],
         request["vram_fraction"] or 0.85, request["batch"] or 0,
         next(words for words, value in CACHES.items() if value == request["cache"]),
@@ -188,7 +195,7 @@ def shown(advice: tuple[dict[str, str], ...] | list) -> str:
 def footer(worker: Worker) -> str:
     machine = worker.machine
     device = f"{machine.device_name} · torch {machine.torch}" if machine else "looking at this machine …"
-    links = " · ".join(f'<a href="{url}" rel="noreferrer">{name}</a>: {licence}' for name, licence, url in LICENCES)
+    links = " · ".join(f'<a href="{url}" rel="noreferrer">{name}</a>: {licence}' for name, licence, url in CREDITS)
     return (
         f"<footer><p><b>LatentSync {__version__}</b> · {html.escape(device)} · code under Apache-2.0</p>"
         f"<p>{links}</p>"

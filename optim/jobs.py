@@ -494,7 +494,6 @@ class Worker:
         import torch
 
         from latentsync.__main__ import choose_device
-        from latentsync.checkpoints import resolve
         from latentsync.releases import home
         from optim.doctor import advise, read_facts
         from optim.hardware import read_gpus, recommended_level
@@ -505,9 +504,10 @@ class Worker:
         device = torch.device("cpu") if self.lent else choose_device(self.device_name)
         gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
         best, why = best_for(gpu, self.lent is not None)
-        found, chosen = survey(self.model, device), resolve(self.model, device)
+        found = survey(self.model, device)
+        side = next(model["resolution"] for model in found["models"] if model["name"] == found["chosen"])
         self.folder.mkdir(parents=True, exist_ok=True)
-        advice = advise(read_facts(chosen.resolution, self.folder))
+        advice = advise(read_facts(side, self.folder))
         self.machine = Machine(
             device=str(device),
             device_name="a GPU lent for each job" if self.lent else device_words(device),

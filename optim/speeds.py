@@ -16,11 +16,11 @@ class Speeds:
 
     def __init__(self, path: Path):
         self.path = path
+        self._known: dict[str, dict[str, float]] = {}
         with suppress(OSError, ValueError):
             found = json.loads(path.read_text(encoding="utf-8"))
-            self._known: dict[str, dict[str, float]] = found if isinstance(found, dict) else {}
-        if not hasattr(self, "_known"):
-            self._known = {}
+            if isinstance(found, dict):
+                self._known = found
 
     @staticmethod
     def work(settings: "Settings") -> float:

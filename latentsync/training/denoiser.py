@@ -87,11 +87,11 @@ def encode_look(
     clip_of = data.clip_of()
     look = (plain_look if k == 0 else random_look)(len(data.starts), device)
     mouth = random_mouth(data.mouths())
-    people = random_people(data, rng)
+    people = random_people(data, rng) if k > 0 else None
     for begin in range(0, len(data.frames), 512):
         part = slice(begin, begin + 512)
         frames, its_look = data.frames[part], look[clip_of[part]]
-        if k > 0:
+        if people is not None:
             frames = (frames + people[clip_of[part]]).clamp(0, 255)
         x = render(frames, its_look)
         other = render(frames, its_look, mouth[clip_of[part]])

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from latentsync.audio import SAMPLE_RATE, log_powers
 from latentsync.errors import UserError
-from latentsync.training.data import MEL_BASE, MEL_STEP, N_MELS
+from latentsync.training.data import MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS
 
 WORDS = (  # of GRID's six-letter names, in order (Cooke et al. 2006)
     {"b": "bin", "l": "lay", "p": "place", "s": "set"},
@@ -157,12 +157,13 @@ def spoken_again(mel: np.ndarray, wav: np.ndarray) -> np.ndarray:
 def add_voices(folder: Path, count: int) -> None:
     """Write `voices.npz` beside the prepared set in `folder`: mel (count, 4n, 80), another voice for every clip."""
     table = np.load(folder / "clips.npz")
-    ends = np.cumsum(table["lengths"]) * 4
+    lengths = table["lengths"] * MEL_PER_FRAME
+    ends = np.cumsum(lengths)
     speakers = synthesisers()
     rng = np.random.default_rng(0)
     mel = table["mel"]
     out = np.empty((count, *mel.shape), np.uint8)
-    for name, length, end in zip(tqdm(table["names"], unit="clip"), table["lengths"] * 4, ends, strict=True):
+    for name, length, end in zip(tqdm(table["names"], unit="clip"), lengths, ends, strict=True):
         try:
             text = sentence(str(name))
         except UserError as error:
