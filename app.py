@@ -1,6 +1,6 @@
 """The page: `python app.py` opens it. Inputs and buttons are Gradio's; what moves is drawn by assets/page.js.
 
-Jobs run in `optim.jobs.Worker`, a thread beside the server. torch is not imported before the page is shown.
+Jobs run in `optim.serving.jobs.Worker`, a thread beside the server. torch is not imported before the page is shown.
 Every action is an endpoint with a name, for `gradio_client` as for the page's own script (README, The page).
 """
 
@@ -37,8 +37,8 @@ from latentsync import __version__  # noqa: E402
 from latentsync.errors import UserError  # noqa: E402
 from latentsync.media import probe_audio, probe_video  # noqa: E402
 from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
-from optim.jobs import Job, Request, Worker, run_alone, said  # noqa: E402
-from optim.stock import Fetcher  # noqa: E402
+from optim.serving.jobs import Job, Request, Worker, run_alone, said  # noqa: E402
+from optim.serving.stock import Fetcher  # noqa: E402
 
 try:
     import spaces  # Hugging Face's package for ZeroGPU

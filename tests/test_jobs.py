@@ -13,9 +13,9 @@ from latentsync.errors import UserError
 from latentsync.media import probe_video
 from latentsync.pipeline import Settings
 from latentsync.sampling import DeepCache
-from optim import jobs
-from optim.jobs import CANCELLED, DONE, FAILED, Request, Worker, interruptible, run_alone
-from optim.speeds import Speeds
+from optim.serving import jobs
+from optim.serving.jobs import CANCELLED, DONE, FAILED, Request, Worker, interruptible, run_alone
+from optim.serving.speeds import Speeds
 
 ME, OTHER = "m" * 24, "o" * 24
 pytestmark = pytest.mark.usefixtures("one_thread")

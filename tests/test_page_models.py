@@ -14,8 +14,8 @@ from latentsync import download, store
 from latentsync.errors import UserError
 from latentsync.releases import RELEASES
 from optim.hardware import Gpu
-from optim.jobs import Request, Worker
-from optim.stock import DONE, FAILED, RUNNING, STOPPED, Fetcher, best_for
+from optim.serving.jobs import Request, Worker
+from optim.serving.stock import DONE, FAILED, RUNNING, STOPPED, Fetcher, best_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -226,7 +226,7 @@ def test_the_recommended_model_is_fetched_from_the_hint_on_the_page(hub, tmp_pat
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not (chromium := next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)):
         pytest.skip("there is no Chromium on this machine")
-    monkeypatch.setattr("optim.jobs.best_for", lambda *_: (NAME, "LatentSync 1.5, because this is a test."))
+    monkeypatch.setattr("optim.serving.jobs.best_for", lambda *_: (NAME, "LatentSync 1.5, because this is a test."))
     hub.rate = 6e5
     with (
         looking(tmp_path) as worker, served(fetcher := Fetcher(worker, allowed=True)) as url,

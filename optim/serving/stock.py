@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
     from optim.hardware import Gpu
-    from optim.jobs import Worker
+    from optim.serving.jobs import Worker
 
 RUNNING, DONE, STOPPED, FAILED = "running", "done", "stopped", "failed"
 SPEED_SECONDS = 10.0  # over which the speed is taken
@@ -51,7 +51,7 @@ def best_for(gpu: "Gpu | None", lent: bool = False) -> tuple[str, str]:
 
 
 def survey(model: str, device: "torch.device") -> dict[str, Any]:
-    """Fields of `optim.jobs.Machine`: the models there are, what `auto` is, and what is to be said of that one.
+    """Fields of `optim.serving.jobs.Machine`: the models there are, what `auto` is, and what is to be said of that one.
 
     model: what the server was told that `auto` is. Raises UserError where that is not there.
     """

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 from latentsync.errors import UserError
 from latentsync.media import FPS, VideoInfo, probe_audio, probe_video
-from optim.curves import NO_CURVES, latest, live, thinned
-from optim.preview import Preview
-from optim.speeds import Speeds
-from optim.stock import best_for, survey
+from optim.serving.curves import NO_CURVES, latest, live, thinned
+from optim.serving.preview import Preview
+from optim.serving.speeds import Speeds
+from optim.serving.stock import best_for, survey
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
