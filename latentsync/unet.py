@@ -165,8 +165,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keys: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for t in (self.to_q(x), *keys))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](out.transpose(-3, -2).flatten(-2))
+        return self.to_out[0](self.attend(q, k, v).transpose(-3, -2).flatten(-2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(n, heads, q, c), (n, heads, k, c) twice → (n, heads, q, c)."""
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class GEGLU(nn.Module):
@@ -267,6 +270,12 @@ class TemporalAttention(Attention):
         h = (x + self.pos_encoder.pe[:, : x.shape[1], None].to(x.dtype)).transpose(1, 2)  # (b, p, f, C)
         h = h.flatten(0, 1)  # three dimensions: the fused attention kernels take no more than a batch and heads
         return super().forward(h, self.keys(h)).unflatten(0, (b, -1)).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not q.requires_grad:
+            return super().attend(q, k, v)
+        # Fused kernels work in blocks of 64 or more; there and back, 16 frames are quicker as plain products.
+        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1) @ v
 
 
 class TemporalBlock(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from latentsync.alignment import fixed_mask
 from latentsync.sampling import ddim_scheduler
-from latentsync.training import autoencoder, listener
+from latentsync.training import autoencoder, lips, listener
 from latentsync.training.data import (
     RESOLUTION,
     ClipSet,
@@ -44,11 +44,11 @@ CONFIG = {  # in the words of the released configuration
     "motion_module_kwargs": {"num_attention_heads": 4},
 }
 LATENT_SIDE = RESOLUTION // 2 ** (len(autoencoder.CONFIG["block_out_channels"]) - 1)  # of the latents
-LOOKS = 6  # renderings of every clip
+LOOKS, FIRST_LOOKS = 6, 3  # renderings of every clip: most, and how many it begins with
 SAVE_SECONDS = 120.0  # between two writes of the state, so that a run that is cut off is not lost
-REFRESH_STEPS = 400  # after which the next of the random looks is replaced by a new one
-SEGMENTS, WINDOWS_PER_SEGMENT = 8, 10
-LEARNING_RATE, LISTENER_RATE = 4e-4, 1e-4
+REFRESH_STEPS = 800  # after which one more random look is made, or the oldest replaced
+SEGMENTS, WINDOWS_PER_SEGMENT = 4, 10
+LEARNING_RATE, LISTENER_RATE = 3e-4, 1e-4
 UNHEARD = 0.1  # share of windows without audio, so that guidance has a branch to start from
 UNSEEN = 0.1  # share of windows without a reference, where the sound alone says how the mouth is
 SHARED_NOISE = 0.7  # share of windows whose frames all have the same noise, as sampling starts from
@@ -56,6 +56,7 @@ SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023)
 VISIBLE_WEIGHT = 0.15  # of the loss where the mask shows the face anyway
 MOUTH_WEIGHT = 3.0  # of the loss around the lips
 MOUTH = (slice(9, 14), slice(4, 12))  # rows, columns of the 16 × 16 latents
+LIP_WEIGHT = 0.05  # of the loss of the mouth's shape, beside that of the noise
 EMA = 0.999
 
 
@@ -96,9 +97,8 @@ def encode_look(
         x = render(frames, its_look)
         other = render(frames, its_look, mouth[clip_of[part]])
         for latents, pixels in ((pool.target, x), (pool.masked, x * mask), (pool.reference, other)):
-            # Processors without bfloat16 units would take minutes.
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                latents[k, part] = vae.encode(pixels).latent_dist.mode() * scale
+            pixels = pixels.to(vae.dtype, memory_format=torch.channels_last)
+            latents[k, part] = vae.encode(pixels).latent_dist.mode() * scale
 
 
 def loss_weights(mask: Tensor) -> Tensor:
@@ -123,7 +123,9 @@ def train(
     rng = np.random.default_rng(int(began))
     vae = AutoencoderKL.from_config(autoencoder.CONFIG)
     scale = load_weights(state / "autoencoder.pt", {"vae": vae})["scaling_factor"]
-    vae = vae.eval().requires_grad_(False).to(device)
+    # Processors without bfloat16 units would take minutes.
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vae = vae.eval().requires_grad_(False).to(device, kind, memory_format=torch.channels_last)
     encoder = listener.new_encoder()
     load_weights(state / "listener.pt", {"encoder": encoder})
     encoder.to(device)
@@ -145,26 +147,38 @@ def train(
     if step == 0:  # an imported model's encoder may have listened on since
         load_weights(state / "listener.pt", {"encoder": encoder})
         average["encoder"].load_state_dict(encoder.state_dict())
+    # The passes are in bfloat16 throughout; the weights that are learnt, and their average, keep float32.
+    working = copy.deepcopy(unet).to(kind)
     mask = torch.from_numpy(fixed_mask(RESOLUTION).copy()).to(device)
     pool = empty_pool(LOOKS if device.type == "cuda" else 2, data)
-    for k in range(len(pool.target)):
+    looks = min(FIRST_LOOKS, len(pool.target))  # those that there are
+    for k in range(looks):
         encode_look(pool, k, vae, data, rng, mask, scale)
-    print(f"denoiser: latents ready after {time.time() - began:.0f} s, std {float(pool.target.std()):.3f}", flush=True)
+    spread = float(pool.target[0].std())
+    print(f"denoiser: latents ready after {time.time() - began:.0f} s, std {spread:.3f}", flush=True)
+    reader = lips.train_reader(pool.target[:looks], data, lips.STEPS if device.type == "cuda" else 50)
 
     alphas = ddim_scheduler().alphas_cumprod.to(device)
     snr = alphas / (1 - alphas)
     importance = snr.clamp(max=SNR_CAP) / snr
     weights, shown = loss_weights(mask), latent_mask(mask, LATENT_SIDE)
 
-    def loss_of(x: Tensor, timestep: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
+    def loss_of(x: Tensor, timestep: Tensor, tokens: Tensor, noise: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses of the noise and of the mouths' shape, of all windows and of each, (b,)."""
         b, f = tokens.shape[:2]
-        out, _ = unet.full(x, timestep, unet.encode_audio(tokens), f)
-        out = windows_first(out.float(), b)
-        per_window = (weights * (out - noise).square()).mean((1, 2, 3, 4))
-        return (importance[timestep] * per_window).mean()
+        out, _ = working.full(x.to(kind), timestep, working.encode_audio(tokens.to(kind)), f)
+        out = out.float()
+        per_window = (weights * (windows_first(out, b) - noise).square()).mean((1, 2, 3, 4))
+        a = alphas[timestep].repeat_interleave(f)[:, None, None, None]
+        estimate = (x[:, :LATENTS] - (1 - a).sqrt() * out) / a.sqrt()  # of the clean latents
+        with torch.autocast(device.type, torch.bfloat16):
+            read = reader(estimate)
+        off = lips.shape_loss(read.float().unflatten(0, (b, f)), shapes)
+        # By its root, a step counts the same for the noise whenever it is taken.
+        return (importance[timestep] * per_window).mean(), alphas[timestep].sqrt() * off
 
-    compiled = torch.compile(loss_of) if device.type == "cuda" else loss_of
-    live = [*unet.parameters(), *encoder.parameters()]
+    learnt, used = list(unet.parameters()), list(working.parameters())
+    live = [*learnt, *encoder.parameters()]
     followers = list(average.parameters())  # in the order of `live`
     first, saved = step, time.time()
     losses = []
@@ -174,7 +188,7 @@ def train(
         sound = draw_sound(data, rng, batch // WINDOWS_PER_SEGMENT, augment=True)
         windows = draw_windows(data, sound, rng, WINDOWS_PER_SEGMENT)
         b, f = windows.frames.shape
-        look = torch.randint(len(pool.target), (b, 1), device=device)
+        look = torch.randint(looks, (b, 1), device=device)
         clean = pool.target[look, windows.frames].transpose(1, 2).float()  # (b, c, f, h, w)
         masked = pool.masked[look, windows.frames].transpose(1, 2).float()
         reference = pool.reference[look, windows.reference].transpose(1, 2).float()
@@ -187,26 +201,35 @@ def train(
         a = alphas[timestep][:, None, None, None, None]
         noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
         x = torch.cat([noisy, shown.expand(b, 1, f, -1, -1), masked, reference], dim=1)
-        heard = (torch.rand(b, 1, 1, 1, device=device) >= UNHEARD).float()
+        heard = (torch.rand(b, device=device) >= UNHEARD).float()
         with torch.autocast(device.type, torch.bfloat16):
-            tokens = tokens_of(encoder(sound.mel), windows) * heard
-            loss = compiled(frames_first(x), timestep, tokens, noise)
-        loss.backward()
+            shapes = reader(frames_first(clean)).float().unflatten(0, (b, f))
+            tokens = tokens_of(encoder(sound.mel), windows) * heard[:, None, None, None]
+        loss, off = loss_of(frames_first(x), timestep, tokens, noise, shapes)
+        off = (heard * off).mean()  # nobody knows how a mouth moves that is not heard
+        (loss + LIP_WEIGHT * off).backward()
+        for master, weight in zip(learnt, used, strict=True):
+            master.grad, weight.grad = weight.grad.float(), None
         nn.utils.clip_grad_norm_(live, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_copy_(used, learnt)
         step += 1
         decay = min(EMA, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(followers, live, 1 - decay)
-        losses.append(loss.detach())
+        losses.append(torch.stack([loss.detach(), off.detach()]))
         if (step - first) % REFRESH_STEPS == 0:
-            renewed = 1 + (step - first) // REFRESH_STEPS % (len(pool.target) - 1)
+            renewed = looks if looks < len(pool.target) else 1 + (step - first) // REFRESH_STEPS % (looks - 1)
             encode_look(pool, renewed, vae, data, rng, mask, scale)
+            looks = max(looks, renewed + 1)
         if step % 200 == 0 or step == first + 1:
-            mean = float(torch.stack(losses).mean())
+            mean, mean_off = torch.stack(losses).mean(0).tolist()
             losses.clear()
-            print(f"denoiser step {step} loss {mean:.4f} {time.time() - began:.0f} s", flush=True)
+            print(
+                f"denoiser step {step} loss {mean:.4f}, lips {mean_off:.4f}, {time.time() - began:.0f} s", flush=True
+            )
         if time.time() - saved > SAVE_SECONDS:
             save_state(state / "denoiser.pt", modules, optimizer, step)
             saved = time.time()
