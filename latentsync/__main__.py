@@ -130,6 +130,7 @@ class Lines:
     def close(self) -> None:
         if self.done:
             self.write()
+            self.done = {}  # said once, however often it is closed
 
 
 def peak_memory() -> int:
