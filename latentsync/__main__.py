@@ -93,7 +93,10 @@ class Bars:
                     total=total, desc=name, unit=" frames", bar_format=shape, position=position,
                     mininterval=0.2, miniters=1, smoothing=0, ncols=size.columns, nrows=size.lines,
                 )  # fmt: skip
-        self.bars[stage].update(done - self.bars[stage].n)
+        bar = self.bars[stage]
+        if not bar.n and done > 1:  # what an earlier run has done says nothing of the speed
+            bar.initial = bar.n = done
+        bar.update(done - bar.n)
 
     def close(self) -> None:
         for bar in self.bars.values():
@@ -106,9 +109,11 @@ class Lines:
     def __init__(self) -> None:
         self.began = self.written = time.monotonic()
         self.done: dict[str, int] = {}
+        self.before: dict[str, int] = {}  # what an earlier run has done says nothing of the speed
         self.total = 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        self.before.setdefault(stage, max(done - 1, 0))
         self.done[stage], self.total = done, total
         if time.monotonic() - self.written >= LINE_SECONDS:
             self.write()
@@ -117,13 +122,15 @@ class Lines:
         self.written = time.monotonic()
         seconds = self.written - self.began
         counts = ", ".join(f"{stage} {done}/{self.total}" for stage, done in self.done.items())
-        rate = min(self.done.values()) / seconds  # of the frames that every stage so far has passed on
+        # Of the frames that every stage so far has passed on.
+        rate = min(done - self.before[stage] for stage, done in self.done.items()) / seconds
         left = f", {(self.total - min(self.done.values())) / rate:.0f} s left" if rate else ""
         print(f"{counts}, {rate:.2f} frames/s{left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.done:
             self.write()
+            self.done = {}  # said once, however often it is closed
 
 
 def peak_memory() -> int:
@@ -210,9 +217,14 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     guidance = models.guidance_scale if args.guidance is None else args.guidance
     settings = Settings(steps=args.steps, guidance_scale=guidance, seed=args.seed, face=args.face)
     bars = Bars() if sys.stderr.isatty() else Lines()
+
+    def say(line: str) -> None:
+        bars.close()
+        print(line, file=sys.stderr, flush=True)
+
     try:
         with prepare(args, models, settings, sound.duration) as job:
-            report = lipsync(args.video, args.audio, args.output, models, job.settings, bars, job.relieve)
+            report = lipsync(args.video, args.audio, args.output, models, job.settings, bars, job.relieve, say=say)
             bars.close()
             job.finished(report)
     except torch.OutOfMemoryError as error:
@@ -259,7 +271,7 @@ def main(
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print(f"stopped; {args.output} was not written", file=sys.stderr)
         return 130
     return 0
 

@@ -78,6 +78,7 @@ class Models:
     match_colours: bool = False
     guidance_scale: float = GUIDANCE_SCALE
     mel_range: float = MEL_RANGE
+    files: tuple[Path, ...] = ()  # that it was loaded from
 
     @property
     def device(self) -> torch.device:
@@ -439,6 +440,7 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     return Models(
         checkpoint.name, checkpoint.resolution, unet, encoder, vae,
         checkpoint.match_colours, checkpoint.guidance_scale, checkpoint.mel_range,
+        files=(checkpoint.unet, checkpoint.whisper, checkpoint.vae, checkpoint.vae_config),
     )  # fmt: skip
 
 

@@ -69,6 +69,7 @@ PLAYLISTS = {"applehttp", "avisynth", "concat", "dash", "hls", "imf", "rtsp", "s
 LOSSLESS_AUDIO = {"flac", "alac", "wavpack", "tta", "ape", "tak", "shorten", "truehd", "mlp", "als",
                   "wmalossless"}  # fmt: skip
 AAC_BITRATE = "256k"
+PARTIAL = ".latentsync-"  # begins the name of everything that is not finished
 
 
 @dataclass(frozen=True)
@@ -590,7 +591,7 @@ def check_output(path: str | os.PathLike, inputs: tuple[str | os.PathLike, ...] 
         if path.exists() and os.path.exists(source) and os.path.samefile(path, source):
             raise UserError(f"{path} is an input and would be overwritten; choose another output.")
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".latentsync-"):
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL):
             pass
         if path.exists():
             open(path, "ab").close()
@@ -621,8 +622,7 @@ class VideoWriter:
         self.frames = 0  # written so far
         self.cut = False  # the sound is to end with the frames, where these are fewer than it lasts
         self._arguments = self._encoding(None if audio is None else probe_audio(audio), crf)
-        name = f".latentsync-{uuid.uuid4().hex[:12]}{self.path.suffix}"
-        self._partial = self.path.absolute().with_name(name)
+        self._partial = _partial(self.path.absolute().parent, self.path)
 
     def _encoding(self, audio: AudioInfo | None, crf: float) -> list[str]:
         info, container = self.info, SUFFIXES[self.path.suffix.lower()]
@@ -641,19 +641,14 @@ class VideoWriter:
             f"scale=out_color_matrix={matrix}:out_range={range_}:flags={TO_YUV},format=yuv420p,setsar=1,"
             f"setparams=range={range_tag}:colorspace={tags[0]}:color_primaries={tags[1]}:color_trc={tags[2]}"
         )
-        sound_in, sound_out = [], []
-        if audio is not None:
-            # A stream that begins later than its file is moved to the first frame, as read_audio has it.
-            sound_in = ["-itsoffset", f"{-audio.start:.6f}", *_input(audio.path)]
-            sound_out = ["-map", "1:a:0", *_audio_codec(audio, container)]
+        sound_in, sound_out = _sound(audio, container)
         return [
             *("-loglevel", "error", "-nostats", "-y", "-f", "rawvideo", "-pixel_format", "rgb24"),
             *("-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0", *sound_in),
             *("-map", "0:v:0", *sound_out, "-map_metadata", "-1", "-map_chapters", "-1"),
             *("-vf", graph, "-c:v", "libx264", "-preset", PRESET, "-crf", str(crf), "-pix_fmt", "yuv420p"),
             *("-threads:v", str(ENCODER_THREADS), "-metadata", f"comment={COMMENT}"),
-            *(() if container == "matroska" else ("-movflags", "+faststart")),
-            *("-f", container),
+            *_wrapping(container),
         ]
 
     def __enter__(self) -> "VideoWriter":
@@ -678,11 +673,7 @@ class VideoWriter:
         self.frames += 1
 
     def _failure(self) -> UserError:
-        lines = _text(self._log).strip().splitlines() or ["ffmpeg stopped without a message"]
-        said = next((line for line in lines if "No space left" in line), lines[-1])
-        return UserError(
-            f"{self.path} could not be written ({said}); free some space or choose another name."
-        )
+        return _not_written(self.path, self._log)
 
     def _cut_sound(self) -> None:
         """Let the finished file end with its last frame, to a packet of the sound."""
@@ -692,8 +683,7 @@ class VideoWriter:
         arguments = [
             *("-loglevel", "error", "-nostats", "-y", *_input(whole), "-t", f"{self.frames / FPS:.3f}"),
             *("-map", "0", "-c", "copy", "-map_metadata", "0"),
-            *(() if container == "matroska" else ("-movflags", "+faststart")),
-            *("-f", container, _url(self._partial)),
+            *(*_wrapping(container), _url(self._partial)),
         ]
         try:
             with _ffmpeg(arguments) as (process, self._log):
@@ -710,17 +700,72 @@ class VideoWriter:
                     raise self._failure()
                 if self.cut:
                     self._cut_sound()
-                try:
-                    os.replace(self._partial, self.path)
-                except OSError as failed:  # Windows: another program has the old file open
-                    raise UserError(
-                        f"{self.path} cannot be replaced ({failed.strerror}); close it or rename the output."
-                    ) from failed
+                _move(self._partial, self.path)
         finally:
             try:
                 self._run.__exit__(None, None, None)
             finally:  # even if the user presses Ctrl-C once more
                 self._partial.unlink(missing_ok=True)
+
+
+def join_segments(segments: list[tuple[Path, int]], path: Path, audio: AudioInfo, cut: bool = False) -> None:
+    """Write `path` from segments of its picture and the sound, as `VideoWriter` does from frames.
+
+    segments: (file, frames), all in one folder; the picture is copied, not encoded again. cut: the sound is to end with
+    the picture. What is not finished lies in that folder, too. Raises UserError where the file cannot be written.
+    """
+    folder, container = segments[0][0].parent, SUFFIXES[path.suffix.lower()]
+    listed, partial = folder / "segments.txt", _partial(folder, path)
+    # Each begins where the frames before it end, whatever its own file says.
+    listed.write_text("".join(f"file {file.name}\nduration {frames / FPS:.3f}\n" for file, frames in segments))
+    sound_in, sound_out = _sound(audio, container)
+    shown = sum(frames for _, frames in segments) / FPS
+    arguments = [
+        *("-loglevel", "error", "-nostats", "-y", "-protocol_whitelist", "file", "-f", "concat", "-i", _url(listed)),
+        *(*sound_in, "-map", "0:v:0", "-c:v", "copy", *sound_out, "-map_metadata", "-1", "-map_chapters", "-1"),
+        *("-metadata", f"comment={COMMENT}", *(("-t", f"{shown:.3f}") if cut else ())),
+        *(*_wrapping(container), _url(partial)),
+    ]
+    try:
+        with _ffmpeg(arguments) as (process, log):
+            if process.wait() != 0:
+                raise _not_written(path, log)
+        _move(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(folder: Path, path: Path) -> Path:
+    """A name in the folder for what is to become `path`."""
+    return folder / f"{PARTIAL}{uuid.uuid4().hex[:12]}{path.suffix}"
+
+
+def _move(partial: Path, path: Path) -> None:
+    """Give a finished file its name."""
+    try:
+        os.replace(partial, path)
+    except OSError as failed:  # Windows: another program has the old file open
+        raise UserError(f"{path} cannot be replaced ({failed.strerror}); close it or rename the output.") from failed
+
+
+def _not_written(path: Path, log) -> UserError:
+    lines = _text(log).strip().splitlines() or ["ffmpeg stopped without a message"]
+    said = next((line for line in lines if "No space left" in line), lines[-1])
+    return UserError(f"{path} could not be written ({said}); free some space or choose another name.")
+
+
+def _wrapping(container: str) -> list[str]:
+    """ffmpeg's output options for the container."""
+    return [*(() if container == "matroska" else ("-movflags", "+faststart")), "-f", container]
+
+
+def _sound(audio: AudioInfo | None, container: str) -> tuple[list[str], list[str]]:
+    """ffmpeg's options for the sound, as its second input and in its output."""
+    if audio is None:
+        return [], []
+    # A stream that begins later than its file is moved to the first frame, as read_audio has it.
+    begins = ["-itsoffset", f"{-audio.start:.6f}", *_input(audio.path)]
+    return begins, ["-map", "1:a:0", *_audio_codec(audio, container)]
 
 
 def _audio_codec(audio: AudioInfo, container: str) -> list[str]:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,7 @@ from latentsync.sampling import (
     denoise,
     initial_noise,
 )
+from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, work_folder
 from latentsync.soundness import WIDER, unusable, widened
 from latentsync.vae import condition, decode, to_pixels
 
@@ -112,6 +113,7 @@ class Report:
     device: str
     dtype: str
     frames: int = 0
+    resumed_from: int = 0  # frames that earlier runs of the same job had finished
     frames_without_face: int = 0
     frames_computed_again: int = 0  # in a wider type, see `latentsync.soundness`
     ended_early: bool = False  # by `Enough`
@@ -147,6 +149,10 @@ class Window:
 
     shots: list[Shot]
     done: int = 0
+
+    @property
+    def new(self) -> list[Shot]:
+        return self.shots[self.done :]
 
 
 def first_time(
@@ -294,13 +300,24 @@ class Painter:
         faces = merge_faces(generated, crops, self.mask)
         counts = [f - window.done for window in windows]
         bad = torch.cat([part.any().expand(len(part)) for part in bad.split(counts)])
-        complete = self.paste(faces, [shot for window in windows for shot in window.shots[window.done :]], bad)
+        complete = self.paste(faces, [shot for window in windows for shot in window.new], bad)
 
         def finish() -> list[Window]:
             flags = iter(complete())
             return [w for w, count in zip(windows, counts, strict=True) if [next(flags) for _ in range(count)][0]]
 
         return finish
+
+    @torch.inference_mode()
+    def pass_over(self, windows: list[Window]) -> None:
+        """Instead of painting windows whose frames an earlier run has finished.
+
+        Only a video that comes again costs anything the first time: what the network is told of its faces is encoded as
+        it would be if they were painted, so that later windows get the same, to the bit.
+        """
+        shots = [shot for window in windows for shot in window.shots]
+        if any(shot.source is not None for shot in shots):
+            self.condition(shots, self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots]))))
 
     def condition(self, shots: list[Shot], crops: Tensor) -> Tensor:
         """What the network is told of n faces besides the noise, (n, 1 + 2c, h, w), encoded once for each source."""
@@ -375,9 +392,15 @@ class Painter:
 
 
 def paint(
-    groups: Iterable[list[Window | Shot]], painter: Painter, relieve: Callable[[], Settings | None] | None = None
+    groups: Iterable[list[Window | Shot]],
+    painter: Painter,
+    relieve: Callable[[], Settings | None] | None = None,
+    done: int = 0,
 ) -> Iterator[Shot]:
     """Paint every window of every group; yields the finished shots in order, each once.
+
+    Groups that only have the first `done` frames, which an earlier run has finished, are passed over, their shots as
+    they are.
 
     A group is finished when the device has been given what the painter's `groups_behind` next ones need. Where its
     memory runs out, `relieve` is asked for settings that need less, until they suffice or there are none. Windows whose
@@ -391,24 +414,30 @@ def paint(
             paint_again(again, painter)
         for part in group:
             if isinstance(part, Window):
-                yield from part.shots[part.done :]
+                yield from part.new
             else:
                 yield part
 
-    def given_to_device(group: list[Window | Shot]) -> list[Callable[[], list[Window]]]:
+    def given_to_device(group: list[Window | Shot], over: bool) -> list[Callable[[], list[Window]]]:
         by_length: dict[int, list[Window]] = {}
         for part in group:
             if isinstance(part, Window):
                 by_length.setdefault(len(part.shots), []).append(part)
         size = painter.settings.windows_per_pass
         passes = [alike[i : i + size] for alike in by_length.values() for i in range(0, len(alike), size)]
+        if over:
+            for some in passes:
+                painter.pass_over(some)
+            return []
         return [painter.paint(some) for some in passes]
 
+    frames = 0
     for group in groups:
+        frames += sum(len(part.new) if isinstance(part, Window) else 1 for part in group)
         while True:
             short_of_memory = None
             try:
-                completions = given_to_device(group)
+                completions = given_to_device(group, frames <= done)
             except torch.OutOfMemoryError as error:
                 # Without its frames, which hold the tensors that did not fit.
                 short_of_memory = error.with_traceback(None)
@@ -444,7 +473,7 @@ def paint_again(windows: list[Window], painter: Painter) -> None:
             wide = Painter(widened(painter.models, dtype), settings, painter.on_step)
             while left and not wide.paint([left[0]])():
                 window = left.popleft()
-                for shot in window.shots[window.done :]:
+                for shot in window.new:
                     shot.again = True
         except torch.OutOfMemoryError:
             continue
@@ -531,6 +560,8 @@ def lipsync(
     on_progress: Progress | None = None,
     relieve: Callable[[], Settings | None] | None = None,
     on_frame: Callable[[np.ndarray], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    segment_frames: int | None = SEGMENT_FRAMES,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
@@ -540,6 +571,10 @@ def lipsync(
     ran out, and gives settings to go on with that need less, or None to give up. on_frame(frame) is called with every
     finished frame, uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a run
     early, no part of the output is left, and no thread; but after `Enough` the finished frames are, with their sound.
+
+    A job of more than `segment_frames` is written in segments of as many, see `latentsync.segments`. Whatever ends it
+    early, but `Enough`, the same call goes on after the last finished one, to the same result; say(line) tells so. It
+    finds the faces of earlier frames once more, but neither paints them nor gives them to on_frame. None: in one piece.
     Raises UserError where the files cannot be used, or the video never shows a usable face.
     """
     settings = settings or Settings()
@@ -554,6 +589,22 @@ def lipsync(
         settings, models.name, models.resolution, str(models.device), str(models.dtype).removeprefix("torch.")
     )
     frames, looped = read_frames_looped(info, total), total > info.n_frames
+    counts = {"frames_without_face": 0, "frames_computed_again": 0}  # of what is written
+    # Models that were not loaded from files cannot be known again.
+    if segment_frames and total > segment_frames and models.files:
+        # How much goes through the device at once is not part of the job, as it follows from the memory that is free.
+        asked = asdict(replace(settings, windows_per_pass=1, frames_per_pass=1))
+        asked |= {"segment": segment_frames, "device": models.device.type, "dtype": report.dtype}
+        asked |= {"model": models.name, "resolution": models.resolution, "mel_range": models.mel_range}
+        folder = work_folder(output, (video, audio, *models.files), asked)
+        clean(output, folder)
+        writer = SegmentWriter(
+            output, info, audio, settings.crf,
+            folder=folder, total=total, segment_frames=segment_frames, counts=counts, say=say,
+        )  # fmt: skip
+    else:
+        clean(output)
+        writer = VideoWriter(output, info, audio, settings.crf)
     written = 0
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -568,24 +619,31 @@ def lipsync(
         while written < writing.done:
             written += 1
             if on_progress:
-                on_progress("writing", written, total)
+                on_progress("writing", done + written, total)
 
-    def write(frame: np.ndarray) -> None:
+    def write(item: tuple[np.ndarray, bool, bool]) -> None:
+        frame, faceless, again = item
         with clock.charge(clock.seconds, "writing"):
+            counts["frames_without_face"] += faceless
+            counts["frames_computed_again"] += again
             writer.write(frame)
 
     with (
-        VideoWriter(output, info, audio, settings.crf) as writer,
+        writer,
         closing(Behind(write, settings.frames_behind, "writing")) as writing,
-        closing(generate(frames, wav, models, settings, total, looped, clock, progress, relieve)) as shots,
+        closing(
+            generate(frames, wav, models, settings, total, looped, clock, progress, relieve, writer.frames)
+        ) as shots,
     ):
+        done = report.frames = report.resumed_from = writer.frames
         try:
-            for shot in shots:
+            if on_progress and done:
+                on_progress("mouths", done, total)
+                on_progress("writing", done, total)
+            for shot in islice(shots, done, None) if done < total else ():
                 with clock.charge(clock.waiting, "writing"):
-                    writing.give(shot.frame)
+                    writing.give((shot.frame, shot.crop is None, shot.again))
                 report.frames += 1
-                report.frames_without_face += shot.crop is None
-                report.frames_computed_again += shot.again
                 if on_frame:
                     on_frame(shot.frame)
                 tell_written()
@@ -595,14 +653,18 @@ def lipsync(
             shots.close()  # lets go of what is under way, while the encoder catches up
             report.ended_early = writer.cut = True
             on_progress = None
+        with clock.charge(clock.waiting, "writing"):
+            writing.finish()
+        tell_written()
+        report.frames_without_face = counts["frames_without_face"]
+        report.frames_computed_again = counts["frames_computed_again"]
         if report.frames_without_face == report.frames and not report.ended_early:
+            if isinstance(writer, SegmentWriter):
+                writer.keep = False
             raise UserError(
                 f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
                 "the front, with the whole mouth in the picture."
             )
-        with clock.charge(clock.waiting, "writing"):
-            writing.finish()
-        tell_written()
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )
@@ -620,25 +682,26 @@ def generate(
     clock: StageClock,
     on_progress: Progress | None = None,
     relieve: Callable[[], Settings | None] | None = None,
+    done: int = 0,
 ) -> Iterator[Shot]:
     """The chain of stages between decoding and encoding: finished shots, in order.
 
     frames: numbered, uint8 (H, W, 3) at 25 fps, writable; they are made, and closed, in a thread of their own;
-    wav: (samples,) float32 at 16 kHz; total: frames to expect; looped: whether they come again. Close it, if it is
-    not taken to the end.
+    wav: (samples,) float32 at 16 kHz; total: frames to expect; looped: whether they come again; done: of the first
+    frames, whose mouths need not be painted. Close it, if it is not taken to the end.
     Between `frames` and what it yields are `settings.most_frames` and the tracker's at most.
     """
     painted = 0
 
-    def watched(shots: Iterable[Shot], stage: str) -> Iterator[Shot]:
-        for done, shot in enumerate(shots, 1):
-            if on_progress:
-                on_progress(stage, done, total)
+    def watched(shots: Iterable[Shot], stage: str, after: int = 0) -> Iterator[Shot]:
+        for number, shot in enumerate(shots, 1):
+            if on_progress and number > after:
+                on_progress(stage, number, total)
             yield shot
 
     def still_painting() -> None:
         if on_progress:
-            on_progress("mouths", painted, total)
+            on_progress("mouths", max(painted, done), total)
 
     def aligned() -> Iterator[Shot]:
         most = KNOWN_BYTES // (3 * models.resolution**2) if looped else 0
@@ -658,6 +721,6 @@ def generate(
     painter = Painter(models, settings, still_painting)
     with closing(ahead(aligned(), settings.shots_ahead, "crops")) as found:
         groups = batches(windows(watched(clock.wait(found, "crops"), "faces")), settings.windows_per_pass)
-        for shot in watched(clock.time(paint(groups, painter, relieve), "mouths"), "mouths"):
+        for shot in watched(clock.time(paint(groups, painter, relieve, done), "mouths"), "mouths", done):
             painted += 1
             yield shot

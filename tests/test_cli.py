@@ -399,7 +399,7 @@ def test_a_run_stops_at_once_and_leaves_nothing(talking, checkpoint, tmp_path, w
     if when == "generating":
         time.sleep(2)
     else:
-        while not any(path.stat().st_size for path in out.iterdir()):
+        while not any(path.stat().st_size for path in out.rglob("*.mp4")):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
     process.send_signal(number)
@@ -407,7 +407,7 @@ def test_a_run_stops_at_once_and_leaves_nothing(talking, checkpoint, tmp_path, w
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - began < 3  # a second on an idle machine
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "stopped; nothing was written" and "Traceback" not in err
+    assert err.splitlines()[-1] == f"stopped; {out / 'a.mp4'} was not written" and "Traceback" not in err
     assert os.listdir(out) == []
 
 

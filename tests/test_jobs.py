@@ -9,6 +9,7 @@ import pytest
 import torch
 from clips import make_sound, make_video
 
+from latentsync import pipeline
 from latentsync.errors import UserError
 from latentsync.media import probe_video
 from latentsync.pipeline import Settings
@@ -92,6 +93,16 @@ def test_a_running_job_is_cancelled_within_a_second(worker, talking, long_voice)
     assert time.monotonic() - began < 1
     assert job.state == CANCELLED and job.output is None
     assert sorted(os.listdir(job.folder)) == ["job.json", "video.mp4", "voice.wav"]
+
+
+def test_a_long_job_that_is_cancelled_leaves_no_segments(worker, talking, long_voice, monkeypatch):
+    lipsync = pipeline.lipsync
+    monkeypatch.setattr(pipeline, "lipsync", lambda *args, **options: lipsync(*args, **{"segment_frames": 5} | options))
+    job = worker.submit(Request(talking, long_voice, steps=1), ME)
+    until(lambda: job.progress.get("writing", 0) > 20)
+    worker.cancel(job.id, ME)
+    ended(worker, job)
+    assert job.state == CANCELLED and sorted(os.listdir(job.folder)) == ["job.json", "video.mp4", "voice.wav"]
 
 
 def test_what_is_finished_can_be_kept(worker, talking, long_voice):

@@ -1,4 +1,5 @@
-"""Sound and picture of a written file lie together: measured from its packets, at its start and at its end."""
+"""Sound and picture of a written file lie together, in one piece or joined from segments: measured from its packets,
+at its start and at its end."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from clips import ffmpeg
 
-from latentsync.media import FPS, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped
+from latentsync.media import FPS, VideoInfo, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped
+from latentsync.segments import SegmentWriter
 
 MOST = 0.010  # seconds
 RATES = ("24", "25", "30000/1001", "60")
@@ -48,13 +50,27 @@ def offsets(path: Path) -> tuple[float, float]:
     return heard[0][0] - shown[0][0], sum(heard[-1]) - sum(shown[-1])
 
 
-def check(folder: Path, rate: str, seconds: int) -> None:
+def in_segments(frames: int, seconds: int):
+    """A writer of segments of so many frames."""
+
+    def writer(output: Path, info: VideoInfo, source: Path, crf: float) -> SegmentWriter:
+        return SegmentWriter(
+            output, info, source, crf,
+            folder=output.with_name("segments"), total=FPS * seconds, segment_frames=frames, counts={}, say=print,
+        )  # fmt: skip
+
+    return writer
+
+
+def check(folder: Path, rate: str, seconds: int, make_writer=VideoWriter, suffix: str = ".mp4") -> None:
     """The source's own frames and sound, through the reader and the writer of the pipeline."""
-    source, output = clip(folder / "source.mov", rate, seconds), folder / "out.mp4"
+    source, output = clip(folder / "source.mov", rate, seconds), folder / f"out{suffix}"
     info = probe_video(source)
-    with VideoWriter(output, info, source, crf=30) as writer:
+    with make_writer(output, info, source, 30) as writer:
         for _, frame in read_frames_looped(info, seconds * FPS):
             writer.write(frame)
+    shown = [pts for pts, _ in packets(output, "0:v:0")]
+    assert np.allclose(shown, np.arange(FPS * seconds) / FPS, rtol=0, atol=1e-6)
     start, end = offsets(output)
     print(f"{rate} fps, {seconds} s: {1000 * start:+.1f} ms at the start, {1000 * end:+.1f} ms at the end")
     assert abs(start) <= MOST and abs(end) <= MOST
@@ -73,7 +89,14 @@ def test_sound_and_picture_stay_together(tmp_path, rate):
     check(tmp_path, rate, 3)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+@pytest.mark.parametrize("frames", [25, 17, 74])  # three segments, five, and one that has a single frame
+def test_segments_are_joined_without_a_gap(tmp_path, frames, suffix):
+    check(tmp_path, "25", 3, in_segments(frames, 3), suffix)
+
+
 @pytest.mark.full_size
+@pytest.mark.parametrize("make_writer", [VideoWriter, in_segments(1500, 600)], ids=["in one piece", "in segments"])
 @pytest.mark.parametrize("rate", RATES)
-def test_sound_and_picture_stay_together_for_ten_minutes(tmp_path, rate):
-    check(tmp_path, rate, 600)
+def test_sound_and_picture_stay_together_for_ten_minutes(tmp_path, rate, make_writer):
+    check(tmp_path, rate, 600, make_writer)

@@ -227,7 +227,9 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
     models = load_models(resolve(model, device), device, dtype)
     plan = make_plan(request, models.resolution, device)
     accelerate(models, plan, log)
-    report = lipsync(request.video, request.audio, output, models, plan.settings, relieve=reliever(models, plan, log))
+    relieve = reliever(models, plan, log)
+    # In one piece: no later job finds the segments of this one, as each has a folder of its own.
+    report = lipsync(request.video, request.audio, output, models, plan.settings, relieve=relieve, segment_frames=None)
     return report.as_dict() | {"level": plan.level.name, "position": plan.level.position, "step_downs": []}
 
 
@@ -657,8 +659,9 @@ class Worker:
         try:
             with interruptible(models, check):
                 report = lipsync(
-                    request.video, request.audio, output, models, plan.settings, progress, relieve, preview
-                )
+                    request.video, request.audio, output, models, plan.settings, progress, relieve, preview,
+                    segment_frames=None,  # no later job finds them: each has a folder of its own
+                )  # fmt: skip
         finally:
             preview.close()
         if not report.ended_early and not step_downs:
