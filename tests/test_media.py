@@ -178,29 +178,6 @@ def test_untagged_files_stay_untagged(tmp_path):
     assert info.color_range == after.color_range
 
 
-def test_hdr_tags_are_kept(tmp_path):
-    tags = ("-colorspace", "bt2020nc", "-color_primaries", "bt2020", "-color_trc", "smpte2084")
-    hdr = (
-        "-vf",
-        "format=yuv420p10le,setparams=range=tv:colorspace=bt2020nc:color_primaries=bt2020:color_trc=smpte2084",
-    )
-    path = make_video(
-        tmp_path / "a.mp4", *hdr, "-c:v", "libx265", "-x265-params", "log-level=none", *tags, seconds=0.4
-    )
-    info = probe_video(path)
-    with VideoWriter(tmp_path / "b.mp4", info) as writer:
-        for frame in read_frames(info):
-            writer.write(frame)
-    after = probe_video(tmp_path / "b.mp4")
-    for seen in (info, after):
-        assert (seen.color_matrix, seen.color_primaries, seen.color_transfer) == (
-            "bt2020nc",
-            "bt2020",
-            "smpte2084",
-        )
-    assert after.bit_depth == 8
-
-
 def test_picture_outside_the_face_keeps_its_chroma(tmp_path):
     """In and out without the encoder's loss changes the test card's samples by little more than rounding."""
     path = make_video(tmp_path / "a.mp4", seconds=0.4)
@@ -432,7 +409,7 @@ def test_encoder_that_dies_is_a_sentence(tmp_path):
     info = probe_video(make_video(tmp_path / "a.mp4", size="640x480"))
     (tmp_path / "out").mkdir()
     with (
-        pytest.raises(UserError, match="could not be written"),
+        pytest.raises(UserError, match="was ended from outside .SIGKILL. while it wrote"),
         VideoWriter(tmp_path / "out/o.mp4", info) as writer,
     ):
         for frame in read_frames(info):
