@@ -803,5 +803,7 @@ def _audio_codec(audio: AudioInfo, container: str) -> list[str]:
     if audio.channels <= 8 and (audio.codec.startswith("pcm_") or audio.codec in LOSSLESS_AUDIO):
         codec, planar = ("alac", "p") if container == "mov" else ("flac", "")
         deep = audio.sample_format.rstrip("p") not in {"u8", "s16"}
+        if audio.duration * audio.sample_rate < 16:  # the least that FLAC can write
+            fill[1] += ",asetnsamples=16"
         return [*fill, "-c:a", codec, "-sample_fmt", f"{'s32' if deep else 's16'}{planar}"]
     return [*fill, *(("-ac", "2") if audio.channels > 8 else ()), "-c:a", "aac", "-b:a", AAC_BITRATE]

@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 import wave
+from fractions import Fraction
 
 import numpy as np
 import psutil
@@ -50,10 +51,10 @@ def test_every_rate_becomes_25_frames_a_second(tmp_path, fps):
     frames = frames_of(path)
     assert len(frames) == info.n_frames == 50
     assert info.duration == pytest.approx(2, abs=0.02)
-    assert info.fps == pytest.approx(eval(fps), rel=0.01)
+    assert info.fps == pytest.approx(float(Fraction(fps)), rel=0.01)
     shown = (frames[:, 32, 32, 0] - 20.0) / 100
     off = np.abs(shown - np.arange(50) / FPS)
-    assert off.max() < 0.5 / eval(fps) + 0.5 / FPS + 0.011  # never further than the nearest frame
+    assert off.max() < 0.5 / Fraction(fps) + 0.5 / FPS + 0.011  # never further than the nearest frame
 
 
 def test_frames_of_25_fps_pass_one_to_one(tmp_path):
