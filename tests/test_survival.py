@@ -82,7 +82,7 @@ def children(words: str = "ffmpeg") -> list[psutil.Process]:
     return found
 
 
-def settles(condition: Callable[[], bool], seconds: float = 10) -> bool:
+def settles(condition: Callable[[], bool], seconds: float = 30) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
@@ -207,26 +207,26 @@ def test_a_decoder_that_is_killed_is_a_sentence(long_clip):
 
 
 def test_a_decoder_that_stops_delivering_is_ended(long_clip, monkeypatch):
-    monkeypatch.setattr(media, "FRAME_SECONDS", 0.5)
+    monkeypatch.setattr(media, "FRAME_SECONDS", 2.0)
     frames = read_frames(probe_video(long_clip))
     next(frames)
     children()[0].send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    with pytest.raises(UserError, match="long.mp4 .* its disk does not answer, .* in 0.5 seconds") as caught:
+    with pytest.raises(UserError, match="long.mp4 .* its disk does not answer, .* in 2 seconds") as caught:
         list(frames)
-    assert is_sentence(caught.value) and time.monotonic() - began < 10 and not children()
+    assert is_sentence(caught.value) and time.monotonic() - began < 15 and not children()
 
 
 def test_a_decoder_that_is_waited_for_by_nobody_may_take_its_time(long_clip, monkeypatch):
     """A slow network behind the decoder is no stall of it; nor is a pause that ends in time."""
     info = probe_video(long_clip)
     wanted = sum(int(frame.sum()) for frame in read_frames(info))
-    monkeypatch.setattr(media, "FRAME_SECONDS", 1.0)
+    monkeypatch.setattr(media, "FRAME_SECONDS", 2.0)
     found = 0
     for i, frame in enumerate(read_frames(info)):
         found += int(frame.sum())
         if i == 10:
-            time.sleep(2.5)
+            time.sleep(3.5)
         if i == 20:
             [decoder] = children()
             decoder.send_signal(signal.SIGSTOP)
@@ -305,7 +305,6 @@ def held() -> dict[str, object]:
         "processes": len(children("")),
         "files": len(os.listdir("/proc/self/fd")),
         "temporary files": os.listdir(tempfile.gettempdir()),
-        "GPU memory": torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
     }
 
 
@@ -449,7 +448,7 @@ def test_fifty_jobs_of_five_clients_keep_apart(start, coloured, tmp_path):
     threads = [threading.Thread(target=client, args=(visitor, i)) for i, visitor in enumerate(coloured)]
     for thread in threads:
         thread.start()
-    assert settles(lambda: sum(job.ended is not None for some in submitted.values() for job in some) >= 10, 60)
+    assert settles(lambda: sum(job.ended is not None for some in submitted.values() for job in some) >= 10, 120)
     early = in_use()
     for thread in threads:
         thread.join()
