@@ -194,13 +194,15 @@ def as_asked(args: argparse.Namespace, models: "Models", settings: "Settings", s
 def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     """One job, from checked arguments; what `prepare` makes of its models and settings is run."""
     # Imported here, so that --help is answered at once, and mistakes in the files before torch is there.
-    from latentsync.media import check_output, probe_audio, probe_video
+    from latentsync.media import HDR_REMARK, check_output, probe_audio, probe_video
 
-    probe_video(args.video)
+    info = probe_video(args.video)
     sound = probe_audio(args.audio)
     check_output(args.output, (args.video, args.audio))
     if args.report:
         check_report(args.report, (args.video, args.audio, args.output))
+    if info.hdr:
+        print(HDR_REMARK, file=sys.stderr)
 
     import torch
 

@@ -245,7 +245,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         # Only zip files can be mapped; older ones are read whole.
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # noqa: TID251
     except FileNotFoundError as error:
         raise UserError(f"The checkpoint file '{path}' is missing; fetch it again.") from error
     except (SafetensorError, RuntimeError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

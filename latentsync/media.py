@@ -1,13 +1,15 @@
 """Media in and out, through pipes to the ffmpeg that imageio-ffmpeg carries.
 
 Pictures come as 8-bit RGB frames on a constant grid of 25 a second, whatever the file holds, and go back to
-the YCbCr matrix and range they came from. Sound comes as 16 kHz mono for the model; the file that is written
-gets the given sound itself. Nothing here holds more than a few dozen frames.
+the YCbCr matrix and range they came from; high dynamic range (HDR) becomes standard range. Sound comes as 16 kHz mono
+for the model; the file that is written gets the given sound itself. Nothing here holds more than a few dozen frames.
 """
 
 import itertools
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,7 @@ import uuid
 import zlib
 from array import array
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -44,6 +46,9 @@ MOST_STREAMS = 256  # of a file
 MOST_BYTES = 1 << 30  # in one piece of ffmpeg's memory, for an index or a picture
 MOST_HOURS = 6.0  # of sound, which is held whole: 1.4 GB; a false timestamp can ask for years of silence
 STALL_SECONDS = 15.0  # without anything from ffmpeg, while it looks at a file
+# Without a frame from ffmpeg, for every second of video that it decodes to get there. 100 Mbit/s from a disk of
+# 0.2 MB/s would just take that.
+FRAME_SECONDS = 60.0
 SEEKABLE = {"mov", "matroska", "webm"}  # demuxers whose index leads to a whole picture at or before a time
 
 # One point of chroma for a 2x2 block on the way in, and their mean on the way out, return the chroma that the
@@ -55,6 +60,10 @@ SCALE_MATRIX = {  # tag of the file -> name that the scale filter takes
     "bt709": "bt709", "fcc": "fcc", "bt470bg": "bt470", "smpte170m": "smpte170m",
     "smpte240m": "smpte240m", "bt2020nc": "bt2020", "bt2020c": "bt2020",
 }  # fmt: skip
+HDR_TRANSFERS = {"smpte2084", "arib-std-b67"}  # PQ (HDR10, Dolby Vision 8.1) and HLG (Dolby Vision 8.4)
+REFERENCE_WHITE = 203  # cd/m² of HDR that are the white of standard range (ITU-R BT.2408)
+KNEE = 0.5  # of linear light, white being 1: darker colours stay as they are, brighter ones are pressed together
+HDR_REMARK = "The video is of high dynamic range (HDR); the result is of standard range (SDR)."
 
 SUFFIXES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 COPIED_AUDIO = {  # codecs that go into the container as they are
@@ -94,6 +103,11 @@ class VideoInfo:
     scaled: bool  # the file's pixels are not square and are rescaled
     start_pts: int  # timestamp of the first frame in units of time_base, after ffmpeg's shift to zero
     time_base: Fraction  # seconds
+
+    @property
+    def hdr(self) -> bool:
+        """Whether the file is of high dynamic range. Its frames are not: they are BT.709."""
+        return self.color_transfer in HDR_TRANSFERS
 
 
 @dataclass(frozen=True)
@@ -149,6 +163,15 @@ def _widen(pipe) -> None:
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         except OSError:
             pass  # the user's share of pipe memory is used up: slower, not wrong
+
+
+def _ended(process: subprocess.Popen, work: str) -> UserError:
+    """For an ffmpeg that a signal ended, at some work in words."""
+    name = signal.Signals(-process.returncode).name
+    return UserError(
+        f"ffmpeg was ended from outside ({name}) while it {work}; if memory is short, close other programs, and start "
+        "again."
+    )
 
 
 def _text(log) -> str:
@@ -208,31 +231,41 @@ def _header(path: Path, text: str, kind: str) -> str:
     raise UserError(f"{path} is not a {kind} that ffmpeg can read; give a {kind} file such as {formats}.")
 
 
-def _lively(process: subprocess.Popen, items: Iterator, path: Path) -> Iterator:
-    """The items that come from ffmpeg, as long as none takes STALL_SECONDS; then it is ended, and UserError raised."""
-    heard, ended, stalled = time.monotonic(), threading.Event(), False
+def _lively(
+    process: subprocess.Popen, items: Iterator, path: Path, first: float | None = None, later: float | None = None
+) -> Iterator:
+    """The items that come from ffmpeg, as long as each comes in time; then it is ended, and UserError raised.
+
+    first, later: seconds that the first item and each of the others may take, STALL_SECONDS unless given; the end may
+    take as long as an item. What is done with an item takes no time of ffmpeg's.
+    """
+    later = STALL_SECONDS if later is None else later
+    limit, due, ended, stalled = first or later, math.inf, threading.Event(), None
 
     def watch() -> None:
         nonlocal stalled
-        while not ended.wait(STALL_SECONDS / 20):
-            if time.monotonic() - heard > STALL_SECONDS:
-                stalled = True
+        while not ended.wait(min(later / 20, 1.0)):
+            if time.monotonic() > due:
+                stalled = limit
                 return process.kill()
 
     watcher = threading.Thread(target=watch, name="stalled ffmpeg", daemon=True)
     watcher.start()
     try:
+        due = time.monotonic() + limit
         for item in items:
-            heard = time.monotonic()
+            due = math.inf
             yield item
-        heard = time.monotonic()
+            limit = later
+            due = time.monotonic() + limit
         process.wait()
     finally:
         ended.set()
         watcher.join()
-    if stalled:
+    if stalled is not None:
         raise UserError(
-            f"{path} is damaged, ffmpeg gets nothing out of it in {STALL_SECONDS:g} seconds; give another file."
+            f"{path} is damaged or its disk does not answer, ffmpeg gets nothing out of it in {stalled:g} seconds; "
+            "copy it to another disk, or give another file."
         )
 
 
@@ -355,7 +388,7 @@ def _is_rgb(pixel_format: str) -> bool:
 
 def _matrix(info: VideoInfo) -> str:
     """The scale filter's name of the matrix that belongs to the file; untagged ones as players guess."""
-    if info.color_matrix == "gbr":
+    if info.color_matrix == "gbr" or info.hdr:
         return "bt709"
     long_side, short_side = max(info.width, info.height), min(info.width, info.height)
     guess = "bt709" if long_side >= 1280 or short_side > 576 else "smpte170m"
@@ -363,15 +396,16 @@ def _matrix(info: VideoInfo) -> str:
 
 
 def _range(info: VideoInfo) -> str:
-    return "pc" if info.color_range == "pc" and info.color_matrix != "gbr" else "tv"
+    return "pc" if info.color_range == "pc" and info.color_matrix != "gbr" and not info.hdr else "tv"
 
 
 def read_frames(info: VideoInfo, start: int = 0, count: int | None = None) -> Iterator[np.ndarray]:
     """Yield frames start, start + 1, ... of the 25 fps grid: (height, width, 3) uint8 RGB, the caller's own.
 
-    Every frame of the grid is the nearest one of the file. Frame i is the same whatever `start` is. 10-bit
-    and HDR values are rounded to 8 bits and otherwise left alone. A damaged file yields what can be decoded;
-    UserError where that is nothing. Closing the iterator ends ffmpeg.
+    Every frame of the grid is the nearest one of the file. Frame i is the same whatever `start` is. 10-bit values
+    are rounded to 8 bits. HDR becomes BT.709: up to KNEE colours are those of a standard range master, above it
+    lights are pressed together. A damaged file yields what can be decoded; UserError where that is nothing, or where
+    ffmpeg takes FRAME_SECONDS for a frame. Closing the iterator ends ffmpeg.
     """
     margin = max(SEEK_SECONDS, 16 / info.fps) if SEEKABLE & set(info.container.split(",")) else None
     frames = _decode(info, start, count, margin)
@@ -390,22 +424,24 @@ def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None
     """Decode, seeking to `margin` seconds before frame `start`; None decodes from the beginning."""
     if count == 0:
         return
-    seek = []
+    seek, skipped = [], start / FPS
     if margin is not None:
         seconds = float(info.start_pts * info.time_base) + start / FPS - margin
         if seconds > margin:  # else reading from the beginning costs no more
             # Timestamps stay those of the whole file, and frames before the wanted one are kept for the fps
             # filter, so that it chooses as it would have done from the beginning.
             seek = ["-copyts", "-start_at_zero", "-noaccurate_seek", "-ss", f"{seconds:.6f}"]
+            skipped = margin
     end = "" if count is None else f":end_pts={start + count}"
     size = f"w={info.width}:h={info.height}"
     color = f"in_color_matrix={_matrix(info)}:in_range={_range(info)}"
     convert = [size, f"flags={RESCALE if info.scaled else TO_RGB}"]
-    convert += [] if info.color_matrix == "gbr" else [color]
+    convert += [] if info.color_matrix == "gbr" or info.hdr else [color]
     graph = [
         f"setpts=PTS-({info.start_pts})",
         f"fps={FPS}",
         f"trim=start_pts={start}{end}",
+        *(_to_standard_range(info) if info.hdr else ()),
         f"scale={':'.join(convert)}",
         "format=rgb24",
     ]
@@ -415,13 +451,40 @@ def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None
         *("-map", "0:V:0", "-vf", ",".join(graph), "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"),
     ]
     with _ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
-        while True:
-            frame = np.empty((info.height, info.width, 3), np.uint8)
-            if not _fill(process.stdout, frame):
-                break
-            yield frame
-        if process.wait() < 0:
-            raise RuntimeError(f"ffmpeg was killed while reading {info.path}: {_text(log)[-500:]}")
+        frames = _filled(process.stdout, (info.height, info.width, 3))
+        yield from _lively(process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS)
+        if process.returncode < 0:
+            raise _ended(process, f"read {info.path}")
+        if "No such filter" in _text(log):
+            raise UserError(
+                f"{info.path} is of high dynamic range (HDR), and the ffmpeg {get_ffmpeg_exe()} was built without "
+                "what turns it into standard range (zscale): convert the video to SDR first."
+            )
+
+
+def _to_standard_range(info: VideoInfo) -> list[str]:
+    """Filters from PQ or HLG to BT.709 RGB, through linear light with white at 1."""
+    # Where the file is silent, as HDR10 and HLG have it.
+    matrix = info.color_matrix if info.color_matrix in SCALE_MATRIX or info.color_matrix == "gbr" else "bt2020nc"
+    primaries = "bt2020" if info.color_primaries == "unknown" else info.color_primaries
+    range_ = "pc" if info.color_range == "pc" or matrix == "gbr" else "tv"
+    return [
+        f"setparams=range={range_}:colorspace={matrix}:color_primaries={primaries}:color_trc={info.color_transfer}",
+        f"zscale=t=linear:npl={REFERENCE_WHITE}",
+        "format=gbrpf32le",
+        "zscale=p=bt709",
+        f"tonemap=mobius:param={KNEE}:desat=0",
+        "zscale=t=bt709:m=gbr:r=full",
+        "format=gbrp",
+    ]
+
+
+def _filled(pipe, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """New uint8 arrays, as long as the pipe fills them."""
+    frame = np.empty(shape, np.uint8)
+    while _fill(pipe, frame):
+        yield frame
+        frame = np.empty(shape, np.uint8)
 
 
 def _fill(pipe, frame: np.ndarray) -> bool:
@@ -603,11 +666,11 @@ def check_output(path: str | os.PathLike, inputs: tuple[str | os.PathLike, ...] 
 class VideoWriter:
     """Write frames and the given sound to an MP4, MOV or MKV file at 25 fps; use it in a `with` block.
 
-    H.264, 8-bit yuv420p, with the matrix, range and colour tags of `info`. An odd side grows by one repeated
-    line. Sound that the container takes is copied as it is, lossless sound is stored losslessly, and the rest
-    becomes AAC at 256 kbit/s; its first sample is at the time of the first frame. The file says in its metadata that
-    it is synthetic (COMMENT). It appears under its name when the block ends well; when it does not, nothing is left of
-    it. Raises UserError where the file cannot be written.
+    H.264, 8-bit yuv420p, with the matrix, range and colour tags of `info`, or those of BT.709 where it is HDR. An odd
+    side grows by one repeated line. Sound that the container takes is copied as it is, lossless sound is stored
+    losslessly, and the rest becomes AAC at 256 kbit/s; its first sample is at the time of the first frame. The file
+    says in its metadata that it is synthetic (COMMENT). It appears under its name when the block ends well; when it
+    does not, nothing is left of it. Raises UserError where the file cannot be written.
     """
 
     def __init__(
@@ -629,14 +692,15 @@ class VideoWriter:
         width, height = info.width + info.width % 2, info.height + info.height % 2
         matrix, range_ = _matrix(info), _range(info)
         tags = [info.color_matrix, info.color_primaries, info.color_transfer]
-        if info.color_matrix == "gbr":
+        if info.color_matrix == "gbr" or info.hdr:
             tags = ["bt709"] * 3
         elif info.color_matrix not in SCALE_MATRIX:
             tags[0] = "unknown"  # the reader made the same guess as players will
         elif info.color_matrix == "bt2020c":
             tags[0] = "bt2020nc"
         # A file that says nothing of its range stays silent about it.
-        range_tag = "unknown" if info.color_range == "unknown" and info.color_matrix != "gbr" else range_
+        silent = info.color_range == "unknown" and info.color_matrix != "gbr" and not info.hdr
+        range_tag = "unknown" if silent else range_
         graph = (
             f"scale=out_color_matrix={matrix}:out_range={range_}:flags={TO_YUV},format=yuv420p,setsar=1,"
             f"setparams=range={range_tag}:colorspace={tags[0]}:color_primaries={tags[1]}:color_trc={tags[2]}"
@@ -673,7 +737,7 @@ class VideoWriter:
         self.frames += 1
 
     def _failure(self) -> UserError:
-        return _not_written(self.path, self._log)
+        return _not_written(self.path, self._partial, self._process, self._log)
 
     def _cut_sound(self) -> None:
         """Let the finished file end with its last frame, to a packet of the sound."""
@@ -705,7 +769,8 @@ class VideoWriter:
             try:
                 self._run.__exit__(None, None, None)
             finally:  # even if the user presses Ctrl-C once more
-                self._partial.unlink(missing_ok=True)
+                with suppress(OSError):  # the folder may be gone
+                    self._partial.unlink()
 
 
 def join_segments(segments: list[tuple[Path, int]], path: Path, audio: AudioInfo, cut: bool = False) -> None:
@@ -729,10 +794,11 @@ def join_segments(segments: list[tuple[Path, int]], path: Path, audio: AudioInfo
     try:
         with _ffmpeg(arguments) as (process, log):
             if process.wait() != 0:
-                raise _not_written(path, log)
+                raise _not_written(path, partial, process, log)
         _move(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be gone
+            partial.unlink()
 
 
 def _partial(folder: Path, path: Path) -> Path:
@@ -744,13 +810,26 @@ def _move(partial: Path, path: Path) -> None:
     """Give a finished file its name."""
     try:
         os.replace(partial, path)
-    except OSError as failed:  # Windows: another program has the old file open
+    except OSError as failed:
+        if not partial.parent.is_dir():
+            raise _removed(partial.parent, path) from failed
+        # Windows: another program has the old file open
         raise UserError(f"{path} cannot be replaced ({failed.strerror}); close it or rename the output.") from failed
 
 
-def _not_written(path: Path, log) -> UserError:
+def _removed(folder: Path, path: Path) -> UserError:
+    return UserError(f"The folder {folder} was removed while {path.name} was written to it; start again.")
+
+
+def _not_written(path: Path, partial: Path, process: subprocess.Popen, log) -> UserError:
+    """Why ffmpeg, which has ended, did not write `path`, of which `partial` was to become."""
+    if not partial.parent.is_dir():
+        return _removed(partial.parent, path)
+    if process.returncode < 0:
+        return _ended(process, f"wrote {path}")
     lines = _text(log).strip().splitlines() or ["ffmpeg stopped without a message"]
-    said = next((line for line in lines if "No space left" in line), lines[-1])
+    said = next((line for line in lines if re.search("No space left|File too large", line)), lines[-1])
+    said = re.sub(r"^\[[^]]* @ 0x\w+\] ", "", said)
     return UserError(f"{path} could not be written ({said}); free some space or choose another name.")
 
 
@@ -776,5 +855,7 @@ def _audio_codec(audio: AudioInfo, container: str) -> list[str]:
     if audio.channels <= 8 and (audio.codec.startswith("pcm_") or audio.codec in LOSSLESS_AUDIO):
         codec, planar = ("alac", "p") if container == "mov" else ("flac", "")
         deep = audio.sample_format.rstrip("p") not in {"u8", "s16"}
+        if audio.duration * audio.sample_rate < 16:  # the least that FLAC can write
+            fill[1] += ",asetnsamples=16"
         return [*fill, "-c:a", codec, "-sample_fmt", f"{'s32' if deep else 's16'}{planar}"]
     return [*fill, *(("-ac", "2") if audio.channels > 8 else ()), "-c:a", "aac", "-b:a", AAC_BITRATE]

@@ -53,7 +53,7 @@ def _hash(path: Path) -> str:
     data = path.read_bytes()
     if len(data) > SMALL:
         return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # as git does
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()  # as git does
 
 
 class _Handler(BaseHTTPRequestHandler):

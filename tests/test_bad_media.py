@@ -223,6 +223,6 @@ def test_an_ffmpeg_that_gives_nothing_is_ended(clips, tmp_path, monkeypatch, use
     monkeypatch.setattr(media, "get_ffmpeg_exe", lambda: str(idle))
     monkeypatch.setattr(media, "STALL_SECONDS", 0.2)
     began = time.monotonic()
-    with pytest.raises(UserError, match="a.mp4 is damaged, ffmpeg gets nothing out of it in 0.2 seconds"):
+    with pytest.raises(UserError, match="a.mp4 is damaged .*, ffmpeg gets nothing out of it in 0.2 seconds"):
         use(clips[0])
     assert time.monotonic() - began < 10

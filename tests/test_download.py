@@ -201,7 +201,7 @@ def test_a_refusal_of_the_hub_says_what_to_do(hub, status, words):
 
 
 def test_the_token_goes_to_the_hub_and_to_nobody_else(hub, monkeypatch):
-    hub.token = "hf_secret"
+    hub.token = "hf_secret"  # noqa: S105
     assert "token" in refusal()
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     store.get(NAME)

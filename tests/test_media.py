@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 import wave
+from fractions import Fraction
 
 import numpy as np
 import psutil
@@ -50,10 +51,10 @@ def test_every_rate_becomes_25_frames_a_second(tmp_path, fps):
     frames = frames_of(path)
     assert len(frames) == info.n_frames == 50
     assert info.duration == pytest.approx(2, abs=0.02)
-    assert info.fps == pytest.approx(eval(fps), rel=0.01)
+    assert info.fps == pytest.approx(float(Fraction(fps)), rel=0.01)
     shown = (frames[:, 32, 32, 0] - 20.0) / 100
     off = np.abs(shown - np.arange(50) / FPS)
-    assert off.max() < 0.5 / eval(fps) + 0.5 / FPS + 0.011  # never further than the nearest frame
+    assert off.max() < 0.5 / Fraction(fps) + 0.5 / FPS + 0.011  # never further than the nearest frame
 
 
 def test_frames_of_25_fps_pass_one_to_one(tmp_path):
@@ -176,29 +177,6 @@ def test_untagged_files_stay_untagged(tmp_path):
     after = probe_video(tmp_path / "b.mp4")
     assert info.color_matrix == after.color_matrix == "unknown"
     assert info.color_range == after.color_range
-
-
-def test_hdr_tags_are_kept(tmp_path):
-    tags = ("-colorspace", "bt2020nc", "-color_primaries", "bt2020", "-color_trc", "smpte2084")
-    hdr = (
-        "-vf",
-        "format=yuv420p10le,setparams=range=tv:colorspace=bt2020nc:color_primaries=bt2020:color_trc=smpte2084",
-    )
-    path = make_video(
-        tmp_path / "a.mp4", *hdr, "-c:v", "libx265", "-x265-params", "log-level=none", *tags, seconds=0.4
-    )
-    info = probe_video(path)
-    with VideoWriter(tmp_path / "b.mp4", info) as writer:
-        for frame in read_frames(info):
-            writer.write(frame)
-    after = probe_video(tmp_path / "b.mp4")
-    for seen in (info, after):
-        assert (seen.color_matrix, seen.color_primaries, seen.color_transfer) == (
-            "bt2020nc",
-            "bt2020",
-            "smpte2084",
-        )
-    assert after.bit_depth == 8
 
 
 def test_picture_outside_the_face_keeps_its_chroma(tmp_path):
@@ -432,7 +410,7 @@ def test_encoder_that_dies_is_a_sentence(tmp_path):
     info = probe_video(make_video(tmp_path / "a.mp4", size="640x480"))
     (tmp_path / "out").mkdir()
     with (
-        pytest.raises(UserError, match="could not be written"),
+        pytest.raises(UserError, match="was ended from outside .SIGKILL. while it wrote"),
         VideoWriter(tmp_path / "out/o.mp4", info) as writer,
     ):
         for frame in read_frames(info):

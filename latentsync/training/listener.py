@@ -115,5 +115,5 @@ def opening_correlation(encoder: AudioEncoder, reader: LipReader, data: ClipSet,
     opening = pair[..., INNER_LOWER, 1] - pair[..., INNER_UPPER, 1]
     opening = opening - opening.mean(-1, keepdim=True)
     product = (opening[0] * opening[1]).sum(-1) / (opening.norm(dim=-1).prod(0) + 1e-6)
-    assert product.shape == (16 * 16,) and WINDOW == windows.frames.shape[1]
+    assert product.shape == (16 * 16,) and WINDOW == windows.frames.shape[1]  # noqa: S101
     return float(product.mean())

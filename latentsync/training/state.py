@@ -23,7 +23,7 @@ def load_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim
     """Read what `save_state` wrote, if it is there; returns the step to continue from."""
     if not path.is_file():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     for name, module in modules.items():
         module.load_state_dict(state["weights"][name])
     if state["optimizer"] is not None:
@@ -33,7 +33,7 @@ def load_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim
 
 def load_weights(path: Path, modules: dict[str, nn.Module]) -> dict[str, Any]:
     """Read only the weights of some modules; returns the rest of the file."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     for name, module in modules.items():
         module.load_state_dict(state["weights"][name])
     return {name: value for name, value in state.items() if name not in ("weights", "optimizer")}

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentsync.errors import UserError
-from latentsync.media import FPS, VideoInfo, probe_audio, probe_video
+from latentsync.media import FPS, HDR_REMARK, VideoInfo, probe_audio, probe_video
 from optim.serving.curves import NO_CURVES, latest, live, thinned
 from optim.serving.preview import Preview
 from optim.serving.speeds import Speeds
@@ -481,7 +481,10 @@ class Worker:
                     self._unload()
                 self._sweep()
                 continue
-            self._perform(job)
+            try:
+                self._perform(job)
+            except Exception:  # in what follows a job's end; the next job may do better
+                traceback.print_exc()
             idle_since = time.monotonic()
 
     def _sweep(self) -> None:
@@ -570,12 +573,11 @@ class Worker:
             torch.cuda.empty_cache()
 
     def _perform(self, job: Job) -> None:
-        """Run a job to whatever end; raises nothing."""
-        from torch import OutOfMemoryError
-
+        """Run a job to whatever end."""
         from latentsync.pipeline import Enough
 
         job.timeline = {"stages": {}}
+        broken = False
         try:
             if self.machine is None:
                 raise UserError(self.problem or "This machine cannot be used.")
@@ -584,30 +586,33 @@ class Worker:
             job.doing = "stopped; the finished part is kept" if job.state == CANCELLED else "done"
         except (Cancelled, Enough):
             job.state, job.doing = CANCELLED, "cancelled"
-        except OutOfMemoryError:
-            self._fail(job, *out_of_memory(job.request, self.machine))
-            self._unload()
         except UserError as error:
             names = {job.request.video: job.names[0], job.request.audio: job.names[1]}
             remedy = {"label": "Choose another video", "focus": "video"} if "shows no face" in str(error) else None
             self._fail(job, said(error, names), remedy)
         except Exception as error:
-            traceback.print_exc()
-            self._fail(
-                job,
-                f"Something inside the program failed ({type(error).__name__}); its console says where. Your files are "
-                "unharmed: try again, or with other settings.",
-                None,
-            )
+            broken = True
+            if short_of_memory(error):
+                self._fail(job, *out_of_memory(job.request, self.machine))
+            else:
+                traceback.print_exc()
+                self._fail(
+                    job,
+                    f"Something inside the program failed ({type(error).__name__}); its console says where. Your files "
+                    "are unharmed: try again, or with other settings.",
+                    None,
+                )
+        if broken:  # not before the error is gone, whose traceback holds what the run had in memory
             self._unload()
         job.ended = time.time()
-        job.first.unlink(missing_ok=True)
         job.playable = 0
-        self._keep_timeline(job)
+        with suppress(OSError):  # its folder may be gone, or the file be open elsewhere on Windows
+            job.first.unlink()
         # Not among the files that are served, but beside them for whoever finds the folder.
         with suppress(OSError):
             about = {"state": job.state, "error": job.error, "settings": job.request.settings(), "report": job.report}
             (job.folder / "job.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        self._keep_timeline(job)
 
     def _fail(self, job: Job, error: str, remedy: dict | None) -> None:
         job.state, job.doing, job.error, job.remedy = FAILED, "failed", error, remedy
@@ -644,6 +649,8 @@ class Worker:
         accelerate(models, plan, job.messages.append, frames=job.frames)
         check()
         job.doing = "looking at the files"
+        if job.info.hdr:
+            job.messages.append(HDR_REMARK)
         step_downs: list[str] = []
 
         def stepped_down(words: str) -> None:
@@ -709,6 +716,13 @@ class Progress:
         elif stage == "faces" and "mouths" not in job.progress:
             job.doing = "finding faces"
         job.progress[stage] = done
+
+
+def short_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory could not be had, the device's or the processor's."""
+    from torch import OutOfMemoryError
+
+    return isinstance(error, (OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def out_of_memory(request: Request, machine: Machine) -> tuple[str, dict | None]:
