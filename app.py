@@ -127,7 +127,7 @@ def uploaded(path: str | None, kind: str) -> Path:
 
 def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Request:
     """The request of settings in the order of `Page.settings`; models: the names that are known. Raises UserError."""
-    level, model, steps, guidance, seed, vram, batch, cache, compiled, face, crf = settings
+    level, model, steps, seed, vram, batch, cache, compiled, face, crf, guidance = settings
 
     def number(name: str, value: Any, low: float, high: float, kind: type = int) -> Any:
         try:
@@ -148,7 +148,7 @@ def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Re
         level=level if isinstance(level, str) else str(number("The level", level, 0, 1, float)),
         model=one_of("model", model, models),
         steps=number("The number of steps", steps, 1, 200),
-        guidance=number("The lip strength", guidance, 0, 10, float),
+        guidance=None if guidance is None else number("The lip strength", guidance, 0, 10, float),
         seed=number("The seed", seed, 0, 2**63 - 1),
         vram_fraction=number("The VRAM fraction", vram, 0.1, 1, float),
         batch=number("The batch", batch, 0, 256) or None,
@@ -165,11 +165,11 @@ def as_settings(request: dict[str, Any]) -> list[Any]:
     level = request["level"]
     return [
         positions[level] if level in positions else float(level),
-        request["model"], request["steps"], request["guidance"], request["seed"],
+        request["model"], request["steps"], request["seed"],
         request["vram_fraction"] or 0.85, request["batch"] or 0,
         next(words for words, value in CACHES.items() if value == request["cache"]),
         next(words for words, value in SWITCHES.items() if value is request["compile"]),
-        request["face"], request["crf"],
+        request["face"], request["crf"], request["guidance"],
     ]  # fmt: skip
 
 
@@ -279,13 +279,14 @@ class Page:
             with gr.Row():
                 self.cache = gr.Dropdown(list(CACHES), value=AS_LEVEL, label="DeepCache", elem_id="cache")
                 self.compile = gr.Dropdown(list(SWITCHES), value=AS_LEVEL, label="Compile", elem_id="compile")
+            self.details = gr.HTML("<p id='details'></p>", elem_id="details-box", padding=False)
             self.vram = gr.Slider(
                 0.1, 1, value=0.85, step=0.05, label="VRAM fraction", elem_id="vram",
                 info="Share of the GPU's memory that may be used.",
             )  # fmt: skip
         self.settings = [
-            self.level, self.model, self.steps, self.guidance, self.seed, self.vram, self.batch, self.cache,
-            self.compile, self.face, self.crf,
+            self.level, self.model, self.steps, self.seed, self.vram, self.batch, self.cache, self.compile,
+            self.face, self.crf, self.guidance,
         ]  # fmt: skip
 
     def _listen(self, live: gr.HTML, advice: gr.HTML, foot: gr.HTML) -> None:
@@ -300,34 +301,41 @@ class Page:
         as_visitor = "(...given) => [...given.slice(0, -1), window.lipsync.visitor]"
         submitting = {
             "fn": self.submit, "inputs": [self.video, self.audio, *self.settings, visitor], "outputs": reply,
-            "js": as_visitor, **quiet,
+            "js": as_visitor, "api_visibility": "private", **quiet,
         }  # fmt: skip
         told = {"fn": None, "inputs": reply, "outputs": None, "js": "(reply) => window.lipsync.told(reply)"}
-        self.start.click(**submitting, api_name="submit").then(**told)
+        self.start.click(**submitting).then(**told)
         self.example.click(
             lambda: tuple(map(str, EXAMPLE)), None, [self.video, self.audio], **quiet, api_name="example"
-        ).then(**submitting, api_visibility="private").then(**told)
+        ).then(**submitting).then(**told)
 
-        meaning = {"fn": self.describe, "inputs": [*self.settings, seconds], "outputs": self.line, **quiet}
-        gr.on([setting.change for setting in self.settings], **meaning, trigger_mode="always_last", api_name="describe")
+        meaning = {
+            "fn": self.describe, "inputs": [*self.settings, seconds], "outputs": [self.line, self.details], **quiet,
+            "api_visibility": "private",
+        }  # fmt: skip
+        gr.on([setting.change for setting in self.settings], **meaning, trigger_mode="always_last")
         self.audio.change(self.measure, self.audio, [seconds, reply], **quiet, api_name="measure").then(**told).then(
-            **meaning, api_visibility="private"
+            **meaning
         )
         self.video.change(self.check_video, self.video, reply, **quiet, api_name="check_video").then(**told)
         for button, (_, position) in zip(self.stops, STOPS, strict=True):
             button.click(None, None, self.level, js=f"() => {position}")
         self.model.input(self.strength, self.model, self.guidance, **quiet, api_visibility="private")
         live.select(self.take_settings, None, self.settings, **quiet, api_visibility="private")
-        # The page's script says so when there is another model.
-        live.input(self.choices, None, self.model, **quiet, api_visibility="private").then(
-            **meaning, api_visibility="private"
-        )
+        # The page's script says so when there is another model, and when a job has shown how fast this machine is.
+        live.input(self.choices, None, self.model, **quiet, api_visibility="private").then(**meaning)
+        live.submit(**meaning)
 
         self.blocks.load(
             self.greet, None, [*self.stops, self.level, self.model, self.guidance, advice, foot], **quiet,
             api_visibility="private",
-        ).then(**meaning, api_visibility="private")  # fmt: skip
+        ).then(**meaning)  # fmt: skip
 
+        # The page always says how strong; who asks by an endpoint may leave that to the model.
+        guidance = gr.Number(visible=False, label="guidance")
+        settings = [*self.settings[:-1], guidance]
+        self._endpoint(self.submit, [self.video, self.audio, *settings, visitor], reply, "submit")
+        self._endpoint(self.describe, [*settings, seconds], [self.line, self.details], "describe")
         self._endpoint(self.watch, [visitor, since], reply, "watch")
         self._endpoint(self.cancel, [job, keep, visitor], reply, "cancel")
         self._endpoint(self.again, [job, changes, visitor], reply, "again")
@@ -352,15 +360,15 @@ class Page:
     # ---- endpoints
 
     def submit(
-        self, video, audio, level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf,
-        visitor,
+        self, video, audio, level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf,
+        guidance=None, visitor="",
     ) -> dict[str, Any]:  # fmt: skip
         """Put a job into the queue: {"job", "visitor", "error"}. An empty visitor gets a token, to ask with later."""
 
         def act() -> dict[str, Any]:
             who = own(visitor)
             files = uploaded(video, "video"), uploaded(audio, "voice")
-            settings = level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf
+            settings = level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance
             job = self.worker.submit(self._asked(*files, *settings), who)
             return {"job": job.id, "visitor": who, "error": None}
 
@@ -370,6 +378,7 @@ class Page:
         """A visitor's jobs, the length of the queue, the machine's curves after the time `since`, and what is fetched.
 
         models: a number that changes when /models has something new to say; None before the machine was looked at.
+        measured: one that changes when /describe may know better how long a job takes.
         """
 
         def act() -> dict[str, Any]:
@@ -378,7 +387,7 @@ class Page:
             return {
                 "jobs": jobs, "running": running, "waiting": waiting, "live": self.worker.live(since or 0.0),
                 "models": self.fetcher.version if self.worker.ready.is_set() else None,
-                "fetching": self.fetcher.view(),
+                "fetching": self.fetcher.view(), "measured": self.worker.speeds.jobs if self.worker.speeds else 0,
             }  # fmt: skip
 
         return answer(act)
@@ -417,17 +426,22 @@ class Page:
         return str(shutil.copyfile(found.output, folder / found.output.name))
 
     def describe(
-        self, level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf, seconds
-    ) -> str:  # fmt: skip
-        """What settings mean on this machine, in one line of HTML; seconds: of sound, if it is known."""
+        self, level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance=None,
+        seconds=None,
+    ) -> tuple[str, str]:  # fmt: skip
+        """What settings mean on this machine, in one line of HTML, and in detail; seconds: of sound, if it is known."""
 
         def act() -> dict[str, Any]:
-            settings = level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf
-            return {"line": self.worker.describe(self._asked(Path(), Path(), *settings), seconds or None)}
+            settings = level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance
+            return {"said": self.worker.describe(self._asked(Path(), Path(), *settings), seconds or None)}
 
         found = answer(act)
         kind = "problem" if "error" in found else ""
-        return f"<p id='line' role='status' class='{kind}'>{html.escape(found.get('error') or found['line'])}</p>"
+        line, details = found.get("said") or (found["error"], "")
+        return (
+            f"<p id='line' role='status' class='{kind}'>{html.escape(line)}</p>",
+            f"<p id='details'>{html.escape(details)}</p>",
+        )
 
     def measure(self, audio: str | None) -> tuple[float | None, dict[str, Any]]:
         """The seconds of a sound, or the sentence that says what is wrong with it."""
@@ -540,7 +554,11 @@ class Page:
 
     def take_settings(self, event: gr.EventData) -> list[Any]:
         """Set the page to the settings of a job."""
-        return as_settings(event._data["settings"])
+        found = event._data["settings"]
+        settings = as_settings(found)
+        if found["guidance"] is None:
+            settings[-1] = self.strength(found["model"])
+        return settings
 
 
 # ---- files

@@ -427,6 +427,8 @@ async function showModels(seen) {
   renderFetching(fetching);
 }
 
+let measured = null; // jobs by which the server knows this machine's speed
+
 // ---- once a second, while somebody looks
 
 let asking = null;
@@ -447,6 +449,8 @@ async function ask() {
   show(find("#empty"), cards.size === 0);
   const others = seen.running + seen.waiting;
   text(find("#load"), others === 0 ? "No job is running" : `${seen.running} running, ${seen.waiting} waiting`);
+  if (measured !== null && measured !== seen.measured) trigger("submit", {}); // the line under the slider
+  measured = seen.measured;
   await showModels(seen);
   await draw(seen.live);
 }

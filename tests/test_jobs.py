@@ -1,14 +1,17 @@
 """The queue and the thread that works on it."""
 
 import os
+import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from clips import make_sound, make_video
 
+from latentsync.checkpoints import resolve
 from latentsync.errors import UserError
 from latentsync.media import probe_video
 from latentsync.pipeline import Settings
@@ -18,6 +21,7 @@ from optim.serving.jobs import CANCELLED, DONE, FAILED, Request, Worker, interru
 from optim.serving.speeds import Speeds
 
 ME, OTHER = "m" * 24, "o" * 24
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -66,7 +70,18 @@ def test_a_job_is_done_and_told(worker, talking, voice):
     assert view["report"]["frames"] == 20 and set(view["files"]) == {"original", "result"}
     assert view["timeline"]["stages"].keys() == set(jobs.STAGES)
     assert sorted(os.listdir(job.folder)) == sorted(["job.json", job.output.name, "video.mp4", "voice.wav"])
-    assert "for this clip" in worker.describe(job.request, 10) and "about" in worker.describe(job.request, 10)
+    line, details = worker.describe(job.request, 10)
+    assert re.search(r"conservative: 2 steps, model tiny \(64 px\); about \d+ s for this clip\.", line)
+    line, details = worker.describe(replace(job.request, level="aggressive", steps=20), None)
+    assert "aggressive: 12 steps, two of three reuse earlier work, model" in line
+    assert "DeepCache every 3 steps" in details
+
+
+def test_who_asks_for_no_lip_strength_gets_the_model_s_own(checkpoint, tmp_path):
+    model = replace(resolve(str(checkpoint), CPU), guidance_scale=2.25)
+    request = Request(tmp_path, tmp_path)
+    assert jobs.make_plan(request, model, CPU).settings.guidance_scale == 2.25
+    assert jobs.make_plan(replace(request, guidance=1.0), model, CPU).settings.guidance_scale == 1.0
 
 
 def test_the_curves_are_given_point_by_point(worker):

@@ -115,6 +115,8 @@ def test_own_files_give_a_result_beside_the_original(visit, clips, server):
     state(page, "done")
     page.wait_for_function("document.querySelector('.made').readyState > 0")
     assert page.evaluate("Math.round(document.querySelector('.made').duration * 25)") == 20
+    # This job has shown how fast the machine is; nothing else was touched.
+    page.wait_for_function("/about \\d+ s for this clip/.test(document.querySelector('#line').textContent)")
     playwright.expect(page.locator(".original")).to_be_visible()
     page.click(".compare")
     playwright.expect(page.locator(".original")).to_be_hidden()

@@ -81,6 +81,10 @@ def test_the_page_is_there_before_torch_is_and_within_seconds(server):
 
 def test_a_client_runs_a_job_follows_it_and_cancels_another(server, clips, tmp_path):
     client = connect(server)
+    parameters = client.view_api(return_format="dict")["named_endpoints"]["/submit"]["parameters"]
+    assert {"name": "guidance", "default": None} in [
+        {"name": each["parameter_name"], "default": each["parameter_default"]} for each in parameters
+    ], "who does not say how strong gets what suits the model"
     first = submit(client, clips)
     assert first["error"] is None
     other = submit(client, clips, "long.wav", first["visitor"])
@@ -96,7 +100,7 @@ def test_a_client_runs_a_job_follows_it_and_cancels_another(server, clips, tmp_p
     path = client.predict(first["job"], first["visitor"], api_name="/result")
     assert probe_video(path).n_frames == 8
     assert COMMENT.encode() in Path(path).read_bytes()
-    assert "steps" in client.predict(seconds=1, api_name="/describe")
+    assert "steps" in client.predict(seconds=1, api_name="/describe")[0]
     assert client.predict(api_name="/machine")["max_seconds"] == 30
 
 
@@ -166,7 +170,7 @@ def test_a_visitor_cannot_read_what_is_not_theirs(server, clips):
     # Files that were not uploaded, by any of the ways to name one.
     config = visitor.get("/config").json()
     assert any(dependency["api_name"] == "submit" for dependency in config["dependencies"])
-    rest = [0, "auto", 4, 1.5, 1, 0.85, 0, "as the level says", "as the level says", "largest", 16, foreign]
+    rest = [0, "auto", 4, 1, 0.85, 0, "as the level says", "as the level says", "largest", 16, None, foreign]
     for path in ("/etc/passwd", str(result), str(result.with_name("video.mp4")), "../../../etc/passwd", str(link)):
         given = {"path": path, "meta": {"_type": "gradio.FileData"}}
         found = ask("submit", given, given, *rest)

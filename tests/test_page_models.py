@@ -108,8 +108,8 @@ def test_a_client_fetches_a_model_and_it_can_be_chosen_without_a_restart(hub, fe
         found = next(each for each in after["models"] if each["name"] == NAME)
         assert found["present"] and found["converted"] and found["to_fetch"] == 0 and after["chosen"] == NAME
     # `auto` takes it now, and it runs at its own resolution.
-    assert f"model {NAME} (64 px)" in fetcher.worker.describe(Request("v", "a"), None)
-    assert "demo (128 px)" in fetcher.worker.describe(Request("v", "a", model="demo"), None)
+    assert f"model {NAME} (64 px)" in fetcher.worker.describe(Request("v", "a"), None)[0]
+    assert "demo (128 px)" in fetcher.worker.describe(Request("v", "a", model="demo"), None)[0]
     assert (f"{NAME} (64 px)", NAME) in app.Page(fetcher.worker, fetcher).choices().choices
 
 

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentsync import STAGES
 from latentsync.errors import UserError
 from latentsync.media import FPS, VideoInfo, probe_audio, probe_video
 from optim.serving.curves import NO_CURVES, latest, live, thinned
@@ -41,7 +42,6 @@ if TYPE_CHECKING:  # torch takes seconds to load
     from optim.monitor import History, Monitor
 
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
-STAGES = ("faces", "mouths", "writing")  # latentsync.pipeline.STAGES, which would import torch
 IDLE_SECONDS = 600.0  # without a job, until the model is let go
 KEPT_JOBS = 50  # finished ones that a visitor finds in the list
 LIVE_SECONDS = 120.0  # of the curves of the machine
@@ -49,14 +49,14 @@ LIVE_SECONDS = 120.0  # of the curves of the machine
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for. Ranges are those of the command line; None: what the level or the machine suggests."""
+    """What a user asks for. Ranges are those of the command line; None: what level, model or machine suggest."""
 
     video: Path
     audio: Path
     level: str = "auto"  # a name, or a number from 0 (quality) to 1 (speed)
     model: str = "auto"
     steps: int = 20
-    guidance: float = 1.5
+    guidance: float | None = None
     seed: int = 1247
     vram_fraction: float | None = None
     batch: int | None = None
@@ -194,20 +194,20 @@ def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]
             hook.remove()
 
 
-def make_plan(request: Request, resolution: int, device: "torch.device") -> "Plan":
-    """The plan for a request on a device. Raises UserError."""
+def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.device") -> "Plan":
+    """The plan for a request with a model on a device. Raises UserError."""
     from latentsync.pipeline import Settings
     from latentsync.sampling import DeepCache
     from optim.accelerate import plan_as_asked
 
-    asked = Settings(
-        steps=request.steps, guidance_scale=request.guidance, seed=request.seed, crf=request.crf, face=request.face
+    asked = Settings.suiting(
+        model, request.guidance, steps=request.steps, seed=request.seed, crf=request.crf, face=request.face
     )
     overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if request.cache != "level":
         overrides["cache"] = request.cache and DeepCache(request.cache, 0)
-    return plan_as_asked(device, resolution, asked, request.level, request.batch, **overrides)
+    return plan_as_asked(device, model.resolution, asked, request.level, request.batch, **overrides)
 
 
 def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
     device = choose_device("auto")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     models = load_models(resolve(model, device), device, dtype)
-    plan = make_plan(request, models.resolution, device)
+    plan = make_plan(request, models, device)
     accelerate(models, plan, log)
     report = lipsync(request.video, request.audio, output, models, plan.settings, relieve=reliever(models, plan, log))
     return report.as_dict() | {"level": plan.level.name, "position": plan.level.position, "step_downs": []}
@@ -420,30 +420,32 @@ class Worker:
         self._jobs.pop(job.id, None)
         shutil.rmtree(job.folder, ignore_errors=True)
 
-    def describe(self, request: Request, seconds: float | None) -> str:
-        """What a request means on this machine, in one line; seconds: of its sound, None where there is none yet.
+    def describe(self, request: Request, seconds: float | None) -> tuple[str, str]:
+        """What a request means on this machine, in one line, and the same in detail.
 
-        Waits for the worker to have looked at the machine. Raises UserError.
+        seconds: of its sound, None where there is none yet. Waits for the worker to have looked at the machine.
+        Raises UserError.
         """
         self.ready.wait()
         import torch
 
         if self.machine is None:
             raise UserError(self.problem or "")
-        from optim.accelerate import describe
+        from optim.accelerate import describe, in_words
 
         device = torch.device(self.machine.device)
         checkpoint = self._checkpoint(request)
-        plan = make_plan(request, checkpoint.resolution, device)
-        words = f"{describe(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
+        plan = make_plan(request, checkpoint, device)
+        words = f"{in_words(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
+        details = describe(plan, device) + "."
         if seconds is None:
-            return words + "."
+            return words + ".", details
         frames = math.ceil(seconds * FPS)
         found = self.speeds.estimate(self._where(checkpoint), plan.settings, frames)
         if found is None:
-            return words + "; how long it takes here is not known before the first job."
+            return words + "; how long it takes here is not known before the first job.", details
         estimate, measured = found
-        return f"{words}; {'about' if measured else 'roughly'} {in_words(estimate)} for this clip."
+        return f"{words}; {'about' if measured else 'roughly'} {spoken(estimate)} for this clip.", details
 
     def wait(self, job: Job, timeout: float) -> bool:
         """Whether a job has ended within that many seconds."""
@@ -635,7 +637,7 @@ class Worker:
         check()
         models = self._load(request, job)
         check()
-        plan = make_plan(request, models.resolution, models.device)
+        plan = make_plan(request, models, models.device)
         found = self.speeds.estimate(self._where(self._loaded), plan.settings, job.frames)
         job.expected = found[0] if found else None
         job.doing = "preparing the networks"
@@ -730,7 +732,7 @@ def said(error: UserError, names: dict[Path, str]) -> str:
     return text
 
 
-def in_words(seconds: float) -> str:
+def spoken(seconds: float) -> str:
     """A duration as one says it."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
