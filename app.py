@@ -37,7 +37,8 @@ from latentsync import __version__  # noqa: E402
 from latentsync.errors import UserError  # noqa: E402
 from latentsync.media import probe_audio, probe_video  # noqa: E402
 from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
-from optim.serving.jobs import Job, Request, Worker, run_alone, said  # noqa: E402
+from optim.serving.job import Job, Request  # noqa: E402
+from optim.serving.jobs import Worker, run_alone, said  # noqa: E402
 from optim.serving.stock import Fetcher  # noqa: E402
 
 try:
@@ -301,7 +302,7 @@ class Page:
         as_visitor = "(...given) => [...given.slice(0, -1), window.lipsync.visitor]"
         submitting = {
             "fn": self.submit, "inputs": [self.video, self.audio, *self.settings, visitor], "outputs": reply,
-            "js": as_visitor, "api_visibility": "private", **quiet,
+            "js": as_visitor, "api_visibility": "private", "api_name": "press", **quiet,
         }  # fmt: skip
         told = {"fn": None, "inputs": reply, "outputs": None, "js": "(reply) => window.lipsync.told(reply)"}
         self.start.click(**submitting).then(**told)
@@ -311,7 +312,7 @@ class Page:
 
         meaning = {
             "fn": self.describe, "inputs": [*self.settings, seconds], "outputs": [self.line, self.details], **quiet,
-            "api_visibility": "private",
+            "api_visibility": "private", "api_name": "meaning",
         }  # fmt: skip
         gr.on([setting.change for setting in self.settings], **meaning, trigger_mode="always_last")
         self.audio.change(self.measure, self.audio, [seconds, reply], **quiet, api_name="measure").then(**told).then(
@@ -340,7 +341,9 @@ class Page:
         self._endpoint(self.cancel, [job, keep, visitor], reply, "cancel")
         self._endpoint(self.again, [job, changes, visitor], reply, "again")
         self._endpoint(self.remove, [job, visitor], reply, "remove")
-        self._endpoint(self.result, [job, visitor], file, "result")
+        compared = gr.Checkbox(False, visible=False, label="compared")
+        self._endpoint(self.compare, [job, visitor], reply, "compare")
+        self._endpoint(self.result, [job, visitor, compared], file, "result")
         self._endpoint(self.about, [], reply, "machine")
         name, task = gr.Textbox(visible=False, label="name"), gr.Textbox("get", visible=False, label="task")
         pickle_only = gr.Checkbox(visible=False, label="pickle_only")
@@ -412,18 +415,30 @@ class Page:
         """Forget a job that has ended, and delete its files."""
         return answer(lambda: {"removed": self.worker.remove(job, visitor) or job, "error": None})
 
-    def result(self, job: str, visitor: str) -> str:
-        """The finished video of a job of one's own, as a file."""
+    def compare(self, job: str, visitor: str) -> dict[str, Any]:
+        """Put original and result side by side, in the background; /watch says how far it is, /cancel ends it."""
+
+        def act() -> dict[str, Any]:
+            found = self.worker.compare(job, visitor)
+            return {"job": found.id, "comparison": found.comparison.view(), "error": None}
+
+        return answer(act)
+
+    def result(self, job: str, visitor: str, compared: bool = False) -> str:
+        """The finished video of a job of one's own, as a file; compared: beside the original, see /compare."""
         try:
             found = self.worker.find(job, visitor)
             if found.output is None:
                 raise UserError("There is no result yet: watch the job until it is done.")
+            path = found.files().get("compared") if compared else found.output
+            if path is None:
+                raise UserError("There is no side-by-side video yet: ask for it by /compare, and watch until it is.")
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
         # Gradio serves what lies in its own folder; nobody else can know this name.
         folder = Path(os.environ["GRADIO_TEMP_DIR"]) / found.key
         folder.mkdir(mode=0o700, exist_ok=True)
-        return str(shutil.copyfile(found.output, folder / found.output.name))
+        return str(shutil.copyfile(path, folder / path.name))
 
     def describe(
         self, level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance=None,

@@ -121,8 +121,12 @@ def test_own_files_give_a_result_beside_the_original(visit, clips, server):
     page.click(".compare")
     playwright.expect(page.locator(".original")).to_be_hidden()
     with page.expect_download() as download:
-        page.click("text=Download")
+        page.click("text='Download'")
     assert download.value.suggested_filename == "talking-synced.mp4" and os.path.getsize(download.value.path()) > 1000
+    page.click("text=Side by side")
+    with page.expect_download() as download:
+        page.click("text=Download side by side")
+    assert download.value.suggested_filename == "talking-side-by-side.mp4"
     page.click("text=Remove")
     page.wait_for_selector(".card", state="detached")
 
@@ -133,7 +137,8 @@ def test_the_slider_changes_the_line_and_the_settings_that_are_used(visit, clips
     before = page.inner_text("#line")
     page.click("#stop-1")
     page.wait_for_function("document.querySelector('#line').textContent.includes('16 steps')")
-    assert page.inner_text("#line") != before and "DeepCache" in page.inner_text("#line")
+    assert page.inner_text("#line") != before and "every other one reuses" in page.inner_text("#line")
+    assert "DeepCache every 2 steps" in page.locator("#details").text_content()
     start(page)
     state(page, "done")
     page.click(".card summary")

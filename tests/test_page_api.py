@@ -104,6 +104,38 @@ def test_a_client_runs_a_job_follows_it_and_cancels_another(server, clips, tmp_p
     assert client.predict(api_name="/machine")["max_seconds"] == 30
 
 
+def test_results_are_compared_and_found_again_after_the_server_was_killed(tmp_path, checkpoint, clips, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))  # the killed one cannot remove its own
+    with serve(tmp_path, "--model", checkpoint) as server:
+        server.wait_until_ready()
+        client = Client(server.url, verbose=False)
+        done = submit(client, clips)
+        until(client, done, "done")
+        mine = done["job"], done["visitor"]
+        with pytest.raises(Exception, match="no side-by-side video yet"):
+            client.predict(*mine, True, api_name="/result")
+        assert client.predict(*mine, api_name="/compare")["comparison"]["state"] == "running"
+        while (comparison := job(client, done)["comparison"])["state"] == "running":
+            time.sleep(0.1)
+        assert comparison == {"state": "done", "done": 7, "total": 8, "error": None}
+        assert probe_video(client.predict(*mine, True, api_name="/result")).width == 2 * 192
+        stranger = client.predict(done["job"], secrets.token_urlsafe(24), api_name="/compare")
+        assert "no job" in stranger["error"]
+        cut = submit(client, clips, "long.wav", done["visitor"])
+        until(client, cut, "running")
+        server.process.kill()
+        server.process.wait()
+    with serve(tmp_path, "--model", checkpoint) as server:
+        server.wait_until_ready()
+        client = Client(server.url, verbose=False)
+        found, lost = job(client, done), job(client, cut)
+        assert found["state"] == "done" and set(found["files"]) == {"original", "result", "compared"}
+        assert httpx.get(f"{server.url}/lipsync/{found['files']['result']}").status_code == 200
+        assert lost["state"] == "failed" and "The server ended before this job did" in lost["error"]
+        again = client.predict(cut["job"], {}, cut["visitor"], api_name="/again")
+        until(client, again, "running")
+
+
 def test_ten_jobs_at_once_are_all_done_and_more_are_refused(server, clips):
     client = connect(server)
     hold = submit(client, clips, "long.wav")

@@ -14,7 +14,8 @@ from latentsync import download, store
 from latentsync.errors import UserError
 from latentsync.releases import RELEASES
 from optim.hardware import Gpu
-from optim.serving.jobs import Request, Worker
+from optim.serving.job import Request
+from optim.serving.jobs import Worker
 from optim.serving.stock import DONE, FAILED, RUNNING, STOPPED, Fetcher, best_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
