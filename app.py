@@ -280,11 +280,11 @@ class Page:
             with gr.Row():
                 self.cache = gr.Dropdown(list(CACHES), value=AS_LEVEL, label="DeepCache", elem_id="cache")
                 self.compile = gr.Dropdown(list(SWITCHES), value=AS_LEVEL, label="Compile", elem_id="compile")
-            self.details = gr.HTML("<p id='details'></p>", elem_id="details-box", padding=False)
             self.vram = gr.Slider(
                 0.1, 1, value=0.85, step=0.05, label="VRAM fraction", elem_id="vram",
                 info="Share of the GPU's memory that may be used.",
             )  # fmt: skip
+            self.details = gr.HTML("<p id='details'></p>", elem_id="details-box", padding=False)
         self.settings = [
             self.level, self.model, self.steps, self.seed, self.vram, self.batch, self.cache, self.compile,
             self.face, self.crf, self.guidance,
@@ -455,7 +455,7 @@ class Page:
         line, details = found.get("said") or (found["error"], "")
         return (
             f"<p id='line' role='status' class='{kind}'>{html.escape(line)}</p>",
-            f"<p id='details'>{html.escape(details)}</p>",
+            f"<p id='details'>{html.escape(details and 'In detail: ' + details)}</p>",
         )
 
     def measure(self, audio: str | None) -> tuple[float | None, dict[str, Any]]:

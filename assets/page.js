@@ -170,10 +170,10 @@ function result(view, job) {
   original.addEventListener("error", () => text(words, "Original: this browser cannot play its format"));
   follow(made, original);
   const beside = make("figure", {}, original, words);
-  const compare = make("button", { type: "button", class: "soft compare", "aria-pressed": "true", onclick: () => {
+  const compare = make("button", { type: "button", class: "soft compare", "aria-pressed": "true", title: "Show the original beside the result", onclick: () => {
     beside.hidden = !beside.hidden;
     compare.setAttribute("aria-pressed", String(!beside.hidden));
-  } }, "Show the original");
+  } }, "Original");
   view.parts.beside = make("span", { class: "beside" });
   view.parts.besideError = make("p", { class: "error", role: "alert", hidden: true });
   view.compared = null;
@@ -193,7 +193,7 @@ function result(view, job) {
       make("a", { class: "button main", href: url("result"), download: job.files.result.split("/").pop() }, "Download"),
       view.parts.beside,
       compare,
-      make("button", { type: "button", class: "soft", onclick: () => trigger("select", { settings: job.settings }) }, "Use these settings again"),
+      make("button", { type: "button", class: "soft", onclick: () => trigger("select", { settings: job.settings }) }, "Use these settings"),
       make("button", { type: "button", class: "soft", onclick: () => remove(job.id) }, "Remove")),
     view.parts.besideError,
     make("details", { ontoggle: (event) => event.target.open && timeline(plot, job) },
@@ -334,7 +334,7 @@ async function timeline(plot, job) {
   stages.forEach(([stage, [begin, end]], i) => traces.push({ x: [begin, end], y: [stage, stage], name: STAGES[stage] || stage, mode: "lines", showlegend: false,
     line: { width: 11, color: COLOURS[(i + 2) % COLOURS.length] }, yaxis: "y2" }));
   const layout = { ...base, height: 260, xaxis: { anchor: "y2", ticksuffix: " s", zeroline: false, range: [0, Math.max(job.elapsed, 1)], gridcolor: look().line }, margin: { l: 58, r: 8, t: 8, b: 28 },
-    yaxis: { ...base.yaxis, domain: [0.42, 1] }, yaxis2: { domain: [0, 0.3], fixedrange: true, autorange: "reversed", zeroline: false, showgrid: false } };
+    yaxis: { ...base.yaxis, domain: [0.42, 1] }, yaxis2: { domain: [0, 0.3], fixedrange: true, range: [stages.length - 0.3, -0.7], zeroline: false, showgrid: false } };
   await Plotly.newPlot(plot, traces, layout, { displayModeBar: false, responsive: true });
 }
 
