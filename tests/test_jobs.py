@@ -251,6 +251,8 @@ def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice,
     shutil.copytree(done.folder, tmp_path / done.folder.name)
     waiting, half = before.submit(Request(talking, voice, steps=1), ME), before.submit(Request(talking, voice), ME)
     half.request.audio.unlink()
+    for name in ("first.mp4", ".latentsync-0123.mp4", "talking-side-by-side.partial.mp4"):
+        (waiting.folder / name).touch()
     text = (waiting.folder / "job.json").read_text()
     assert ME not in text and '"waiting"' in text
     for name, words in (("a", "{"), ("b", "{}"), ("c", '{"server": {"pid": 1, "began": 0}}')):
@@ -265,9 +267,24 @@ def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice,
     then, now = worker.view(done), after.view(found)
     assert {k: v for k, v in now.items() if k != "files"} == {k: json_of(v) for k, v in then.items() if k != "files"}
     assert (again.state, again.id) == (FAILED, waiting.id) and "ended before this job did" in again.error
+    assert sorted(os.listdir(again.folder)) == ["job.json", "video.mp4", "voice.wav"]
     assert not half.folder.exists() and all((tmp_path / name).is_dir() for name in "abc")
     assert ended(after, after.again(again.id, ME)).state == DONE
     after.close()
+
+
+def test_a_job_that_the_end_of_its_server_ended_can_be_run_again(
+    checkpoint, talking, long_voice, tmp_path, home, monkeypatch
+):
+    worker = Worker(tmp_path, model=str(checkpoint), device="cpu")
+    worker.start()
+    job = worker.submit(Request(talking, long_voice, steps=4), ME)
+    until(lambda: job.part > 0)
+    worker.close()
+    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
+    (found,) = kept(tmp_path)
+    assert (found.id, found.state) == (job.id, FAILED) and "run it again" in found.error
+    assert sorted(os.listdir(found.folder)) == ["job.json", "video.mp4", "voice.wav"]
 
 
 @pytest.mark.parametrize("which", ["video", "audio"])

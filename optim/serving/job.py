@@ -190,7 +190,8 @@ def _restored(folder: Path, about: dict[str, Any]) -> Job | None:
     told = {name: about[name] for name in TOLD} | {"names": tuple(about["names"]), "size": tuple(about["size"])}
     job = Job(Request(**about["settings"] | {"video": video, "audio": audio}), folder=folder, **told)
     job.state, whole = about["state"], video.is_file() and audio.is_file()
-    for left in (job.first, *folder.glob("*.partial.mp4"), *folder.glob("*.partial")):
+    unfinished = (path for path in folder.glob(".latentsync-*") if path.is_file())  # of `media.VideoWriter`
+    for left in (job.first, *folder.glob("*.partial*"), *unfinished):
         left.unlink(missing_ok=True)
     if job.state in (WAITING, RUNNING):
         if not whole:
