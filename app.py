@@ -37,7 +37,8 @@ from latentsync import __version__  # noqa: E402
 from latentsync.errors import UserError  # noqa: E402
 from latentsync.media import probe_audio, probe_video  # noqa: E402
 from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
-from optim.serving.jobs import Job, Request, Worker, run_alone, said  # noqa: E402
+from optim.serving.job import Job, Request  # noqa: E402
+from optim.serving.jobs import Worker, run_alone, said  # noqa: E402
 from optim.serving.stock import Fetcher  # noqa: E402
 
 try:
@@ -127,7 +128,7 @@ def uploaded(path: str | None, kind: str) -> Path:
 
 def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Request:
     """The request of settings in the order of `Page.settings`; models: the names that are known. Raises UserError."""
-    level, model, steps, guidance, seed, vram, batch, cache, compiled, face, crf = settings
+    level, model, steps, seed, vram, batch, cache, compiled, face, crf, guidance = settings
 
     def number(name: str, value: Any, low: float, high: float, kind: type = int) -> Any:
         try:
@@ -148,7 +149,7 @@ def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Re
         level=level if isinstance(level, str) else str(number("The level", level, 0, 1, float)),
         model=one_of("model", model, models),
         steps=number("The number of steps", steps, 1, 200),
-        guidance=number("The lip strength", guidance, 0, 10, float),
+        guidance=None if guidance is None else number("The lip strength", guidance, 0, 10, float),
         seed=number("The seed", seed, 0, 2**63 - 1),
         vram_fraction=number("The VRAM fraction", vram, 0.1, 1, float),
         batch=number("The batch", batch, 0, 256) or None,
@@ -165,11 +166,11 @@ def as_settings(request: dict[str, Any]) -> list[Any]:
     level = request["level"]
     return [
         positions[level] if level in positions else float(level),
-        request["model"], request["steps"], request["guidance"], request["seed"],
+        request["model"], request["steps"], request["seed"],
         request["vram_fraction"] or 0.85, request["batch"] or 0,
         next(words for words, value in CACHES.items() if value == request["cache"]),
         next(words for words, value in SWITCHES.items() if value is request["compile"]),
-        request["face"], request["crf"],
+        request["face"], request["crf"], request["guidance"],
     ]  # fmt: skip
 
 
@@ -283,9 +284,10 @@ class Page:
                 0.1, 1, value=0.85, step=0.05, label="VRAM fraction", elem_id="vram",
                 info="Share of the GPU's memory that may be used.",
             )  # fmt: skip
+            self.details = gr.HTML("<p id='details'></p>", elem_id="details-box", padding=False)
         self.settings = [
-            self.level, self.model, self.steps, self.guidance, self.seed, self.vram, self.batch, self.cache,
-            self.compile, self.face, self.crf,
+            self.level, self.model, self.steps, self.seed, self.vram, self.batch, self.cache, self.compile,
+            self.face, self.crf, self.guidance,
         ]  # fmt: skip
 
     def _listen(self, live: gr.HTML, advice: gr.HTML, foot: gr.HTML) -> None:
@@ -300,39 +302,48 @@ class Page:
         as_visitor = "(...given) => [...given.slice(0, -1), window.lipsync.visitor]"
         submitting = {
             "fn": self.submit, "inputs": [self.video, self.audio, *self.settings, visitor], "outputs": reply,
-            "js": as_visitor, **quiet,
+            "js": as_visitor, "api_visibility": "private", "api_name": "press", **quiet,
         }  # fmt: skip
         told = {"fn": None, "inputs": reply, "outputs": None, "js": "(reply) => window.lipsync.told(reply)"}
-        self.start.click(**submitting, api_name="submit").then(**told)
+        self.start.click(**submitting).then(**told)
         self.example.click(
             lambda: tuple(map(str, EXAMPLE)), None, [self.video, self.audio], **quiet, api_name="example"
-        ).then(**submitting, api_visibility="private").then(**told)
+        ).then(**submitting).then(**told)
 
-        meaning = {"fn": self.describe, "inputs": [*self.settings, seconds], "outputs": self.line, **quiet}
-        gr.on([setting.change for setting in self.settings], **meaning, trigger_mode="always_last", api_name="describe")
+        meaning = {
+            "fn": self.describe, "inputs": [*self.settings, seconds], "outputs": [self.line, self.details], **quiet,
+            "api_visibility": "private", "api_name": "meaning",
+        }  # fmt: skip
+        gr.on([setting.change for setting in self.settings], **meaning, trigger_mode="always_last")
         self.audio.change(self.measure, self.audio, [seconds, reply], **quiet, api_name="measure").then(**told).then(
-            **meaning, api_visibility="private"
+            **meaning
         )
         self.video.change(self.check_video, self.video, reply, **quiet, api_name="check_video").then(**told)
         for button, (_, position) in zip(self.stops, STOPS, strict=True):
             button.click(None, None, self.level, js=f"() => {position}")
         self.model.input(self.strength, self.model, self.guidance, **quiet, api_visibility="private")
         live.select(self.take_settings, None, self.settings, **quiet, api_visibility="private")
-        # The page's script says so when there is another model.
-        live.input(self.choices, None, self.model, **quiet, api_visibility="private").then(
-            **meaning, api_visibility="private"
-        )
+        # The page's script says so when there is another model, and when a job has shown how fast this machine is.
+        live.input(self.choices, None, self.model, **quiet, api_visibility="private").then(**meaning)
+        live.submit(**meaning)
 
         self.blocks.load(
             self.greet, None, [*self.stops, self.level, self.model, self.guidance, advice, foot], **quiet,
             api_visibility="private",
-        ).then(**meaning, api_visibility="private")  # fmt: skip
+        ).then(**meaning)  # fmt: skip
 
+        # The page always says how strong; who asks by an endpoint may leave that to the model.
+        guidance = gr.Number(visible=False, label="guidance")
+        settings = [*self.settings[:-1], guidance]
+        self._endpoint(self.submit, [self.video, self.audio, *settings, visitor], reply, "submit")
+        self._endpoint(self.describe, [*settings, seconds], [self.line, self.details], "describe")
         self._endpoint(self.watch, [visitor, since], reply, "watch")
         self._endpoint(self.cancel, [job, keep, visitor], reply, "cancel")
         self._endpoint(self.again, [job, changes, visitor], reply, "again")
         self._endpoint(self.remove, [job, visitor], reply, "remove")
-        self._endpoint(self.result, [job, visitor], file, "result")
+        compared = gr.Checkbox(False, visible=False, label="compared")
+        self._endpoint(self.compare, [job, visitor], reply, "compare")
+        self._endpoint(self.result, [job, visitor, compared], file, "result")
         self._endpoint(self.about, [], reply, "machine")
         name, task = gr.Textbox(visible=False, label="name"), gr.Textbox("get", visible=False, label="task")
         pickle_only = gr.Checkbox(visible=False, label="pickle_only")
@@ -352,15 +363,15 @@ class Page:
     # ---- endpoints
 
     def submit(
-        self, video, audio, level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf,
-        visitor,
+        self, video, audio, level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf,
+        guidance=None, visitor="",
     ) -> dict[str, Any]:  # fmt: skip
         """Put a job into the queue: {"job", "visitor", "error"}. An empty visitor gets a token, to ask with later."""
 
         def act() -> dict[str, Any]:
             who = own(visitor)
             files = uploaded(video, "video"), uploaded(audio, "voice")
-            settings = level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf
+            settings = level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance
             job = self.worker.submit(self._asked(*files, *settings), who)
             return {"job": job.id, "visitor": who, "error": None}
 
@@ -370,6 +381,7 @@ class Page:
         """A visitor's jobs, the length of the queue, the machine's curves after the time `since`, and what is fetched.
 
         models: a number that changes when /models has something new to say; None before the machine was looked at.
+        measured: one that changes when /describe may know better how long a job takes.
         """
 
         def act() -> dict[str, Any]:
@@ -378,7 +390,7 @@ class Page:
             return {
                 "jobs": jobs, "running": running, "waiting": waiting, "live": self.worker.live(since or 0.0),
                 "models": self.fetcher.version if self.worker.ready.is_set() else None,
-                "fetching": self.fetcher.view(),
+                "fetching": self.fetcher.view(), "measured": self.worker.speeds.jobs if self.worker.speeds else 0,
             }  # fmt: skip
 
         return answer(act)
@@ -403,31 +415,48 @@ class Page:
         """Forget a job that has ended, and delete its files."""
         return answer(lambda: {"removed": self.worker.remove(job, visitor) or job, "error": None})
 
-    def result(self, job: str, visitor: str) -> str:
-        """The finished video of a job of one's own, as a file."""
+    def compare(self, job: str, visitor: str) -> dict[str, Any]:
+        """Put original and result side by side, in the background; /watch says how far it is, /cancel ends it."""
+
+        def act() -> dict[str, Any]:
+            found = self.worker.compare(job, visitor)
+            return {"job": found.id, "comparison": found.comparison.view(), "error": None}
+
+        return answer(act)
+
+    def result(self, job: str, visitor: str, compared: bool = False) -> str:
+        """The finished video of a job of one's own, as a file; compared: beside the original, see /compare."""
         try:
             found = self.worker.find(job, visitor)
             if found.output is None:
                 raise UserError("There is no result yet: watch the job until it is done.")
+            path = found.files().get("compared") if compared else found.output
+            if path is None:
+                raise UserError("There is no side-by-side video yet: ask for it by /compare, and watch until it is.")
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
         # Gradio serves what lies in its own folder; nobody else can know this name.
         folder = Path(os.environ["GRADIO_TEMP_DIR"]) / found.key
         folder.mkdir(mode=0o700, exist_ok=True)
-        return str(shutil.copyfile(found.output, folder / found.output.name))
+        return str(shutil.copyfile(path, folder / path.name))
 
     def describe(
-        self, level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf, seconds
-    ) -> str:  # fmt: skip
-        """What settings mean on this machine, in one line of HTML; seconds: of sound, if it is known."""
+        self, level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance=None,
+        seconds=None,
+    ) -> tuple[str, str]:  # fmt: skip
+        """What settings mean on this machine, in one line of HTML, and in detail; seconds: of sound, if it is known."""
 
         def act() -> dict[str, Any]:
-            settings = level, model, steps, guidance, seed, vram_fraction, batch, deepcache, compile, face, crf
-            return {"line": self.worker.describe(self._asked(Path(), Path(), *settings), seconds or None)}
+            settings = level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance
+            return {"said": self.worker.describe(self._asked(Path(), Path(), *settings), seconds or None)}
 
         found = answer(act)
         kind = "problem" if "error" in found else ""
-        return f"<p id='line' role='status' class='{kind}'>{html.escape(found.get('error') or found['line'])}</p>"
+        line, details = found.get("said") or (found["error"], "")
+        return (
+            f"<p id='line' role='status' class='{kind}'>{html.escape(line)}</p>",
+            f"<p id='details'>{html.escape(details and 'In detail: ' + details)}</p>",
+        )
 
     def measure(self, audio: str | None) -> tuple[float | None, dict[str, Any]]:
         """The seconds of a sound, or the sentence that says what is wrong with it."""
@@ -540,7 +569,11 @@ class Page:
 
     def take_settings(self, event: gr.EventData) -> list[Any]:
         """Set the page to the settings of a job."""
-        return as_settings(event._data["settings"])
+        found = event._data["settings"]
+        settings = as_settings(found)
+        if found["guidance"] is None:
+            settings[-1] = self.strength(found["model"])
+        return settings
 
 
 # ---- files

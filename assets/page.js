@@ -140,6 +140,7 @@ function update(view, job) {
     view.state = job.state;
     if (!busy) ended(view, job);
   }
+  if (parts.beside) comparison(view, job);
 }
 
 function ended(view, job) {
@@ -169,10 +170,13 @@ function result(view, job) {
   original.addEventListener("error", () => text(words, "Original: this browser cannot play its format"));
   follow(made, original);
   const beside = make("figure", {}, original, words);
-  const compare = make("button", { type: "button", class: "soft compare", "aria-pressed": "true", onclick: () => {
+  const compare = make("button", { type: "button", class: "soft compare", "aria-pressed": "true", title: "Show the original beside the result", onclick: () => {
     beside.hidden = !beside.hidden;
     compare.setAttribute("aria-pressed", String(!beside.hidden));
-  } }, "Compare side by side");
+  } }, "Original");
+  view.parts.beside = make("span", { class: "beside" });
+  view.parts.besideError = make("p", { class: "error", role: "alert", hidden: true });
+  view.compared = null;
   const rows = Object.entries(job.report.seconds).map(([stage, seconds]) =>
     make("tr", {}, make("th", { scope: "row" }, stage), make("td", {}, `${seconds.toFixed(2)} s`)));
   rows.push(make("tr", {}, make("th", { scope: "row" }, "in all (stages overlap)"), make("td", {}, `${job.report.total_seconds.toFixed(2)} s`)));
@@ -187,9 +191,11 @@ function result(view, job) {
     make("div", { class: "pair" }, beside, make("figure", {}, made, make("figcaption", {}, "Result"))),
     make("div", { class: "buttons" },
       make("a", { class: "button main", href: url("result"), download: job.files.result.split("/").pop() }, "Download"),
+      view.parts.beside,
       compare,
-      make("button", { type: "button", class: "soft", onclick: () => trigger("select", { settings: job.settings }) }, "Use these settings again"),
+      make("button", { type: "button", class: "soft", onclick: () => trigger("select", { settings: job.settings }) }, "Use these settings"),
       make("button", { type: "button", class: "soft", onclick: () => remove(job.id) }, "Remove")),
+    view.parts.besideError,
     make("details", { ontoggle: (event) => event.target.open && timeline(plot, job) },
       make("summary", {}, "Settings, time and advice"),
       make("div", { class: "tables" },
@@ -199,6 +205,30 @@ function result(view, job) {
       ...job.messages.map((message) => make("p", { class: "message" }, message)),
       advice.length ? make("ul", { class: "advice" }, ...advice) : null));
   show(view.parts.result, true);
+}
+
+/** The button that makes original and result into one video, how far that is, and the link to it. */
+function comparison(view, job) {
+  const made = job.comparison, state = made?.state ?? "none";
+  const key = `${state} ${made?.done ?? 0}`;
+  if (view.compared === key) return;
+  view.compared = key;
+  const all = job.compared_seconds < job.frames / 25 - 1 ? `, of the first ${Math.round(job.compared_seconds / 60)} minutes` : "";
+  const about = `A video of original and result next to each other, with the new sound${all}`;
+  const part = { class: "button", title: about };
+  if (state === "done") {
+    view.parts.beside.replaceChildren(make("a", { ...part, href: `${root}/lipsync/${job.files.compared}`, download: job.files.compared.split("/").pop() }, "Download side by side"));
+  } else if (state === "running") {
+    const percent = made.total ? Math.floor((100 * made.done) / made.total) : 0;
+    const words = `Side by side: ${percent} % · stop`;
+    const shown = find("button.making", view.parts.beside);
+    if (shown) text(shown, words);
+    else view.parts.beside.replaceChildren(make("button", { type: "button", class: "soft making", title: about, onclick: () => act("cancel", job.id, false) }, words));
+  } else {
+    view.parts.beside.replaceChildren(make("button", { type: "button", class: "soft", title: about, onclick: () => act("compare", job.id).then(refresh) }, "Side by side"));
+  }
+  show(view.parts.besideError, Boolean(made?.error));
+  text(view.parts.besideError, made?.error || "");
 }
 
 /** Let `other` do what `leader` does. The original may be shorter: it is shown forward and backward then. */
@@ -223,7 +253,7 @@ async function act(name, ...data) {
   try {
     if (name === "cancel") {
       const view = cards.get(data[0]);
-      if (view) { text(view.parts.doing, "cancelling"); view.parts.cancel.disabled = view.parts.keep.disabled = true; }
+      if (view && !view.parts.beside) { text(view.parts.doing, "cancelling"); view.parts.cancel.disabled = view.parts.keep.disabled = true; }
     }
     told(await call(name, ...data, ...(OWNERLESS.has(name) ? [] : [visitor])));
   } catch {
@@ -304,7 +334,7 @@ async function timeline(plot, job) {
   stages.forEach(([stage, [begin, end]], i) => traces.push({ x: [begin, end], y: [stage, stage], name: STAGES[stage] || stage, mode: "lines", showlegend: false,
     line: { width: 11, color: COLOURS[(i + 2) % COLOURS.length] }, yaxis: "y2" }));
   const layout = { ...base, height: 260, xaxis: { anchor: "y2", ticksuffix: " s", zeroline: false, range: [0, Math.max(job.elapsed, 1)], gridcolor: look().line }, margin: { l: 58, r: 8, t: 8, b: 28 },
-    yaxis: { ...base.yaxis, domain: [0.42, 1] }, yaxis2: { domain: [0, 0.3], fixedrange: true, autorange: "reversed", zeroline: false, showgrid: false } };
+    yaxis: { ...base.yaxis, domain: [0.42, 1] }, yaxis2: { domain: [0, 0.3], fixedrange: true, range: [stages.length - 0.3, -0.7], zeroline: false, showgrid: false } };
   await Plotly.newPlot(plot, traces, layout, { displayModeBar: false, responsive: true });
 }
 
@@ -427,6 +457,8 @@ async function showModels(seen) {
   renderFetching(fetching);
 }
 
+let measured = null; // jobs by which the server knows this machine's speed
+
 // ---- once a second, while somebody looks
 
 let asking = null;
@@ -447,6 +479,8 @@ async function ask() {
   show(find("#empty"), cards.size === 0);
   const others = seen.running + seen.waiting;
   text(find("#load"), others === 0 ? "No job is running" : `${seen.running} running, ${seen.waiting} waiting`);
+  if (measured !== null && measured !== seen.measured) trigger("submit", {}); // the line under the slider
+  measured = seen.measured;
   await showModels(seen);
   await draw(seen.live);
 }

@@ -1,3 +1,4 @@
 """LatentSync: give a filmed face new words. See `latentsync.pipeline.lipsync`."""
 
 __version__ = "0.1.0"
+STAGES = ("faces", "mouths", "writing")  # of a run, by which its progress is told

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentsync import __version__
+from latentsync import STAGES, __version__
 from latentsync.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to load
@@ -82,8 +82,6 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         from tqdm import tqdm
-
-        from latentsync.pipeline import STAGES
 
         if not self.bars:  # all at once, so that a stage's time counts from the start of the run
             shape = "{desc:8} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left"
@@ -216,8 +214,7 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     print(f"model {models.name}, {models.resolution} px, on {device}", file=sys.stderr)
     if checkpoint.remark:
         print(checkpoint.remark, file=sys.stderr)
-    guidance = models.guidance_scale if args.guidance is None else args.guidance
-    settings = Settings(steps=args.steps, guidance_scale=guidance, seed=args.seed, face=args.face)
+    settings = Settings.suiting(models, args.guidance, steps=args.steps, seed=args.seed, face=args.face)
     bars = Bars() if sys.stderr.isatty() else Lines()
 
     def say(line: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from latentsync.alignment import crop_face, estimate_matrix, fixed_mask
 from latentsync.audio import audio_chunks, frame_count
-from latentsync.checkpoints import Models
+from latentsync.checkpoints import Checkpoint, Models
 from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
 from latentsync.errors import UserError
 from latentsync.faces import WHICH, Face, track_faces
@@ -51,7 +51,6 @@ from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, work_folde
 from latentsync.soundness import WIDER, unusable, widened
 from latentsync.vae import condition, decode, to_pixels
 
-STAGES = ("faces", "mouths", "writing")
 KNOWN_BYTES = 512 * 2**20  # of crops of a video that is shown more than once: 26 s at 512 px
 DECODED_AHEAD = 8  # frames that wait for the face tracker
 TRACKED_AHEAD = 8  # frames that wait for their faces to be cut out
@@ -84,6 +83,11 @@ class Settings:
         for name in ("windows_per_pass", "frames_per_pass"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)} is not possible: give a number from 1.")
+
+    @classmethod
+    def suiting(cls, model: Checkpoint | Models, guidance_scale: float | None = None, **others: object) -> "Settings":
+        """Settings for a model, with the guidance scale that suits it where none is asked for. Raises UserError."""
+        return cls(guidance_scale=model.guidance_scale if guidance_scale is None else guidance_scale, **others)
 
     @property
     def shots_ahead(self) -> int:
@@ -566,7 +570,7 @@ def lipsync(
     """Write `output`: the video with its mouth saying the audio.
 
     It lasts as long as the sound, ceil(seconds × 25) frames; a shorter video is played forward and backward.
-    on_progress(stage, frames done, frames in all) is called as the stages of STAGES advance, and at every
+    on_progress(stage, frames done, frames in all) is called as the stages of `latentsync.STAGES` advance, and at every
     denoising step, in the caller's thread; what it raises stops the run. relieve() is called when the device's memory
     ran out, and gives settings to go on with that need less, or None to give up. on_frame(frame) is called with every
     finished frame, uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a run

@@ -129,6 +129,22 @@ def describe(plan: Plan, device: torch.device) -> str:
     return f"{level.name}: {', '.join(parts)}"
 
 
+def in_words(plan: Plan, device: torch.device) -> str:
+    """What a plan saves, as one says it: the level's name, steps, what is not computed anew, TF32 where it is used."""
+    settings, cache = plan.settings, plan.settings.cache
+    parts = ["1 step" if settings.steps == 1 else f"{settings.steps} steps"]
+    if cache and cache.interval > 1 and settings.steps > 1:
+        if cache.interval == 2:
+            parts.append("every other one reuses earlier work")
+        else:
+            few = {2: "two", 3: "three", 4: "four", 5: "five"}
+            most, of = (few.get(count, count) for count in (cache.interval - 1, cache.interval))
+            parts.append(f"{most} of {of} reuse earlier work")
+    if device.type == "cuda" and plan.level.tf32:
+        parts.append("TF32")
+    return f"{plan.level.name}: {', '.join(parts)}"
+
+
 def step_down(plan: Plan) -> tuple[Plan, str] | None:
     """What to try when memory ran out, and what that is in words; None when there is nothing left to give up.
 

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         wav = torch.from_numpy(read_audio(args.audio))[: round(args.seconds * SAMPLE_RATE)]
         print("level         steps  cache  frames    to the plain pipeline    to conservative")
         rows = []
-        for row in compare(args.video, wav, models, Settings(steps=args.steps), levels):
+        for row in compare(args.video, wav, models, Settings.suiting(models, steps=args.steps), levels):
             cache = "{}, {}".format(*row["cache"]) if row["cache"] else "none"
             print(
                 f"{row['level']:13} {row['steps']:5}  {cache:5}  {row['frames']:6}"

@@ -16,10 +16,10 @@ from clips import ffmpeg, make_sound, make_vfr_video, make_video
 from conftest import SIDE, portrait, save_video
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
+from latentsync import STAGES
 from latentsync.__main__ import Bars, Lines, main
 from latentsync.audio import frame_count
 from latentsync.media import probe_audio, probe_video, read_audio, read_frames
-from latentsync.pipeline import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "-crf", 12)

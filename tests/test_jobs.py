@@ -1,24 +1,32 @@
 """The queue and the thread that works on it."""
 
+import json
 import os
+import re
+import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from clips import make_sound, make_video
 
-from latentsync import pipeline
+from latentsync import STAGES, pipeline
+from latentsync.checkpoints import resolve
 from latentsync.errors import UserError
-from latentsync.media import probe_video
+from latentsync.media import COMMENT, probe_video, read_audio, read_frames, read_frames_looped
 from latentsync.pipeline import Settings
 from latentsync.sampling import DeepCache
 from optim.serving import jobs
-from optim.serving.jobs import CANCELLED, DONE, FAILED, Request, Worker, interruptible, run_alone
+from optim.serving.job import CANCELLED, DONE, FAILED, Request, kept
+from optim.serving.jobs import Worker, interruptible, run_alone
 from optim.serving.speeds import Speeds
 
 ME, OTHER = "m" * 24, "o" * 24
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -52,6 +60,10 @@ def ended(worker, job):
     return job
 
 
+def json_of(value):
+    return tuple(value) if isinstance(value, tuple) else json.loads(json.dumps(value))
+
+
 def until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
@@ -65,9 +77,20 @@ def test_a_job_is_done_and_told(worker, talking, voice):
     assert job.output.name == "mine___yours-synced.mp4" and probe_video(job.output).n_frames == 20
     view = worker.view(job)
     assert view["report"]["frames"] == 20 and set(view["files"]) == {"original", "result"}
-    assert view["timeline"]["stages"].keys() == set(jobs.STAGES)
+    assert view["timeline"]["stages"].keys() == set(STAGES)
     assert sorted(os.listdir(job.folder)) == sorted(["job.json", job.output.name, "video.mp4", "voice.wav"])
-    assert "for this clip" in worker.describe(job.request, 10) and "about" in worker.describe(job.request, 10)
+    line, details = worker.describe(job.request, 10)
+    assert re.search(r"conservative: 2 steps, model tiny \(64 px\); about \d+ s for this clip\.", line)
+    line, details = worker.describe(replace(job.request, level="aggressive", steps=20), None)
+    assert "aggressive: 12 steps, two of three reuse earlier work, model" in line
+    assert "DeepCache every 3 steps" in details
+
+
+def test_who_asks_for_no_lip_strength_gets_the_model_s_own(checkpoint, tmp_path):
+    model = replace(resolve(str(checkpoint), CPU), guidance_scale=2.25)
+    request = Request(tmp_path, tmp_path)
+    assert jobs.make_plan(request, model, CPU).settings.guidance_scale == 2.25
+    assert jobs.make_plan(replace(request, guidance=1.0), model, CPU).settings.guidance_scale == 1.0
 
 
 def test_the_curves_are_given_point_by_point(worker):
@@ -174,6 +197,104 @@ def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, mon
     assert job.state == FAILED and "is not enough" in job.error and worker._models is None
     assert job.remedy["label"].startswith("Run again") and set(job.remedy["settings"]) <= {"level", "model"}
     assert ended(worker, worker.again(job.id, ME, steps=1, **job.remedy["settings"] | {"model": "auto"})).state == DONE
+
+
+def test_original_and_result_go_side_by_side_once(worker, talking, tmp_path):
+    voice = make_sound(tmp_path / "voice.wav", seconds=1.3)  # longer than the video, which goes backward then
+    job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    with pytest.raises(UserError, match="no job"):
+        worker.compare(job.id, OTHER)
+    worker.compare(job.id, ME)
+    until(lambda: job.comparison.state != "running")
+    assert job.comparison.state == DONE, job.comparison.error
+    first, made = job.comparison, probe_video(job.compared)
+    result, original = probe_video(job.output), probe_video(job.request.video)
+    assert (made.width, made.height, made.n_frames) == (2 * result.width, result.height, 33)
+    halves = np.stack(list(read_frames(made)))
+    shown = np.stack([frame for _, frame in read_frames_looped(original, 33)])
+    painted = np.stack(list(read_frames(result)))
+    for half, whole in ((halves[:, :, : result.width], shown), (halves[:, :, result.width :], painted)):
+        for n, frame in enumerate(half):  # each is as near to that of its own time as to any
+            apart = [np.square(frame.astype(float) - other).mean() for other in whole]
+            assert apart[n] < min(1.2 * min(apart), 30)
+    heard, wanted = read_audio(job.compared), read_audio(job.output)
+    assert abs(len(heard) - len(wanted)) < 700 and np.corrcoef(heard[:20000], wanted[:20000])[0, 1] > 0.99
+    assert COMMENT.encode() in job.compared.read_bytes()
+    assert worker.view(job)["files"]["compared"].endswith("/talking-side-by-side.mp4")
+    assert worker.compare(job.id, ME).comparison is first, "what is there is not made again"
+    assert not list(job.folder.glob("*partial*"))
+
+
+def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voice, monkeypatch):
+    import moviepy
+
+    waiting = Worker(worker.folder / "other").submit(Request(talking, voice), ME)
+    worker._jobs[waiting.id] = waiting
+    with pytest.raises(UserError, match="no result yet"):
+        worker.compare(waiting.id, ME)
+    worker._forget(waiting)
+    job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    before = sorted(os.listdir(job.folder))
+    with worker._comparing:  # another's is being made
+        worker.compare(job.id, ME)
+        worker.cancel(job.id, ME)
+    until(lambda: job.comparison.state != "running")
+    assert job.comparison.state == CANCELLED and job.state == DONE and sorted(os.listdir(job.folder)) == before
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moviepy.VideoClip, "write_videofile", full)
+        worker.compare(job.id, ME)
+        until(lambda: job.comparison.state != "running")
+    assert "No space left on device" in job.comparison.error and sorted(os.listdir(job.folder)) == before
+    worker.compare(job.id, ME)
+    worker.remove(job.id, ME)  # in the middle of it
+    until(lambda: job.comparison.state != "running" and not job.folder.exists())
+
+
+def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice, tmp_path, monkeypatch):
+    done = ended(worker, worker.submit(Request(talking, voice, steps=1), ME, ("mine.mp4", "v.wav")))
+    assert list(kept(worker.folder)) == [], "their own server still runs"
+    before = Worker(tmp_path)  # not started: what is put in waits
+    shutil.copytree(done.folder, tmp_path / done.folder.name)
+    waiting, half = before.submit(Request(talking, voice, steps=1), ME), before.submit(Request(talking, voice), ME)
+    half.request.audio.unlink()
+    for name in ("first.mp4", ".latentsync-0123.mp4", "talking-side-by-side.partial.mp4"):
+        (waiting.folder / name).touch()
+    text = (waiting.folder / "job.json").read_text()
+    assert ME not in text and '"waiting"' in text
+    for name, words in (("a", "{"), ("b", "{}"), ("c", '{"server": {"pid": 1, "began": 0}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "job.json").write_text(words)
+    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
+    after = Worker(tmp_path, model=worker.model, device="cpu")
+    after.start()
+    again, found = after.jobs_of(ME)
+    assert (found.state, found.id, found.names) == (DONE, done.id, ("mine.mp4", "v.wav")) and found.output.is_file()
+    assert found.key != done.key and after.by_key(found.key) is found and after.jobs_of(OTHER) == []
+    then, now = worker.view(done), after.view(found)
+    assert {k: v for k, v in now.items() if k != "files"} == {k: json_of(v) for k, v in then.items() if k != "files"}
+    assert (again.state, again.id) == (FAILED, waiting.id) and "ended before this job did" in again.error
+    assert sorted(os.listdir(again.folder)) == ["job.json", "video.mp4", "voice.wav"]
+    assert not half.folder.exists() and all((tmp_path / name).is_dir() for name in "abc")
+    assert ended(after, after.again(again.id, ME)).state == DONE
+    after.close()
+
+
+def test_a_job_that_the_end_of_its_server_ended_can_be_run_again(
+    checkpoint, talking, long_voice, tmp_path, home, monkeypatch
+):
+    worker = Worker(tmp_path, model=str(checkpoint), device="cpu")
+    worker.start()
+    job = worker.submit(Request(talking, long_voice, steps=4), ME)
+    until(lambda: job.part > 0)
+    worker.close()
+    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
+    (found,) = kept(tmp_path)
+    assert (found.id, found.state) == (job.id, FAILED) and "run it again" in found.error
+    assert sorted(os.listdir(found.folder)) == ["job.json", "video.mp4", "voice.wav"]
 
 
 @pytest.mark.parametrize("which", ["video", "audio"])

@@ -81,6 +81,10 @@ def test_the_page_is_there_before_torch_is_and_within_seconds(server):
 
 def test_a_client_runs_a_job_follows_it_and_cancels_another(server, clips, tmp_path):
     client = connect(server)
+    parameters = client.view_api(return_format="dict")["named_endpoints"]["/submit"]["parameters"]
+    assert {"name": "guidance", "default": None} in [
+        {"name": each["parameter_name"], "default": each["parameter_default"]} for each in parameters
+    ], "who does not say how strong gets what suits the model"
     first = submit(client, clips)
     assert first["error"] is None
     other = submit(client, clips, "long.wav", first["visitor"])
@@ -96,8 +100,40 @@ def test_a_client_runs_a_job_follows_it_and_cancels_another(server, clips, tmp_p
     path = client.predict(first["job"], first["visitor"], api_name="/result")
     assert probe_video(path).n_frames == 8
     assert COMMENT.encode() in Path(path).read_bytes()
-    assert "steps" in client.predict(seconds=1, api_name="/describe")
+    assert "steps" in client.predict(seconds=1, api_name="/describe")[0]
     assert client.predict(api_name="/machine")["max_seconds"] == 30
+
+
+def test_results_are_compared_and_found_again_after_the_server_was_killed(tmp_path, checkpoint, clips, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))  # the killed one cannot remove its own
+    with serve(tmp_path, "--model", checkpoint) as server:
+        server.wait_until_ready()
+        client = Client(server.url, verbose=False)
+        done = submit(client, clips)
+        until(client, done, "done")
+        mine = done["job"], done["visitor"]
+        with pytest.raises(Exception, match="no side-by-side video yet"):
+            client.predict(*mine, True, api_name="/result")
+        assert client.predict(*mine, api_name="/compare")["comparison"]["state"] == "running"
+        while (comparison := job(client, done)["comparison"])["state"] == "running":
+            time.sleep(0.1)
+        assert comparison == {"state": "done", "done": 7, "total": 8, "error": None}
+        assert probe_video(client.predict(*mine, True, api_name="/result")).width == 2 * 192
+        stranger = client.predict(done["job"], secrets.token_urlsafe(24), api_name="/compare")
+        assert "no job" in stranger["error"]
+        cut = submit(client, clips, "long.wav", done["visitor"])
+        until(client, cut, "running")
+        server.process.kill()
+        server.process.wait()
+    with serve(tmp_path, "--model", checkpoint) as server:
+        server.wait_until_ready()
+        client = Client(server.url, verbose=False)
+        found, lost = job(client, done), job(client, cut)
+        assert found["state"] == "done" and set(found["files"]) == {"original", "result", "compared"}
+        assert httpx.get(f"{server.url}/lipsync/{found['files']['result']}").status_code == 200
+        assert lost["state"] == "failed" and "The server ended before this job did" in lost["error"]
+        again = client.predict(cut["job"], {}, cut["visitor"], api_name="/again")
+        until(client, again, "running")
 
 
 def test_ten_jobs_at_once_are_all_done_and_more_are_refused(server, clips):
@@ -166,7 +202,7 @@ def test_a_visitor_cannot_read_what_is_not_theirs(server, clips):
     # Files that were not uploaded, by any of the ways to name one.
     config = visitor.get("/config").json()
     assert any(dependency["api_name"] == "submit" for dependency in config["dependencies"])
-    rest = [0, "auto", 4, 1.5, 1, 0.85, 0, "as the level says", "as the level says", "largest", 16, foreign]
+    rest = [0, "auto", 4, 1, 0.85, 0, "as the level says", "as the level says", "largest", 16, None, foreign]
     for path in ("/etc/passwd", str(result), str(result.with_name("video.mp4")), "../../../etc/passwd", str(link)):
         given = {"path": path, "meta": {"_type": "gradio.FileData"}}
         found = ask("submit", given, given, *rest)

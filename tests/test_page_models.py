@@ -14,7 +14,8 @@ from latentsync import download, store
 from latentsync.errors import UserError
 from latentsync.releases import RELEASES
 from optim.hardware import Gpu
-from optim.serving.jobs import Request, Worker
+from optim.serving.job import Request
+from optim.serving.jobs import Worker
 from optim.serving.stock import DONE, FAILED, RUNNING, STOPPED, Fetcher, best_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,8 +109,8 @@ def test_a_client_fetches_a_model_and_it_can_be_chosen_without_a_restart(hub, fe
         found = next(each for each in after["models"] if each["name"] == NAME)
         assert found["present"] and found["converted"] and found["to_fetch"] == 0 and after["chosen"] == NAME
     # `auto` takes it now, and it runs at its own resolution.
-    assert f"model {NAME} (64 px)" in fetcher.worker.describe(Request("v", "a"), None)
-    assert "demo (128 px)" in fetcher.worker.describe(Request("v", "a", model="demo"), None)
+    assert f"model {NAME} (64 px)" in fetcher.worker.describe(Request("v", "a"), None)[0]
+    assert "demo (128 px)" in fetcher.worker.describe(Request("v", "a", model="demo"), None)[0]
     assert (f"{NAME} (64 px)", NAME) in app.Page(fetcher.worker, fetcher).choices().choices
 
 

@@ -13,7 +13,7 @@ from clips import make_sound
 from conftest import SIDE, portrait
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
-from latentsync import pipeline
+from latentsync import STAGES, pipeline
 from latentsync.alignment import frame_rectangle
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints import load_models, resolve
@@ -23,7 +23,6 @@ from latentsync.media import COMMENT, VideoWriter, probe_audio, probe_video, rea
 from latentsync.overlap import ahead
 from latentsync.pipeline import (
     DECODED_AHEAD,
-    STAGES,
     WINDOW,
     Enough,
     Painter,

@@ -93,8 +93,8 @@ def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
     files = held_out(args.clips, args.speakers)
     device = choose_device(args.device)
     models = load_models(resolve(args.model, device), device, torch.float16 if device.type == "cuda" else torch.float32)
-    guidance = models.guidance_scale if args.guidance is None else args.guidance
-    models, settings = prepare(args, models, Settings(args.steps, guidance, args.seed))
+    settings = Settings.suiting(models, args.guidance, steps=args.steps, seed=args.seed)
+    models, settings = prepare(args, models, settings)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

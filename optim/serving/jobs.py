@@ -10,7 +10,6 @@ The model stays loaded between jobs and is let go after a while without any.
 """
 
 import gc
-import json
 import math
 import os
 import secrets
@@ -22,13 +21,28 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentsync import STAGES
 from latentsync.errors import UserError
-from latentsync.media import FPS, HDR_REMARK, VideoInfo, probe_audio, probe_video
+from latentsync.media import FPS, HDR_REMARK, probe_audio, probe_video
 from optim.serving.curves import NO_CURVES, latest, live, thinned
+from optim.serving.job import (
+    CANCELLED,
+    COMPARED_SECONDS,
+    DONE,
+    FAILED,
+    RUNNING,
+    WAITING,
+    Comparison,
+    Job,
+    Request,
+    kept,
+    owner_of,
+    write_down,
+)
 from optim.serving.preview import Preview
 from optim.serving.speeds import Speeds
 from optim.serving.stock import best_for, survey
@@ -40,110 +54,13 @@ if TYPE_CHECKING:  # torch takes seconds to load
     from optim.accelerate import Plan
     from optim.monitor import History, Monitor
 
-WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
-STAGES = ("faces", "mouths", "writing")  # latentsync.pipeline.STAGES, which would import torch
 IDLE_SECONDS = 600.0  # without a job, until the model is let go
 KEPT_JOBS = 50  # finished ones that a visitor finds in the list
 LIVE_SECONDS = 120.0  # of the curves of the machine
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a user asks for. Ranges are those of the command line; None: what the level or the machine suggests."""
-
-    video: Path
-    audio: Path
-    level: str = "auto"  # a name, or a number from 0 (quality) to 1 (speed)
-    model: str = "auto"
-    steps: int = 20
-    guidance: float = 1.5
-    seed: int = 1247
-    vram_fraction: float | None = None
-    batch: int | None = None
-    cache: int | str | None = "level"  # "level", None (off), or an interval
-    compile: bool | None = None
-    face: str = "largest"
-    crf: float = 16
-
-    def settings(self) -> dict[str, Any]:
-        """All but the files, ready for JSON."""
-        return {name: value for name, value in asdict(self).items() if name not in ("video", "audio")}
-
-
 class Cancelled(Exception):
     """Raised inside a run that is to end and leave nothing."""
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way. Written by the worker's thread, read by all."""
-
-    request: Request
-    visitor: str  # who may see it
-    folder: Path  # its own: inputs, and what comes out
-    names: tuple[str, str]  # the user's names of the two files
-    info: VideoInfo
-    seconds: float  # of sound
-    id: str = field(default_factory=lambda: secrets.token_hex(4))
-    key: str = field(default_factory=lambda: secrets.token_urlsafe(24))  # opens its files, for who knows it
-    state: str = WAITING
-    created: float = field(default_factory=time.time)
-    started: float | None = None
-    ended: float | None = None
-    doing: str = "waiting"  # in words
-    progress: dict[str, int] = field(default_factory=dict)  # frames that each stage has done
-    part: float = 0.0  # of the frames of the pass that is being painted, how many its steps amount to
-    messages: list[str] = field(default_factory=list)
-    advice: list[dict[str, str]] = field(default_factory=list)
-    error: str | None = None
-    remedy: dict[str, Any] | None = None  # {"label": …, "settings": {…}} or {"label": …, "focus": "video"}
-    report: dict[str, Any] | None = None
-    timeline: dict[str, Any] | None = None
-    output: Path | None = None
-    picture: bytes | None = None  # JPEG, of a frame that is done
-    pictures: int = 0
-    playable: int = 0  # seconds of `first` that can be played
-    ending: threading.Event = field(default_factory=threading.Event)
-    keep: bool = False  # what is finished, when ending
-    expected: float | None = None  # seconds, by earlier jobs
-
-    @property
-    def frames(self) -> int:
-        return math.ceil(self.seconds * FPS)
-
-    @property
-    def first(self) -> Path:
-        """The first seconds of the result, as far as they are done."""
-        return self.folder / "first.mp4"
-
-    def files(self) -> dict[str, Path]:
-        """What of this job can be looked at, by name."""
-        found = {"original": self.request.video}
-        if self.output:
-            found["result"] = self.output
-        elif self.playable:
-            found["first"] = self.first
-        return found
-
-    def frames_per_second(self) -> float | None:
-        """Of the mouths since the first of them was begun; None before."""
-        began = self.timeline and self.timeline["stages"].get("mouths")
-        done = self.progress.get("mouths", 0) + self.part
-        if not began or not done:
-            return None
-        until = self.ended or time.time()
-        return done / max(until - self.started - began[0], 1e-3)
-
-    def seconds_left(self) -> float | None:
-        """By this job's own speed, or by that of earlier ones while it has none; None where there is neither."""
-        if self.state != RUNNING:
-            return None
-        rate = self.frames_per_second()
-        if rate:
-            return (self.frames - self.progress.get("mouths", 0) - self.part) / rate
-        if self.expected is not None:
-            return max(self.expected - (time.time() - self.started), 0.0)
-        return None
 
 
 @dataclass(frozen=True)
@@ -194,20 +111,20 @@ def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]
             hook.remove()
 
 
-def make_plan(request: Request, resolution: int, device: "torch.device") -> "Plan":
-    """The plan for a request on a device. Raises UserError."""
+def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.device") -> "Plan":
+    """The plan for a request with a model on a device. Raises UserError."""
     from latentsync.pipeline import Settings
     from latentsync.sampling import DeepCache
     from optim.accelerate import plan_as_asked
 
-    asked = Settings(
-        steps=request.steps, guidance_scale=request.guidance, seed=request.seed, crf=request.crf, face=request.face
+    asked = Settings.suiting(
+        model, request.guidance, steps=request.steps, seed=request.seed, crf=request.crf, face=request.face
     )
     overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if request.cache != "level":
         overrides["cache"] = request.cache and DeepCache(request.cache, 0)
-    return plan_as_asked(device, resolution, asked, request.level, request.batch, **overrides)
+    return plan_as_asked(device, model.resolution, asked, request.level, request.batch, **overrides)
 
 
 def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
@@ -225,7 +142,7 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
     device = choose_device("auto")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     models = load_models(resolve(model, device), device, dtype)
-    plan = make_plan(request, models.resolution, device)
+    plan = make_plan(request, models, device)
     accelerate(models, plan, log)
     relieve = reliever(models, plan, log)
     # In one piece: no later job finds the segments of this one, as each has a folder of its own.
@@ -271,11 +188,14 @@ class Worker:
         self._seen_at = -math.inf
         self._models: Models | None = None
         self._loaded: Checkpoint | None = None
+        self._comparing = threading.Lock()  # one comparison at a time, whoever asks
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
 
     # ---- for every thread
 
     def start(self) -> None:
+        """Find the jobs of earlier servers again, and begin to work."""
+        self._jobs |= {job.id: job for job in kept(self.folder)}
         self._thread.start()
 
     def close(self) -> None:
@@ -283,6 +203,8 @@ class Worker:
         self._closed = True
         for job in list(self._jobs.values()):
             job.ending.set()
+            if job.comparison:
+                job.comparison.ending.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
@@ -314,7 +236,9 @@ class Worker:
                     "cut it into shorter pieces."
                 )
             fields = request.settings() | {"video": video, "audio": audio}
-            job = Job(Request(**fields), visitor, folder, names, info, seconds)
+            size = info.width, info.height
+            job = Job(Request(**fields), owner_of(visitor), folder, names, size, seconds)
+            write_down(job, WAITING)
             with self._lock:
                 self._check_room()
                 self._jobs[job.id] = job
@@ -346,7 +270,7 @@ class Worker:
             "created": job.created,
             "elapsed": None if job.started is None else round((job.ended or time.time()) - job.started, 1),
             "frames": job.frames,
-            "size": [job.info.width, job.info.height],
+            "size": job.size,
             "stages": {stage: job.progress.get(stage, 0) for stage in STAGES},
             "mouths": round(job.progress.get("mouths", 0) + job.part, 1),
             "frames_per_second": rate and round(rate, 2),
@@ -361,6 +285,8 @@ class Worker:
             "settings": job.request.settings(),
             "report": job.report,
             "timeline": job.timeline if job.report else None,
+            "comparison": job.comparison and job.comparison.view(),
+            "compared_seconds": min(job.seconds, COMPARED_SECONDS),
         }
 
     def live(self, since: float = 0.0) -> dict[str, Any]:
@@ -375,7 +301,7 @@ class Worker:
     def find(self, job_id: str, visitor: str) -> Job:
         """A visitor's own job. Raises UserError, the same for another's as for one that there is not."""
         job = self._jobs.get(job_id)
-        if job is None or not _same(job.visitor, visitor):
+        if job is None or not _same(job.owner, owner_of(visitor)):
             raise UserError(f"There is no job '{job_id}' of yours: it may have been removed.")
         return job
 
@@ -385,7 +311,8 @@ class Worker:
 
     def jobs_of(self, visitor: str) -> list[Job]:
         """A visitor's jobs, the newest first."""
-        own = [job for job in list(self._jobs.values()) if _same(job.visitor, visitor)]
+        owner = owner_of(visitor)
+        own = [job for job in list(self._jobs.values()) if _same(job.owner, owner)]
         return own[::-1][:KEPT_JOBS]
 
     def place(self, job: Job) -> int | None:
@@ -401,15 +328,66 @@ class Worker:
             return sum(job.state == RUNNING for job in self._jobs.values()), len(self._waiting)
 
     def cancel(self, job_id: str, visitor: str, keep: bool = False) -> Job:
-        """End a job; keep: leave what is finished as a result. Raises UserError for another's job."""
+        """End a job, or the comparison of one that has ended; keep: leave what is finished as a result.
+
+        Raises UserError for another's job.
+        """
         job = self.find(job_id, visitor)
+        if job.comparison:
+            job.comparison.ending.set()
         with self._lock:
             job.keep = keep
             job.ending.set()
             if job in self._waiting:
                 self._waiting.remove(job)
-                job.state, job.ended, job.doing = CANCELLED, time.time(), "cancelled"
+                job.ended, job.doing = time.time(), "cancelled"
+                write_down(job, CANCELLED)
+                job.state = CANCELLED
         return job
+
+    def compare(self, job_id: str, visitor: str) -> Job:
+        """Begin to put original and result side by side, once; `cancel` ends it. Raises UserError."""
+        job = self.find(job_id, visitor)
+        if job.output is None:
+            raise UserError("There is no result yet to put beside the original: watch the job until it is done.")
+        with self._lock:
+            if job.comparison is None or job.comparison.state not in (RUNNING, DONE):
+                job.comparison = Comparison()
+                threading.Thread(target=self._compare, args=(job, job.comparison), name="compare", daemon=True).start()
+        return job
+
+    def _compare(self, job: Job, comparison: Comparison) -> None:
+        """Make a comparison to whatever end; raises nothing."""
+        from optim.serving.compare import side_by_side
+
+        def step(done: int, total: int) -> None:
+            if comparison.ending.is_set():
+                raise Cancelled
+            comparison.done, comparison.total = done, total
+
+        partial = job.compared.with_suffix(".partial.mp4")
+        try:
+            with self._comparing:
+                step(0, 0)
+                side_by_side(job.request.video, job.output, partial, step)
+            os.replace(partial, job.compared)
+            comparison.state = DONE
+        except Cancelled:
+            comparison.state = CANCELLED
+        except UserError as error:
+            comparison.error = said(error, {job.request.video: job.names[0], job.output: job.output.name})
+            comparison.state = FAILED
+        except Exception as error:
+            traceback.print_exc()
+            comparison.error = (
+                f"The side-by-side video could not be made ({type(error).__name__}); the console says where. The "
+                "result itself is unharmed."
+            )
+            comparison.state = FAILED
+        finally:
+            partial.unlink(missing_ok=True)
+            if job.id not in self._jobs:  # it was removed meanwhile
+                shutil.rmtree(job.folder, ignore_errors=True)
 
     def remove(self, job_id: str, visitor: str) -> None:
         """Forget a job and delete its files. Raises UserError for another's, or one that has not ended."""
@@ -420,32 +398,36 @@ class Worker:
 
     def _forget(self, job: Job) -> None:
         self._jobs.pop(job.id, None)
+        if job.comparison:
+            job.comparison.ending.set()
         shutil.rmtree(job.folder, ignore_errors=True)
 
-    def describe(self, request: Request, seconds: float | None) -> str:
-        """What a request means on this machine, in one line; seconds: of its sound, None where there is none yet.
+    def describe(self, request: Request, seconds: float | None) -> tuple[str, str]:
+        """What a request means on this machine, in one line, and the same in detail.
 
-        Waits for the worker to have looked at the machine. Raises UserError.
+        seconds: of its sound, None where there is none yet. Waits for the worker to have looked at the machine.
+        Raises UserError.
         """
         self.ready.wait()
         import torch
 
         if self.machine is None:
             raise UserError(self.problem or "")
-        from optim.accelerate import describe
+        from optim.accelerate import describe, in_words
 
         device = torch.device(self.machine.device)
         checkpoint = self._checkpoint(request)
-        plan = make_plan(request, checkpoint.resolution, device)
-        words = f"{describe(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
+        plan = make_plan(request, checkpoint, device)
+        words = f"{in_words(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
+        details = describe(plan, device) + "."
         if seconds is None:
-            return words + "."
+            return words + ".", details
         frames = math.ceil(seconds * FPS)
         found = self.speeds.estimate(self._where(checkpoint), plan.settings, frames)
         if found is None:
-            return words + "; how long it takes here is not known before the first job."
+            return words + "; how long it takes here is not known before the first job.", details
         estimate, measured = found
-        return f"{words}; {'about' if measured else 'roughly'} {in_words(estimate)} for this clip."
+        return f"{words}; {'about' if measured else 'roughly'} {spoken(estimate)} for this clip.", details
 
     def wait(self, job: Job, timeout: float) -> bool:
         """Whether a job has ended within that many seconds."""
@@ -577,15 +559,15 @@ class Worker:
         from latentsync.pipeline import Enough
 
         job.timeline = {"stages": {}}
-        broken = False
+        state, broken = FAILED, False
         try:
             if self.machine is None:
                 raise UserError(self.problem or "This machine cannot be used.")
             self._run_lent(job) if self.lent else self._run(job)
-            job.state = CANCELLED if job.report and job.report["ended_early"] else DONE
-            job.doing = "stopped; the finished part is kept" if job.state == CANCELLED else "done"
+            state = CANCELLED if job.report and job.report["ended_early"] else DONE
+            job.doing = "stopped; the finished part is kept" if state == CANCELLED else "done"
         except (Cancelled, Enough):
-            job.state, job.doing = CANCELLED, "cancelled"
+            state, job.doing = CANCELLED, "cancelled"
         except UserError as error:
             names = {job.request.video: job.names[0], job.request.audio: job.names[1]}
             remedy = {"label": "Choose another video", "focus": "video"} if "shows no face" in str(error) else None
@@ -608,25 +590,20 @@ class Worker:
         job.playable = 0
         with suppress(OSError):  # its folder may be gone, or the file be open elsewhere on Windows
             job.first.unlink()
-        # Not among the files that are served, but beside them for whoever finds the folder.
-        with suppress(OSError):
-            about = {"state": job.state, "error": job.error, "settings": job.request.settings(), "report": job.report}
-            (job.folder / "job.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         self._keep_timeline(job)
+        if state != CANCELLED or not self._closed:  # what only the server's end ends is found as such by the next one
+            write_down(job, state)
+        job.state = state  # the last thing: whoever sees it finds all else as it is to stay
 
     def _fail(self, job: Job, error: str, remedy: dict | None) -> None:
-        job.state, job.doing, job.error, job.remedy = FAILED, "failed", error, remedy
+        job.doing, job.error, job.remedy = "failed", error, remedy
 
     def _run_lent(self, job: Job) -> None:
         job.doing = "running on a GPU that is lent for it; how far it is cannot be seen here"
-        output = self._output(job)
+        output = job.planned
         name = self._checkpoint(job.request).name
         model = name if self.model == "auto" or name != self.machine.chosen else self.model
         job.report, job.output = self.lent(job.request, output, model), output
-
-    @staticmethod
-    def _output(job: Job) -> Path:
-        return job.folder / f"{_stem(job.names[0])}-synced.mp4"
 
     def _run(self, job: Job) -> None:
         from latentsync.pipeline import Enough, lipsync
@@ -642,7 +619,7 @@ class Worker:
         check()
         models = self._load(request, job)
         check()
-        plan = make_plan(request, models.resolution, models.device)
+        plan = make_plan(request, models, models.device)
         found = self.speeds.estimate(self._where(self._loaded), plan.settings, job.frames)
         job.expected = found[0] if found else None
         job.doing = "preparing the networks"
@@ -659,7 +636,7 @@ class Worker:
 
         relieve = reliever(models, plan, job.messages.append, stepped_down)
         progress = Progress(job, plan.settings.steps, self.monitor, check)
-        output = self._output(job)
+        output = job.planned
         preview = Preview(job)
         self.monitor.mark(plan.level.name)
         began = time.monotonic()
@@ -747,7 +724,7 @@ def said(error: UserError, names: dict[Path, str]) -> str:
     return text
 
 
-def in_words(seconds: float) -> str:
+def spoken(seconds: float) -> str:
     """A duration as one says it."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
@@ -765,12 +742,6 @@ def _suffix(name: str) -> str:
     """The ending of a user's file name, if it is one that can do no harm."""
     suffix = Path(name).suffix.lower()
     return suffix if suffix[1:].isalnum() and suffix.isascii() and len(suffix) <= 6 else ""
-
-
-def _stem(name: str) -> str:
-    """A user's file name without its ending, of letters that every system takes."""
-    kept = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).stem)
-    return kept[:60].strip("_") or "video"
 
 
 def log(text: str) -> None:

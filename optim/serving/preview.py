@@ -12,7 +12,7 @@ from latentsync.media import FPS
 if TYPE_CHECKING:
     import numpy as np
 
-    from optim.serving.jobs import Job
+    from optim.serving.job import Job
 
 PREVIEW_SECONDS = 10  # of the result that can be played before it is done
 PREVIEW_PIXELS = 480  # the shorter side of what is shown before it is done

@@ -16,6 +16,7 @@ class Speeds:
 
     def __init__(self, path: Path):
         self.path = path
+        self.jobs = 0  # that were measured since
         self._known: dict[str, dict[str, float]] = {}
         with suppress(OSError, ValueError):
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -45,6 +46,7 @@ class Speeds:
 
     def record(self, place: str, settings: "Settings", frames: int, seconds: float) -> None:
         """Remember a job; the newest of its kind counts."""
+        self.jobs += 1
         self._known.setdefault(place, {})[str(round(self.work(settings), 2))] = seconds / frames
         with suppress(OSError):  # a full disk costs the memory, not the job
             self.path.parent.mkdir(parents=True, exist_ok=True)
