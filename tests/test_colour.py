@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import ffmpeg, make_video
+from clips import ffmpeg, make_sound, make_video
 
 from latentsync.media import HDR_REMARK, VideoInfo, VideoWriter, probe_video, read_frames
+from optim.serving.jobs import Request, Worker
 
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-crf", 4)
 FRAMES = 5
@@ -161,3 +162,10 @@ def test_the_command_line_says_that_hdr_is_lost(tmp_path, checkpoint, voice, cap
     path = make_hdr(tmp_path / "in.mp4", "smpte2084")
     assert main([str(path), str(voice), "-o", str(tmp_path / "o.mp4"), "--model", str(checkpoint)]) == 2  # no face
     assert HDR_REMARK in capsys.readouterr().err
+
+
+def test_a_job_says_that_hdr_becomes_standard_range(tmp_path):
+    voice = make_sound(tmp_path / "voice.wav", seconds=1)
+    worker = Worker(tmp_path / "outputs")  # not started: the job waits
+    job = worker.submit(Request(make_hdr(tmp_path / "in.mp4", "smpte2084"), voice), "m" * 24)
+    assert job.messages == [HDR_REMARK]

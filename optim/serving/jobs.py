@@ -238,6 +238,8 @@ class Worker:
             fields = request.settings() | {"video": video, "audio": audio}
             size = info.width, info.height
             job = Job(Request(**fields), owner_of(visitor), folder, names, size, seconds)
+            if info.hdr:
+                job.messages.append(HDR_REMARK)
             write_down(job, WAITING)
             with self._lock:
                 self._check_room()
@@ -626,8 +628,6 @@ class Worker:
         accelerate(models, plan, job.messages.append, frames=job.frames)
         check()
         job.doing = "looking at the files"
-        if job.info.hdr:
-            job.messages.append(HDR_REMARK)
         step_downs: list[str] = []
 
         def stepped_down(words: str) -> None:
