@@ -592,10 +592,15 @@ class Worker:
         job.playable = 0
         with suppress(OSError):  # its folder may be gone, or the file be open elsewhere on Windows
             job.first.unlink()
-        self._keep_timeline(job)
-        if state != CANCELLED or not self._closed:  # what only the server's end ends is found as such by the next one
-            write_down(job, state)
-        job.state = state  # the last thing: whoever sees it finds all else as it is to stay
+        try:
+            self._keep_timeline(job)
+        except Exception:  # a result without curves is a result
+            traceback.print_exc()
+        try:
+            if state != CANCELLED or not self._closed:  # what only the server's end ends is found so by the next one
+                write_down(job, state)
+        finally:
+            job.state = state  # the last thing: whoever sees it finds all else as it is to stay
 
     def _fail(self, job: Job, error: str, remedy: dict | None) -> None:
         job.doing, job.error, job.remedy = "failed", error, remedy
