@@ -280,11 +280,14 @@ class Painter:
         shots = [shot for window in windows for shot in window.shots]
         crops = self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots])))
         tokens = self.upload(torch.stack([shot.tokens for shot in shots])).to(models.dtype)
-        given = self.condition(shots, crops)
+        given = self.condition(shots, crops).unflatten(0, (b, f))
+        if models.hold_still:
+            # All frames are told of the middle one: cheeks and jaw would give away what the old mouth said.
+            given = given[:, f // 2 : f // 2 + 1].expand_as(given)
         latents = denoise(
             models.unet,
             self.noise,
-            given.unflatten(0, (b, f)).transpose(1, 2),
+            given.transpose(1, 2),
             tokens.unflatten(0, (b, f)),
             self.schedule,
             settings.guidance_scale,
@@ -600,6 +603,7 @@ def lipsync(
         asked = asdict(replace(settings, windows_per_pass=1, frames_per_pass=1))
         asked |= {"segment": segment_frames, "device": models.device.type, "dtype": report.dtype}
         asked |= {"model": models.name, "resolution": models.resolution, "mel_range": models.mel_range}
+        asked |= {"hold_still": models.hold_still, "match_colours": models.match_colours}
         folder = work_folder(output, (video, audio, *models.files), asked)
         clean(output, folder)
         writer = SegmentWriter(

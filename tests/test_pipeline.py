@@ -5,6 +5,7 @@ import random
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from latentsync.pipeline import (
     paint,
     windows,
 )
-from latentsync.sampling import DeepCache
+from latentsync.sampling import DeepCache, denoise
 from latentsync.vae import to_pixels
 
 CPU = torch.device("cpu")
@@ -621,3 +622,17 @@ def test_a_video_too_long_to_be_kept_is_searched_again(models, wav, monkeypatch)
     shots = list(generate(frames, wav, models, Settings(steps=1), FRAMES, True, StageClock()))
     assert len(shots) == FRAMES and [shot.source for shot in shots] == [0, 1, 2, 3, 4] + [None] * (FRAMES - 5)
     assert all(shot.crop is not None for shot in shots)
+
+
+@pytest.mark.parametrize("still", [True, False])
+def test_a_model_that_reads_cheeks_and_jaw_sees_one_moment_a_window(models, wav, monkeypatch, still):
+    told = []
+
+    def watched(unet, noise, given, *rest):
+        told.append(given.transpose(1, 2).clone())
+        return denoise(unet, noise, given, *rest)
+
+    monkeypatch.setattr(pipeline, "denoise", watched)
+    run(replace(models, hold_still=still), wav)
+    for frames in (window for group in told for window in group):
+        assert all(torch.equal(frame, frames[len(frames) // 2]) for frame in frames) == still

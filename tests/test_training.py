@@ -94,6 +94,21 @@ def test_the_reference_is_another_window_of_the_same_clip(prepared):
         assert frames[0] != reference[0] and (room < WINDOW or not set(frames) & set(reference))
 
 
+def test_what_is_seen_is_mostly_of_another_moment_than_what_is_heard(prepared):
+    data = load_clips(prepared, CPU)
+    rng = np.random.default_rng(1)
+    torch.manual_seed(0)
+    windows = draw_windows(data, draw_sound(data, rng, 4, augment=True), rng, 100)
+    seen, reference = denoiser.draw_moments(windows)
+    elsewhen = (seen != windows.frames).any(1)
+    assert abs(float(elsewhen.float().mean()) - denoiser.ELSEWHEN) < 0.08
+    assert torch.equal(seen[elsewhen], reference[elsewhen]) and torch.equal(seen[~elsewhen], windows.frames[~elsewhen])
+    still = (reference == reference[:, :1]).all(1)
+    assert abs(float(still.float().mean()) - denoiser.STILL) < 0.08
+    assert torch.equal(reference[still, 0], windows.reference[still, WINDOW // 2])
+    assert torch.equal(reference[~still], windows.reference[~still])
+
+
 def test_the_plain_look_is_the_inner_crop(prepared):
     data = load_clips(prepared, CPU)
     frames = data.frames[:4]

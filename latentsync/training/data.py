@@ -43,6 +43,7 @@ WARP = 0.05  # of half the canvas: the largest standard deviation of the displac
 HELD_OUT_SPEAKERS = ("s3", "s7", "s25", "s31", "s34")  # people whom the model must never have seen
 HELD_OUT_EVERY = 20  # of the clips of people with more than that many, every 20th is held out
 EDGE = 2  # frames at a clip's ends whose audio tokens reach into the next clip
+LATEST_START = 50  # frames of silence before the first clip of a segment, at most
 CLIPS_PER_SEGMENT = 10  # clips of 3 s that share one 30 s segment of sound
 SPAN = WINDOW + 2 * EDGE + 4  # frames: the shortest part of a clip that is heard
 WHOLE_SPANS = 0.3  # share of clips that are heard whole, as sentences; parts teach sounds and not the grammar of GRID
@@ -343,7 +344,8 @@ def draw_sound(data: ClipSet, rng: np.random.Generator, segments: int, augment: 
     parts: list[list[np.ndarray]] = [[], [], [], []]
     for s in range(segments):
         most = CLIPS_PER_SEGMENT if rng.random() < 0.5 else int(rng.integers(1, CLIPS_PER_SEGMENT))
-        drawn, at = [], 0
+        # Not always at once: or the place in the segment would tell where in a sentence one is.
+        drawn, at = [], int(rng.integers(0, LATEST_START)) if augment and rng.random() < 0.5 else 0
         for clip in data.draw(rng, most):
             count = length = int(data.lengths[clip])
             if augment and rng.random() >= WHOLE_SPANS:

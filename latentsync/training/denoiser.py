@@ -16,6 +16,7 @@ from latentsync.training import autoencoder, lips, listener
 from latentsync.training.data import (
     RESOLUTION,
     ClipSet,
+    Windows,
     draw_sound,
     draw_windows,
     load_clips,
@@ -51,6 +52,8 @@ SEGMENTS, WINDOWS_PER_SEGMENT = 4, 10
 LEARNING_RATE, LISTENER_RATE = 3e-4, 1e-4
 UNHEARD = 0.1  # share of windows without audio, so that guidance has a branch to start from
 UNSEEN = 0.1  # share of windows without a reference, where the sound alone says how the mouth is
+ELSEWHEN = 0.75  # share of windows whose masked faces are not of the moment that is heard either
+STILL = 0.5  # share of windows of which one moment is shown throughout
 SHARED_NOISE = 0.7  # share of windows whose frames all have the same noise, as sampling starts from
 SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023)
 VISIBLE_WEIGHT = 0.15  # of the loss where the mask shows the face anyway
@@ -99,6 +102,19 @@ def encode_look(
         for latents, pixels in ((pool.target, x), (pool.masked, x * mask), (pool.reference, other)):
             pixels = pixels.to(vae.dtype, memory_format=torch.channels_last)
             latents[k, part] = vae.encode(pixels).latent_dist.mode() * scale
+
+
+def draw_moments(windows: Windows) -> tuple[Tensor, Tensor]:
+    """Which frames the masked faces and the references are, (b, f) each.
+
+    Cheeks and jaw tell what a mouth says. A network that always sees them at the moment that it hears goes by them, and
+    repeats what the old mouth said when it is to dub; so both are mostly of another window, as in dubbing, and often
+    stand still, as `hold_still` has it.
+    """
+    b, f = windows.frames.shape
+    still, elsewhen = (torch.rand(b, 1, device=windows.frames.device) < share for share in (STILL, ELSEWHEN))
+    reference = torch.where(still, windows.reference[:, f // 2 : f // 2 + 1], windows.reference)
+    return torch.where(elsewhen, reference, windows.frames), reference
 
 
 def loss_weights(mask: Tensor) -> Tensor:
@@ -190,8 +206,9 @@ def train(
         b, f = windows.frames.shape
         look = torch.randint(looks, (b, 1), device=device)
         clean = pool.target[look, windows.frames].transpose(1, 2).float()  # (b, c, f, h, w)
-        masked = pool.masked[look, windows.frames].transpose(1, 2).float()
-        reference = pool.reference[look, windows.reference].transpose(1, 2).float()
+        seen_then, reference_then = draw_moments(windows)
+        masked = pool.masked[look, seen_then].transpose(1, 2).float()
+        reference = pool.reference[look, reference_then].transpose(1, 2).float()
         seen = torch.rand(b, 1, 1, 1, 1, device=device) >= UNSEEN
         reference = torch.where(seen, reference, masked)
         timestep = torch.randint(1000, (b,), device=device)
