@@ -32,6 +32,7 @@ DISK = 2 * 10**9  # bytes that should be free for outputs
 REAL_TIME = 25  # frames/s
 FEW_STEPS = 12
 MUCH_CACHE = 5  # a DeepCache interval that begins to show
+STARTING = 15.0  # seconds; in a shorter run the GPU waits for what is done once
 IDLE = 60  # percent of utilization under which a GPU waits for the rest of the machine
 FACELESS = 0.1  # of the frames
 
@@ -243,6 +244,8 @@ def slow_advice(run: RunFacts) -> Iterator[Advice]:
         return
     yield from slowdown_advice("The GPU", run.slowdowns)
     if run.utilization is not None and run.utilization < IDLE:
+        if run.seconds < STARTING:
+            return
         yield Advice(
             f"The GPU worked only {run.utilization:.0f} % of the time and waited for the processor or the disk.",
             "Close other programs that keep the processor busy, and keep the files on a local disk.",

@@ -90,6 +90,7 @@ def test_the_command_prints_advice_and_exits_with_0_only_without_any(facts, code
 def test_a_good_run_gets_no_advice():
     assert advise_run(RUN) == []
     assert advise_run(replace(RUN, seconds=2, utilization=10, position=0, slowdowns=0x20)) == []  # faster than it plays
+    assert advise_run(replace(RUN, seconds=10, utilization=30)) == []  # most of it was the start
 
 
 @pytest.mark.parametrize(
