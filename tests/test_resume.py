@@ -19,13 +19,13 @@ from clips import ffmpeg, make_sound
 from conftest import SIDE, portrait, save_video
 from filelock import FileLock
 
-from latentsync import pipeline, segments
+from latentsync import STAGES, pipeline, segments
 from latentsync.__main__ import Bars, Lines, main
 from latentsync.checkpoints import load_models, resolve
 from latentsync.errors import UserError
 from latentsync.faces import Face, track_faces
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_frames
-from latentsync.pipeline import STAGES, Enough, Painter, Settings, lipsync
+from latentsync.pipeline import Enough, Painter, Settings, lipsync
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -266,7 +266,7 @@ def test_an_encoder_that_dies_is_a_sentence_and_costs_no_segment(models, followe
     with monkeypatch.context() as patched, pytest.raises(UserError) as caught:
         patched.setattr(VideoWriter, "__enter__", dying)
         lipsync(*run, segment_frames=SEGMENT)
-    assert str(caught.value).startswith(f"{output} could not be written") and "00002" not in str(caught.value)
+    assert f"while it wrote {output};" in str(caught.value) and "00002" not in str(caught.value)
     assert lipsync(*run, segment_frames=SEGMENT).resumed_from == 40
 
 
