@@ -230,11 +230,10 @@ def train(
         nn.utils.clip_grad_norm_(live, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_copy_(used, learnt)
         step += 1
         decay = min(EMA, (step + 1) / (step + 10))
         with torch.no_grad():
+            torch._foreach_copy_(used, learnt)
             torch._foreach_lerp_(followers, live, 1 - decay)
         losses.append(torch.stack([loss.detach(), off.detach()]))
         if (step - first) % REFRESH_STEPS == 0:
