@@ -5,7 +5,7 @@ A checkpoint is a folder:
     latentsync_unet.safetensors or .pt    the U-Net under its released names
     whisper/tiny.safetensors or .pt       an OpenAI-format Whisper, of which the encoder is used
     vae/config.json, vae/diffusion_pytorch_model.safetensors    a diffusers AutoencoderKL
-    latentsync.json                       {"resolution": 256, "unet": {…}, "match_colours": false, "hold_still": false,
+    latentsync.json                       {"resolution": 256, "unet": {…}, "match_colours": false, "ends_only": false,
                                           "guidance_scale": 1.5, "mel_range": 8}; the released models need none
 
 All but the last may also lie in its folder `checkpoints`, as the reference and its ComfyUI wrappers have it, and the
@@ -61,7 +61,7 @@ class Checkpoint:
     vae: Path
     vae_config: Path
     match_colours: bool = False  # its autoencoder does not return every tone; see `compositing.match_colours`
-    hold_still: bool = False  # it reads mouths off what moves around them; see `pipeline.Painter.paint`
+    ends_only: bool = False  # it sees a window's first and last faces alone; see `sampling.between_ends`
     guidance_scale: float = GUIDANCE_SCALE  # what suits it, where nothing else is asked for
     mel_range: float = MEL_RANGE  # decades under the loudest sound that its audio encoder has learnt to hear
     remark: str | None = None  # a sentence for the user, where something about the files is not as expected
@@ -77,7 +77,7 @@ class Models:
     audio_encoder: AudioEncoder
     vae: AutoencoderKL
     match_colours: bool = False
-    hold_still: bool = False
+    ends_only: bool = False
     guidance_scale: float = GUIDANCE_SCALE
     mel_range: float = MEL_RANGE
     files: tuple[Path, ...] = ()  # that it was loaded from
@@ -170,7 +170,7 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
         unet_config = UNetConfig.from_dict(config.get("unet", {}))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"'{folder / CONFIG}' asks for a network that this program is not: {error}.") from error
-    match_colours, hold_still = (config.get(name, False) is True for name in ("match_colours", "hold_still"))
+    match_colours, ends_only = (config.get(name, False) is True for name in ("match_colours", "ends_only"))
     try:
         guidance_scale = float(config.get("guidance_scale", GUIDANCE_SCALE))
         mel_range = float(config.get("mel_range", MEL_RANGE))
@@ -181,7 +181,7 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
         resolution=resolution,
         unet_config=unet_config,
         match_colours=match_colours,
-        hold_still=hold_still,
+        ends_only=ends_only,
         guidance_scale=guidance_scale,
         mel_range=mel_range,
         remark=remark,
@@ -442,7 +442,7 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         module.requires_grad_(False)
     return Models(
         checkpoint.name, checkpoint.resolution, unet, encoder, vae,
-        checkpoint.match_colours, checkpoint.hold_still, checkpoint.guidance_scale, checkpoint.mel_range,
+        checkpoint.match_colours, checkpoint.ends_only, checkpoint.guidance_scale, checkpoint.mel_range,
         files=(checkpoint.unet, checkpoint.whisper, checkpoint.vae, checkpoint.vae_config),
     )  # fmt: skip
 

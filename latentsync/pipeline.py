@@ -43,6 +43,7 @@ from latentsync.sampling import (
     WINDOW,
     DeepCache,
     Schedule,
+    between_ends,
     ddim_schedule,
     denoise,
     initial_noise,
@@ -281,9 +282,8 @@ class Painter:
         crops = self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots])))
         tokens = self.upload(torch.stack([shot.tokens for shot in shots])).to(models.dtype)
         given = self.condition(shots, crops).unflatten(0, (b, f))
-        if models.hold_still:
-            # All frames are told of the middle one: cheeks and jaw would give away what the old mouth said.
-            given = given[:, f // 2 : f // 2 + 1].expand_as(given)
+        if models.ends_only:
+            given = between_ends(given[:, 0], given[:, -1], f)
         latents = denoise(
             models.unet,
             self.noise,
@@ -603,7 +603,7 @@ def lipsync(
         asked = asdict(replace(settings, windows_per_pass=1, frames_per_pass=1))
         asked |= {"segment": segment_frames, "device": models.device.type, "dtype": report.dtype}
         asked |= {"model": models.name, "resolution": models.resolution, "mel_range": models.mel_range}
-        asked |= {"hold_still": models.hold_still, "match_colours": models.match_colours}
+        asked |= {"ends_only": models.ends_only, "match_colours": models.match_colours}
         folder = work_folder(output, (video, audio, *models.files), asked)
         clean(output, folder)
         writer = SegmentWriter(

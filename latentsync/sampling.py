@@ -53,6 +53,16 @@ class Schedule:
         return (latents.float() - left * noise.float()) / taken
 
 
+def between_ends(first: Tensor, last: Tensor, frames: int) -> Tensor:
+    """What is known of a window's first and last frames (b, …) → of all, (b, frames, …), in even steps between them.
+
+    Cheeks and jaw move with what the old mouth says, and a small network goes by them. Told of the ends alone it must
+    go by the sound, and still each window begins where the one before it ended.
+    """
+    share = torch.linspace(0, 1, frames, device=first.device, dtype=first.dtype)
+    return torch.lerp(first[:, None], last[:, None], share.view(-1, *[1] * (first.ndim - 1)))
+
+
 def ddim_scheduler() -> DDIMScheduler:
     """The reference's scheduler: epsilon prediction, leading spacing, offset 1, alpha never set to one."""
     return DDIMScheduler(

@@ -633,6 +633,6 @@ def test_a_model_that_reads_cheeks_and_jaw_sees_one_moment_a_window(models, wav,
         return denoise(unet, noise, given, *rest)
 
     monkeypatch.setattr(pipeline, "denoise", watched)
-    run(replace(models, hold_still=still), wav)
+    run(replace(models, ends_only=still), wav)
     for frames in (window for group in told for window in group):
         assert all(torch.equal(frame, frames[len(frames) // 2]) for frame in frames) == still

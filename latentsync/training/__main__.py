@@ -1,4 +1,4 @@
-"""`python -m latentsync.training prepare | voices | autoencoder | listener | denoiser | export | import`."""
+"""`python -m latentsync.training prepare | voices | autoencoder | listener | denoiser | decoder | export | import`."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from latentsync.errors import UserError
-from latentsync.training import autoencoder, denoiser, listener
+from latentsync.training import autoencoder, decoder, denoiser, listener
 from latentsync.training.export import export
 from latentsync.training.restore import restore
 
@@ -30,7 +30,7 @@ def main() -> None:
     voices = stages.add_parser("voices", help="let speech synthesisers say the clips as well (GRID only)")
     voices.add_argument("prepared", type=Path)
     voices.add_argument("--count", type=int, default=3, help="other voices a clip (default 3)")
-    for name in ("autoencoder", "listener", "denoiser"):
+    for name in ("autoencoder", "listener", "denoiser", "decoder"):
         stage = stages.add_parser(name, help=f"train the {name}, in this order")
         stage.add_argument("prepared", type=Path)
         stage.add_argument("state", type=Path, help="folder of training states, continued where they exist")
@@ -62,9 +62,9 @@ def main() -> None:
         else:
             torch.set_float32_matmul_precision("high")
             device = torch.device(args.device)
-            stage = {"autoencoder": autoencoder, "listener": listener, "denoiser": denoiser}[args.stage]
+            trained = {"autoencoder": autoencoder, "listener": listener, "denoiser": denoiser, "decoder": decoder}
             batch = {"batch": args.batch} if args.batch else {}
-            stage.train(args.prepared, args.state, args.seconds, device, **batch)
+            trained[args.stage].train(args.prepared, args.state, args.seconds, device, **batch)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -427,7 +427,6 @@ def draw_windows(data: ClipSet, sound: Sound, rng: np.random.Generator, per_segm
     return Windows(*(_to_device(array, data.mel.device) for array in arrays))
 
 
-def tokens_of(features: Tensor, windows: Windows) -> Tensor:
-    """features (s, 1500, layers, width) → audio tokens of the windows (b, WINDOW, 10·layers, width)."""
-    picked = features[windows.segment[:, None, None], windows.rows]
-    return picked.flatten(2, 3)
+def tokens_of(features: Tensor, segment: Tensor, rows: Tensor) -> Tensor:
+    """features (s, 1500, layers, width) → audio tokens (b, f, 10·layers, width) of the windows that lie there."""
+    return features[segment[:, None, None], rows].flatten(2, 3)

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from latentsync.alignment import fixed_mask
-from latentsync.sampling import ddim_scheduler
+from latentsync.sampling import TRAIN_STEPS, between_ends, ddim_scheduler
 from latentsync.training import autoencoder, lips, listener
 from latentsync.training.data import (
     RESOLUTION,
@@ -47,13 +48,12 @@ CONFIG = {  # in the words of the released configuration
 LATENT_SIDE = RESOLUTION // 2 ** (len(autoencoder.CONFIG["block_out_channels"]) - 1)  # of the latents
 LOOKS, FIRST_LOOKS = 6, 3  # renderings of every clip: most, and how many it begins with
 SAVE_SECONDS = 120.0  # between two writes of the state, so that a run that is cut off is not lost
-REFRESH_STEPS = 800  # after which one more random look is made, or the oldest replaced
+REFRESH_STEPS = 2000  # after which one more random look is made, or the oldest replaced
 SEGMENTS, WINDOWS_PER_SEGMENT = 4, 10
 LEARNING_RATE, LISTENER_RATE = 3e-4, 1e-4
 UNHEARD = 0.1  # share of windows without audio, so that guidance has a branch to start from
 UNSEEN = 0.1  # share of windows without a reference, where the sound alone says how the mouth is
-ELSEWHEN = 0.75  # share of windows whose masked faces are not of the moment that is heard either
-STILL = 0.5  # share of windows of which one moment is shown throughout
+ELSEWHEN = 0.9  # share of windows of which another moment is shown than what is heard
 SHARED_NOISE = 0.7  # share of windows whose frames all have the same noise, as sampling starts from
 SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023)
 VISIBLE_WEIGHT = 0.15  # of the loss where the mask shows the face anyway
@@ -104,17 +104,88 @@ def encode_look(
             latents[k, part] = vae.encode(pixels).latent_dist.mode() * scale
 
 
-def draw_moments(windows: Windows) -> tuple[Tensor, Tensor]:
-    """Which frames the masked faces and the references are, (b, f) each.
+@dataclass(frozen=True)
+class Examples:
+    """What a step learns from: b windows of f frames.
+
+    clean, masked, reference: latents (b, c, f, 16, 16); noise and timestep (b,) that are added to the clean ones; mel
+    (s, 80, 3000) and the windows' places in it, segment (b,) and rows (b, f, 10); heard (b,): zero where it is not.
+    """
+
+    clean: Tensor
+    masked: Tensor
+    reference: Tensor
+    noise: Tensor
+    timestep: Tensor
+    mel: Tensor
+    segment: Tensor
+    rows: Tensor
+    heard: Tensor
+
+
+def shown_frames(windows: Windows) -> Tensor:
+    """The first and last frame of what is shown of every window, (b, 2).
 
     Cheeks and jaw tell what a mouth says. A network that always sees them at the moment that it hears goes by them, and
-    repeats what the old mouth said when it is to dub; so both are mostly of another window, as in dubbing, and often
-    stand still, as `hold_still` has it.
+    repeats what the old mouth said when it is to dub. So they are mostly of another window.
     """
+    ends = [0, -1]
+    elsewhen = torch.rand(len(windows.frames), 1, device=windows.frames.device) < ELSEWHEN
+    return torch.where(elsewhen, windows.reference[:, ends], windows.frames[:, ends])
+
+
+def draw_examples(
+    data: ClipSet, pool: LatentPool, looks: int, rng: np.random.Generator, batch: int
+) -> Examples:
+    """`batch` random windows in random ones of the first `looks` looks."""
+    device = data.frames.device
+    sound = draw_sound(data, rng, batch // WINDOWS_PER_SEGMENT, augment=True)
+    windows = draw_windows(data, sound, rng, WINDOWS_PER_SEGMENT)
     b, f = windows.frames.shape
-    still, elsewhen = (torch.rand(b, 1, device=windows.frames.device) < share for share in (STILL, ELSEWHEN))
-    reference = torch.where(still, windows.reference[:, f // 2 : f // 2 + 1], windows.reference)
-    return torch.where(elsewhen, reference, windows.frames), reference
+    look, shown = torch.randint(looks, (b, 1), device=device), shown_frames(windows)
+    clean = pool.target[look, windows.frames].transpose(1, 2).float()
+    masked, reference = (
+        between_ends(*part[look, shown].float().unbind(1), f).transpose(1, 2) for part in (pool.masked, pool.reference)
+    )
+    seen = torch.rand(b, 1, 1, 1, 1, device=device) >= UNSEEN
+    one = torch.randn_like(clean[:, :, :1]).expand_as(clean)
+    own = torch.where(torch.rand(b, 1, 1, 1, 1, device=device) < SHARED_NOISE, 0.0, 0.5)
+    return Examples(
+        clean=clean,
+        masked=masked,
+        reference=torch.where(seen, reference, masked),
+        noise=(1 - own).sqrt() * one + own.sqrt() * torch.randn_like(clean),
+        timestep=torch.randint(TRAIN_STEPS, (b,), device=device),
+        mel=sound.mel,
+        segment=windows.segment,
+        rows=windows.rows,
+        heard=(torch.rand(b, device=device) >= UNHEARD).float(),
+    )
+
+
+def captured(update: Callable[[Examples], Tensor], examples: Examples) -> Callable[[Examples], Tensor]:
+    """`update` as one CUDA graph: its thousands of small kernels take longer to launch one by one than to run.
+
+    It is run a few times on the examples for that. What the function returns is overwritten by its next call.
+    """
+    held = Examples(*(getattr(examples, field.name).clone() for field in fields(Examples)))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            update(held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = update(held)
+
+    def replay(examples: Examples) -> Tensor:
+        for field in fields(Examples):
+            getattr(held, field.name).copy_(getattr(examples, field.name))
+        graph.replay()
+        return found
+
+    return replay
 
 
 def loss_weights(mask: Tensor) -> Tensor:
@@ -149,13 +220,13 @@ def train(
     for name, parameter in unet.named_parameters():
         if "motion_modules" in name and "temporal_transformer.proj_out" in name:
             nn.init.zeros_(parameter)  # starts as a network of single frames
-    fused = device.type == "cuda"
+    on_gpu = device.type == "cuda"
     optimizer = torch.optim.AdamW(
         [
             {"params": list(unet.parameters()), "base": LEARNING_RATE},
             {"params": list(encoder.parameters()), "base": LISTENER_RATE},
         ],
-        lr=LEARNING_RATE, weight_decay=0.01, fused=fused,
+        weight_decay=0.01, fused=on_gpu, capturable=on_gpu,
     )  # fmt: skip
     average = copy.deepcopy(nn.ModuleDict({"unet": unet, "encoder": encoder})).requires_grad_(False)
     modules = {"unet": unet, "encoder": encoder, "average": average}
@@ -163,79 +234,73 @@ def train(
     if step == 0:  # an imported model's encoder may have listened on since
         load_weights(state / "listener.pt", {"encoder": encoder})
         average["encoder"].load_state_dict(encoder.state_dict())
+    for group in optimizer.param_groups:  # in a tensor, as a graph reads it anew
+        group["lr"] = torch.zeros((), device=device)
     # The passes are in bfloat16 throughout; the weights that are learnt, and their average, keep float32.
     working = copy.deepcopy(unet).to(kind)
     mask = torch.from_numpy(fixed_mask(RESOLUTION).copy()).to(device)
-    pool = empty_pool(LOOKS if device.type == "cuda" else 2, data)
+    pool = empty_pool(LOOKS if on_gpu else 2, data)
     looks = min(FIRST_LOOKS, len(pool.target))  # those that there are
     for k in range(looks):
         encode_look(pool, k, vae, data, rng, mask, scale)
     spread = float(pool.target[0].std())
     print(f"denoiser: latents ready after {time.time() - began:.0f} s, std {spread:.3f}", flush=True)
-    reader = lips.train_reader(pool.target[:looks], data, lips.STEPS if device.type == "cuda" else 50)
+    reader = lips.train_reader(pool.target[:looks], data, lips.STEPS if on_gpu else 50)
 
     alphas = ddim_scheduler().alphas_cumprod.to(device)
     snr = alphas / (1 - alphas)
     importance = snr.clamp(max=SNR_CAP) / snr
     weights, shown = loss_weights(mask), latent_mask(mask, LATENT_SIDE)
 
-    def loss_of(x: Tensor, timestep: Tensor, tokens: Tensor, noise: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
-        """The losses of the noise and of the mouths' shape, of all windows and of each, (b,)."""
-        b, f = tokens.shape[:2]
-        out, _ = working.full(x.to(kind), timestep, working.encode_audio(tokens.to(kind)), f)
-        out = out.float()
-        per_window = (weights * (windows_first(out, b) - noise).square()).mean((1, 2, 3, 4))
-        a = alphas[timestep].repeat_interleave(f)[:, None, None, None]
-        estimate = (x[:, :LATENTS] - (1 - a).sqrt() * out) / a.sqrt()  # of the clean latents
-        with torch.autocast(device.type, torch.bfloat16):
-            read = reader(estimate)
-        off = lips.shape_loss(read.float().unflatten(0, (b, f)), shapes)
-        # By its root, a step counts the same for the noise whenever it is taken.
-        return (importance[timestep] * per_window).mean(), alphas[timestep].sqrt() * off
-
     learnt, used = list(unet.parameters()), list(working.parameters())
     live = [*learnt, *encoder.parameters()]
     followers = list(average.parameters())  # in the order of `live`
-    first, saved = step, time.time()
-    losses = []
-    while (elapsed := time.time() - began) < seconds:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * min(1, (step - first + 1) / 200) * max(0.03, 1 - elapsed / seconds)
-        sound = draw_sound(data, rng, batch // WINDOWS_PER_SEGMENT, augment=True)
-        windows = draw_windows(data, sound, rng, WINDOWS_PER_SEGMENT)
-        b, f = windows.frames.shape
-        look = torch.randint(looks, (b, 1), device=device)
-        clean = pool.target[look, windows.frames].transpose(1, 2).float()  # (b, c, f, h, w)
-        seen_then, reference_then = draw_moments(windows)
-        masked = pool.masked[look, seen_then].transpose(1, 2).float()
-        reference = pool.reference[look, reference_then].transpose(1, 2).float()
-        seen = torch.rand(b, 1, 1, 1, 1, device=device) >= UNSEEN
-        reference = torch.where(seen, reference, masked)
-        timestep = torch.randint(1000, (b,), device=device)
-        one = torch.randn_like(clean[:, :, :1]).expand_as(clean)
-        own = torch.where(torch.rand(b, 1, 1, 1, 1, device=device) < SHARED_NOISE, 0.0, 0.5)
-        noise = (1 - own).sqrt() * one + own.sqrt() * torch.randn_like(clean)
-        a = alphas[timestep][:, None, None, None, None]
-        noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
-        x = torch.cat([noisy, shown.expand(b, 1, f, -1, -1), masked, reference], dim=1)
-        heard = (torch.rand(b, device=device) >= UNHEARD).float()
+
+    def update(given: Examples) -> Tensor:
+        """One step; returns the losses of the noise and of the mouths' shape, (2,)."""
+        b, f = given.rows.shape[:2]
         with torch.autocast(device.type, torch.bfloat16):
-            shapes = reader(frames_first(clean)).float().unflatten(0, (b, f))
-            tokens = tokens_of(encoder(sound.mel), windows) * heard[:, None, None, None]
-        loss, off = loss_of(frames_first(x), timestep, tokens, noise, shapes)
-        off = (heard * off).mean()  # nobody knows how a mouth moves that is not heard
+            shapes = reader(frames_first(given.clean)).float().unflatten(0, (b, f))
+            tokens = tokens_of(encoder(given.mel), given.segment, given.rows) * given.heard[:, None, None, None]
+        a = alphas[given.timestep][:, None, None, None, None]
+        noisy = a.sqrt() * given.clean + (1 - a).sqrt() * given.noise
+        x = torch.cat([noisy, shown.expand(b, 1, f, -1, -1), given.masked, given.reference], dim=1)
+        audio = working.encode_audio(tokens.to(kind))
+        out, _ = working.full(frames_first(x).to(kind), given.timestep, audio, f)
+        out = windows_first(out.float(), b)
+        per_window = (weights * (out - given.noise).square()).mean((1, 2, 3, 4))
+        estimate = (noisy - (1 - a).sqrt() * out) / a.sqrt()  # of the clean latents
+        with torch.autocast(device.type, torch.bfloat16):
+            read = reader(frames_first(estimate))
+        off = lips.shape_loss(read.float().unflatten(0, (b, f)), shapes)
+        # By its root, a step counts the same for the noise whenever it is taken. And nobody knows how a mouth moves
+        # that is not heard.
+        off = (given.heard * alphas[given.timestep].sqrt() * off).mean()
+        loss = (importance[given.timestep] * per_window).mean()
+        for parameter in (*live, *used):
+            parameter.grad = None
         (loss + LIP_WEIGHT * off).backward()
         for master, weight in zip(learnt, used, strict=True):
-            master.grad, weight.grad = weight.grad.float(), None
+            master.grad = weight.grad.float()
         nn.utils.clip_grad_norm_(live, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_copy_(used, learnt)
+        return torch.stack([loss.detach(), off.detach()])
+
+    if on_gpu:
+        update = captured(update, draw_examples(data, pool, looks, rng, batch))
+        print(f"denoiser: captured after {time.time() - began:.0f} s", flush=True)
+    first, saved = step, time.time()
+    losses = []
+    while (elapsed := time.time() - began) < seconds or step == first:
+        for group in optimizer.param_groups:
+            group["lr"].fill_(group["base"] * min(1, (step - first + 1) / 200) * max(0.03, 1 - elapsed / seconds))
+        losses.append(update(draw_examples(data, pool, looks, rng, batch)).clone())
         step += 1
         decay = min(EMA, (step + 1) / (step + 10))
         with torch.no_grad():
-            torch._foreach_copy_(used, learnt)
             torch._foreach_lerp_(followers, live, 1 - decay)
-        losses.append(torch.stack([loss.detach(), off.detach()]))
         if (step - first) % REFRESH_STEPS == 0:
             renewed = looks if looks < len(pool.target) else 1 + (step - first) // REFRESH_STEPS % (looks - 1)
             encode_look(pool, renewed, vae, data, rng, mask, scale)

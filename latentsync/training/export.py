@@ -32,7 +32,7 @@ def export(state: Path, folder: Path) -> None:
     for name in (UNET_NAMES[0], WHISPER_NAMES[0], VAE_NAMES[0]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     config = {
-        "resolution": RESOLUTION, "match_colours": True, "hold_still": True, "guidance_scale": GUIDANCE_SCALE,
+        "resolution": RESOLUTION, "match_colours": True, "ends_only": True, "guidance_scale": GUIDANCE_SCALE,
         "mel_range": QUIETEST, "unet": denoiser.CONFIG,
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -83,7 +83,7 @@ def train(
         sound = draw_sound(data, rng, batch // WINDOWS_PER_SEGMENT, augment=True)
         windows = draw_windows(data, sound, rng, WINDOWS_PER_SEGMENT)
         with torch.autocast(device.type, torch.bfloat16):
-            out = reader(tokens_of(encoder(sound.mel), windows)).float()
+            out = reader(tokens_of(encoder(sound.mel), windows.segment, windows.rows)).float()
         target = lips[windows.frames]
         # Its speed counts as well, or a slow average would do.
         loss = F.smooth_l1_loss(out, target) + F.smooth_l1_loss(out.diff(dim=1), target.diff(dim=1))
@@ -110,7 +110,7 @@ def opening_correlation(encoder: AudioEncoder, reader: LipReader, data: ClipSet,
     rng = np.random.default_rng(1)
     sound = draw_sound(data, rng, 16, augment=False, own=own)
     windows = draw_windows(data, sound, rng, 16)
-    out = reader(tokens_of(encoder(sound.mel), windows))
+    out = reader(tokens_of(encoder(sound.mel), windows.segment, windows.rows))
     pair = torch.stack([out, centred_lips(data)[windows.frames]])  # (2, b, f, 40, 2)
     opening = pair[..., INNER_LOWER, 1] - pair[..., INNER_UPPER, 1]
     opening = opening - opening.mean(-1, keepdim=True)
