@@ -38,7 +38,7 @@ from latentsync.pipeline import (
     paint,
     windows,
 )
-from latentsync.sampling import DeepCache, denoise
+from latentsync.sampling import DeepCache, between_ends, denoise, initial_noise
 from latentsync.vae import to_pixels
 
 CPU = torch.device("cpu")
@@ -624,8 +624,8 @@ def test_a_video_too_long_to_be_kept_is_searched_again(models, wav, monkeypatch)
     assert all(shot.crop is not None for shot in shots)
 
 
-@pytest.mark.parametrize("still", [True, False])
-def test_a_model_that_reads_cheeks_and_jaw_sees_one_moment_a_window(models, wav, monkeypatch, still):
+@pytest.mark.parametrize("ends_only", [True, False])
+def test_a_model_that_reads_cheeks_and_jaw_is_told_of_a_windows_ends(models, wav, monkeypatch, ends_only):
     told = []
 
     def watched(unet, noise, given, *rest):
@@ -633,6 +633,35 @@ def test_a_model_that_reads_cheeks_and_jaw_sees_one_moment_a_window(models, wav,
         return denoise(unet, noise, given, *rest)
 
     monkeypatch.setattr(pipeline, "denoise", watched)
-    run(replace(models, ends_only=still), wav)
+    run(replace(models, ends_only=ends_only), wav)
     for frames in (window for group in told for window in group):
-        assert all(torch.equal(frame, frames[len(frames) // 2]) for frame in frames) == still
+        steps = torch.linspace(0, 1, len(frames))
+        between = torch.stack([torch.lerp(frames[0], frames[-1], step) for step in steps])
+        assert torch.allclose(frames, between, atol=1e-4) == ends_only
+        assert not torch.equal(frames[0], frames[-1])
+
+
+def test_what_lies_between_the_ends_is_known_to_the_bit_there():
+    first, last = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    given = between_ends(first, last, 5)
+    assert torch.equal(given[:, 0], first) and torch.equal(given[:, 4], last)
+    assert torch.allclose(given[:, 2], (first + last) / 2)
+    assert torch.equal(between_ends(first, last, 1), first[:, None]), "a window of one frame has one end"
+
+
+def test_frames_start_from_noise_of_their_own_where_a_model_asks_for_it(models, wav, monkeypatch):
+    shared = initial_noise(3, 4, 8, 8, torch.device("cpu"), torch.float32)
+    mixed = initial_noise(3, 4, 8, 8, torch.device("cpu"), torch.float32, own_share=0.25)
+    assert shared.shape == (1, 4, 1, 8, 8) and mixed.shape == (1, 4, WINDOW, 8, 8)
+    assert abs(float(mixed.std()) - 1) < 0.05
+    assert abs(float((mixed - 0.75**0.5 * shared).var()) - 0.25) < 0.02
+    started = []
+
+    def watched(unet, noise, *rest):
+        started.append(noise)
+        return denoise(unet, noise, *rest)
+
+    monkeypatch.setattr(pipeline, "denoise", watched)
+    plain, own = (stacked(run(replace(models, own_noise=share), wav)) for share in (0.0, 0.25))
+    assert {len(noise[0, 0]) for noise in started} == {1, WINDOW}
+    assert plain.shape == own.shape and not np.array_equal(plain, own)

@@ -123,6 +123,18 @@ def test_examples_are_told_of_their_ends_alone(prepared, one_thread):
         assert torch.allclose(part[:, :, middle], between, atol=1e-5)
 
 
+def test_motion_is_never_given_away_where_sampling_starts(prepared, one_thread):
+    data = load_clips(prepared, CPU)
+    torch.manual_seed(0)
+    pool = denoiser.empty_pool(1, data)
+    given = denoiser.draw_examples(data, pool, 1, np.random.default_rng(0), batch=200)
+    start, late = given.start > 0, given.timestep >= denoiser.EARLIEST
+    assert abs(float(start.float().mean()) - denoiser.STARTS) < 0.1 and bool(late[start].all())
+    one = (given.noise == given.noise[:, :, :1]).flatten(1).all(1)
+    assert bool(one[start].all()) and not bool(one[late & ~start].any())
+    assert 0 < int(one[~start].sum()) < int((~start).sum())
+
+
 def test_the_plain_look_is_the_inner_crop(prepared):
     data = load_clips(prepared, CPU)
     frames = data.frames[:4]
@@ -256,14 +268,16 @@ def test_the_denoiser_trains_and_continues(prepared, tmp_path, one_thread, monke
     vae, encoder = AutoencoderKL.from_config(autoencoder.CONFIG), listener.new_encoder()
     save_state(tmp_path / "autoencoder.pt", {"vae": vae}, None, 1, scaling_factor=1.0)
     save_state(tmp_path / "listener.pt", {"encoder": encoder}, None, 1)
-    for step in (1, 2):
-        denoiser.train(prepared, tmp_path, seconds=0.01, device=CPU, batch=10)
-        state = torch.load(tmp_path / "denoiser.pt", weights_only=True)
-        assert state["step"] == step
-        average = state["weights"]["average"]
-        assert all(bool(tensor.isfinite().all()) for tensor in average.values())
-    heard = {name.removeprefix("encoder."): t for name, t in average.items() if name.startswith("encoder.")}
-    assert any(not torch.equal(tensor, heard[name]) for name, tensor in encoder.state_dict().items())
+    unet = UNet(UNetConfig.from_dict(denoiser.CONFIG))
+    average = nn.ModuleDict({"unet": unet, "encoder": encoder})
+    save_state(tmp_path / "denoiser.pt", {"unet": unet, "encoder": encoder, "average": average}, None, 6)
+    denoiser.train(prepared, tmp_path, seconds=0.01, device=CPU, batch=10)
+    state = torch.load(tmp_path / "denoiser.pt", weights_only=True)
+    assert state["step"] == 7 and state["optimizer"]["state"]
+    before, after = average.state_dict(), state["weights"]["average"]
+    assert all(bool(tensor.isfinite().all()) for tensor in after.values())
+    changed = {name.partition(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"unet", "encoder"}
 
 
 def test_an_export_is_a_checkpoint_that_loads(tmp_path):

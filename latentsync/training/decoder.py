@@ -113,9 +113,10 @@ def train(prepared: Path, state: Path, seconds: float, device: torch.device, bat
         with torch.no_grad():
             torch._foreach_lerp_(followers, learnt, 1 - min(EMA, step / (step + 10)))
         if step % 200 == 0:
+            loss, judged_real, judged_made = (float(value.detach().mean()) for value in (plain, real, fake))
             print(
-                f"decoder step {step} loss {float(plain.detach()):.4f}, real {float(real.mean()):.2f}, "
-                f"made {float(fake.mean()):.2f}, {time.time() - began:.0f} s", flush=True,
+                f"decoder step {step} loss {loss:.4f}, real {judged_real:.2f}, made {judged_made:.2f}, "
+                f"{time.time() - began:.0f} s", flush=True,
             )  # fmt: skip
     vae.decoder = average
     print(f"decoder: {step} steps", flush=True)

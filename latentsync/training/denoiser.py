@@ -54,12 +54,15 @@ LEARNING_RATE, LISTENER_RATE = 3e-4, 1e-4
 UNHEARD = 0.1  # share of windows without audio, so that guidance has a branch to start from
 UNSEEN = 0.1  # share of windows without a reference, where the sound alone says how the mouth is
 ELSEWHEN = 0.9  # share of windows of which another moment is shown than what is heard
-SHARED_NOISE = 0.7  # share of windows whose frames all have the same noise, as sampling starts from
+STARTS = 0.5  # share of windows that are as sampling starts: pure noise, the same for all frames
+EARLIEST = 850  # timestep at which sampling may start, from 7 steps on
+START_WEIGHT = 0.2  # of their loss, in clean latents
+SHARED_NOISE = 0.5  # share of the other windows, of earlier timesteps, whose frames all have the same noise
 SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023)
 VISIBLE_WEIGHT = 0.15  # of the loss where the mask shows the face anyway
 MOUTH_WEIGHT = 3.0  # of the loss around the lips
 MOUTH = (slice(9, 14), slice(4, 12))  # rows, columns of the 16 × 16 latents
-LIP_WEIGHT = 0.05  # of the loss of the mouth's shape, beside that of the noise
+LIP_WEIGHT = 0.1  # of the loss of the mouth's shape, beside that of the noise
 EMA = 0.999
 
 
@@ -108,8 +111,9 @@ def encode_look(
 class Examples:
     """What a step learns from: b windows of f frames.
 
-    clean, masked, reference: latents (b, c, f, 16, 16); noise and timestep (b,) that are added to the clean ones; mel
-    (s, 80, 3000) and the windows' places in it, segment (b,) and rows (b, f, 10); heard (b,): zero where it is not.
+    clean, masked, reference: latents (b, c, f, 16, 16); noise and timestep (b,) that are added to the clean ones; start
+    (b,): one where there is noise alone; mel (s, 80, 3000) and the windows' places in it, segment (b,) and rows
+    (b, f, 10); heard (b,): zero where it is not.
     """
 
     clean: Tensor
@@ -117,6 +121,7 @@ class Examples:
     reference: Tensor
     noise: Tensor
     timestep: Tensor
+    start: Tensor
     mel: Tensor
     segment: Tensor
     rows: Tensor
@@ -137,7 +142,12 @@ def shown_frames(windows: Windows) -> Tensor:
 def draw_examples(
     data: ClipSet, pool: LatentPool, looks: int, rng: np.random.Generator, batch: int
 ) -> Examples:
-    """`batch` random windows in random ones of the first `looks` looks."""
+    """`batch` random windows in random ones of the first `looks` looks.
+
+    Noise that all frames share gives away what is in motion: the difference of two noisy frames is that of the clean
+    ones. A network that has seen it at late timesteps takes the pure noise that sampling starts from for a face at
+    rest. So it is shown just that as well, and shared noise on faces only after the start.
+    """
     device = data.frames.device
     sound = draw_sound(data, rng, batch // WINDOWS_PER_SEGMENT, augment=True)
     windows = draw_windows(data, sound, rng, WINDOWS_PER_SEGMENT)
@@ -148,14 +158,18 @@ def draw_examples(
         between_ends(*part[look, shown].float().unbind(1), f).transpose(1, 2) for part in (pool.masked, pool.reference)
     )
     seen = torch.rand(b, 1, 1, 1, 1, device=device) >= UNSEEN
+    start, shared = (torch.rand(b, device=device) < share for share in (STARTS, SHARED_NOISE))
+    late, any_of_all = (torch.randint(first, TRAIN_STEPS, (b,), device=device) for first in (EARLIEST, 0))
+    timestep = torch.where(start, late, any_of_all)
     one = torch.randn_like(clean[:, :, :1]).expand_as(clean)
-    own = torch.where(torch.rand(b, 1, 1, 1, 1, device=device) < SHARED_NOISE, 0.0, 0.5)
+    own = torch.where(start | shared & (timestep < EARLIEST), 0.0, 0.5).view(b, 1, 1, 1, 1)
     return Examples(
         clean=clean,
         masked=masked,
         reference=torch.where(seen, reference, masked),
         noise=(1 - own).sqrt() * one + own.sqrt() * torch.randn_like(clean),
-        timestep=torch.randint(TRAIN_STEPS, (b,), device=device),
+        timestep=timestep,
+        start=start.float(),
         mel=sound.mel,
         segment=windows.segment,
         rows=windows.rows,
@@ -249,7 +263,7 @@ def train(
 
     alphas = ddim_scheduler().alphas_cumprod.to(device)
     snr = alphas / (1 - alphas)
-    importance = snr.clamp(max=SNR_CAP) / snr
+    capped = snr.clamp(max=SNR_CAP) / snr
     weights, shown = loss_weights(mask), latent_mask(mask, LATENT_SIDE)
 
     learnt, used = list(unet.parameters()), list(working.parameters())
@@ -263,20 +277,23 @@ def train(
             shapes = reader(frames_first(given.clean)).float().unflatten(0, (b, f))
             tokens = tokens_of(encoder(given.mel), given.segment, given.rows) * given.heard[:, None, None, None]
         a = alphas[given.timestep][:, None, None, None, None]
-        noisy = a.sqrt() * given.clean + (1 - a).sqrt() * given.noise
+        start = given.start[:, None, None, None, None]
+        noisy = torch.lerp(a.sqrt() * given.clean + (1 - a).sqrt() * given.noise, given.noise, start)
+        noise = (noisy - a.sqrt() * given.clean) / (1 - a).sqrt()  # whose removal leaves the clean latents
         x = torch.cat([noisy, shown.expand(b, 1, f, -1, -1), given.masked, given.reference], dim=1)
         audio = working.encode_audio(tokens.to(kind))
         out, _ = working.full(frames_first(x).to(kind), given.timestep, audio, f)
         out = windows_first(out.float(), b)
-        per_window = (weights * (out - given.noise).square()).mean((1, 2, 3, 4))
+        per_window = (weights * (out - noise).square()).mean((1, 2, 3, 4))
         estimate = (noisy - (1 - a).sqrt() * out) / a.sqrt()  # of the clean latents
         with torch.autocast(device.type, torch.bfloat16):
             read = reader(frames_first(estimate))
         off = lips.shape_loss(read.float().unflatten(0, (b, f)), shapes)
-        # By its root, a step counts the same for the noise whenever it is taken. And nobody knows how a mouth moves
-        # that is not heard.
-        off = (given.heard * alphas[given.timestep].sqrt() * off).mean()
-        loss = (importance[given.timestep] * per_window).mean()
+        # By its root, a step counts the same for the noise whenever it is taken; the first one decides most. And nobody
+        # knows how a mouth moves that is not heard.
+        off = (given.heard * torch.lerp(alphas[given.timestep].sqrt(), torch.ones_like(off), given.start) * off).mean()
+        importance = torch.lerp(capped[given.timestep], START_WEIGHT / snr[given.timestep], given.start)
+        loss = (importance * per_window).mean()
         for parameter in (*live, *used):
             parameter.grad = None
         (loss + LIP_WEIGHT * off).backward()
