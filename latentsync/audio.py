@@ -21,6 +21,7 @@ SEGMENT_SAMPLES = SEGMENT_FRAMES * HOP_LENGTH
 ROWS_PER_SECOND = 50  # feature rows: two mel frames each
 MEL_FLOOR = 1e-10  # power
 MEL_RANGE = 8.0  # decades kept under the loudest point of the clip
+PADDING = -4.0  # decades of power: the normalised 0.0 that segments are padded with
 VIDEO_FPS = 25
 ROWS_BEFORE, ROWS_AFTER = 4, 6  # a frame hears rows c − 4 … c + 5
 
@@ -74,14 +75,17 @@ def log_powers(wav: Tensor, n_mels: int) -> Iterator[Tensor]:
 def mel_segments(wav: Tensor, n_mels: int = 80, mel_range: float = MEL_RANGE) -> Iterator[Tensor]:
     """Whisper's log-mel, clamped under the loudest point of the whole clip, in segments of 30 s.
 
-    wav: (samples,) float32 in [−1, 1] at 16 kHz; mel_range: decades. Yields (n_mels, ≤ 3000), about −1 to 1.
+    wav: (samples,) float32 in [−1, 1] at 16 kHz; mel_range: decades. An encoder that has learnt from fewer than
+    Whisper's has heard nothing under the padding either, so that is silence to it. Yields (n_mels, ≤ 3000), about −1
+    to 1.
     """
     if len(wav) < N_FFT:
         wav = torch.nn.functional.pad(wav, (0, N_FFT - len(wav)))
     # Twice through the sound, as the maximum must be known before the first segment is.
     loudest = max(float(part.max()) for part in log_powers(wav, n_mels))
+    floor = loudest - mel_range if mel_range >= MEL_RANGE else max(loudest - mel_range, PADDING)
     for part in log_powers(wav, n_mels):
-        yield (part.clamp(min=loudest - mel_range) + 4) / 4
+        yield (part.clamp(min=floor) + 4) / 4
 
 
 def log_mel(wav: Tensor, n_mels: int = 80) -> Tensor:

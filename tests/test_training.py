@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from latentsync.alignment import fixed_mask
-from latentsync.audio import SAMPLE_RATE, audio_chunks, log_powers
+from latentsync.audio import SAMPLE_RATE, audio_chunks, log_powers, mel_segments
 from latentsync.checkpoints import DEMO_FOLDER, load_models, read_tensors, resolve
 from latentsync.errors import UserError
 from latentsync.media import read_audio
@@ -81,6 +81,17 @@ def test_the_training_windows_hear_what_inference_hears(prepared, clip, one_thre
         error = float((window - wanted).norm() / wanted.norm())
         shifted = float((window[1:] - wanted[:-1]).norm() / wanted[1:].norm())
         assert error < 0.05 < shifted, "a frame off would be heard"
+
+
+def test_digital_silence_is_what_the_encoder_knows_for_silence():
+    silent = torch.zeros(SAMPLE_RATE)
+    quiet = torch.cat(list(mel_segments(silent, mel_range=QUIETEST)), dim=1)
+    assert float(quiet.abs().max()) == 0.0, "the padding"
+    released = torch.cat(list(mel_segments(silent)), dim=1)
+    assert float(released.max()) == -1.5, "Whisper's own way, for Whisper"
+    loud = torch.from_numpy(np.r_[chirp(0.5), np.zeros(SAMPLE_RATE)].astype(np.float32))
+    mel = torch.cat(list(mel_segments(loud, mel_range=QUIETEST)), dim=1)
+    assert float(mel.min()) == pytest.approx(float(mel.max()) - QUIETEST / 4)
 
 
 def test_the_reference_is_another_window_of_the_same_clip(prepared):
