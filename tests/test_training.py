@@ -274,6 +274,7 @@ def test_the_denoiser_trains_and_continues(prepared, tmp_path, one_thread, monke
     small = {"block_out_channels": [32, 32, 32], "attention_head_dim": 2, "norm_num_groups": 8}
     monkeypatch.setattr(denoiser, "CONFIG", denoiser.CONFIG | small)
     monkeypatch.setattr(autoencoder, "CONFIG", autoencoder.CONFIG | {"block_out_channels": [16] * 4})
+    monkeypatch.setattr(listener, "DIMS", replace(listener.DIMS, n_audio_layer=1))
     monkeypatch.setattr(denoiser, "FIRST_LOOKS", 1)
     monkeypatch.setattr(denoiser.lips, "train_reader", partial(denoiser.lips.train_reader, batch=8))
     vae, encoder = AutoencoderKL.from_config(autoencoder.CONFIG), listener.new_encoder()
