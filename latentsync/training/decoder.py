@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from latentsync.training.autoencoder import CONFIG, detail_loss, held_out_psnr
-from latentsync.training.data import ClipSet, load_clips, plain_look, random_look, random_mouth, render
+from latentsync.training.autoencoder import CONFIG, detail_loss, held_out_psnr, there_and_back
+from latentsync.training.data import ClipSet, load_clips, random_look, random_mouth, render
 from latentsync.training.state import load_weights, save_state
 
 BATCH = 64
@@ -130,12 +130,9 @@ def held_out_words(vae: AutoencoderKL, data: ClipSet) -> str:
     return f"PSNR {held_out_psnr(vae, data):.2f} dB, detail {held_out_detail(vae, data):.2f} of the real faces'"
 
 
-@torch.no_grad()
 def held_out_detail(vae: AutoencoderKL, data: ClipSet) -> float:
     """Share of the mean size of the Laplacian that is left, there and back."""
-    frames = data.frames[:: max(1, len(data.frames) // 128)][:128]
-    x = render(frames, plain_look(len(frames), frames.device))
-    out = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=x.device)[None, None]
-    sizes = [F.conv2d(faces.mean(1, keepdim=True), kernel).abs().mean() for faces in (out, x)]
-    return float(sizes[0] / sizes[1])
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=data.frames.device)[None, None]
+    pair = there_and_back(vae, data)
+    out, x = (F.conv2d(faces.mean(1, keepdim=True), kernel).abs().mean() for faces in pair)
+    return float(out / x)
