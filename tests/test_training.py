@@ -18,11 +18,15 @@ from latentsync.errors import UserError
 from latentsync.media import read_audio
 from latentsync.training import autoencoder, denoiser, listener, restore, voices
 from latentsync.training.data import (
+    CORNERS,
+    INNER_LOWER,
+    INNER_UPPER,
     MARGIN,
     MEL_PER_FRAME,
     MOUTH_REACH,
     QUIETEST,
     RESOLUTION,
+    RESTING,
     SIDE,
     WINDOW,
     MouthWarp,
@@ -35,6 +39,7 @@ from latentsync.training.data import (
     random_mouth,
     random_people,
     render,
+    resting_ends,
     tokens_of,
 )
 from latentsync.training.export import export
@@ -94,6 +99,47 @@ def test_digital_silence_is_what_the_encoder_knows_for_silence():
     assert float(mel.min()) == pytest.approx(float(mel.max()) - QUIETEST / 4)
 
 
+def at_rest(data, frames):
+    """Whether the mouth rests in each of these frames, by the landmarks."""
+    lips = data.lips[torch.from_numpy(frames)]
+    gap, width = ((lips[:, a] - lips[:, b]).norm(dim=1) for a, b in ((INNER_UPPER, INNER_LOWER), CORNERS))
+    return (gap <= RESTING * width).numpy()
+
+
+def test_a_mouth_rests_where_silence_is_heard(prepared, monkeypatch):
+    """A clip that is at rest in its first 8 and last 5 frames, and loud throughout."""
+    monkeypatch.setattr("latentsync.training.data._other_voice", lambda power, owner: power)
+    data = load_clips(prepared, CPU)
+    n = int(data.lengths[0])
+    opening = torch.full((n,), 5.0)
+    opening[:8] = opening[-5:] = 0
+    lips = torch.zeros(n, 40, 2)
+    lips[:, CORNERS[1], 0], lips[:, INNER_LOWER, 1] = 50, opening
+    one = replace(
+        data, frames=data.frames[:n], lips=lips, mel=torch.full_like(data.mel[:, : n * MEL_PER_FRAME], 200),
+        means=data.means[:1], rest=np.array([resting_ends(lips.numpy())]), starts=np.array([0]),
+        lengths=np.array([n]), weights=np.array([1.0]), names=["one"],
+    )  # fmt: skip
+    assert one.rest.tolist() == [[8, 5]]
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    around = alone = 0
+    for _ in range(40):
+        sound = draw_sound(one, rng, 2, augment=True)
+        for mel, frames, counts, offsets in zip(sound.mel, sound.frames, sound.counts, sound.offsets, strict=True):
+            speaks = (mel.mean(0).unflatten(0, (-1, MEL_PER_FRAME)).mean(1) > 1).numpy()
+            for count, offset in zip(counts, offsets, strict=True):
+                part = slice(offset, offset + count)
+                silent = ~speaks[part]
+                assert at_rest(one, frames[part][silent]).all()
+                assert np.abs(np.diff(frames[part])).max() == 1, "nobody jumps"
+                around += 0 < silent.sum() < count
+                alone += bool(silent.all())
+    assert around > 20 and alone > 5
+    windows = draw_windows(one, sound, rng, 50)
+    assert bool((windows.frames >= 0).all())
+
+
 def test_the_reference_is_another_window_of_the_same_clip(prepared):
     data = load_clips(prepared, CPU)
     rng = np.random.default_rng(1)
@@ -102,7 +148,7 @@ def test_the_reference_is_another_window_of_the_same_clip(prepared):
     for frames, reference in zip(windows.frames.numpy(), windows.reference.numpy(), strict=True):
         clip = clip_of[frames[0]]
         assert (clip_of[frames] == clip).all() and (clip_of[reference] == clip).all()
-        room = max(frames[0] - data.starts[clip], data.starts[clip] + data.lengths[clip] - 1 - frames[-1])
+        room = max(min(frames) - data.starts[clip], data.starts[clip] + data.lengths[clip] - 1 - max(frames))
         assert frames[0] != reference[0] and (room < WINDOW or not set(frames) & set(reference))
 
 
