@@ -6,7 +6,7 @@ A checkpoint is a folder:
     whisper/tiny.safetensors or .pt       an OpenAI-format Whisper, of which the encoder is used
     vae/config.json, vae/diffusion_pytorch_model.safetensors    a diffusers AutoencoderKL
     latentsync.json                       {"resolution": 256, "unet": {…}, "match_colours": false, "ends_only": false,
-                                          "own_noise": 0, "guidance_scale": 1.5, "mel_range": 8}; the released need none
+                                          "guidance_scale": 1.5, "mel_range": 8}; the released models need none
 
 All but the last may also lie in its folder `checkpoints`, as the reference and its ComfyUI wrappers have it, and the
 autoencoder in the Hugging Face cache. `python -m latentsync.checkpoints` fetches the released ones, see `models`.
@@ -61,7 +61,6 @@ class Checkpoint:
     vae: Path
     vae_config: Path
     match_colours: bool = False  # its autoencoder does not return every tone; see `compositing.match_colours`
-    own_noise: float = 0.0  # share of the noise it starts from that is each frame's own; see `sampling.initial_noise`
     ends_only: bool = False  # it sees a window's first and last faces alone; see `sampling.between_ends`
     guidance_scale: float = GUIDANCE_SCALE  # what suits it, where nothing else is asked for
     mel_range: float = MEL_RANGE  # decades under the loudest sound that its audio encoder has learnt to hear
@@ -78,7 +77,6 @@ class Models:
     audio_encoder: AudioEncoder
     vae: AutoencoderKL
     match_colours: bool = False
-    own_noise: float = 0.0
     ends_only: bool = False
     guidance_scale: float = GUIDANCE_SCALE
     mel_range: float = MEL_RANGE
@@ -176,19 +174,13 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
     try:
         guidance_scale = float(config.get("guidance_scale", GUIDANCE_SCALE))
         mel_range = float(config.get("mel_range", MEL_RANGE))
-        own_noise = float(config.get("own_noise", 0.0))
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"'{folder / CONFIG}' has a guidance_scale, a mel_range or an own_noise that is no number."
-        ) from error
-    if not 0 <= own_noise <= 1:
-        raise UserError(f"'{folder / CONFIG}' has an own_noise of {own_noise}; it is a share, from 0 to 1.")
+        raise UserError(f"'{folder / CONFIG}' has a guidance_scale or a mel_range that is no number.") from error
     return Checkpoint(
         name=name,
         resolution=resolution,
         unet_config=unet_config,
         match_colours=match_colours,
-        own_noise=own_noise,
         ends_only=ends_only,
         guidance_scale=guidance_scale,
         mel_range=mel_range,
@@ -450,8 +442,7 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         module.requires_grad_(False)
     return Models(
         checkpoint.name, checkpoint.resolution, unet, encoder, vae,
-        checkpoint.match_colours, checkpoint.own_noise, checkpoint.ends_only,
-        checkpoint.guidance_scale, checkpoint.mel_range,
+        checkpoint.match_colours, checkpoint.ends_only, checkpoint.guidance_scale, checkpoint.mel_range,
         files=(checkpoint.unet, checkpoint.whisper, checkpoint.vae, checkpoint.vae_config),
     )  # fmt: skip
 

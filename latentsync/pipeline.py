@@ -266,9 +266,7 @@ class Painter:
         self.schedule: Schedule = ddim_schedule(settings.steps)
         vae = models.vae.config
         side = models.resolution // 2 ** (len(vae.block_out_channels) - 1)
-        self.noise = initial_noise(
-            settings.seed, vae.latent_channels, side, side, device, dtype, own_share=models.own_noise
-        )
+        self.noise = initial_noise(settings.seed, vae.latent_channels, side, side, device, dtype)
 
     @torch.inference_mode()
     def paint(self, windows: list[Window]) -> Callable[[], list[Window]]:
@@ -301,11 +299,9 @@ class Painter:
             """Those of the frames that have not been painted before. By slices: index lists wait for the GPU."""
             return torch.cat([values[i * f + window.done : i * f + f] for i, window in enumerate(windows)])
 
-        noise = self.noise[:, :, :f].expand_as(latents)
-        latents, noise = (new(values.transpose(1, 2).flatten(0, 1)) for values in (latents, noise))
-        crops = new(crops)
+        latents, crops = new(latents.transpose(1, 2).flatten(0, 1)), new(crops)
         generated = torch.cat([decode(models.vae, some) for some in latents.split(settings.frames_per_pass)])
-        bad = unusable(self.schedule.predicted(latents, noise), generated, self.hidden)
+        bad = unusable(self.schedule.predicted(latents, self.noise[:, :, 0]), generated, self.hidden)
         if models.match_colours:
             generated = match_colours(generated, crops, self.mask)
         faces = merge_faces(generated, crops, self.mask)
@@ -607,7 +603,7 @@ def lipsync(
         asked = asdict(replace(settings, windows_per_pass=1, frames_per_pass=1))
         asked |= {"segment": segment_frames, "device": models.device.type, "dtype": report.dtype}
         asked |= {"model": models.name, "resolution": models.resolution, "mel_range": models.mel_range}
-        asked |= {name: getattr(models, name) for name in ("match_colours", "ends_only", "own_noise")}
+        asked |= {"match_colours": models.match_colours, "ends_only": models.ends_only}
         folder = work_folder(output, (video, audio, *models.files), asked)
         clean(output, folder)
         writer = SegmentWriter(

@@ -45,7 +45,7 @@ class Schedule:
     def predicted(self, latents: Tensor, noise: Tensor) -> Tensor:
         """The noise that the network has predicted, its mean over all steps by their weight in the latents.
 
-        latents (n, c, h, w) are what the steps have made of noise (1 or n, c, h, w).
+        latents (n, c, h, w) are what the steps have made of noise (1, c, h, w).
         """
         left, taken = 1.0, 0.0  # of the first noise, of what was predicted
         for latent_scale, noise_scale in zip(self.latent_scale, self.noise_scale, strict=True):
@@ -100,24 +100,14 @@ def ddim_schedule(steps: int) -> Schedule:
 
 
 def initial_noise(
-    seed: int,
-    channels: int,
-    height: int,
-    width: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    own_share: float = 0.0,
+    seed: int, channels: int, height: int, width: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """One frame of noise (1, channels, 1, height, width): all frames of all windows start from it.
 
-    With an own_share, from 0 to 1, that much of the variance is each frame's own, the same in all windows: (1,
-    channels, WINDOW, height, width). Drawn on the CPU, so that a seed means the same on every device.
+    Drawn on the CPU, so that a seed means the same on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, channels, 1, height, width, generator=generator)
-    if own_share > 0:
-        own = torch.randn(1, channels, WINDOW, height, width, generator=generator)
-        noise = (1 - own_share) ** 0.5 * noise + own_share**0.5 * own
     return noise.to(device, dtype)
 
 
@@ -134,16 +124,15 @@ def denoise(
 ) -> Tensor:
     """Run the guided DDIM loop over b windows of f frames.
 
-    noise: (1, c, 1 or WINDOW, h, w), repeated over windows and, of one frame, over frames; condition: (b, 1 + 2c, f, h,
-    w), i.e. mask, masked and reference latents; audio: (b, f, tokens, d). At guidance_scale ≤ 1 only the audio branch
-    is computed.
+    noise: (1, c, 1, h, w), repeated over windows and frames; condition: (b, 1 + 2c, f, h, w), i.e. mask, masked
+    and reference latents; audio: (b, f, tokens, d). At guidance_scale ≤ 1 only the audio branch is computed.
     on_step(i) is called on the host after step i is queued; what it raises stops the loop.
     Returns latents (b, c, f, h, w), scaled as the VAE's latents × 0.18215.
     """
     b, _, f, h, w = condition.shape
     guided = guidance_scale > 1
     c = noise.shape[1]
-    latents = frames_first(noise[:, :, :f].expand(b, c, f, h, w))
+    latents = frames_first(noise.expand(b, c, f, h, w))
     condition = frames_first(condition)
     context = unet.encode_audio(audio)
     timesteps = torch.tensor(schedule.timesteps).to(latents.device, non_blocking=True)[:, None].unbind()

@@ -38,7 +38,7 @@ from latentsync.pipeline import (
     paint,
     windows,
 )
-from latentsync.sampling import DeepCache, between_ends, denoise, initial_noise
+from latentsync.sampling import DeepCache, between_ends, denoise
 from latentsync.vae import to_pixels
 
 CPU = torch.device("cpu")
@@ -647,21 +647,3 @@ def test_what_lies_between_the_ends_is_known_to_the_bit_there():
     assert torch.equal(given[:, 0], first) and torch.equal(given[:, 4], last)
     assert torch.allclose(given[:, 2], (first + last) / 2)
     assert torch.equal(between_ends(first, last, 1), first[:, None]), "a window of one frame has one end"
-
-
-def test_frames_start_from_noise_of_their_own_where_a_model_asks_for_it(models, wav, monkeypatch):
-    shared = initial_noise(3, 4, 8, 8, torch.device("cpu"), torch.float32)
-    mixed = initial_noise(3, 4, 8, 8, torch.device("cpu"), torch.float32, own_share=0.25)
-    assert shared.shape == (1, 4, 1, 8, 8) and mixed.shape == (1, 4, WINDOW, 8, 8)
-    assert abs(float(mixed.std()) - 1) < 0.05
-    assert abs(float((mixed - 0.75**0.5 * shared).var()) - 0.25) < 0.02
-    started = []
-
-    def watched(unet, noise, *rest):
-        started.append(noise)
-        return denoise(unet, noise, *rest)
-
-    monkeypatch.setattr(pipeline, "denoise", watched)
-    plain, own = (stacked(run(replace(models, own_noise=share), wav)) for share in (0.0, 0.25))
-    assert {len(noise[0, 0]) for noise in started} == {1, WINDOW}
-    assert plain.shape == own.shape and not np.array_equal(plain, own)

@@ -15,7 +15,6 @@ from latentsync.training.state import load_weights
 from latentsync.unet import UNet, UNetConfig
 
 GUIDANCE_SCALE = 2.5  # of a small model: at 1.5 its mouths open half as far (see the log)
-OWN_NOISE = 0.25  # a network that has learnt from shared noise takes it for a face at rest (see the log)
 
 
 def half(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -33,7 +32,7 @@ def export(state: Path, folder: Path) -> None:
     for name in (UNET_NAMES[0], WHISPER_NAMES[0], VAE_NAMES[0]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     config = {
-        "resolution": RESOLUTION, "match_colours": True, "own_noise": OWN_NOISE, "ends_only": True,
+        "resolution": RESOLUTION, "match_colours": True, "ends_only": True,
         "guidance_scale": GUIDANCE_SCALE, "mel_range": QUIETEST, "unet": denoiser.CONFIG,
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
