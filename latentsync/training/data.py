@@ -399,7 +399,7 @@ def draw_sound(data: ClipSet, rng: np.random.Generator, segments: int, augment: 
     owner, voice = np.zeros((2, segments, SEGMENT_FRAMES), np.int64)
     frames = np.full((segments, SEGMENT_FRAMES // MEL_PER_FRAME), -1)
     hum = np.full((segments, 1, 1), MEL_BASE, np.float32)
-    parts: list[list[np.ndarray]] = [[], [], []]  # see Sound
+    parts: list[list[np.ndarray]] = [[], [], []]
     for s in range(segments):
         most = CLIPS_PER_SEGMENT if rng.random() < 0.5 else int(rng.integers(1, CLIPS_PER_SEGMENT))
         # Not always at once: or the place in the segment would tell where in a sentence one is.
