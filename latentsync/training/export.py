@@ -14,7 +14,7 @@ from latentsync.training.data import QUIETEST, RESOLUTION
 from latentsync.training.state import load_weights
 from latentsync.unet import UNet, UNetConfig
 
-GUIDANCE_SCALE = 2.5  # of a small model: at 1.5 its mouths open half as far (see the log)
+GUIDANCE_SCALE = 2.5  # of a small model: at 1.5 its mouths open less far (see the log)
 
 
 def half(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
