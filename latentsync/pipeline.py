@@ -281,13 +281,10 @@ class Painter:
         shots = [shot for window in windows for shot in window.shots]
         crops = self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots])))
         tokens = self.upload(torch.stack([shot.tokens for shot in shots])).to(models.dtype)
-        given = self.condition(shots, crops).unflatten(0, (b, f))
-        if models.ends_only:
-            given = between_ends(given[:, 0], given[:, -1], f)
         latents = denoise(
             models.unet,
             self.noise,
-            given.transpose(1, 2),
+            self.told(windows, crops).transpose(1, 2),
             tokens.unflatten(0, (b, f)),
             self.schedule,
             settings.guidance_scale,
@@ -324,7 +321,20 @@ class Painter:
         """
         shots = [shot for window in windows for shot in window.shots]
         if any(shot.source is not None for shot in shots):
-            self.condition(shots, self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots]))))
+            self.told(windows, self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots]))))
+
+    def told(self, windows: list[Window], crops: Tensor) -> Tensor:
+        """What the network is told of b windows of f faces besides the noise, (b, f, 1 + 2c, h, w).
+
+        crops: uint8 (b·f, R, R, 3). Where the ends of a window say it all, only they are encoded.
+        """
+        b, f = len(windows), len(windows[0].shots)
+        if not self.models.ends_only:
+            return self.condition([shot for window in windows for shot in window.shots], crops).unflatten(0, (b, f))
+        crops = crops.unflatten(0, (b, f))
+        ends = [shot for window in windows for shot in (window.shots[0], window.shots[-1])]
+        given = self.condition(ends, torch.stack([crops[:, 0], crops[:, -1]], 1).flatten(0, 1)).unflatten(0, (b, 2))
+        return between_ends(given[:, 0], given[:, 1], f)
 
     def condition(self, shots: list[Shot], crops: Tensor) -> Tensor:
         """What the network is told of n faces besides the noise, (n, 1 + 2c, h, w), encoded once for each source."""

@@ -8,15 +8,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from latentsync.checkpoints import Models
 from latentsync.pipeline import Settings
 from optim.compilation import compile_network, restore, say, use_cache_folder
+from optim.cores import gather_windows, spread_windows, windows_for
 from optim.fused import fuse, unfuse
 from optim.graphs import capture, release
 from optim.hardware import (
     GIB,
+    RELEASED,
     BatchSizes,
     Gpu,
     apply_vram_fraction,
@@ -26,8 +29,9 @@ from optim.hardware import (
 )
 from optim.levels import STOPS, Level, find_level, override, steps_for
 
-# Four faces at a time were as fast as 16 on two cores, with 0.3 GB less.
-CPU_BATCH = BatchSizes(frames=4, windows=1, tiling=False, planned=0, allowed=0)
+CPU_FRAMES = 4  # faces at a time were as fast as 16 on two cores, with 0.3 GB less
+CPU_SHARE = 0.25  # of the memory, for the windows that a processor computes side by side
+FLOAT32 = 2  # times what a window takes in half precision
 SAFE_VRAM_FRACTION = 0.75  # after memory ran out
 
 
@@ -45,8 +49,15 @@ def make_plan(level: Level, asked: Settings, resolution: int, gpu: Gpu | None) -
 
     Steps, cache and batches of the settings come from the level and the GPU, all else from what is asked.
     """
-    batch = batch_sizes(gpu, resolution, level) if gpu else CPU_BATCH
+    batch = batch_sizes(gpu, resolution, level) if gpu else processor_batch(resolution)
     return Plan(level, batch, _settings(level, batch, asked))
+
+
+def processor_batch(resolution: int) -> BatchSizes:
+    """The batches of a processor: as many windows as its cores are best used by, and its memory holds."""
+    fit = int(CPU_SHARE * psutil.virtual_memory().total // (FLOAT32 * RELEASED.window_at(resolution)))
+    windows = max(1, min(fit, windows_for(torch.get_num_threads())))
+    return BatchSizes(CPU_FRAMES, windows, tiling=False, planned=0, allowed=0)
 
 
 def plan_as_asked(
@@ -93,9 +104,11 @@ def accelerate(
     torch.backends.cudnn.allow_tf32 = level.tf32
     if on_gpu:
         apply_vram_fraction(level.vram_fraction, models.device.index or 0)
-    release(restore(models).unet)
+    gather_windows(release(restore(models).unet))
     for network in (models.unet, models.vae):
         (fuse if level.fused else unfuse)(network)
+    if not on_gpu and settings.windows_per_pass > 1:
+        spread_windows(models.unet)
     compiled = level.compile and frames and compile_network(
         models,
         frames,
@@ -126,6 +139,8 @@ def describe(plan: Plan, device: torch.device) -> str:
         ) if on]  # fmt: skip
         parts.append(f"{settings.frames_per_pass} frames and {settings.windows_per_pass} windows a pass")
         parts.append(f"at most {plan.batch.allowed / GIB:.1f} GB of GPU memory")
+    elif settings.windows_per_pass > 1:
+        parts.append(f"{settings.windows_per_pass} windows side by side")
     return f"{level.name}: {', '.join(parts)}"
 
 

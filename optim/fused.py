@@ -39,6 +39,7 @@ from latentsync.unet import (
 )
 from optim import kernels
 from optim.kernels import DTYPES, add_bias, frame_attention, geglu, group_norm, layer_norm
+from optim.lean import LEAN, lean
 
 CHECK_SIDE, CHECK_FRAMES = 8, 16  # latent pixels and frames of the pass that `fuse` tries the kernels on
 CHECK_ERROR = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-3}  # relative; a wrong kernel is off by 1
@@ -240,18 +241,6 @@ class FastVaeResnetBlock(ResnetBlock2D):
         return add_bias(h, _shortcut(x, self.conv_shortcut), self.conv2.bias)
 
 
-class LeanVaeResnetBlock(ResnetBlock2D):
-    """On a processor: the same operations on the same numbers, in place where diffusers makes copies, and without its
-    division by one. To the bit the same, in a seventh less time."""
-
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs) -> Tensor:
-        if temb is not None or torch.is_grad_enabled() or self.output_scale_factor != 1:
-            return super().forward(input_tensor, temb, *args, **kwargs)
-        h = self.conv1(F.silu(self.norm1(input_tensor), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
-        return h.add_(input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
-
-
 class FastVaeAttention(VaeAttention):
     """Self-attention of one head over all pixels, in the middle of encoder and decoder."""
 
@@ -349,15 +338,12 @@ def fuse(network: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
 
     Tries them first: one small pass with and without must agree, or the network stays as it was and one line on
     the standard error says why. The pass also compiles the kernels, so a graph can be captured right afterwards.
-    On the CPU the autoencoder's residual blocks become lean, and nothing is said. Returns the same network;
+    On the CPU it becomes lean, see `optim.lean`, and nothing is said. Returns the same network;
     `unfuse` undoes it.
     """
     weight = next(network.parameters())
     if not (weight.is_cuda or kernels.INTERPRETED):
-        for module in network.modules():
-            if type(module) is ResnetBlock2D:
-                module.__class__ = LeanVaeResnetBlock
-        return network
+        return lean(network)
     if kernels.triton is None:
         _say("Fused kernels are off: Triton is not installed; PyTorch's own run instead.")
         return network
@@ -379,8 +365,8 @@ def fuse(network: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
 
 def unfuse(network: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
     """Take back what `fuse` did."""
-    plain = {fast: plain for plain, fast in FAST.items()}
-    plain |= {FastNormSilu: nn.GroupNorm, DoneBefore: nn.SiLU, LeanVaeResnetBlock: ResnetBlock2D}
+    plain = {fast: plain for plain, fast in (FAST | LEAN).items()}
+    plain |= {FastNormSilu: nn.GroupNorm, DoneBefore: nn.SiLU}
     for module in network.modules():
         module.__class__ = plain.get(type(module), type(module))
         if hasattr(module, "doubling"):

@@ -10,10 +10,20 @@ from test_hardware import read
 
 from latentsync.checkpoints import load_models, resolve
 from latentsync.pipeline import Settings
+from latentsync.unet import FeedForward
 from optim import __main__ as command_line
-from optim.accelerate import CPU_BATCH, SAFE_VRAM_FRACTION, accelerate, make_plan, reliever, step_down
-from optim.fused import LeanVaeResnetBlock, fuse, unfuse
+from optim.accelerate import (
+    CPU_FRAMES,
+    SAFE_VRAM_FRACTION,
+    accelerate,
+    make_plan,
+    processor_batch,
+    reliever,
+    step_down,
+)
+from optim.fused import fuse, unfuse
 from optim.hardware import recommended_level
+from optim.lean import SLICE, LeanFeedForward, LeanVaeResnetBlock
 from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, STOPS
 
 CPU = torch.device("cpu")
@@ -36,7 +46,7 @@ def test_the_plan_takes_steps_and_cache_from_the_level_and_the_rest_from_what_is
     for level, steps in ((CONSERVATIVE, 30), (BALANCED, 24), (AGGRESSIVE, 18)):
         settings = make_plan(level, asked, 512, None).settings
         assert (settings.steps, settings.cache) == (steps, level.cache)
-        assert settings.frames_per_pass == CPU_BATCH.frames
+        assert settings.frames_per_pass == CPU_FRAMES
         assert replace(settings, steps=30, cache=None, frames_per_pass=16) == asked
 
 
@@ -51,10 +61,10 @@ def test_batches_of_the_plan_are_those_of_the_card(gib):
 
 
 def test_on_the_processor_every_level_runs_and_the_network_stays_what_it_was(models, capsys):
-    before = [type(module) for module in models.unet.modules()]
+    before = [type(module) for module in fuse(models.unet).modules()]
     for level in STOPS:
         plan = make_plan(level, Settings(), models.resolution, None)
-        assert accelerate(models, plan) is models and plan.batch == CPU_BATCH
+        assert accelerate(models, plan) is models and plan.batch == processor_batch(models.resolution)
         assert [type(module) for module in models.unet.modules()] == before
         line = capsys.readouterr().err
         assert line.startswith(level.name) and f"{plan.settings.steps} steps" in line and line.count("\n") == 1
@@ -71,6 +81,21 @@ def test_a_lean_autoencoder_gives_the_same_to_the_bit_and_is_taken_back(models):
         ours = vae.encode(faces).latent_dist.mode(), vae.decode(latents).sample
     assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
     assert [type(module) for module in unfuse(vae).modules()] == plain
+
+
+@pytest.mark.parametrize("tokens", [SLICE // 2, SLICE, 2 * SLICE + 3])
+def test_a_lean_feed_forward_gives_the_same_to_the_bit_and_is_taken_back(models, tokens):
+    unet = models.unet
+    part = next(module for module in unet.modules() if type(module) is FeedForward)
+    x = torch.randn(2, tokens, part.net[2].out_features)
+    with torch.inference_mode():
+        wanted = part(x)
+        assert type(next(m for m in fuse(unet).modules() if m is part)) is LeanFeedForward
+        assert torch.equal(part(x), wanted)
+    part(x.requires_grad_()).sum().backward()
+    assert x.grad.abs().sum() > 0, "it can still be trained"
+    unfuse(unet)
+    assert type(part) is FeedForward
 
 
 def test_tiling_and_tf32_follow_the_plan_and_are_taken_back(models):

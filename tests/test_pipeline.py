@@ -39,7 +39,7 @@ from latentsync.pipeline import (
     windows,
 )
 from latentsync.sampling import DeepCache, between_ends, denoise
-from latentsync.vae import to_pixels
+from latentsync.vae import condition, to_pixels
 
 CPU = torch.device("cpu")
 CROP = np.zeros((1, 1, 3), np.uint8)
@@ -626,14 +626,20 @@ def test_a_video_too_long_to_be_kept_is_searched_again(models, wav, monkeypatch)
 
 @pytest.mark.parametrize("ends_only", [True, False])
 def test_a_model_that_reads_cheeks_and_jaw_is_told_of_a_windows_ends(models, wav, monkeypatch, ends_only):
-    told = []
+    told, encoded = [], []
 
     def watched(unet, noise, given, *rest):
         told.append(given.transpose(1, 2).clone())
         return denoise(unet, noise, given, *rest)
 
+    def counted(vae, pixels, mask):
+        encoded.append(len(pixels))
+        return condition(vae, pixels, mask)
+
     monkeypatch.setattr(pipeline, "denoise", watched)
+    monkeypatch.setattr(pipeline, "condition", counted)
     run(replace(models, ends_only=ends_only), wav)
+    assert sum(encoded) == sum(2 if ends_only else group.shape[1] for group in told for _ in group)
     for frames in (window for group in told for window in group):
         steps = torch.linspace(0, 1, len(frames))
         between = torch.stack([torch.lerp(frames[0], frames[-1], step) for step in steps])
