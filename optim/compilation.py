@@ -6,8 +6,9 @@
     restore(models)
 
 Compiling takes minutes, once; a later start takes it from the user's cache and still needs a part of that. It gains
-little: on a processor a tenth of a pass, and on a GPU less than the hand-written kernels (`optim.fused`), which a
-compiled network excludes: inductor needs Triton there as they do, so it is for a GPU only where they are turned off.
+little: on a processor a tenth of a pass, less than windows side by side (`optim.cores`), and on a GPU less than the
+hand-written kernels (`optim.fused`). Both exclude it: so it is for a processor with one core, or memory for one window,
+and for a GPU where the kernels are turned off, as inductor needs Triton like them.
 So a job is compiled only if it is long enough, by this machine's own numbers as soon as there are any: after each use
 a record says what compiling took and gained, and where it gained nothing or failed, that is the last time.
 
@@ -327,7 +328,7 @@ def compile_network(
     restore(models)
     unet, device = models.unet, models.device.type
     if device not in DEFAULTS or type(unet) is not UNet or any(type(m) in FAST.values() for m in unet.modules()):
-        return False  # captured graphs and fused kernels are faster, and not for the compiler to take apart
+        return False  # graphs, fused kernels and windows side by side are faster, and not for it to take apart
     use_cache_folder()
     side = models.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
     shape = Shape(windows, side, guided, cache)

@@ -365,7 +365,7 @@ def fuse(network: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
 
 def unfuse(network: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
     """Take back what `fuse` did."""
-    plain = {fast: plain for plain, fast in (FAST | LEAN).items()}
+    plain = {fast: plain for table in (FAST, LEAN) for plain, fast in table.items()}
     plain |= {FastNormSilu: nn.GroupNorm, DoneBefore: nn.SiLU}
     for module in network.modules():
         module.__class__ = plain.get(type(module), type(module))
