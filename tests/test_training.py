@@ -23,27 +23,26 @@ from latentsync.training.data import (
     INNER_UPPER,
     MARGIN,
     MEL_PER_FRAME,
-    MOUTH_REACH,
-    QUIETEST,
     RESOLUTION,
     RESTING,
     SIDE,
     WINDOW,
-    MouthWarp,
-    draw_sound,
-    draw_windows,
     is_held_out,
     load_clips,
+    resting_ends,
+)
+from latentsync.training.export import export
+from latentsync.training.looks import (
+    MOUTH_REACH,
+    MouthWarp,
     plain_look,
     random_look,
     random_mouth,
     random_people,
     render,
-    resting_ends,
-    tokens_of,
 )
-from latentsync.training.export import export
 from latentsync.training.prepare import prepare
+from latentsync.training.sound import QUIETEST, draw_sound, draw_windows, tokens_of
 from latentsync.training.state import load_state, save_state
 from latentsync.unet import UNet, UNetConfig
 
@@ -108,7 +107,7 @@ def at_rest(data, frames):
 
 def test_a_mouth_rests_where_silence_is_heard(prepared, monkeypatch):
     """A clip that is at rest in its first 8 and last 5 frames, and loud throughout."""
-    monkeypatch.setattr("latentsync.training.data._other_voice", lambda power, owner: power)
+    monkeypatch.setattr("latentsync.training.sound._other_voice", lambda power, owner: power)
     data = load_clips(prepared, CPU)
     n = int(data.lengths[0])
     opening = torch.full((n,), 5.0)
