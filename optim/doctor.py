@@ -236,10 +236,11 @@ def slow_advice(run: RunFacts) -> Iterator[Advice]:
     if speed >= REAL_TIME:
         return
     if run.device == "cpu":
+        ways = ["on a machine with an NVIDIA GPU"]
+        ways += ["with the 256 px model"] if run.resolution > 256 else []
+        ways += ["at a faster level"] if run.position < 1 else []
         yield Advice(
-            f"The run made {speed:.2g} frames a second on the processor.",
-            "Run it on a machine with an NVIDIA GPU, with the 256 px model, or at a faster level.",
-            "warning",
+            f"The run made {speed:.2g} frames a second on the processor.", f"Run it {', or '.join(ways)}.", "warning"
         )
         return
     yield from slowdown_advice("The GPU", run.slowdowns)

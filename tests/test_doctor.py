@@ -96,7 +96,9 @@ def test_a_good_run_gets_no_advice():
 @pytest.mark.parametrize(
     "change, problem, remedy",
     [
-        ({"device": "cpu"}, "on the processor", "NVIDIA GPU"),
+        ({"device": "cpu"}, "on the processor", "NVIDIA GPU, or with the 256 px model."),
+        ({"device": "cpu", "resolution": 128}, "on the processor", "NVIDIA GPU."),
+        ({"device": "cpu", "resolution": 128, "position": 0.5}, "on the processor", "GPU, or at a faster level."),
         ({"slowdowns": 0x20}, "too hot", "dust"),
         ({"utilization": 30}, "only 30 %", "Close other programs"),
         ({"position": 0.5}, "5 frames a second", "--level"),
