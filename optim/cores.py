@@ -5,7 +5,6 @@ too, for the one that was held up. Windows have nothing to wait for: the norms a
 window each. So each of several windows has a thread, with its share of the cores; a window alone has them all.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from threading import Barrier
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentsync.unet import Context, UNet
+from optim.directed import DirectedUNet, Run
 
 MOST_WINDOWS = 4  # more save little, and the first finished frames of a run would come late
 
@@ -42,39 +42,22 @@ def workers(count: int, cores: int) -> ThreadPoolExecutor:
     return pool
 
 
-class SpreadUNet(UNet):
-    def full(
+class SpreadUNet(DirectedUNet):
+    def direct(
         self,
+        run: Run,
+        kind: tuple,
         x: Tensor,
         timestep: Tensor,
         context: Context,
         frames: int,
-        branch: int | None = None,
-        guided: bool = False,
+        cached: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        def run(x: Tensor, timestep: Tensor, context: Context, _: None) -> tuple[Tensor, Tensor | None]:
-            return UNet.full(self, x, timestep, context, frames, branch, guided)
-
-        return spread(run, x, timestep, context, frames, None)
-
-    def shallow(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        context: Context,
-        frames: int,
-        branch: int,
-        cached: Tensor,
-        guided: bool = False,
-    ) -> Tensor:
-        def run(x: Tensor, timestep: Tensor, context: Context, cached: Tensor) -> tuple[Tensor, None]:
-            return UNet.shallow(self, x, timestep, context, frames, branch, cached, guided), None
-
-        return spread(run, x, timestep, context, frames, cached)[0]
+        return spread(run, x, timestep, context, frames, cached)
 
 
 def spread(
-    run: Callable[[Tensor, Tensor, Context, Tensor | None], tuple[Tensor, Tensor | None]],
+    run: Run,
     x: Tensor,
     timestep: Tensor,
     context: Context,

@@ -6,13 +6,13 @@ memory, since no two run at a time; what one leaves for later, DeepCache's tenso
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from latentsync.unet import Context, UNet
+from optim.directed import DirectedUNet, Run
 
 MOST_GRAPHS = 8  # the least recently used are given up beyond; a run of full windows needs two
 
@@ -42,41 +42,24 @@ class Graphs:
     pool: tuple[int, int] | None = None
 
 
-class GraphedUNet(UNet):
-    def full(
+class GraphedUNet(DirectedUNet):
+    def direct(
         self,
+        run: Run,
+        kind: tuple,
         x: Tensor,
         timestep: Tensor,
         context: Context,
         frames: int,
-        branch: int | None = None,
-        guided: bool = False,
+        cached: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        def run(x: Tensor, timestep: Tensor, context: Context, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return UNet.full(self, x, timestep, context, frames, branch, guided)
-
-        return replay(self.graphs, ("full", frames, branch, guided), run, x, timestep, context, None)
-
-    def shallow(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        context: Context,
-        frames: int,
-        branch: int,
-        cached: Tensor,
-        guided: bool = False,
-    ) -> Tensor:
-        def run(x: Tensor, timestep: Tensor, context: Context, cached: Tensor) -> tuple[Tensor, None]:
-            return UNet.shallow(self, x, timestep, context, frames, branch, cached, guided), None
-
-        return replay(self.graphs, ("shallow", frames, branch, guided), run, x, timestep, context, cached)[0]
+        return replay(self.graphs, (*kind, frames), run, x, timestep, context, cached)
 
 
 def replay(
     graphs: Graphs,
     kind: tuple,
-    run: Callable[[Tensor, Tensor, Context, Tensor | None], tuple[Tensor, Tensor | None]],
+    run: Run,
     x: Tensor,
     timestep: Tensor,
     context: Context,
@@ -114,7 +97,7 @@ def can_capture(x: Tensor) -> bool:
 
 def _capture(
     graphs: Graphs,
-    run: Callable[[Tensor, Tensor, Context, Tensor | None], tuple[Tensor, Tensor | None]],
+    run: Run,
     x: Tensor,
     timestep: Tensor,
     context: Context,
