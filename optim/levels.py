@@ -10,9 +10,10 @@
     batch             standard       larger         the most that is of use and fits
 
 Conservative is a promise: its result is the plain pipeline's, so it holds every speed that costs no quality and
-nothing else. Fewer steps cost little: 16 of them in place of 20 left the demo model's mouth on a clip of the corpus at
-62 dB to it; DeepCache costs more: 50 dB with (2, 0), 42 with (3, 0), and at 12 steps 40 with (3, 0), 36 with (4, 0),
-where guidance left out of shallow passes made no difference. Balanced may change the result, but not visibly.
+nothing else. Fewer steps cost little: 16 of them in place of 20 left the mouth of an earlier demo model on a clip of
+the corpus at 62 dB to it; DeepCache costs more: 50 dB with (2, 0), 42 with (3, 0), and at 12 steps 40 with (3, 0), 36
+with (4, 0), where guidance left out of shallow passes made no difference. Balanced may change the result, but not
+visibly.
 Aggressive takes all there is.
 Nobody outside this module asks which level it is; what is to be done stands in its fields.
 """
