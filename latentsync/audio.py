@@ -116,11 +116,12 @@ def audio_chunks(
 ) -> Iterator[Tensor]:
     """The audio tokens of video frames 0 … frames − 1 at 25 fps.
 
-    wav: (samples,) float32 at 16 kHz. Yields (10 · layers, width), row-major (row, layer): rows c − 4 … c + 5
-    around the frame's row c, each clamped to the clip.
+    wav: (samples,) float32 at 16 kHz. Yields (10 · layers, width) on the host, row-major (row, layer): rows c − 4 …
+    c + 5 around the frame's row c, each clamped to the clip.
     """
     total = max(len(wav), N_FFT) // HOP_LENGTH // 2  # every segment but the last has an even number of frames
-    segments = feature_segments(encoder, wav, mel_range)
+    # A segment at once: a copy for every frame would be as many waits for the device.
+    segments = (features.cpu() for features in feature_segments(encoder, wav, mel_range))
     held, first = next(segments), 0  # rows first … first + len(held) − 1
     for i in range(frames):
         centre = i * ROWS_PER_SECOND // VIDEO_FPS

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -258,6 +259,7 @@ class Painter:
         self.on_gpu = device.type == "cuda"
         self.groups_behind = int(self.on_gpu)  # groups that the device may still be working on
         self.steps: deque[torch.cuda.Event] = deque()  # the ends of the last steps that were given to the GPU
+        self.unpasted: Callable[[], object] | None = None  # pastes the faces of the last pass
         self.conditions: dict[int, Tensor] = {}  # of the frames of a video that is shown more than once
         mask = fixed_mask(models.resolution)
         self.mask = torch.from_numpy(mask.copy()).to(device, dtype)
@@ -304,10 +306,13 @@ class Painter:
         faces = merge_faces(generated, crops, self.mask)
         counts = [f - window.done for window in windows]
         bad = torch.cat([part.any().expand(len(part)) for part in bad.split(counts)])
-        complete = self.paste(faces, [shot for window in windows for shot in window.new], bad)
+        # Pasting is many small kernels, for which the GPU would wait if it had nothing else to do. So they are queued
+        # behind the first step of the next pass, or when they are needed.
+        paste = cache(torch.inference_mode()(lambda: self.paste(faces, [s for w in windows for s in w.new], bad)))
+        self.unpasted = paste
 
         def finish() -> list[Window]:
-            flags = iter(complete())
+            flags = iter(paste()())
             return [w for w, count in zip(windows, counts, strict=True) if [next(flags) for _ in range(count)][0]]
 
         return finish
@@ -399,7 +404,11 @@ class Painter:
         return event
 
     def step_given(self, _: int) -> None:
-        """Stay STEPS_AHEAD of the GPU and no more, or a run could not be stopped before its window ends."""
+        """Paste what the pass before left, and stay STEPS_AHEAD of the GPU and no more, or a run could not be stopped
+        before its window ends."""
+        if self.unpasted:
+            self.unpasted()
+            self.unpasted = None
         if self.on_gpu:
             self.steps.append(self.event())
             if len(self.steps) > STEPS_AHEAD:
@@ -506,18 +515,14 @@ def paint_again(windows: list[Window], painter: Painter) -> None:
 
 
 def beside(items: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """The items on the host. On a GPU they are computed in a stream of their own, with a thread that takes them:
+    """The items, which lie on the host. On a GPU they are made in a stream of their own, with a thread that takes them:
     waiting for one is not waiting for the denoising."""
-    if device.type != "cuda":
-        yield from items
-        return
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     while True:
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # of None: as it is
             item = next(items, END)
-            if item is END:
-                return
-            item = item.cpu()
+        if item is END:
+            return
         yield item
 
 

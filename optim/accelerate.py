@@ -104,7 +104,9 @@ def accelerate(
     torch.backends.cudnn.allow_tf32 = level.tf32
     if on_gpu:
         apply_vram_fraction(level.vram_fraction, models.device.index or 0)
-    gather_windows(release(restore(models).unet))
+    restore(models)
+    release(models.unet, models.vae)
+    gather_windows(models.unet)
     for network in (models.unet, models.vae):
         (fuse if level.fused else unfuse)(network)
     if not on_gpu and settings.windows_per_pass > 1:
@@ -119,7 +121,8 @@ def accelerate(
         say=say,
     )
     if level.graphs and on_gpu and not compiled:
-        capture(models.unet)
+        # Tiles are for cards with too little memory to keep any, and come in many shapes.
+        capture(models.unet, None if plan.batch.tiling else models.vae)
     (models.vae.enable_tiling if plan.batch.tiling else models.vae.disable_tiling)()
     say(describe(plan, models.device) + (", compiled" if compiled else ""))
     return models

@@ -1,20 +1,25 @@
-"""Passes of the U-Net captured as CUDA graphs: the host says «again» where it would start a thousand kernels.
+"""Passes of the networks captured as CUDA graphs: the host says «again» where it would start a thousand kernels.
 
-`capture(unet)` gives the network passes that are captured when they come with the same shapes for a second time, and
-replayed from then on; `release(unet)` takes it back and frees what the graphs hold. All graphs share one pool of
-memory, since no two run at a time; what one leaves for later, DeepCache's tensor, is copied out of it.
+`capture(unet, vae)` gives the networks passes that are captured when they come with the same shapes for a second time,
+and replayed from then on; `release(unet, vae)` takes it back and frees what the graphs hold. All graphs share one pool
+of memory, since no two run at a time; what one leaves for later, as DeepCache's tensor, is copied out of it.
+
+The autoencoder's kernels are large, and starting them takes less than their own time on an idle host. But in a job
+other threads find faces and write frames meanwhile, and without graphs the GPU waited for the host at every window.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor
 
 from latentsync.unet import Context, UNet
 from optim.directed import DirectedUNet, Run
 
-MOST_GRAPHS = 8  # the least recently used are given up beyond; a run of full windows needs two
+MOST_GRAPHS = 12  # the least recently used are given up beyond; a run of full windows needs four to six
 
 
 @dataclass
@@ -23,7 +28,7 @@ class Pass:
 
     graph: torch.cuda.CUDAGraph
     x: Tensor
-    timestep: Tensor
+    timestep: Tensor | None
     context: Context
     cached: Tensor | None
     out: Tensor
@@ -35,7 +40,7 @@ class Pass:
 
 @dataclass
 class Graphs:
-    """The passes captured for one network; those seen once are in `seen`."""
+    """The passes captured for a model's networks; those seen once are in `seen`."""
 
     passes: OrderedDict[tuple, Pass] = field(default_factory=OrderedDict)
     seen: set[tuple] = field(default_factory=set)
@@ -56,20 +61,36 @@ class GraphedUNet(DirectedUNet):
         return replay(self.graphs, (*kind, frames), run, x, timestep, context, cached)
 
 
+class GraphedEncoder(Encoder):
+    def forward(self, sample: Tensor) -> Tensor:
+        def run(x: Tensor, *_: object) -> tuple[Tensor, None]:
+            return Encoder.forward(self, x), None
+
+        return replay(self.graphs, ("encode",), run, sample)[0].clone()
+
+
+class GraphedDecoder(Decoder):
+    def forward(self, sample: Tensor, latent_embeds: None = None) -> Tensor:
+        def run(x: Tensor, *_: object) -> tuple[Tensor, None]:
+            return Decoder.forward(self, x), None
+
+        return replay(self.graphs, ("decode",), run, sample)[0].clone()
+
+
 def replay(
     graphs: Graphs,
     kind: tuple,
     run: Run,
     x: Tensor,
-    timestep: Tensor,
-    context: Context,
-    cached: Tensor | None,
+    timestep: Tensor | None = None,
+    context: Context = (),
+    cached: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What `run` makes of the inputs; at the second call of a kind with the same shapes it is captured.
 
     The first result is overwritten by the next pass of any kind, the second is the caller's.
     """
-    key = kind, x.shape, timestep.shape, len(context[0][0]) if context else 0
+    key = kind, x.shape, () if timestep is None else timestep.shape, len(context[0][0]) if context else 0
     if not can_capture(x) or (key not in graphs.passes and key not in graphs.seen):
         graphs.seen.add(key)  # this run loads and plans what a capture must find ready
         return run(x, timestep, context, cached)
@@ -80,8 +101,9 @@ def replay(
     graphs.passes.move_to_end(key)
     found = graphs.passes[key]
     found.x.copy_(x)
-    found.timestep.copy_(timestep)
-    if found.copied_context is not context:
+    if timestep is not None:
+        found.timestep.copy_(timestep)
+    if context and found.copied_context is not context:
         torch._foreach_copy_([t for pair in found.context for t in pair], [t for pair in context for t in pair])
         found.copied_context = context
     if cached is not None and found.copied_cached is not cached:
@@ -99,13 +121,13 @@ def _capture(
     graphs: Graphs,
     run: Run,
     x: Tensor,
-    timestep: Tensor,
+    timestep: Tensor | None,
     context: Context,
     cached: Tensor | None,
 ) -> Pass:
     if graphs.pool is None:
         graphs.pool = torch.cuda.graph_pool_handle()
-    x, timestep = x.clone(), timestep.clone()
+    x, timestep = x.clone(), None if timestep is None else timestep.clone()
     context = [(k.clone(), v.clone()) for k, v in context]
     cached = None if cached is None else cached.clone()
     graph = torch.cuda.CUDAGraph()
@@ -115,16 +137,25 @@ def _capture(
     return Pass(graph, x, timestep, context, cached, out, kept)
 
 
-def capture(unet: UNet) -> UNet:
-    """Let the network capture its passes; on the CPU that changes nothing. Returns the same network."""
-    if type(unet) is UNet:
-        unet.__class__, unet.graphs = GraphedUNet, Graphs()
-    return unet
+GRAPHED = {UNet: GraphedUNet, Encoder: GraphedEncoder, Decoder: GraphedDecoder}
 
 
-def release(unet: UNet) -> UNet:
+def _parts(unet: UNet, vae: AutoencoderKL | None) -> list[UNet | Encoder | Decoder]:
+    return [unet] if vae is None else [unet, vae.encoder, vae.decoder]
+
+
+def capture(unet: UNet, vae: AutoencoderKL | None = None) -> None:
+    """Let the networks capture their passes; on the CPU that changes nothing."""
+    graphs = getattr(unet, "graphs", None) or Graphs()
+    for part in _parts(unet, vae):
+        if type(part) in GRAPHED:
+            part.__class__, part.graphs = GRAPHED[type(part)], graphs
+
+
+def release(unet: UNet, vae: AutoencoderKL | None = None) -> None:
     """Take back what `capture` did, with the memory of the graphs."""
-    if type(unet) is GraphedUNet:
-        unet.__class__ = UNet
-        del unet.graphs
-    return unet
+    plain = {graphed: plain for plain, graphed in GRAPHED.items()}
+    for part in _parts(unet, vae):
+        if type(part) in plain:
+            part.__class__ = plain[type(part)]
+            del part.graphs

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor
 
 from latentsync.sampling import DeepCache, ddim_schedule, denoise
 from latentsync.unet import Context, UNet, UNetConfig
+from latentsync.vae import condition, decode
 from optim import graphs
 from optim.graphs import MOST_GRAPHS, GraphedUNet, Graphs, Pass, capture, release
 
@@ -29,7 +32,7 @@ def on_a_gpu(monkeypatch) -> list[Pass]:
     captured = []
 
     def record(_: Graphs, run, x: Tensor, timestep: Tensor, context: Context, cached: Tensor | None) -> Pass:
-        x, timestep = x.clone(), timestep.clone()
+        x, timestep = x.clone(), None if timestep is None else timestep.clone()
         context = [(k.clone(), v.clone()) for k, v in context]
         cached = None if cached is None else cached.clone()
         out, kept = run(x, timestep, context, cached)
@@ -77,10 +80,10 @@ def test_loops_over_replayed_passes_equal_eager_ones_window_after_window(on_a_gp
 
 
 def test_other_shapes_are_captured_on_their_own_and_the_oldest_given_up(on_a_gpu):
-    unet = capture(small_unet())
+    unet = small_unet()
     for frames in range(1, MOST_GRAPHS + 3):
         inputs = window(frames)
-        wanted = denoise(release(unet), *inputs, ddim_schedule(3)) if frames == 1 else None
+        wanted = denoise(unet, *inputs, ddim_schedule(3)) if frames == 1 else None
         capture(unet)
         ours = denoise(unet, *inputs, ddim_schedule(3))
         if wanted is not None:
@@ -92,14 +95,16 @@ def test_what_stays_the_same_from_step_to_step_is_copied_once(on_a_gpu, monkeypa
     copies = []
     copy = torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda *lists: (copies.append(1), copy(*lists)))
-    unet = capture(small_unet())
+    unet = small_unet()
+    capture(unet)
     for _ in range(2):
         denoise(unet, *window(), ddim_schedule(6))
     assert len(copies) == 2, "the context of each window, not of each step"
 
 
 def test_the_tensor_for_shallow_passes_is_the_callers_own(on_a_gpu):
-    unet = capture(small_unet())
+    unet = small_unet()
+    capture(unet)
     x = torch.randn(4, 13, 8, 8).contiguous(memory_format=torch.channels_last)
     context = unet.encode_audio(torch.randn(1, 4, 50, 24))
     with torch.inference_mode():
@@ -112,9 +117,64 @@ def test_the_tensor_for_shallow_passes_is_the_callers_own(on_a_gpu):
 def test_on_the_processor_nothing_is_captured():
     unet = small_unet()
     wanted = denoise(unet, *(inputs := window()), ddim_schedule(4))
-    assert type(capture(unet)) is GraphedUNet
+    capture(unet)
+    assert type(unet) is GraphedUNet
     assert torch.equal(denoise(unet, *inputs, ddim_schedule(4)), wanted)
-    assert not unet.graphs.passes and type(release(unet)) is UNet and not hasattr(unet, "graphs")
+    assert not unet.graphs.passes
+    release(unet)
+    assert type(unet) is UNet and not hasattr(unet, "graphs")
+
+
+def small_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64), norm_num_groups=8, latent_channels=4, layers_per_block=1, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def there_and_back(vae: AutoencoderKL, faces: list[Tensor]) -> list[Tensor]:
+    """Latents and pictures of each, looked at only when all are made: none may be overwritten by a later pass."""
+    mask = torch.ones(faces[0].shape[-2:], device=faces[0].device, dtype=faces[0].dtype)
+    mask[16:] = 0
+    with torch.inference_mode():
+        given = [condition(vae, some, mask) for some in faces]
+        return [*given, *[decode(vae, some[:, 1:5]) for some in given]]
+
+
+def test_the_autoencoder_is_captured_with_the_unet_and_released_with_it(on_a_gpu):
+    unet, vae = small_unet(), small_vae()
+    faces = [torch.randn(count, 3, 32, 32) for count in (3, 3, 2, 3)]
+    wanted, windows = there_and_back(vae, faces), window()
+    latents = denoise(unet, *windows, ddim_schedule(3))
+    capture(unet, vae)
+    for ours, theirs in zip(there_and_back(vae, faces), wanted, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert torch.allclose(denoise(unet, *windows, ddim_schedule(3)), latents, atol=1e-6)
+    shapes = [tuple(each.x.shape) for each in on_a_gpu[:3]]
+    assert shapes == [(3, 3, 32, 32), (2, 3, 32, 32), (3, 4, 16, 16)], "two faces are decoded but once"
+    assert len(on_a_gpu) == 4 and unet.graphs is vae.encoder.graphs is vae.decoder.graphs
+    release(unet, vae)
+    assert (type(unet), type(vae.encoder), type(vae.decoder)) == (UNet, Encoder, Decoder)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_replayed_autoencoder_equals_the_eager_one_and_never_waits_for_the_gpu():
+    unet, vae = small_unet().cuda().half(), small_vae().cuda().half()
+    faces = [torch.randn(8, 3, 32, 32, device="cuda", dtype=torch.float16) for _ in range(3)]
+    wanted = there_and_back(vae, faces)
+    capture(unet, vae)
+    there_and_back(vae, faces)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = there_and_back(vae, faces)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(unet.graphs.passes) == 2
+    for each, theirs in zip(ours, wanted, strict=True):
+        assert torch.equal(each, theirs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

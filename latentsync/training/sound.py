@@ -21,6 +21,7 @@ SILENT = -2  # instead of the index of a mel frame
 CLIPS_PER_SEGMENT = 10  # clips of 3 s that share one 30 s segment of sound
 SPAN = WINDOW + 2 * EDGE + 4  # frames: the shortest part of a clip that is heard
 WHOLE_SPANS = 0.3  # share of clips that are heard whole, as sentences; parts teach sounds and not the grammar of GRID
+BEGINNINGS = 0.1  # share of windows that begin with the sound, as the first one of every job does
 OWN_VOICE = 0.4  # share of clips that are heard as they were recorded, where synthesised voices say them as well
 
 
@@ -163,14 +164,26 @@ class Windows:
 
 
 def draw_windows(data: ClipSet, sound: Sound, rng: np.random.Generator, per_segment: int) -> Windows:
-    """Windows of the clips in `sound`, each with another window of the same clip as its reference."""
+    """Windows of the clips in `sound`, each with another window of the same clip as its reference.
+
+    The tokens of a part's first and last frames reach into other parts and are not drawn, but where the sound begins
+    and ends: as in a job, nothing is there, and the rows are those of its own first and last moment.
+    """
     parts = np.array([len(clips) for clips in sound.clips])
-    segment = np.repeat(np.arange(len(parts)), per_segment)
-    k = (np.cumsum(parts) - parts)[segment] + rng.integers(0, parts[segment])
+    segment, first_part = np.repeat(np.arange(len(parts)), per_segment), np.cumsum(parts) - parts
+    ends = np.array([at[-1] + count[-1] for at, count in zip(sound.offsets, sound.counts, strict=True)])[segment]
+    k = rng.integers(0, parts[segment])
+    at_once = np.array([at[0] == 0 for at in sound.offsets])[segment]
+    beginning = at_once & (rng.random(len(k)) < BEGINNINGS)
+    k = np.where(beginning, 0, k) + first_part[segment]
     clip, count, offset = (np.concatenate(values)[k] for values in (sound.clips, sound.counts, sound.offsets))
     start, length = data.starts[clip], data.lengths[clip]
     span = np.arange(WINDOW)
-    at = (offset + rng.integers(EDGE, count - WINDOW - EDGE + 1))[:, None] + span
+    lowest = np.where(offset == 0, 0, EDGE)
+    # Of a full segment's end a job hears what follows.
+    ended = (offset + count == ends) & (ends < SEGMENT_FRAMES // MEL_PER_FRAME)
+    highest = np.where(beginning, 0, count - WINDOW - np.where(ended, 0, EDGE))
+    at = (offset + rng.integers(lowest, highest + 1))[:, None] + span
     frames = sound.frames[segment[:, None], at]
     first, last = frames.min(1) - start, frames.max(1) - start
     # The windows that end before the own one begins, and those that begin after its end.
@@ -178,7 +191,7 @@ def draw_windows(data: ClipSet, sound: Sound, rng: np.random.Generator, per_segm
     pick = rng.integers(0, np.maximum(before + after, 1))
     other = np.where(pick < before, pick, pick - before + last + 1)
     other = np.where(before + after > 0, other, (first + length // 2) % (length - WINDOW))
-    rows = (2 * at[:, :, None] + np.arange(-ROWS_BEFORE, ROWS_AFTER)).clip(0, SEGMENT_FRAMES // 2 - 1)
+    rows = (2 * at[:, :, None] + np.arange(-ROWS_BEFORE, ROWS_AFTER)).clip(0, 2 * ends[:, None, None] - 1)
     arrays = frames, (start + other)[:, None] + span, segment, rows
     return Windows(*(to_device(array, data.mel.device) for array in arrays))
 
