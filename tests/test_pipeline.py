@@ -1,5 +1,6 @@
 """The chain of stages: what is cut into windows, what is painted where, what a run reports and leaves behind."""
 
+import math
 import os
 import random
 import threading
@@ -230,14 +231,29 @@ def test_stages_that_overlap_give_what_they_give_in_turns(models, wav):
 
 def test_a_delayed_painter_gives_the_same_video(models, wav, monkeypatch):
     at_once = stacked(run(models, wav))
+    delayed(monkeypatch)
+    assert np.array_equal(at_once, stacked(run(models, wav)))
+
+
+def delayed(monkeypatch) -> None:
+    """Let painters finish a group when the next one has been queued, as on a GPU."""
     given = Painter.__init__
 
-    def delayed(self, *args):
+    def one_behind(self, *args):
         given(self, *args)
         self.groups_behind = 1
 
-    monkeypatch.setattr(Painter, "__init__", delayed)
-    assert np.array_equal(at_once, stacked(run(models, wav)))
+    monkeypatch.setattr(Painter, "__init__", one_behind)
+
+
+def test_a_delayed_painter_pastes_behind_the_first_step_of_the_next_pass(models, wav, monkeypatch):
+    done, (paste, step_given) = [], (Painter.paste, Painter.step_given)
+    monkeypatch.setattr(Painter, "paste", lambda *args: (done.append("paste"), paste(*args))[1])
+    monkeypatch.setattr(Painter, "step_given", lambda self, i: (done.append(i), step_given(self, i))[1])
+    delayed(monkeypatch)
+    run(models, wav)
+    first, later = [0, 1], [0, "paste", 1]
+    assert done == [*first, *later * (math.ceil(FRAMES / WINDOW) - 1), "paste"]
 
 
 def test_a_part_of_the_frame_is_pasted_as_the_whole_is(models):
@@ -556,6 +572,23 @@ def test_a_run_short_of_memory_goes_on_with_less_and_loses_no_frame(models, wav,
     assert len(found) == FRAMES
     for ours, theirs in zip(found, wanted, strict=True):
         assert psnr(ours.frame, theirs.frame) > 50
+
+
+def test_a_frame_whose_pasting_ran_out_of_memory_is_pasted_again(models, wav, monkeypatch):
+    wanted, paste, failures = stacked(run(models, wav)), Painter.paste, iter([True])
+    delayed(monkeypatch)
+
+    def short_of_memory(*args):
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return paste(*args)
+
+    monkeypatch.setattr(Painter, "paste", short_of_memory)
+    settings = Settings(steps=2)
+    frames = enumerate(portrait(t) for t in range(FRAMES))
+    shots = generate(frames, wav, models, settings, FRAMES, False, StageClock(), None, lambda: settings)
+    assert np.array_equal(stacked(list(shots)), wanted)
+    assert next(failures, None) is None
 
 
 def test_a_run_that_nothing_relieves_fails_with_the_memory_error(models, wav, monkeypatch):
