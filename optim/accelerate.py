@@ -13,6 +13,7 @@ import torch
 
 from latentsync.checkpoints import Models
 from latentsync.pipeline import Settings
+from latentsync.sampling import WINDOW
 from optim.compilation import compile_network, restore, say, use_cache_folder
 from optim.cores import gather_windows, spread_windows, windows_for
 from optim.fused import fuse, unfuse
@@ -121,8 +122,8 @@ def accelerate(
         say=say,
     )
     if level.graphs and on_gpu and not compiled:
-        # Tiles are for cards with too little memory to keep any, and come in many shapes.
-        capture(models.unet, None if plan.batch.tiling else models.vae)
+        # Graphs keep their memory, of which a card has little that does not take a window's faces at once.
+        capture(models.unet, models.vae if plan.batch.frames >= WINDOW else None)
     (models.vae.enable_tiling if plan.batch.tiling else models.vae.disable_tiling)()
     say(describe(plan, models.device) + (", compiled" if compiled else ""))
     return models

@@ -14,10 +14,7 @@ from torch import nn
 from latentsync.alignment import fixed_mask
 from latentsync.audio import SAMPLE_RATE, audio_chunks, log_powers, mel_segments
 from latentsync.checkpoints import DEMO_FOLDER, load_models, read_tensors, resolve
-from latentsync.errors import UserError
-from latentsync.media import read_audio
-from latentsync.training import autoencoder, denoiser, listener, restore, voices
-from latentsync.training.data import (
+from latentsync.corpus import (
     CORNERS,
     INNER_LOWER,
     INNER_UPPER,
@@ -31,6 +28,9 @@ from latentsync.training.data import (
     load_clips,
     resting_ends,
 )
+from latentsync.errors import UserError
+from latentsync.media import read_audio
+from latentsync.training import autoencoder, denoiser, listener, restore, voices
 from latentsync.training.export import export
 from latentsync.training.looks import (
     MOUTH_REACH,
@@ -42,7 +42,7 @@ from latentsync.training.looks import (
     render,
 )
 from latentsync.training.prepare import prepare
-from latentsync.training.sound import QUIETEST, draw_sound, draw_windows, tokens_of
+from latentsync.training.sound import BEGINNINGS, QUIETEST, draw_sound, draw_windows, tokens_of
 from latentsync.training.state import load_state, save_state
 from latentsync.unet import UNet, UNetConfig
 
@@ -76,7 +76,7 @@ def test_the_training_windows_hear_what_inference_hears(prepared, clip, one_thre
         sound = draw_sound(data, rng, 1, augment=False)
         if len(sound.clips[0]) == 1:
             break
-    windows = draw_windows(data, sound, rng, 3)
+    windows = draw_windows(data, sound, rng, 100)
     with torch.no_grad():
         tokens = tokens_of(encoder(sound.mel), windows.segment, windows.rows)
     heard = torch.stack(list(audio_chunks(encoder, torch.from_numpy(read_audio(clip)), FRAMES, QUIETEST)))
@@ -85,6 +85,9 @@ def test_the_training_windows_hear_what_inference_hears(prepared, clip, one_thre
         error = float((window - wanted).norm() / wanted.norm())
         shifted = float((window[1:] - wanted[:-1]).norm() / wanted[1:].norm())
         assert error < 0.05 < shifted, "a frame off would be heard"
+    begins = windows.frames[:, 0] - first
+    assert (int(begins.min()), int(begins.max())) == (0, FRAMES - WINDOW), "from the sound's first frame to its last"
+    assert int((begins == 0).sum()) > BEGINNINGS * len(begins)
 
 
 def test_digital_silence_is_what_the_encoder_knows_for_silence():

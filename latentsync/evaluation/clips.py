@@ -7,11 +7,10 @@ import numpy as np
 
 from latentsync.alignment import crop_face, crop_size, estimate_matrix
 from latentsync.audio import VIDEO_FPS
+from latentsync.corpus import HELD_OUT_EVERY, HELD_OUT_SPEAKERS, LIPS, clips_below, is_held_out
 from latentsync.errors import UserError
 from latentsync.faces import Face, mouth_opening, track_faces
 from latentsync.media import probe_video, read_audio, read_frames
-from latentsync.training.__main__ import clips_below
-from latentsync.training.data import HELD_OUT_EVERY, HELD_OUT_SPEAKERS, LIPS, is_held_out
 
 SIDE = 256  # pixels of the crops that are measured, whatever the model's resolution
 MOST_FRAMES = 10 * VIDEO_FPS  # of a clip; all are held

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from latentsync.audio import MEL_RANGE, log_powers
 from latentsync.checkpoints import load_exactly, read_tensors
-from latentsync.training.data import MARGIN, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, RESOLUTION, ClipSet, load_clips
+from latentsync.corpus import MARGIN, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, RESOLUTION, ClipSet, load_clips
 
 WEIGHTS = Path(__file__).parent.parent.parent / "assets" / "judge" / "judge.safetensors"
 SPAN = 5  # frames that are judged together, 0.2 s (SyncNet)

@@ -9,6 +9,7 @@ import numpy as np
 from latentsync.alignment import fixed_mask
 from latentsync.audio import SAMPLE_RATE
 from latentsync.checkpoints import Models
+from latentsync.corpus import HELD_OUT_SPEAKERS
 from latentsync.evaluation.clips import SIDE, TRACKS, Clip, Seen, look
 from latentsync.evaluation.dubbing import dub, elsewhere
 from latentsync.evaluation.judge import MOST_OFF, Check, Judge, check, judge_clip, verdict
@@ -26,7 +27,6 @@ from latentsync.evaluation.measures import (
     ssim,
 )
 from latentsync.pipeline import Settings
-from latentsync.training.data import HELD_OUT_SPEAKERS
 
 SILENCE = 2.0  # seconds of silent sound that every clip is dubbed with
 LEAST_PAUSE = 5  # frames; in fewer there is no variance to speak of

@@ -6,18 +6,11 @@ from pathlib import Path
 
 import torch
 
+from latentsync.corpus import clips_below
 from latentsync.errors import UserError
 from latentsync.training import autoencoder, decoder, denoiser, listener
 from latentsync.training.export import export
 from latentsync.training.restore import restore
-
-
-def clips_below(folder: Path) -> list[tuple[str, Path]]:
-    """(speaker, file) of FOLDER/SPEAKER/CLIP.mp4."""
-    clips = [(file.parent.name, file) for file in sorted(folder.glob("*/*")) if file.suffix in (".mp4", ".mpg", ".mov")]
-    if not clips:
-        raise UserError(f"'{folder}' has no clips; they are expected as SPEAKER/CLIP.mp4.")
-    return clips
 
 
 def main() -> None:

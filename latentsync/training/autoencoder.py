@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from latentsync.training.data import ClipSet, load_clips
+from latentsync.corpus import ClipSet, load_clips
 from latentsync.training.looks import plain_look, random_look, random_mouth, render
 from latentsync.training.state import load_state, save_state
 

@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from latentsync.corpus import ClipSet, load_clips
 from latentsync.training.autoencoder import CONFIG, detail_loss, held_out_psnr, there_and_back
-from latentsync.training.data import ClipSet, load_clips
 from latentsync.training.looks import random_look, random_mouth, render
 from latentsync.training.state import load_weights, save_state
 

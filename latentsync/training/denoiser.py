@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from latentsync.alignment import fixed_mask
+from latentsync.corpus import RESOLUTION, ClipSet, load_clips
 from latentsync.sampling import TRAIN_STEPS, between_ends, ddim_scheduler
 from latentsync.training import autoencoder, lips, listener
-from latentsync.training.data import RESOLUTION, ClipSet, load_clips
 from latentsync.training.looks import plain_look, random_look, random_mouth, random_people, render
 from latentsync.training.sound import Windows, draw_sound, draw_windows, tokens_of
 from latentsync.training.state import load_state, load_weights, save_state

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentsync.checkpoints import CONFIG, UNET_NAMES, VAE_CONFIG, VAE_NAMES, WHISPER_NAMES
+from latentsync.corpus import RESOLUTION
 from latentsync.training import autoencoder, denoiser, listener
-from latentsync.training.data import RESOLUTION
 from latentsync.training.sound import QUIETEST
 from latentsync.training.state import load_weights
 from latentsync.unet import UNet, UNetConfig

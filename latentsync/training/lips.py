@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentsync.training.data import LIPS, ClipSet
+from latentsync.corpus import LIPS, ClipSet
 
 DISTANCES = (  # pairs of points of the 478-point mesh; a row's mean is one distance, the same in a mirrored face
     ((13, 14),),  # opening in the middle

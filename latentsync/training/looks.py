@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentsync.training.data import RESOLUTION, SIDE, ClipSet, to_device
+from latentsync.corpus import RESOLUTION, SIDE, ClipSet, to_device
 
 WARP = 0.05  # of half the canvas: the largest standard deviation of the displacements that change a face's shape
 MOUTH_REACH = 2.0  # of half the mouth's width: how far from its middle a mouth warp moves anything

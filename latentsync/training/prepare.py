@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from latentsync.alignment import crop_size, estimate_matrix
 from latentsync.audio import SAMPLE_RATE, VIDEO_FPS, log_powers
+from latentsync.corpus import LIPS, MARGIN, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, RESOLUTION, SIDE
 from latentsync.errors import UserError
 from latentsync.faces import track_faces
 from latentsync.media import probe_video, read_audio, read_frames
-from latentsync.training.data import LIPS, MARGIN, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, RESOLUTION, SIDE
 
 SUPERSAMPLE = 2
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentsync.audio import PADDING, ROWS_AFTER, ROWS_BEFORE, SEGMENT_FRAMES
+from latentsync.corpus import EDGE, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, ClipSet, to_device
 from latentsync.sampling import WINDOW
-from latentsync.training.data import EDGE, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, ClipSet, to_device
 
 QUIETEST = 4.5  # decades under the loudest sound that are heard: rooms are seldom quieter, synthesisers are
 LATEST_START = 50  # frames of silence before the first clip of a segment, at most

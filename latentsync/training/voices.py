@@ -19,8 +19,8 @@ from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
 from latentsync.audio import SAMPLE_RATE, log_powers
+from latentsync.corpus import MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS
 from latentsync.errors import UserError
-from latentsync.training.data import MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS
 
 WORDS = (  # of GRID's six-letter names, in order (Cooke et al. 2006)
     {"b": "bin", "l": "lay", "p": "place", "s": "set"},

@@ -1,8 +1,7 @@
-"""The training set on the device: clips, who is held out, and where mouths rest.
+"""Clips of talking faces that a small model is trained on and measured with: who is held out, and what `prepare` wrote.
 
-Everything stays on the GPU: frames as uint8, mel spectra as they were stored. Of what follows, `looks` is how clips are
-seen and `sound` how they are heard; randomness on the host is drawn with numpy (which clips, where), on the device with
-torch (how they look and sound).
+A prepared set stays on the device: frames as uint8, mel spectra as they were stored. Randomness on the host is drawn
+with numpy (which clips, where), on the device with torch (how they look and sound, see `latentsync.training`).
 """
 
 from dataclasses import dataclass
@@ -65,6 +64,14 @@ class ClipSet:
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
         return rng.choice(len(self.starts), count, p=self.weights)
+
+
+def clips_below(folder: Path) -> list[tuple[str, Path]]:
+    """(speaker, file) of FOLDER/SPEAKER/CLIP.mp4."""
+    clips = [(file.parent.name, file) for file in sorted(folder.glob("*/*")) if file.suffix in (".mp4", ".mpg", ".mov")]
+    if not clips:
+        raise UserError(f"'{folder}' has no clips; they are expected as SPEAKER/CLIP.mp4.")
+    return clips
 
 
 def is_held_out(speaker: str, index: int, of: int) -> bool:
