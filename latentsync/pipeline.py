@@ -313,6 +313,8 @@ class Painter:
 
         def finish() -> list[Window]:
             flags = iter(paste()())
+            if self.unpasted is paste:  # it holds the frames
+                self.unpasted = None
             return [w for w, count in zip(windows, counts, strict=True) if [next(flags) for _ in range(count)][0]]
 
         return finish

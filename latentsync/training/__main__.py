@@ -30,6 +30,11 @@ def main() -> None:
         stage.add_argument("--seconds", type=float, required=True, help="time to train for")
         stage.add_argument("--batch", type=int, help="faces or windows a step (default: for 24 GB and more)")
         stage.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        if name == "denoiser":
+            stage.add_argument(
+                "--lip-weight", type=float, default=denoiser.LIP_WEIGHT,
+                help="of the loss of the mouth's shape beside that of the noise, 0 for without (default %(default)g)",
+            )  # fmt: skip
     out = stages.add_parser("export", help="write a checkpoint folder")
     out.add_argument("state", type=Path)
     out.add_argument("folder", type=Path)
@@ -56,8 +61,10 @@ def main() -> None:
             torch.set_float32_matmul_precision("high")
             device = torch.device(args.device)
             trained = {"autoencoder": autoencoder, "listener": listener, "denoiser": denoiser, "decoder": decoder}
-            batch = {"batch": args.batch} if args.batch else {}
-            trained[args.stage].train(args.prepared, args.state, args.seconds, device, **batch)
+            others = {"batch": args.batch} if args.batch else {}
+            if args.stage == "denoiser":
+                others["lip_weight"] = args.lip_weight
+            trained[args.stage].train(args.prepared, args.state, args.seconds, device, **others)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

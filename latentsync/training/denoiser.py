@@ -200,12 +200,17 @@ def loss_weights(mask: Tensor) -> Tensor:
 
 
 def train(
-    prepared: Path, state: Path, seconds: float, device: torch.device, batch: int = SEGMENTS * WINDOWS_PER_SEGMENT
+    prepared: Path,
+    state: Path,
+    seconds: float,
+    device: torch.device,
+    batch: int = SEGMENTS * WINDOWS_PER_SEGMENT,
+    lip_weight: float = LIP_WEIGHT,
 ) -> None:
     """Train U-Net and audio encoder for `seconds`; continue from `state/denoiser.pt` where it exists.
 
     Takes the autoencoder and the encoder to begin with from `state/autoencoder.pt` and `state/listener.pt`.
-    batch: windows a step, a multiple of 10.
+    batch: windows a step, a multiple of 10; lip_weight: of the loss of the mouth's shape, from 0.
     """
     began = time.time()
     data = load_clips(prepared, device)
@@ -285,7 +290,7 @@ def train(
         loss = (importance * per_window).mean()
         for parameter in (*live, *used):
             parameter.grad = None
-        (loss + LIP_WEIGHT * off).backward()
+        (loss + lip_weight * off).backward()
         for master, weight in zip(learnt, used, strict=True):
             master.grad = weight.grad.float()
         nn.utils.clip_grad_norm_(live, 1.0)
