@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -39,6 +40,7 @@ from latentsync.media import probe_audio, probe_video  # noqa: E402
 from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
 from optim.serving.job import Job, Request  # noqa: E402
 from optim.serving.jobs import Worker, run_alone, said  # noqa: E402
+from optim.serving.preview import first_picture  # noqa: E402
 from optim.serving.stock import Fetcher  # noqa: E402
 
 try:
@@ -480,17 +482,18 @@ class Page:
         return seconds, found
 
     def check_video(self, video: str | None) -> dict[str, Any]:
-        """Nothing, or the sentence that says what is wrong with a video."""
+        """The first frame of a video as a data URI, since browsers know few formats, or the sentence that says what is
+        wrong with it."""
         if not video:
             return {}
 
         def act() -> dict[str, Any]:
             path = uploaded(video, "video")
             try:
-                probe_video(path)
+                picture = first_picture(probe_video(path))
             except UserError as error:
                 raise UserError(said(error, {path: path.name})) from None
-            return {"checked": "video"}
+            return {"checked": "video", "picture": f"data:image/jpeg;base64,{b64encode(picture).decode()}"}
 
         return answer(act)
 

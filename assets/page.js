@@ -167,7 +167,9 @@ function result(view, job) {
   const original = make("video", { muted: true, playsinline: true, preload: "metadata", src: url("original"), style: ratio, class: "original", "aria-label": "Original, without sound" });
   original.muted = true;
   const words = make("figcaption", {}, "Original, in step, without sound");
-  original.addEventListener("error", () => text(words, "Original: this browser cannot play its format"));
+  const unseen = () => text(words, "Original: this browser cannot play its format");
+  original.addEventListener("error", unseen);
+  original.addEventListener("loadedmetadata", () => original.videoWidth || unseen()); // it may know the sound alone
   follow(made, original);
   const beside = make("figure", {}, original, words);
   const compare = make("button", { type: "button", class: "soft compare", "aria-pressed": "true", title: "Show the original beside the result", onclick: () => {
@@ -495,11 +497,20 @@ function told(reply) {
   } else if (reply.job || reply.checked || reply.fetching || reply.removed != null) {
     notice("");
   }
+  const given = find("#video video");
+  if (reply.picture && given) given.poster = reply.picture; // a browser knows few formats, and shows nothing of others
   if (reply.fetching || reply.removed != null) refresh().then(refresh);
   if (reply.job) refresh().then(refresh).then(() => {
     if (innerWidth < 900) find("#jobs").scrollIntoView({ behavior: "smooth" });
   });
 }
+
+// Gradio's error that a browser cannot play a video: the server may well read it, and says so if not.
+new MutationObserver(() => {
+  for (const toast of document.querySelectorAll(".toast-body")) {
+    if (toast.textContent.includes("Video not playable")) toast.querySelector("[data-testid=toast-close]")?.click();
+  }
+}).observe(document.body, { childList: true, subtree: true });
 
 // ---- light and dark
 

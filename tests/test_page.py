@@ -7,7 +7,7 @@ import time
 
 import pytest
 from clips import make_sound, make_video
-from conftest import portrait, save_video
+from conftest import SIDE, portrait, save_video
 from serving import serve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -22,6 +22,7 @@ def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     options = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", 12)
     save_video(folder / "talking.mp4", [portrait(t) for t in range(24)], *options)
+    save_video(folder / "old.avi", [portrait(t) for t in range(24)], "-c:v", "mpeg4", "-q:v", 3)
     make_sound(folder / "short.wav", seconds=0.78)
     make_sound(folder / "long.wav", seconds=40)
     (folder / "text.mp4").write_text("this is not a video\n" * 50)
@@ -211,6 +212,20 @@ def test_what_cannot_be_used_gets_its_sentence(visit, clips):
     page.set_input_files("#video input[type=file]", str(clips / "text.mp4"))
     page.wait_for_function("document.querySelector('#notice').textContent.includes('text.mp4')")
     assert "is not a video that ffmpeg can read" in page.inner_text("#notice")
+
+
+def test_a_video_that_the_browser_cannot_show_is_seen_by_its_first_frame_and_is_no_error(visit, clips):
+    page = visit()
+    page.set_input_files("#video input[type=file]", str(clips / "old.avi"))
+    page.wait_for_selector("#video video[poster^='data:image/jpeg']")
+    page.wait_for_function("document.querySelector('#video video').error")
+    size = page.evaluate(
+        "async () => { const seen = new Image(); seen.src = document.querySelector('#video video').poster;"
+        " await seen.decode(); return [seen.width, seen.height]; }"
+    )
+    assert size == [SIDE, SIDE]
+    page.wait_for_timeout(1000)  # for Gradio's own opinion of it
+    assert page.locator(".toast-body").count() == 0 and page.inner_text("#notice") == ""
 
 
 def test_the_curves_get_a_point_every_second_and_do_not_flicker(visit):

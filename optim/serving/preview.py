@@ -1,13 +1,13 @@
-"""What can be seen of a job's result before it is done."""
+"""What can be seen of a video that was given, and of a job's result before it is done."""
 
 import queue
 import threading
 import time
 import traceback
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
-from latentsync.media import FPS
+from latentsync.media import FPS, VideoInfo, read_frames
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,8 +15,30 @@ if TYPE_CHECKING:
     from optim.serving.job import Job
 
 PREVIEW_SECONDS = 10  # of the result that can be played before it is done
-PREVIEW_PIXELS = 480  # the shorter side of what is shown before it is done
+PREVIEW_PIXELS = 480  # the shorter side of what is shown, at most
 PICTURE_INTERVAL = 1.0  # seconds between two preview pictures
+
+
+def preview_size(width: int, height: int) -> tuple[int, int]:
+    """Even sides of a preview of a picture."""
+    scale = min(1.0, PREVIEW_PIXELS / min(height, width))
+    return 2 * max(1, round(width * scale / 2)), 2 * max(1, round(height * scale / 2))
+
+
+def as_jpeg(frame: "np.ndarray") -> bytes:
+    """A frame, uint8 (h, w, 3) RGB, as a JPEG file."""
+    import cv2
+
+    return cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
+
+
+def first_picture(info: VideoInfo) -> bytes:
+    """The first frame of a video, small, as a JPEG file. Raises UserError where none can be decoded."""
+    import cv2
+
+    with closing(read_frames(info, count=1)) as frames:
+        frame = next(frames)
+    return as_jpeg(cv2.resize(frame, preview_size(info.width, info.height), interpolation=cv2.INTER_AREA))
 
 
 class Preview:
@@ -71,9 +93,7 @@ class Preview:
         while (item := self._given.get()) is not None:
             frame, in_video, in_picture = item
             if size is None:
-                height, width = frame.shape[:2]
-                scale = min(1.0, PREVIEW_PIXELS / min(height, width))
-                size = 2 * max(1, round(width * scale / 2)), 2 * max(1, round(height * scale / 2))
+                size = preview_size(frame.shape[1], frame.shape[0])
                 writer = imageio_ffmpeg.write_frames(
                     str(job.first), size, fps=FPS, quality=None, macro_block_size=2, codec="libx264",
                     audio_path=str(job.request.audio), audio_codec="aac", ffmpeg_log_level="error",
@@ -90,6 +110,5 @@ class Preview:
                 if written == PREVIEW_SECONDS * FPS:
                     writer.close()
             if in_picture:
-                _, jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
-                job.picture, job.pictures = jpeg.tobytes(), job.pictures + 1
+                job.picture, job.pictures = as_jpeg(small), job.pictures + 1
         return writer
