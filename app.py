@@ -323,6 +323,12 @@ class Page:
         self.video.change(self.check_video, self.video, reply, **quiet, api_name="check_video").then(**told)
         for button, (_, position) in zip(self.stops, STOPS, strict=True):
             button.click(None, None, self.level, js=f"() => {position}")
+        positions = [position for _, position in STOPS]
+        choosing = {
+            "fn": None, "inputs": self.level, "outputs": None,
+            "js": f"(level) => window.lipsync?.chosen({positions}.indexOf(level))",
+        }  # fmt: skip
+        self.level.change(**choosing)
         self.model.input(self.strength, self.model, self.guidance, **quiet, api_visibility="private")
         live.select(self.take_settings, None, self.settings, **quiet, api_visibility="private")
         # The page's script says so when there is another model, and when a job has shown how fast this machine is.
@@ -332,7 +338,7 @@ class Page:
         self.blocks.load(
             self.greet, None, [*self.stops, self.level, self.model, self.guidance, advice, foot], **quiet,
             api_visibility="private",
-        ).then(**meaning)  # fmt: skip
+        ).then(**choosing).then(**meaning)  # fmt: skip
 
         # The page always says how strong; who asks by an endpoint may leave that to the model.
         guidance = gr.Number(visible=False, label="guidance")

@@ -505,6 +505,11 @@ function told(reply) {
   });
 }
 
+/** Mark the button of the level on which the slider stands; −1: it stands between two. */
+function chosen(stop) {
+  document.querySelectorAll("#stops button").forEach((button, i) => button.setAttribute("aria-pressed", String(i === stop)));
+}
+
 // Gradio's error that a browser cannot play a video: the server may well read it, and says so if not.
 new MutationObserver(() => {
   for (const toast of document.querySelectorAll(".toast-body")) {
@@ -532,7 +537,7 @@ find("#theme").addEventListener("click", () => {
   try { localStorage.setItem(THEME, name); } catch { /* nothing is stored here */ }
 });
 
-window.lipsync = { visitor, told, refresh };
+window.lipsync = { visitor, told, chosen, refresh };
 setInterval(() => { if (!document.hidden) refresh(); }, SECOND);
 document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
 refresh();

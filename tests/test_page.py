@@ -136,7 +136,10 @@ def test_the_slider_changes_the_line_and_the_settings_that_are_used(visit, clips
     page = visit()
     give(page, clips)
     before = page.inner_text("#line")
+    page.wait_for_selector("#stop-0[aria-pressed=true]")  # what is recommended
     page.click("#stop-1")
+    page.wait_for_selector("#stop-1[aria-pressed=true]")
+    assert page.locator("#stops [aria-pressed=true]").count() == 1
     page.wait_for_function("document.querySelector('#line').textContent.includes('16 steps')")
     assert page.inner_text("#line") != before and "every other one reuses" in page.inner_text("#line")
     page.click("#advanced > button")
@@ -148,6 +151,7 @@ def test_the_slider_changes_the_line_and_the_settings_that_are_used(visit, clips
     page.wait_for_timeout(500)
     page.press("#level input[type=range]", "ArrowRight")
     page.wait_for_function("document.querySelector('#line').textContent.includes('etween balanced')")
+    assert page.locator("#stops [aria-pressed=true]").count() == 0
 
 
 def test_a_job_shows_progress_survives_a_reload_and_is_cancelled_within_a_second(visit, clips):
