@@ -515,7 +515,7 @@ new MutationObserver(() => {
   for (const toast of document.querySelectorAll(".toast-body")) {
     if (toast.textContent.includes("Video not playable")) toast.querySelector("[data-testid=toast-close]")?.click();
   }
-}).observe(document.body, { childList: true, subtree: true });
+}).observe(find(".toast-wrap"), { childList: true, subtree: true });
 
 // ---- light and dark
 

@@ -9,6 +9,7 @@ other threads find faces and write frames meanwhile, and without graphs the GPU 
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -63,18 +64,17 @@ class GraphedUNet(DirectedUNet):
 
 class GraphedEncoder(Encoder):
     def forward(self, sample: Tensor) -> Tensor:
-        def run(x: Tensor, *_: object) -> tuple[Tensor, None]:
-            return Encoder.forward(self, x), None
-
-        return replay(self.graphs, ("encode",), run, sample)[0].clone()
+        return replay_alone(self.graphs, "encode", super().forward, sample)
 
 
 class GraphedDecoder(Decoder):
-    def forward(self, sample: Tensor, latent_embeds: None = None) -> Tensor:
-        def run(x: Tensor, *_: object) -> tuple[Tensor, None]:
-            return Decoder.forward(self, x), None
+    def forward(self, sample: Tensor) -> Tensor:
+        return replay_alone(self.graphs, "decode", super().forward, sample)
 
-        return replay(self.graphs, ("decode",), run, sample)[0].clone()
+
+def replay_alone(graphs: Graphs, kind: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What `forward` makes of one tensor, the caller's own; see `replay`."""
+    return replay(graphs, (kind,), lambda x, *_: (forward(x), None), x)[0].clone()
 
 
 def replay(

@@ -2,8 +2,7 @@
 
 What a feed-forward layer holds between its two products is eight times its input. Whole, that is too large for the
 caches, and where the allocator has given it back, the operating system clears it anew, page by page: at 8192 tokens of
-96 numbers that took longer than the products themselves (51 ms against 22, two cores of an AMD
-EPYC, 2026-11-25).
+96 numbers that took longer than the products themselves (51 ms against 22, two cores of an AMD EPYC, 2026-11-25).
 """
 
 import torch

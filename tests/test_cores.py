@@ -46,7 +46,7 @@ def test_few_cores_are_left_idle(cores, windows):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("cache", [None, DeepCache(2, 0), DeepCache(2, 1), DeepCache(3, 0, guided=False)])
-@pytest.mark.parametrize("windows, frames", [(2, 4), (3, 5)])
+@pytest.mark.parametrize("windows, frames", [(1, 4), (2, 4), (3, 5)])
 def test_windows_side_by_side_become_what_they_become_together(unet, three_threads, windows, frames, cache, guidance):
     settings = {"guidance_scale": guidance, "cache": cache}
     wanted = denoised(unet, windows, frames, **settings)
@@ -56,7 +56,7 @@ def test_windows_side_by_side_become_what_they_become_together(unet, three_threa
     finally:
         assert type(gather_windows(unet)) is UNet
     assert found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-4)
-    assert not torch.allclose(found[0], found[1], atol=1e-2), "each has sound of its own"
+    assert windows == 1 or not torch.allclose(found[0], found[1], atol=1e-2), "each has sound of its own"
 
 
 def test_each_window_is_computed_by_a_thread_with_its_share_of_the_cores(unet, three_threads, monkeypatch):

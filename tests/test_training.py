@@ -23,13 +23,13 @@ from latentsync.corpus import (
     RESOLUTION,
     RESTING,
     SIDE,
-    WINDOW,
     is_held_out,
     load_clips,
     resting_ends,
 )
 from latentsync.errors import UserError
 from latentsync.media import read_audio
+from latentsync.sampling import WINDOW
 from latentsync.training import autoencoder, denoiser, listener, restore, voices
 from latentsync.training.export import export
 from latentsync.training.looks import (

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentsync.corpus import INNER_LOWER, INNER_UPPER, LIPS, WINDOW, ClipSet, load_clips
+from latentsync.corpus import INNER_LOWER, INNER_UPPER, LIPS, ClipSet, load_clips
+from latentsync.sampling import WINDOW
 from latentsync.training.sound import draw_sound, draw_windows, tokens_of
 from latentsync.training.state import load_state, save_state
 from latentsync.whisper import AudioEncoder, WhisperDims
