@@ -33,7 +33,7 @@ from latentsync.download import found_here
 from latentsync.errors import UserError
 from latentsync.releases import RELEASES, VAE_PARTS, VAE_REPOSITORY, folder_of, released_as
 from latentsync.releases import home as home  # asked for here, too
-from latentsync.sampling import GUIDANCE_SCALE, WINDOW
+from latentsync.sampling import GUIDANCE_SCALE, WINDOW, denoise
 from latentsync.unet import UNet, UNetConfig
 from latentsync.whisper import AudioEncoder, WhisperDims
 
@@ -67,7 +67,7 @@ class Checkpoint:
     remark: str | None = None  # a sentence for the user, where something about the files is not as expected
 
 
-@dataclass(frozen=True)
+@dataclass
 class Models:
     """A loaded checkpoint, ready on its device."""
 
@@ -81,6 +81,7 @@ class Models:
     guidance_scale: float = GUIDANCE_SCALE
     mel_range: float = MEL_RANGE
     files: tuple[Path, ...] = ()  # that it was loaded from
+    denoise: Callable[..., Tensor] = denoise  # or what does the same faster
 
     @property
     def device(self) -> torch.device:

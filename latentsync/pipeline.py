@@ -46,7 +46,6 @@ from latentsync.sampling import (
     Schedule,
     between_ends,
     ddim_schedule,
-    denoise,
     initial_noise,
 )
 from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, work_folder
@@ -283,7 +282,7 @@ class Painter:
         shots = [shot for window in windows for shot in window.shots]
         crops = self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots])))
         tokens = self.upload(torch.stack([shot.tokens for shot in shots])).to(models.dtype)
-        latents = denoise(
+        latents = models.denoise(
             models.unet,
             self.noise,
             self.told(windows, crops).transpose(1, 2),

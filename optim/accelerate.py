@@ -13,9 +13,9 @@ import torch
 
 from latentsync.checkpoints import Models
 from latentsync.pipeline import Settings
-from latentsync.sampling import WINDOW
+from latentsync.sampling import WINDOW, denoise
 from optim.compilation import compile_network, restore, say, use_cache_folder
-from optim.cores import gather_windows, spread_windows, windows_for
+from optim.cores import denoise_side_by_side, windows_for
 from optim.fused import fuse, unfuse
 from optim.graphs import capture, release
 from optim.hardware import (
@@ -107,11 +107,9 @@ def accelerate(
         apply_vram_fraction(level.vram_fraction, models.device.index or 0)
     restore(models)
     release(models.unet, models.vae)
-    gather_windows(models.unet)
     for network in (models.unet, models.vae):
         (fuse if level.fused else unfuse)(network)
-    if not on_gpu and settings.windows_per_pass > 1:
-        spread_windows(models.unet)
+    models.denoise = denoise if on_gpu or settings.windows_per_pass == 1 else denoise_side_by_side
     compiled = level.compile and frames and compile_network(
         models,
         frames,

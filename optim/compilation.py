@@ -328,7 +328,9 @@ def compile_network(
     restore(models)
     unet, device = models.unet, models.device.type
     if device not in DEFAULTS or type(unet) is not UNet or any(type(m) in FAST.values() for m in unet.modules()):
-        return False  # graphs, fused kernels and windows side by side are faster, and not for it to take apart
+        return False  # graphs and fused kernels are faster, and not for it to take apart
+    if models.denoise is not denoise:
+        return False  # windows side by side are faster
     use_cache_folder()
     side = models.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
     shape = Shape(windows, side, guided, cache)

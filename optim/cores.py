@@ -1,19 +1,22 @@
-"""On a processor: windows that go through the U-Net together take cores of their own.
+"""On a processor: windows that are denoised together take cores of their own.
 
 Within an operation the cores of a processor wait for one another, a thousand times a pass, and where other programs run
 too, for the one that was held up. Windows have nothing to wait for: the norms and the attention over frames see one
 window each. So each of several windows has a thread, with its share of the cores; a window alone has them all.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
-from threading import Barrier
+from queue import SimpleQueue
+from threading import Barrier, Event
 
 import torch
 from torch import Tensor
 
-from latentsync.unet import Context, UNet
-from optim.directed import DirectedUNet, Run
+from latentsync.sampling import GUIDANCE_SCALE, DeepCache, Schedule, denoise
+from latentsync.unet import UNet
 
 MOST_WINDOWS = 4  # more save little, and the first finished frames of a run would come late
 
@@ -42,63 +45,59 @@ def workers(count: int, cores: int) -> ThreadPoolExecutor:
     return pool
 
 
-class SpreadUNet(DirectedUNet):
-    def direct(
-        self,
-        run: Run,
-        kind: tuple,
-        x: Tensor,
-        timestep: Tensor,
-        context: Context,
-        frames: int,
-        cached: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        return spread(run, x, timestep, context, frames, cached)
+class Stopped(Exception):
+    """For a window's thread: the run it belongs to is over."""
 
 
-def spread(
-    run: Run,
-    x: Tensor,
-    timestep: Tensor,
-    context: Context,
-    frames: int,
-    cached: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """What `run` makes of each window of x (b·frames, …), put together again as of all.
+def denoise_side_by_side(
+    unet: UNet,
+    noise: Tensor,
+    condition: Tensor,
+    audio: Tensor,
+    schedule: Schedule,
+    guidance_scale: float = GUIDANCE_SCALE,
+    cache: DeepCache | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """`latentsync.sampling.denoise` with a thread for each of b windows, from its first step to its last.
 
-    Its results, and cached, may be of 2·b·frames: all windows without audio, then all with it.
+    on_step(i) is called in the caller's thread when all windows have taken step i. What it raises, and what goes wrong
+    in any window, ends all of them within a step.
     """
-    b = len(x) // frames
+    b = len(condition)
     if b == 1:
-        return run(x, timestep, context, cached)
-    inference = torch.is_inference_mode_enabled()
+        return denoise(unet, noise, condition, audio, schedule, guidance_scale, cache, on_step)
+    taken: SimpleQueue[int | None] = SimpleQueue()  # every window's steps; None when it has ended
+    over = Event()
 
-    def one(window: int) -> tuple[Tensor, Tensor | None]:
-        at = slice(window * frames, (window + 1) * frames)
-        known = None if cached is None else torch.cat([half[at] for half in cached.split(b * frames)])
-        heard = [(k[at], v[at]) for k, v in context]
-        with torch.inference_mode(inference):
-            return run(x[at], timestep if len(timestep) == 1 else timestep[window : window + 1], heard, known)
+    def one(window: int) -> Tensor | None:
+        def step_taken(i: int) -> None:
+            if over.is_set():
+                raise Stopped
+            taken.put(i)
 
-    parts = workers(b, max(1, torch.get_num_threads() // b)).map(one, range(b))
-
-    def whole(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-        if parts[0] is None:
+        only = slice(window, window + 1)
+        try:
+            return denoise(
+                unet, noise, condition[only], audio[only], schedule, guidance_scale, cache, step_taken
+            )
+        except Stopped:
             return None
-        return torch.cat([part for halves in zip(*(p.split(frames) for p in parts), strict=True) for part in halves])
+        except BaseException:
+            over.set()
+            raise
+        finally:
+            taken.put(None)
 
-    return tuple(whole(results) for results in zip(*parts, strict=True))
-
-
-def spread_windows(unet: UNet) -> UNet:
-    """Let the windows of a pass be computed side by side. Returns the same network."""
-    if type(unet) is UNet:
-        unet.__class__ = SpreadUNet
-    return unet
-
-
-def gather_windows(unet: UNet) -> UNet:
-    """Take back what `spread_windows` did."""
-    if type(unet) is SpreadUNet:
-        unet.__class__ = UNet
-    return unet
+    pool = workers(b, max(1, torch.get_num_threads() // b))
+    windows = [pool.submit(one, window) for window in range(b)]
+    behind = Counter[int]()
+    try:
+        while behind[None] < b:
+            behind[step := taken.get()] += 1
+            if on_step is not None and step is not None and behind[step] == b:
+                on_step(step)
+    finally:
+        over.set()
+        wait(windows)
+    return torch.cat([window.result() for window in windows])

@@ -18,7 +18,9 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor
 
 from latentsync.unet import Context, UNet
-from optim.directed import DirectedUNet, Run
+
+# x, timestep, context, and what a full pass left for a shallow one → epsilon, and what a full pass leaves.
+Run = Callable[[Tensor, Tensor | None, Context, Tensor | None], tuple[Tensor, Tensor | None]]
 
 MOST_GRAPHS = 12  # the least recently used are given up beyond; a run of full windows needs four to six
 
@@ -48,18 +50,35 @@ class Graphs:
     pool: tuple[int, int] | None = None
 
 
-class GraphedUNet(DirectedUNet):
-    def direct(
+class GraphedUNet(UNet):
+    def full(
         self,
-        run: Run,
-        kind: tuple,
         x: Tensor,
         timestep: Tensor,
         context: Context,
         frames: int,
-        cached: Tensor | None,
+        branch: int | None = None,
+        guided: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        return replay(self.graphs, (*kind, frames), run, x, timestep, context, cached)
+        def run(x: Tensor, timestep: Tensor, context: Context, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return UNet.full(self, x, timestep, context, frames, branch, guided)
+
+        return replay(self.graphs, ("full", branch, guided, frames), run, x, timestep, context)
+
+    def shallow(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Context,
+        frames: int,
+        branch: int,
+        cached: Tensor,
+        guided: bool = False,
+    ) -> Tensor:
+        def run(x: Tensor, timestep: Tensor, context: Context, cached: Tensor | None) -> tuple[Tensor, None]:
+            return UNet.shallow(self, x, timestep, context, frames, branch, cached, guided), None
+
+        return replay(self.graphs, ("shallow", branch, guided, frames), run, x, timestep, context, cached)[0]
 
 
 class GraphedEncoder(Encoder):

@@ -1,6 +1,9 @@
 """Windows side by side on the cores of a processor: the same results, and threads that do not spread."""
 
-from threading import Thread
+from collections import Counter
+from collections.abc import Callable
+from threading import Thread, current_thread
+from time import sleep
 
 import pytest
 import torch
@@ -11,9 +14,10 @@ from latentsync.pipeline import Settings
 from latentsync.sampling import WINDOW, DeepCache, ddim_schedule, denoise
 from latentsync.unet import UNet, UNetConfig
 from optim.accelerate import accelerate, plan_as_asked
-from optim.cores import SpreadUNet, gather_windows, spread_windows, windows_for
+from optim.cores import denoise_side_by_side, windows_for
 
 CPU = torch.device("cpu")
+STEPS = 4
 
 
 @pytest.fixture
@@ -31,12 +35,14 @@ def unet() -> UNet:
     return UNet(UNetConfig.from_dict(UNET)).eval().requires_grad_(False)
 
 
-def denoised(unet: UNet, windows: int, frames: int = WINDOW, **settings: object) -> torch.Tensor:
+def denoised(
+    way: Callable, unet: UNet, windows: int, frames: int = WINDOW, steps: int = STEPS, **settings: object
+) -> torch.Tensor:
     random = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 4, 1, 8, 8, generator=random)
     given = torch.randn(windows, 9, frames, 8, 8, generator=random)
     audio = torch.randn(windows, frames, 50, UNET["cross_attention_dim"], generator=random)
-    return denoise(unet, noise, given, audio, ddim_schedule(4), **settings)
+    return way(unet, noise, given, audio, ddim_schedule(steps), **settings)
 
 
 @pytest.mark.parametrize("cores, windows", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (6, 3), (7, 3), (8, 4), (64, 4)])
@@ -49,12 +55,8 @@ def test_few_cores_are_left_idle(cores, windows):
 @pytest.mark.parametrize("windows, frames", [(1, 4), (2, 4), (3, 5)])
 def test_windows_side_by_side_become_what_they_become_together(unet, three_threads, windows, frames, cache, guidance):
     settings = {"guidance_scale": guidance, "cache": cache}
-    wanted = denoised(unet, windows, frames, **settings)
-    assert type(spread_windows(unet)) is SpreadUNet
-    try:
-        found = denoised(unet, windows, frames, **settings)
-    finally:
-        assert type(gather_windows(unet)) is UNet
+    wanted = denoised(denoise, unet, windows, frames, **settings)
+    found = denoised(denoise_side_by_side, unet, windows, frames, **settings)
     assert found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-4)
     assert windows == 1 or not torch.allclose(found[0], found[1], atol=1e-2), "each has sound of its own"
 
@@ -63,19 +65,16 @@ def test_each_window_is_computed_by_a_thread_with_its_share_of_the_cores(unet, t
     seen, full = [], UNet.full
 
     def watched(self, x, *rest):
-        seen.append((len(x), torch.get_num_threads(), torch.is_inference_mode_enabled()))
+        seen.append((len(x), torch.get_num_threads(), torch.is_inference_mode_enabled(), current_thread().name))
         return full(self, x, *rest)
 
     monkeypatch.setattr(UNet, "full", watched)
-    spread_windows(unet)
-    try:
-        denoised(unet, 3)
-        assert seen == [(WINDOW, 1, True)] * 12
-        seen.clear()
-        denoised(unet, 1)
-        assert seen == [(WINDOW, 3, True)] * 4, "a window alone has all cores"
-    finally:
-        gather_windows(unet)
+    denoised(denoise_side_by_side, unet, 3)
+    assert {(frames, cores, inference) for frames, cores, inference, _ in seen} == {(WINDOW, 1, True)}
+    assert sorted(Counter(name for *_, name in seen).values()) == [STEPS] * 3
+    seen.clear()
+    denoised(denoise_side_by_side, unet, 1)
+    assert seen == [(WINDOW, 3, True, current_thread().name)] * STEPS, "a window alone has all cores"
     later = []
     thread = Thread(target=lambda: later.append((torch.ones(9).sum(), torch.get_num_threads())[1]))
     thread.start()
@@ -83,29 +82,64 @@ def test_each_window_is_computed_by_a_thread_with_its_share_of_the_cores(unet, t
     assert later == [3] and torch.get_num_threads() == 3, "the rest of the program keeps its cores"
 
 
-def test_a_failure_in_one_window_is_the_callers(unet, three_threads, monkeypatch):
-    def fail(*_):
+def late_window(monkeypatch, act) -> Counter:
+    """Let `act` be called before every pass but those of the first thread to begin; returns passes by thread."""
+    passes, full = Counter(), UNet.full
+
+    def watched(self, *rest):
+        thread = current_thread().name
+        if passes and thread != next(iter(passes)):
+            act()
+        passes[thread] += 1
+        return full(self, *rest)
+
+    monkeypatch.setattr(UNet, "full", watched)
+    return passes
+
+
+def test_a_step_is_taken_when_the_last_window_has_taken_it(unet, three_threads, monkeypatch):
+    passes = late_window(monkeypatch, lambda: sleep(0.05))
+    told = []
+
+    def step(i):
+        told.append((i, current_thread(), min(passes.values()) > i and len(passes) == 2))
+
+    denoised(denoise_side_by_side, unet, 2, on_step=step)
+    assert told == [(i, current_thread(), True) for i in range(STEPS)]
+
+
+def test_what_a_step_raises_ends_every_window(unet, three_threads, monkeypatch):
+    passes = late_window(monkeypatch, lambda: sleep(0.05))
+
+    def cancelled(i):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        denoised(denoise_side_by_side, unet, 2, on_step=cancelled)
+    done = dict(passes)
+    assert min(done.values()) < STEPS
+    sleep(0.2)
+    assert passes == done, "no thread computes on"
+
+
+def test_a_failure_in_one_window_is_the_callers_and_ends_the_others(unet, three_threads, monkeypatch):
+    def fail():
         raise torch.OutOfMemoryError("no room")
 
-    spread_windows(unet)
-    monkeypatch.setattr(UNet, "full", fail)
-    try:
-        with pytest.raises(torch.OutOfMemoryError, match="no room"):
-            denoised(unet, 2)
-    finally:
-        gather_windows(unet)
+    passes = late_window(monkeypatch, fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        denoised(denoise_side_by_side, unet, 3, steps=40)
+    assert sum(passes.values()) < 40
 
 
-def test_a_plan_for_a_processor_spreads_windows_and_another_takes_it_back(checkpoint, three_threads):
+def test_a_plan_for_a_processor_has_windows_side_by_side(checkpoint, three_threads):
     models, said = load_models(resolve(str(checkpoint), CPU), CPU, torch.float32), []
     plan = plan_as_asked(CPU, models.resolution, Settings(), "aggressive")
     assert plan.settings.windows_per_pass == 3
     # A job that is long enough to be compiled for is not: side by side gains more.
     accelerate(models, plan, said.append, frames=10**6)
-    assert type(models.unet) is SpreadUNet and "3 windows side by side" in said[-1] and "compiled" not in said[-1]
-    torch.set_num_threads(1)
-    accelerate(models, plan_as_asked(CPU, models.resolution, Settings(), "aggressive"), said.append)
-    assert type(models.unet) is UNet and "side by side" not in said[-1]
+    assert models.denoise is denoise_side_by_side
+    assert "3 windows side by side" in said[-1] and "compiled" not in said[-1]
 
 
 def test_large_pictures_are_not_computed_side_by_side_where_memory_is_short(three_threads, monkeypatch):

@@ -9,6 +9,7 @@ from latentsync import pipeline
 from latentsync.checkpoints import load_models, resolve
 from latentsync.errors import UserError
 from latentsync.pipeline import Painter, Settings, StageClock, generate, lipsync
+from latentsync.sampling import denoise
 from latentsync.soundness import unusable, widened
 from latentsync.unet import UNet
 from optim.fused import fuse
@@ -57,9 +58,9 @@ def overflow(models):
     return models
 
 
-def spoil(monkeypatch, spoilt) -> list:
+def spoil(models, monkeypatch, spoilt) -> list:
     """Let denoising give NaN in the passes whose number is in `spoilt`; returns (dtype, windows) of every pass."""
-    denoise, passes = pipeline.denoise, []
+    passes = []
 
     def spoiling(unet, noise, condition, *rest):
         passes.append((condition.dtype, len(condition)))
@@ -68,7 +69,7 @@ def spoil(monkeypatch, spoilt) -> list:
             latents[-1, :, -1, 2, 2] = torch.nan  # one number of the last frame
         return latents
 
-    monkeypatch.setattr(pipeline, "denoise", spoiling)
+    monkeypatch.setattr(models, "denoise", spoiling)
     return passes
 
 
@@ -91,7 +92,7 @@ def test_only_the_window_that_went_wrong_is_computed_again(narrow, wav, monkeypa
         self.groups_behind = behind  # as on a GPU
 
     monkeypatch.setattr(Painter, "__init__", delayed)
-    passes = spoil(monkeypatch, {0})
+    passes = spoil(narrow, monkeypatch, {0})
     shots = run(narrow, wav)
     assert sorted(str(dtype) for dtype, _ in passes) == ["torch.float32", "torch.float32", "torch.float64"]
     assert [i for i, shot in enumerate(shots) if shot.again] == list(range(16))
@@ -103,7 +104,7 @@ def test_only_the_window_that_went_wrong_is_computed_again(narrow, wav, monkeypa
 
 
 def test_of_a_pass_of_several_windows_the_others_are_kept(narrow, wav, monkeypatch):
-    passes = spoil(monkeypatch, {0})
+    passes = spoil(narrow, monkeypatch, {0})
     shots = run(narrow, wav, windows_per_pass=2)
     assert passes == [(torch.float32, 2), (torch.float64, 1)]
     assert [i for i, shot in enumerate(shots) if shot.again] == list(range(16, 24))
@@ -118,7 +119,7 @@ def test_the_next_type_serves_where_memory_is_short_of_the_widest(narrow, wav, m
         return real(models, dtype)
 
     monkeypatch.setattr(pipeline, "widened", short_of_memory)
-    spoiling = spoil(monkeypatch, {1})
+    spoiling = spoil(narrow, monkeypatch, {1})
     shots = run(narrow, wav)
     assert [dtype for dtype, _ in spoiling] == [torch.float32, torch.float32, torch.bfloat16]
     assert [i for i, shot in enumerate(shots) if shot.again] == list(range(16, 24))
@@ -129,7 +130,7 @@ def test_a_job_whose_numbers_stay_broken_ends_with_a_sentence_and_keeps_the_old_
     checkpoint, talking, voice, tmp_path, monkeypatch, dtype
 ):
     models = load_models(resolve(str(checkpoint), CPU), CPU, dtype)
-    spoil(monkeypatch, range(100))
+    spoil(models, monkeypatch, range(100))
     output = tmp_path / "out.mp4"
     output.write_bytes(b"an earlier result")
     with pytest.raises(UserError) as caught:
@@ -142,7 +143,7 @@ def test_a_job_whose_numbers_stay_broken_ends_with_a_sentence_and_keeps_the_old_
 def test_the_report_counts_what_was_computed_again(narrow, talking, voice, tmp_path, monkeypatch):
     report = lipsync(talking, voice, tmp_path / "out.mp4", narrow, Settings(steps=1))
     assert report.frames_computed_again == 0
-    spoil(monkeypatch, {1})
+    spoil(narrow, monkeypatch, {1})
     report = lipsync(talking, voice, tmp_path / "out.mp4", narrow, Settings(steps=1))
     assert report.frames_computed_again == 4 and report.frames == 20
 

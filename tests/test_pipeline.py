@@ -546,9 +546,9 @@ def test_colours_of_the_visible_part_come_back_on_the_whole_face():
     assert float((matched - original).abs().max()) < 1 / 127.5
 
 
-def failing_denoise(monkeypatch, failures: int) -> list[int]:
+def failing_denoise(models, monkeypatch, failures: int) -> list[int]:
     """Let the first passes run out of memory; returns the windows of every pass, as they come."""
-    denoise, passes = pipeline.denoise, []
+    passes = []
 
     def short_of_memory(unet, noise, condition, *rest):
         passes.append(len(condition))
@@ -556,14 +556,14 @@ def failing_denoise(monkeypatch, failures: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return denoise(unet, noise, condition, *rest)
 
-    monkeypatch.setattr(pipeline, "denoise", short_of_memory)
+    monkeypatch.setattr(models, "denoise", short_of_memory)
     return passes
 
 
 def test_a_run_short_of_memory_goes_on_with_less_and_loses_no_frame(models, wav, monkeypatch):
     wanted = run(models, wav, windows_per_pass=2)
     offers = iter([Settings(steps=2, windows_per_pass=2), Settings(steps=2, windows_per_pass=1)])
-    passes = failing_denoise(monkeypatch, failures=2)
+    passes = failing_denoise(models, monkeypatch, failures=2)
     frames = (portrait(t) for t in range(FRAMES))
     settings = Settings(steps=2, windows_per_pass=2)
     shots = generate(enumerate(frames), wav, models, settings, FRAMES, False, StageClock(), None, lambda: next(offers))
@@ -592,7 +592,7 @@ def test_a_frame_whose_pasting_ran_out_of_memory_is_pasted_again(models, wav, mo
 
 
 def test_a_run_that_nothing_relieves_fails_with_the_memory_error(models, wav, monkeypatch):
-    failing_denoise(monkeypatch, failures=100)
+    failing_denoise(models, monkeypatch, failures=100)
     for relieve in (None, lambda: None):
         frames = (portrait(t) for t in range(FRAMES))
         with pytest.raises(torch.OutOfMemoryError):
@@ -669,9 +669,8 @@ def test_a_model_that_reads_cheeks_and_jaw_is_told_of_a_windows_ends(models, wav
         encoded.append(len(pixels))
         return condition(vae, pixels, mask)
 
-    monkeypatch.setattr(pipeline, "denoise", watched)
     monkeypatch.setattr(pipeline, "condition", counted)
-    run(replace(models, ends_only=ends_only), wav)
+    run(replace(models, ends_only=ends_only, denoise=watched), wav)
     assert sum(encoded) == sum(2 if ends_only else group.shape[1] for group in told for _ in group)
     for frames in (window for group in told for window in group):
         steps = torch.linspace(0, 1, len(frames))
