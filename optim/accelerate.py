@@ -17,7 +17,7 @@ from latentsync.sampling import WINDOW, denoise
 from optim.compilation import compile_network, restore, say, use_cache_folder
 from optim.cores import denoise_side_by_side, windows_for
 from optim.fused import fuse, unfuse
-from optim.graphs import capture, release
+from optim.graphs import capture, ready_for, release
 from optim.hardware import (
     GIB,
     RELEASED,
@@ -105,24 +105,28 @@ def accelerate(
     torch.backends.cudnn.allow_tf32 = level.tf32
     if on_gpu:
         apply_vram_fraction(level.vram_fraction, models.device.index or 0)
-    restore(models)
-    release(models.unet, models.vae)
-    for network in (models.unet, models.vae):
-        (fuse if level.fused else unfuse)(network)
     models.denoise = denoise if on_gpu or settings.windows_per_pass == 1 else denoise_side_by_side
-    compiled = level.compile and frames and compile_network(
-        models,
-        frames,
-        settings.steps,
-        settings.windows_per_pass,
-        settings.guidance_scale > 1,
-        settings.cache,
-        say=say,
-    )
-    if level.graphs and on_gpu and not compiled:
-        # Graphs keep their memory, of which a card has little that does not take a window's faces at once.
-        capture(models.unet, models.vae if plan.batch.frames >= WINDOW else None)
-    (models.vae.enable_tiling if plan.batch.tiling else models.vae.disable_tiling)()
+    compiled, batch = False, plan.batch
+    # A job as the one before replays its graphs: fusing and capturing anew would take seconds.
+    purpose = level, batch.frames, batch.windows, batch.tiling, settings.cache, settings.guidance_scale > 1
+    if not ready_for(models.unet, purpose):
+        restore(models)
+        release(models.unet, models.vae)
+        for network in (models.unet, models.vae):
+            (fuse if level.fused else unfuse)(network)
+        compiled = level.compile and frames and compile_network(
+            models,
+            frames,
+            settings.steps,
+            settings.windows_per_pass,
+            settings.guidance_scale > 1,
+            settings.cache,
+            say=say,
+        )
+        if level.graphs and on_gpu and not compiled:
+            # Graphs keep their memory, of which a card has little that does not take a window's faces at once.
+            capture(models.unet, models.vae if batch.frames >= WINDOW else None, purpose)
+    (models.vae.enable_tiling if batch.tiling else models.vae.disable_tiling)()
     say(describe(plan, models.device) + (", compiled" if compiled else ""))
     return models
 

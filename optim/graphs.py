@@ -1,15 +1,16 @@
 """Passes of the networks captured as CUDA graphs: the host says «again» where it would start a thousand kernels.
 
 `capture(unet, vae)` gives the networks passes that are captured when they come with the same shapes for a second time,
-and replayed from then on; `release(unet, vae)` takes it back and frees what the graphs hold. All graphs share one pool
-of memory, since no two run at a time; what one leaves for later, as DeepCache's tensor, is copied out of it.
+and replayed from then on, in later runs too; `release(unet, vae)` takes it back and frees what the graphs hold. All
+graphs share one pool of memory, since no two run at a time; what one leaves for later, as DeepCache's tensor, is copied
+out of it.
 
 The autoencoder's kernels are large, and starting them takes less than their own time on an idle host. But in a job
 other threads find faces and write frames meanwhile, and without graphs the GPU waited for the host at every window.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,8 +44,12 @@ class Pass:
 
 @dataclass
 class Graphs:
-    """The passes captured for a model's networks; those seen once are in `seen`."""
+    """The passes captured for a model's networks; those seen once are in `seen`.
 
+    purpose: what the networks were made ready for when they were to be captured, see `ready_for`.
+    """
+
+    purpose: Hashable = None
     passes: OrderedDict[tuple, Pass] = field(default_factory=OrderedDict)
     seen: set[tuple] = field(default_factory=set)
     pool: tuple[int, int] | None = None
@@ -163,9 +168,14 @@ def _parts(unet: UNet, vae: AutoencoderKL | None) -> list[UNet | Encoder | Decod
     return [unet] if vae is None else [unet, vae.encoder, vae.decoder]
 
 
-def capture(unet: UNet, vae: AutoencoderKL | None = None) -> None:
+def ready_for(unet: UNet, purpose: Hashable) -> bool:
+    """Whether graphs are captured, or about to be, of networks that were made ready for just this purpose."""
+    return isinstance(unet, GraphedUNet) and unet.graphs.purpose == purpose
+
+
+def capture(unet: UNet, vae: AutoencoderKL | None = None, purpose: Hashable = None) -> None:
     """Let the networks capture their passes; on the CPU that changes nothing."""
-    graphs = getattr(unet, "graphs", None) or Graphs()
+    graphs = getattr(unet, "graphs", None) or Graphs(purpose)
     for part in _parts(unet, vae):
         if type(part) in GRAPHED:
             part.__class__, part.graphs = GRAPHED[type(part)], graphs

@@ -112,6 +112,31 @@ def test_tiling_and_tf32_follow_the_plan_and_are_taken_back(models):
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
+def test_a_job_as_the_one_before_keeps_its_graphs_and_any_other_frees_them(models, monkeypatch):
+    monkeypatch.setattr(type(models), "device", torch.device("cuda"))  # the networks stay on the processor
+    monkeypatch.setattr("optim.accelerate.apply_vram_fraction", lambda *_: True)
+    monkeypatch.setattr("optim.accelerate.compile_network", lambda *_, **__: False)
+    fused = []
+    monkeypatch.setattr("optim.accelerate.fuse", fused.append)
+
+    def graphs_of(plan):
+        accelerate(models, plan, lambda _: None, frames=96)
+        return getattr(models.unet, "graphs", None)
+
+    plan = plan_for(24, AGGRESSIVE)
+    first = graphs_of(plan)
+    others = replace(plan.settings, steps=plan.settings.steps + 1, seed=1, crf=20)
+    now_free = replace(plan.batch, allowed=plan.batch.allowed - 1)
+    assert graphs_of(replace(plan, settings=others, batch=now_free)) is first and len(fused) == 2
+    assert models.vae.encoder.graphs is first
+    smaller = graphs_of(step_down(plan)[0])
+    assert smaller is not None and not hasattr(models.vae.encoder, "graphs")
+    unguided = graphs_of(replace(plan, settings=replace(plan.settings, guidance_scale=1.0)))
+    assert graphs_of(plan_for(24, replace(AGGRESSIVE, graphs=False))) is None
+    again = graphs_of(plan)
+    assert len({id(graphs) for graphs in (first, smaller, unguided, again)}) == 4 and len(fused) == 10
+
+
 def test_memory_is_given_up_in_the_stated_order_until_nothing_is_left():
     plan, said = plan_for(24, resolution=256), []
     while (found := step_down(plan)) is not None:
