@@ -67,7 +67,7 @@ def denoise_side_by_side(
     b = len(condition)
     if b == 1:
         return denoise(unet, noise, condition, audio, schedule, guidance_scale, cache, on_step)
-    taken: SimpleQueue[int | None] = SimpleQueue()  # every window's steps; None when it has ended
+    taken: SimpleQueue[int | None] = SimpleQueue()  # steps, as each window has taken them; None when it has ended
     over = Event()
 
     def one(window: int) -> Tensor | None:
@@ -91,11 +91,12 @@ def denoise_side_by_side(
 
     pool = workers(b, max(1, torch.get_num_threads() // b))
     windows = [pool.submit(one, window) for window in range(b)]
-    behind = Counter[int]()
+    reached: Counter[int | None] = Counter()  # by how many windows
     try:
-        while behind[None] < b:
-            behind[step := taken.get()] += 1
-            if on_step is not None and step is not None and behind[step] == b:
+        while reached[None] < b:
+            step = taken.get()
+            reached[step] += 1
+            if on_step is not None and step is not None and reached[step] == b:
                 on_step(step)
     finally:
         over.set()
