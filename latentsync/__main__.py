@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentsync import STAGES, __version__
-from latentsync.errors import UserError
+from latentsync.errors import UserError, short_of_memory
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from latentsync.checkpoints import Models
@@ -161,10 +161,19 @@ def choose_device(name: str):
 
 def check_report(path: Path, others: tuple[str, ...]) -> None:
     """Raise UserError, before the long work, where a report cannot be written to `path`."""
-    if path.is_dir():
-        raise UserError(f"The report '{path}' is a folder; give the name of a file to write.")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"The folder of the report '{path}' does not exist; create it first.")
+    try:
+        if path.is_dir():
+            raise UserError(f"The report '{path}' is a folder; give the name of a file to write.")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"The folder of the report '{path}' does not exist; create it first.")
+        was_there = path.exists()
+        open(path, "ab").close()
+        if not was_there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"The report '{path}' cannot be written ({error.strerror}); choose another name for it."
+        ) from error
     if any(os.path.realpath(path) == os.path.realpath(other) for other in others):
         raise UserError(f"The report '{path}' would overwrite a file of this run; choose another name for it.")
 
@@ -192,15 +201,15 @@ def as_asked(args: argparse.Namespace, models: "Models", settings: "Settings", s
 def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     """One job, from checked arguments; what `prepare` makes of its models and settings is run."""
     # Imported here, so that --help is answered at once, and mistakes in the files before torch is there.
-    from latentsync.media import HDR_REMARK, check_output, probe_audio, probe_video
+    from latentsync.media import check_output, probe_audio, probe_video
 
     info = probe_video(args.video)
     sound = probe_audio(args.audio)
     check_output(args.output, (args.video, args.audio))
     if args.report:
         check_report(args.report, (args.video, args.audio, args.output))
-    if info.hdr:
-        print(HDR_REMARK, file=sys.stderr)
+    for remark in info.remarks:
+        print(remark, file=sys.stderr)
 
     import torch
 
@@ -210,11 +219,7 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     device = choose_device(args.device)
     checkpoint = resolve(args.model, device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    models = load_models(checkpoint, device, dtype)
-    print(f"model {models.name}, {models.resolution} px, on {device}", file=sys.stderr)
-    if checkpoint.remark:
-        print(checkpoint.remark, file=sys.stderr)
-    settings = Settings.suiting(models, args.guidance, steps=args.steps, seed=args.seed, face=args.face)
+    settings = Settings.suiting(checkpoint, args.guidance, steps=args.steps, seed=args.seed, face=args.face)
     bars = Bars() if sys.stderr.isatty() else Lines()
 
     def say(line: str) -> None:
@@ -222,13 +227,19 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
         print(line, file=sys.stderr, flush=True)
 
     try:
+        models = load_models(checkpoint, device, dtype)
+        say(f"model {models.name}, {models.resolution} px, on {device}")
+        if checkpoint.remark:
+            say(checkpoint.remark)
         with prepare(args, models, settings, sound.duration) as job:
             report = lipsync(args.video, args.audio, args.output, models, job.settings, bars, job.relieve, say=say)
             bars.close()
             job.finished(report)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not short_of_memory(error):
+            raise
         raise UserError(
-            f"The memory of {device} is not enough for '{args.video}' with the model {models.name}: close other "
+            f"The memory of {device} is not enough for '{args.video}' with the model {checkpoint.name}: close other "
             "programs that use it, take --model latentsync-1.5 or demo, or --device cpu."
         ) from error
     finally:

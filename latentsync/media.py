@@ -42,6 +42,7 @@ SEGMENT_FRAMES = 32  # frames held at a time while playing backwards ...
 SEGMENT_BYTES = 256 << 20  # ... and their bytes at most
 SEEK_SECONDS = 1.0  # seek this much before the wanted frame: covers reordered and leading pictures
 MOST_PIXELS = 8192 * 8192  # of a picture; 8K video has half
+STILL_PIXELS = 4096 * 2304  # of a picture as it is shown: a telephone's has more than players show as a video
 MOST_STREAMS = 256  # of a file
 MOST_BYTES = 1 << 30  # in one piece of ffmpeg's memory, for an index or a picture
 MOST_HOURS = 6.0  # of sound, which is held whole: 1.4 GB; a false timestamp can ask for years of silence
@@ -99,8 +100,8 @@ class VideoInfo:
     bit_depth: int
     codec: str
     container: str  # ffmpeg's demuxer names, comma separated
-    has_audio: bool
-    scaled: bool  # the file's pixels are not square and are rescaled
+    still: bool  # a picture, not a video
+    scaled: bool  # the file's pixels are not square, or too many for a picture, and are rescaled
     start_pts: int  # timestamp of the first frame in units of time_base, after ffmpeg's shift to zero
     time_base: Fraction  # seconds
 
@@ -108,6 +109,18 @@ class VideoInfo:
     def hdr(self) -> bool:
         """Whether the file is of high dynamic range. Its frames are not: they are BT.709."""
         return self.color_transfer in HDR_TRANSFERS
+
+    @property
+    def transparent(self) -> bool:
+        """Whether the file's pixels have an opacity. Its frames have none: they lie on white."""
+        return bool(re.match(r"rgba|bgra|argb|abgr|gbrap|yuva|ya\d|pal8", self.pixel_format))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences for the user on what the result has otherwise than the file."""
+        shrunk = f"So large a picture is made smaller: the result has {self.width} × {self.height} pixels."
+        found = (self.hdr, HDR_REMARK), (self.still and self.scaled, shrunk)
+        return tuple(remark for so, remark in found if so)
 
 
 @dataclass(frozen=True)
@@ -194,18 +207,18 @@ def _url(path: Path) -> str:
 
 
 def _check_input(path: Path, kind: str) -> None:
-    if not path.exists():
-        raise UserError(f"There is no file {path}; check the name of the {kind}.")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give a {kind} file.")
-    if not path.is_file():
-        raise UserError(f"{path} is not a regular file; give a {kind} file.")
     try:
+        if not path.exists():
+            raise UserError(f"There is no file {path}; check the name of the {kind}.")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give a {kind} file.")
+        if not path.is_file():
+            raise UserError(f"{path} is not a regular file; give a {kind} file.")
         with open(path, "rb") as file:
             if not file.read(1):
                 raise UserError(f"{path} is empty; give a {kind} file with something in it.")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    except OSError as error:  # looking whether it is there may fail as well
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its name and its permissions.") from error
 
 
 def _header(path: Path, text: str, kind: str) -> str:
@@ -331,9 +344,11 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     # Leaps in the timestamps (joined recordings) make nonsense of their span: the header knows better.
     if header_duration and duration > 2 * header_duration + 1:
         duration = header_duration
-    rate = re.search(r"([\d.]+) fps", header)
-    if "image2" in header or "_pipe" in header.partition("\n")[0]:
+    container = re.match(r"Input #0, (.*?), from", header)[1]
+    if still := container == "image2" or container.endswith("_pipe"):
         duration = 1 / FPS
+        shown_width, shown_height = _shrunk(shown_width, shown_height)
+    rate = re.search(r"([\d.]+) fps", header[video.start() :].partition("\n")[0])
     fps = packets / duration if packets > 1 and duration > 0 else float(rate[1]) if rate else float(FPS)
     depth = re.search(r"(?:p0?|gray|x2(?:rgb|bgr))(9|1[0246])(?:le|be)?$|(48|64)(?:le|be)$", frame[2])
     return VideoInfo(
@@ -350,8 +365,8 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
         pixel_format=frame[2],
         bit_depth=8 if not depth else 16 if depth[2] else int(depth[1]),
         codec=video[1],
-        container=re.match(r"Input #0, (.*?), from", header)[1],
-        has_audio=_has_audio(header),
+        container=container,
+        still=still,
         scaled=(shown_width, shown_height) != (width, height),
         start_pts=start_pts,
         time_base=Fraction(shown_base[1]) if shown_base else time_base,
@@ -379,6 +394,12 @@ def _square(width: int, height: int, sar_num: int, sar_den: int) -> tuple[int, i
         return (wide, height) if wide - width > 2 else (width, height)
     tall = 2 * round(height * sar_den / sar_num / 2)
     return (width, tall) if tall - height > 2 else (width, height)
+
+
+def _shrunk(width: int, height: int) -> tuple[int, int]:
+    """Size of a picture with no more than STILL_PIXELS."""
+    share = min(1.0, math.sqrt(STILL_PIXELS / (width * height)))
+    return (width, height) if share == 1 else (2 * int(width * share / 2), 2 * int(height * share / 2))
 
 
 def _is_rgb(pixel_format: str) -> bool:
@@ -443,7 +464,7 @@ def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None
         f"trim=start_pts={start}{end}",
         *(_to_standard_range(info) if info.hdr else ()),
         f"scale={':'.join(convert)}",
-        "format=rgb24",
+        "format=rgba" if info.transparent else "format=rgb24",
     ]
     arguments = [
         *("-loglevel", "error", "-nostats", "-filter_threads", str(DECODER_THREADS)),
@@ -451,7 +472,8 @@ def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None
         *("-map", "0:V:0", "-vf", ",".join(graph), "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"),
     ]
     with _ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
-        frames = _filled(process.stdout, (info.height, info.width, 3))
+        frames = _filled(process.stdout, (info.height, info.width, 4 if info.transparent else 3))
+        frames = map(_on_white, frames) if info.transparent else frames
         yield from _lively(process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS)
         if process.returncode < 0:
             raise _ended(process, f"read {info.path}")
@@ -477,6 +499,12 @@ def _to_standard_range(info: VideoInfo) -> list[str]:
         "zscale=t=bt709:m=gbr:r=full",
         "format=gbrp",
     ]
+
+
+def _on_white(frame: np.ndarray) -> np.ndarray:
+    """(h, w, 4) uint8 with opacity → (h, w, 3) uint8: what lies under full transparency is not meant to be seen."""
+    colours, opacity = frame[..., :3].astype(np.uint16), frame[..., 3:]
+    return ((colours * opacity + 255 * (255 - opacity.astype(np.uint16)) + 127) // 255).astype(np.uint8)
 
 
 def _filled(pipe, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -635,7 +663,8 @@ def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE) -> np.ndarray:
             raise UserError(f"{path} holds no sound; give a file with a voice in it.")
         raise UserError(_no_samples(path))
     samples = np.frombuffer(data, np.float32, count=len(data) // 4)
-    return np.clip(samples, -1, 1, out=samples)
+    # One that is not a number, as a float WAV may hold, would spoil all that the audio encoder hears with it.
+    return np.clip(np.nan_to_num(samples, copy=False), -1, 1, out=samples)
 
 
 def check_output(path: str | os.PathLike, inputs: tuple[str | os.PathLike, ...] = ()) -> Path:
@@ -645,15 +674,15 @@ def check_output(path: str | os.PathLike, inputs: tuple[str | os.PathLike, ...] 
         raise UserError(
             f"{path} does not end in {', '.join(SUFFIXES)}; give the output one of these endings."
         )
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the name of a file to write.")
     folder = path.absolute().parent
-    if not folder.is_dir():
-        raise UserError(f"The folder {folder} does not exist; create it or choose another output.")
-    for source in inputs:
-        if path.exists() and os.path.exists(source) and os.path.samefile(path, source):
-            raise UserError(f"{path} is an input and would be overwritten; choose another output.")
     try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the name of a file to write.")
+        if not folder.is_dir():
+            raise UserError(f"The folder {folder} does not exist; create it or choose another output.")
+        for source in inputs:
+            if path.exists() and os.path.exists(source) and os.path.samefile(path, source):
+                raise UserError(f"{path} is an input and would be overwritten; choose another output.")
         with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL):
             pass
         if path.exists():

@@ -16,9 +16,11 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import chain, islice
+from math import inf
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -26,10 +28,11 @@ from latentsync.alignment import crop_face, estimate_matrix, fixed_mask
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints import Checkpoint, Models
 from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
-from latentsync.errors import UserError
+from latentsync.errors import UserError, short_of_memory
 from latentsync.faces import WHICH, Face, track_faces
 from latentsync.media import (
     CRF,
+    VideoInfo,
     VideoWriter,
     check_output,
     probe_video,
@@ -41,6 +44,7 @@ from latentsync.sampling import (
     GUIDANCE_SCALE,
     INFERENCE_STEPS,
     SEED,
+    TRAIN_STEPS,
     WINDOW,
     DeepCache,
     Schedule,
@@ -52,9 +56,10 @@ from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, work_folde
 from latentsync.soundness import WIDER, unusable, widened
 from latentsync.vae import condition, decode, to_pixels
 
-KNOWN_BYTES = 512 * 2**20  # of crops of a video that is shown more than once: 26 s at 512 px
+KNOWN_BYTES = 512 * 2**20  # of crops that are kept of a video that is shown more than once: 26 s at 512 px
 DECODED_AHEAD = 8  # frames that wait for the face tracker
 TRACKED_AHEAD = 8  # frames that wait for their faces to be cut out
+HELD_SHARE = 0.8  # of the free main memory, for the frames that are held at a time
 STEPS_AHEAD = 3  # denoising steps that the GPU may be behind: shallow ones take it a millisecond
 END = object()
 
@@ -81,9 +86,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.face not in WHICH:
             raise UserError(f"There is no face '{self.face}' to choose: give one of {', '.join(WHICH)}.")
-        for name in ("windows_per_pass", "frames_per_pass"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} is not possible: give a number from 1.")
+        for name, most in ("steps", TRAIN_STEPS - 1), ("windows_per_pass", inf), ("frames_per_pass", inf):
+            if not 1 <= getattr(self, name) <= most:
+                upto = "" if most == inf else f" to {most}"
+                raise UserError(f"{name} = {getattr(self, name)} is not possible: give a number from 1{upto}.")
 
     @classmethod
     def suiting(cls, model: Checkpoint | Models, guidance_scale: float | None = None, **others: object) -> "Settings":
@@ -161,14 +167,14 @@ class Window:
 
 
 def first_time(
-    frames: Iterator[tuple[int, np.ndarray]], most: int, again: list[tuple[int, np.ndarray]]
+    frames: Iterator[tuple[int, np.ndarray]], again: list[tuple[int, np.ndarray]]
 ) -> Iterator[np.ndarray]:
-    """The frames until a video of at most `most` frames comes again; the frame with which it does goes into `again`.
+    """The frames until their video comes again; the frame with which it does goes into `again`.
 
-    frames: numbered as in the video. A longer video goes on and on.
+    frames: numbered as in the video.
     """
     for position, (number, frame) in enumerate(frames):
-        if number < position <= most:
+        if number < position:
             again.append((number, frame))
             return
         yield frame
@@ -178,13 +184,13 @@ def align(
     tracked: Iterable[tuple[np.ndarray, Face | None]],
     tokens: Iterator[Tensor],
     resolution: int,
-    most: int = 0,
+    most: int | None = None,
     again: Iterable[tuple[int, np.ndarray]] = (),
 ) -> Iterator[Shot]:
     """Cut out the face of every frame; tokens: the audio of each frame, in step.
 
-    again: numbered frames that follow, of a video that has been seen whole and had at most `most` frames: their faces
-    are those of the first time.
+    again: numbered frames that follow, of a video that has been seen whole: their faces are those of the first time,
+    and of the first `most` frames what was cut out, too. None: nothing is kept for them.
     """
     known: list[Shot] = []  # of the first time, without their frames
     bias = None
@@ -196,12 +202,16 @@ def align(
             shot.matrix, bias = estimate_matrix(face.points, resolution, None if face.first else bias)
             shot.crop = crop_face(frame, shot.matrix, resolution)
             shot.opacity = face.opacity
-        if len(known) < most:
-            shot.source = len(known)
-            known.append(replace(shot, frame=None, tokens=None))
+        if most is not None:
+            keeps = len(known) < most
+            shot.source = len(known) if keeps else None
+            known.append(replace(shot, frame=None, tokens=None, crop=shot.crop if keeps else None))
         yield shot
     for number, frame in again:
-        yield replace(known[number], frame=frame, tokens=next(tokens))
+        shot = replace(known[number], frame=frame, tokens=next(tokens))
+        if shot.matrix is not None and shot.crop is None:
+            shot.crop = crop_face(frame, shot.matrix, resolution)
+        yield shot
 
 
 def windows(shots: Iterable[Shot]) -> Iterator[Window | Shot]:
@@ -249,11 +259,18 @@ def batches(parts: Iterable[Window | Shot], size: int) -> Iterator[list[Window |
 class Painter:
     """Generates the faces of windows: all that stays the same from window to window.
 
-    on_step is called at every denoising step; what it raises stops the run.
+    on_step is called at every denoising step; what it raises stops the run. Raises UserError for a DeepCache branch
+    that the model has not.
     """
 
     def __init__(self, models: Models, settings: Settings, on_step: Callable[[], None] | None = None):
         self.models, self.settings, self.on_step = models, settings, on_step
+        branches = 3 * len(models.unet.config.block_out_channels)
+        if settings.cache and settings.cache.branch >= branches:
+            raise UserError(
+                f"DeepCache's branch {settings.cache.branch} is none of the model '{models.name}': give one from 0 to "
+                f"{branches - 1}."
+            )
         device, dtype = models.device, models.dtype
         self.on_gpu = device.type == "cuda"
         self.groups_behind = int(self.on_gpu)  # groups that the device may still be working on
@@ -462,13 +479,15 @@ def paint(
     for group in groups:
         frames += sum(len(part.new) if isinstance(part, Window) else 1 for part in group)
         while True:
-            short_of_memory = None
+            too_much = None
             try:
                 completions = given_to_device(group, frames <= done)
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not short_of_memory(error):
+                    raise
                 # Without its frames, which hold the tensors that did not fit.
-                short_of_memory = error.with_traceback(None)
-            if short_of_memory is None:
+                too_much = error.with_traceback(None)
+            if too_much is None:
                 break
             while given:  # what was queued before it frees its memory
                 yield from finished()
@@ -476,7 +495,7 @@ def paint(
                 torch.cuda.empty_cache()
             settings = relieve() if relieve else None
             if settings is None:
-                raise short_of_memory
+                raise too_much
             painter = Painter(painter.models, settings, painter.on_step)
         given.append((group, completions))
         if len(given) > painter.groups_behind:
@@ -502,7 +521,9 @@ def paint_again(windows: list[Window], painter: Painter) -> None:
                 window = left.popleft()
                 for shot in window.new:
                     shot.again = True
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not short_of_memory(error):
+                raise
             continue
         if not left:
             return
@@ -525,6 +546,23 @@ def beside(items: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
         if item is END:
             return
         yield item
+
+
+def fitting(settings: Settings, info: VideoInfo) -> Settings:
+    """The settings, with so many windows a pass that the frames held at a time fit into the main memory that is free.
+
+    A frame of 4K is 25 MB, of 8K 100 MB. Raises UserError where not even those of one window a pass fit.
+    """
+    size, free = 3 * info.width * info.height, HELD_SHARE * psutil.virtual_memory().available
+    for windows in range(settings.windows_per_pass, 0, -1):
+        fewer = replace(settings, windows_per_pass=windows)
+        if fewer.most_frames * size <= free:
+            return fewer
+    raise UserError(
+        f"'{info.path}' has pictures of {info.width} × {info.height}, of which up to {fewer.most_frames} are held at a "
+        f"time: {fewer.most_frames * size / 1e9:.1f} GB, and only {free / 1e9:.1f} GB of memory can be had. Close "
+        "other programs, or give a smaller version of the video."
+    )
 
 
 class StageClock:
@@ -598,12 +636,14 @@ def lipsync(
     A job of more than `segment_frames` is written in segments of as many, see `latentsync.segments`. Whatever ends it
     early, but `Enough`, the same call goes on after the last finished one, to the same result; say(line) tells so. It
     finds the faces of earlier frames once more, but neither paints them nor gives them to on_frame. None: in one piece.
-    Raises UserError where the files cannot be used, or the video never shows a usable face.
+    Raises UserError where the files cannot be used, the video's frames do not fit into memory, or it never shows a
+    usable face.
     """
     settings = settings or Settings()
     began = time.perf_counter()
     output = check_output(output, (video, audio))
     info = probe_video(video)
+    settings = fitting(settings, info)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):
         wav = torch.from_numpy(read_audio(audio))
@@ -728,7 +768,7 @@ def generate(
             on_progress("mouths", max(painted, done), total)
 
     def aligned() -> Iterator[Shot]:
-        most = KNOWN_BYTES // (3 * models.resolution**2) if looped else 0
+        most = KNOWN_BYTES // (3 * models.resolution**2) if looped else None
         again: list[tuple[int, np.ndarray]] = []
         chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range)
         heard = clock.time(beside(chunks, models.device), "sound")
@@ -737,7 +777,7 @@ def generate(
             closing(ahead(clock.time(frames, "reading"), DECODED_AHEAD, "reading")) as decoded,
         ):
             shown = clock.wait(decoded, "reading")
-            followed = clock.time(track_faces(first_time(shown, most, again), which=settings.face), "faces")
+            followed = clock.time(track_faces(first_time(shown, again), which=settings.face), "faces")
             with closing(ahead(followed, TRACKED_AHEAD, "faces")) as tracked:
                 faces, tokens = clock.wait(tracked, "faces"), clock.wait(tokens, "sound")
                 yield from clock.time(align(faces, tokens, models.resolution, most, chain(again, shown)), "crops")

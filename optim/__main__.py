@@ -73,6 +73,7 @@ def prepare(
     from latentsync.audio import VIDEO_FPS
     from optim.accelerate import accelerate, log_memory, plan_as_asked, reliever, say
     from optim.doctor import advise_report
+    from optim.hardware import nvml_index
     from optim.monitor import Monitor
 
     given = {name: getattr(args, name) for name in ("vram_fraction", "step_share", *SWITCHES)}
@@ -90,8 +91,8 @@ def prepare(
 
         def finished(report: "Report") -> None:
             log_memory("after the run", device)
-            history = monitor.snapshot() if monitor else None
-            for advice in advise_report(report, plan, step_downs, history):
+            gpu = monitor.snapshot().gpu(nvml_index(device)) if monitor else None
+            for advice in advise_report(report, plan, step_downs, gpu):
                 say(f"{advice.severity}: {advice.problem} {advice.remedy}")
 
         job.finished = finished

@@ -14,6 +14,7 @@ import torch
 from latentsync.checkpoints import Models
 from latentsync.pipeline import Settings
 from latentsync.sampling import WINDOW, denoise
+from optim import kernels
 from optim.compilation import compile_network, restore, say, use_cache_folder
 from optim.cores import denoise_side_by_side, windows_for
 from optim.fused import fuse, unfuse
@@ -104,6 +105,7 @@ def accelerate(
     torch.set_float32_matmul_precision("high" if level.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = level.tf32
     if on_gpu:
+        torch.cuda.set_device(models.device)  # of this thread, for Triton's kernels and captures, which go by it
         apply_vram_fraction(level.vram_fraction, models.device.index or 0)
     models.denoise = denoise if on_gpu or settings.windows_per_pass == 1 else denoise_side_by_side
     compiled, batch = False, plan.batch
@@ -140,14 +142,20 @@ def describe(plan: Plan, device: torch.device) -> str:
         parts.append(f"DeepCache every {cache.interval} steps (branch {cache.branch}{half})")
     if device.type == "cuda":
         parts += [name for name, on in (
-            ("TF32", level.tf32), ("fused kernels", level.fused), ("CUDA graphs", level.graphs),
+            ("TF32", level.tf32), ("fused kernels", level.fused and kernels.triton is not None),
+            ("CUDA graphs", level.graphs),
             ("VAE in tiles", plan.batch.tiling),
         ) if on]  # fmt: skip
-        parts.append(f"{settings.frames_per_pass} frames and {settings.windows_per_pass} windows a pass")
+        parts.append(a_pass(settings.frames_per_pass, settings.windows_per_pass))
         parts.append(f"at most {plan.batch.allowed / GIB:.1f} GB of GPU memory")
     elif settings.windows_per_pass > 1:
         parts.append(f"{settings.windows_per_pass} windows side by side")
     return f"{level.name}: {', '.join(parts)}"
+
+
+def a_pass(frames: int, windows: int) -> str:
+    """Batches in words."""
+    return " and ".join(f"{n} {one}{'s' * (n != 1)}" for n, one in ((frames, "frame"), (windows, "window"))) + " a pass"
 
 
 def in_words(plan: Plan, device: torch.device) -> str:
@@ -176,7 +184,7 @@ def step_down(plan: Plan) -> tuple[Plan, str] | None:
     if batch.frames > 1 or batch.windows > 1:
         frames, windows = max(1, batch.frames // 4), max(1, batch.windows // 4)
         batch = replace(batch, frames=frames, windows=windows)
-        words = f"{frames} frames and {windows} windows a pass"
+        words = a_pass(frames, windows)
     elif not batch.tiling:
         batch, words = replace(batch, tiling=True), "the autoencoder in tiles"
     elif level.graphs:

@@ -19,7 +19,7 @@ import torch
 
 from optim.hardware import GIB, ask, batch_sizes, nvml_gpus, nvml_session
 from optim.levels import CONSERVATIVE
-from optim.monitor import GpuProcess, History, other_processes, read_slowdowns
+from optim.monitor import GpuHistory, GpuProcess, other_processes, read_slowdowns
 
 if TYPE_CHECKING:
     from latentsync.pipeline import Report
@@ -306,15 +306,14 @@ def advise_run(run: RunFacts) -> list[Advice]:
 
 
 def advise_report(
-    report: "Report", plan: "Plan", step_downs: Sequence[str] = (), history: History | None = None
+    report: "Report", plan: "Plan", step_downs: Sequence[str] = (), gpu: GpuHistory | None = None
 ) -> list[Advice]:
-    """The advice on what `latentsync.pipeline.lipsync` reports of a run by a plan; history: of the machine then."""
+    """The advice on what `latentsync.pipeline.lipsync` reports of a run by a plan; gpu: that it ran on, meanwhile."""
     cache = plan.settings.cache
     utilization, slowdowns = None, 0
-    gpus = history.gpus if history else ()
-    if gpus and np.isfinite(gpus[0].utilization).any():
-        utilization = float(np.nanmean(gpus[0].utilization))
-        for bits in gpus[0].slowdowns[np.isfinite(gpus[0].slowdowns)]:
+    if gpu and np.isfinite(gpu.utilization).any():
+        utilization = float(np.nanmean(gpu.utilization))
+        for bits in gpu.slowdowns[np.isfinite(gpu.slowdowns)]:
             slowdowns |= int(bits)
     return advise_run(
         RunFacts(

@@ -53,6 +53,7 @@ class Graphs:
     passes: OrderedDict[tuple, Pass] = field(default_factory=OrderedDict)
     seen: set[tuple] = field(default_factory=set)
     pool: tuple[int, int] | None = None
+    stream: torch.cuda.Stream | None = None  # of captures; PyTorch's own is of the device that is current
 
 
 class GraphedUNet(UNet):
@@ -151,12 +152,13 @@ def _capture(
 ) -> Pass:
     if graphs.pool is None:
         graphs.pool = torch.cuda.graph_pool_handle()
+        graphs.stream = torch.cuda.Stream(x.device)  # one for all, or they would not share the pool's memory
     x, timestep = x.clone(), None if timestep is None else timestep.clone()
     context = [(k.clone(), v.clone()) for k, v in context]
     cached = None if cached is None else cached.clone()
     graph = torch.cuda.CUDAGraph()
     # Other threads (sound, monitor) may use the GPU meanwhile: only this one is held to what a capture allows.
-    with torch.cuda.graph(graph, pool=graphs.pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=graphs.pool, stream=graphs.stream, capture_error_mode="thread_local"):
         out, kept = run(x, timestep, context, cached)
     return Pass(graph, x, timestep, context, cached, out, kept)
 

@@ -106,6 +106,14 @@ def _nvml_handle(nvml: Any, properties: Any) -> Any | None:
     return ask(nvml, "nvmlDeviceGetHandleByPciBusId", "{:08X}:{:02X}:{:02X}.0".format(*place))
 
 
+def nvml_index(device: torch.device, nvml: Any = pynvml, cuda: Any = torch.cuda) -> int:
+    """NVML's number of a torch device, which torch may count otherwise; torch's own where NVML cannot be asked."""
+    with nvml_session(nvml) as session:
+        handle = None if session is None else _nvml_handle(session, cuda.get_device_properties(device))
+        index = None if handle is None else ask(session, "nvmlDeviceGetIndex", handle)
+    return (device.index or 0) if index is None else index
+
+
 def recommended_level(gpu: Gpu | None) -> Level:
     """The default level for a card, by the memory it is sold with; the one that costs no quality without a card."""
     memory = gpu.memory_total if gpu else 0

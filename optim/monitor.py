@@ -45,6 +45,10 @@ class History:
     gpus: tuple[GpuHistory, ...]
     marks: tuple[tuple[float, str], ...]  # (s since the monitor was made, text)
 
+    def gpu(self, index: int) -> GpuHistory | None:
+        """The GPU of NVML's number."""
+        return next((gpu for gpu in self.gpus if gpu.index == index), None)
+
 
 @dataclass(frozen=True)
 class GpuProcess:

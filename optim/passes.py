@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pynvml
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from latentsync.sampling import SEED, WINDOW, DeepCache, Schedule, ddim_schedule
 from latentsync.unet import UNet, UNetConfig
 from latentsync.vae import condition, decode, encode
 from latentsync.whisper import AudioEncoder, WhisperDims
-from optim.hardware import ask, nvml_session
+from optim.hardware import nvml_index
 from optim.monitor import GpuHistory, History, Monitor
 from optim.plain import PlainUNet, deepcache, denoise_window, make_pipe
 
@@ -269,7 +268,9 @@ class Watch:
         if self.monitor is None:
             return None
         history = self.monitor.snapshot()
-        return mean_utilization(history, _of_device(history, self.device), begin - self.began, end - self.began)
+        return mean_utilization(
+            history, history.gpu(nvml_index(self.device)), begin - self.began, end - self.began
+        )
 
 
 def mean_utilization(history: History, gpu: GpuHistory | None, begin: float, end: float) -> float | None:
@@ -279,15 +280,6 @@ def mean_utilization(history: History, gpu: GpuHistory | None, begin: float, end
     samples = gpu.utilization[(history.time >= begin + SETTLE) & (history.time <= end)]
     samples = samples[~np.isnan(samples)]
     return float(samples.mean()) if len(samples) else None
-
-
-def _of_device(history: History, device: torch.device) -> GpuHistory | None:
-    """The history of a torch device, which NVML may count otherwise."""
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    with nvml_session(pynvml) as nvml:
-        handle = ask(nvml, "nvmlDeviceGetHandleByUUID", f"GPU-{uuid}") if nvml and uuid else None
-        index = ask(nvml, "nvmlDeviceGetIndex", handle) if handle is not None else device.index or 0
-    return next((gpu for gpu in history.gpus if gpu.index == index), None)
 
 
 def peak_memory(device: torch.device) -> tuple[float, float] | tuple[None, None]:

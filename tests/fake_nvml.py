@@ -65,6 +65,9 @@ class FakeNvml:
     def nvmlDeviceGetHandleByPciBusId(self, place):
         return self._find(lambda card: f"00000000:{card.bus:02X}:00.0", place)
 
+    def nvmlDeviceGetIndex(self, card):
+        return self.cards.index(card)
+
     def nvmlDeviceGetName(self, card):
         return self._answer(card, card.name)
 
@@ -110,8 +113,8 @@ class FakeCuda:
     def device_count(self):
         return len(self.cards)
 
-    def get_device_properties(self, index):
-        card = self.cards[index]
+    def get_device_properties(self, device):
+        card = self.cards[getattr(device, "index", device)]
         return SimpleNamespace(
             name=card.name, total_memory=card.cuda_total, major=8, minor=9, uuid=card.uuid if self.knows_uuid else None,
             pci_domain_id=0, pci_bus_id=card.bus, pci_device_id=0,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from clips import ffmpeg, make_sound, make_vfr_video, make_video
 from conftest import SIDE, portrait, save_video
 from skimage.metrics import peak_signal_noise_ratio as psnr
@@ -430,3 +431,23 @@ def test_memory_does_not_grow_with_the_clip(talking, checkpoint, tmp_path):
         peaks.append(found["peak_memory_bytes"])
     print(f"10 s: {peaks[0] / 1e6:.0f} MB, 40 s: {peaks[1] / 1e6:.0f} MB")
     assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate"),
+])  # fmt: skip
+def test_memory_that_does_not_hold_the_model_is_a_sentence(
+    capfd, talking, voice, tmp_path, checkpoint, monkeypatch, error
+):
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr("latentsync.checkpoints.load_models", load)
+    sentence = refuse(capfd, [talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint])
+    assert "memory" in sentence and "--device cpu" in sentence
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(capfd, talking, voice, tmp_path, checkpoint):
+    output = tmp_path / "out.mp4"
+    arguments = [talking, voice, "-o", output, "--model", checkpoint, "--report", tmp_path / f"{'a' * 300}.json"]
+    assert "report" in refuse(capfd, arguments) and not output.exists()

@@ -200,3 +200,15 @@ def test_replayed_loops_equal_eager_ones_and_never_wait_for_the_gpu(cache):
         torch.cuda.set_sync_debug_mode("default")
     for each, theirs in zip(ours, wanted, strict=True):
         assert float((each.float() - theirs.float()).norm() / theirs.float().norm()) < 5e-3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA GPU")
+def test_passes_on_the_second_gpu_are_captured_there():
+    unet = small_unet().to("cuda:1").half()
+    inputs = [tuple(part.to("cuda:1").half() for part in window()) for _ in range(2)]
+    wanted = [denoise(unet, *each, ddim_schedule(5)) for each in inputs]
+    capture(unet)
+    for each, theirs in zip(inputs, wanted, strict=True):
+        ours = denoise(unet, *each, ddim_schedule(5))
+        assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 5e-3
+    assert unet.graphs.passes

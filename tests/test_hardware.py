@@ -5,7 +5,7 @@ import pytest
 import torch
 from fake_nvml import GIB, MIB, Card, FakeCuda, FakeNvml, card_of
 
-from optim.hardware import RELEASED, Gpu, apply_vram_fraction, batch_sizes, read_gpus, recommended_level
+from optim.hardware import RELEASED, Gpu, apply_vram_fraction, batch_sizes, nvml_index, read_gpus, recommended_level
 from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, STOPS, override
 
 SIZES = (6, 8, 12, 16, 24, 48, 80)
@@ -58,6 +58,14 @@ def test_without_nvml_torch_tells_what_it_knows():
     lost = Card()
     lost.lost = True
     assert read(lost).memory_total == lost.cuda_total
+
+
+def test_torch_devices_have_a_number_of_nvmls():
+    small, large = card_of(8), Card("large", 80 * GIB, GIB, "cc-3", 0x1F)
+    nvml, cuda = FakeNvml([small, large]), FakeCuda([large, small])
+    assert [nvml_index(torch.device("cuda", i), nvml, cuda) for i in (0, 1)] == [1, 0]
+    assert nvml_index(torch.device("cuda", 1), FakeNvml(readable=False), cuda) == 1
+    assert nvml.sessions == 0
 
 
 def test_a_slice_of_a_card_has_only_its_own_memory():

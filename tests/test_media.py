@@ -5,6 +5,7 @@ import os
 import shutil
 import wave
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -14,6 +15,7 @@ from clips import ffmpeg, make_rotated_video, make_sound, make_vfr_video, make_v
 from latentsync.errors import UserError
 from latentsync.media import (
     FPS,
+    STILL_PIXELS,
     VideoWriter,
     check_output,
     probe_audio,
@@ -529,3 +531,63 @@ def test_a_playlist_is_refused_since_it_names_files_of_others(tmp_path, probe, k
     for name in ("list.m3u8", "list.mp4"):
         with pytest.raises(UserError, match="is a playlist"):
             probe(tmp_path / name)
+
+
+@pytest.mark.parametrize("tags", [(), ("-metadata", "comment=image2video at 1250 fps")], ids=["named", "tagged"])
+def test_a_video_is_none_the_less_one_for_the_name_of_its_folder_or_its_tags(tmp_path, tags):
+    (tmp_path / "png_pipe").mkdir()
+    info = probe_video(make_video(tmp_path / "png_pipe" / "my_pipeline.mp4", *X264, *tags))
+    assert (info.n_frames, info.fps, info.still) == (50, 25, False) and info.duration == pytest.approx(2, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "without an ending"])
+def test_a_picture_is_a_still_of_one_frame(tmp_path, name):
+    picture = tmp_path / f"picture{Path(name).suffix or '.png'}"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=96x64:d=0.04", "-frames:v", 1, picture)
+    picture.rename(tmp_path / name)
+    info = probe_video(tmp_path / name)
+    assert (info.n_frames, info.still, info.remarks) == (1, True, ())
+
+
+def test_what_lies_under_transparency_becomes_white(tmp_path):
+    pixels = np.zeros((64, 96, 4), np.uint8)
+    pixels[..., 0] = 255  # red, all of it hidden
+    pixels[16:48, 24:72] = (0, 0, 255, 255)
+    pixels[20:30, 30:40] = (0, 0, 255, 128)
+    raw = tmp_path / "raw"
+    raw.write_bytes(pixels.tobytes())
+    path = tmp_path / "cut out.png"
+    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgba", "-s", "96x64", "-i", raw, "-frames:v", 1, path)
+    info = probe_video(path)
+    frame = frames_of(path)[0]
+    assert info.transparent and frame.shape == (64, 96, 3)
+    assert (frame[0, 0] == 255).all() and (frame[40, 60] == (0, 0, 255)).all()
+    assert np.abs(frame[25, 35].astype(int) - (127, 127, 255)).max() <= 1
+    assert not probe_video(make_video(tmp_path / "opaque.mp4", *X264, seconds=0.2)).transparent
+
+
+def test_a_picture_of_a_telephone_becomes_one_that_players_show(tmp_path):
+    path = tmp_path / "large.jpg"
+    ffmpeg("-f", "lavfi", "-i", "color=c=teal:s=8000x6000:d=0.04", "-frames:v", 1, path)
+    info = probe_video(path)
+    assert info.width * info.height <= STILL_PIXELS and info.width % 2 == info.height % 2 == 0
+    assert info.width / info.height == pytest.approx(8 / 6, rel=1e-3)
+    assert f"{info.width} × {info.height}" in info.remarks[0]
+    assert frames_of(path).shape == (1, info.height, info.width, 3)
+
+
+def test_samples_that_are_no_numbers_are_silent(tmp_path):
+    path, raw = tmp_path / "float.wav", tmp_path / "raw"
+    samples = np.full(16000, 0.25, np.float32)
+    samples[[100, 200, 300]] = np.nan, np.inf, -np.inf
+    raw.write_bytes(samples.tobytes())
+    ffmpeg("-f", "f32le", "-ar", 16000, "-ac", 1, "-i", raw, "-c:a", "pcm_f32le", path)
+    heard = read_audio(path)
+    assert heard[[100, 200, 300]].tolist() == [0, 1, -1]
+    assert (np.delete(heard, [100, 200, 300]) == 0.25).all()
+
+
+@pytest.mark.parametrize("check", [probe_video, probe_audio, read_audio, check_output])
+def test_a_name_that_the_disk_refuses_is_a_sentence(tmp_path, check):
+    with pytest.raises(UserError, match="name"):
+        check(tmp_path / f"{'a' * 300}.mp4")

@@ -7,11 +7,12 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from clips import make_sound
+from clips import make_sound, make_video
 from conftest import SIDE, portrait
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
@@ -34,6 +35,7 @@ from latentsync.pipeline import (
     Window,
     align,
     batches,
+    fitting,
     generate,
     lipsync,
     paint,
@@ -649,12 +651,53 @@ def forgetful(condition):
     return encode_anew
 
 
-def test_a_video_too_long_to_be_kept_is_searched_again(models, wav, monkeypatch):
+def test_a_video_whose_faces_are_too_many_to_be_kept_is_cut_out_again_and_searched_once(models, wav, monkeypatch):
+    whole = list(generate(there_and_back(10, FRAMES), wav, models, Settings(steps=1), FRAMES, True, StageClock()))
     monkeypatch.setattr(pipeline, "KNOWN_BYTES", 5 * 3 * models.resolution**2)
+    searched, track = [], pipeline.track_faces
+    monkeypatch.setattr(
+        pipeline, "track_faces", lambda frames, **others: track((searched.append(0) or f for f in frames), **others)
+    )
     frames = there_and_back(10, FRAMES)
     shots = list(generate(frames, wav, models, Settings(steps=1), FRAMES, True, StageClock()))
-    assert len(shots) == FRAMES and [shot.source for shot in shots] == [0, 1, 2, 3, 4] + [None] * (FRAMES - 5)
-    assert all(shot.crop is not None for shot in shots)
+    numbers = [number for number, _ in there_and_back(10, FRAMES)]
+    assert len(searched) == 10
+    assert [shot.source for shot in shots] == [number if number < 5 else None for number in numbers]
+    for ours, theirs in zip(shots, whole, strict=True):
+        assert np.array_equal(ours.crop, theirs.crop) and np.array_equal(ours.frame, theirs.frame)
+
+
+def test_large_pictures_go_through_in_fewer_windows_or_are_refused_with_a_sentence(tmp_path, monkeypatch):
+    info = replace(probe_video(make_video(tmp_path / "a.mp4", seconds=0.2)), width=3840, height=2160)
+    settings = Settings(windows_per_pass=4)
+
+    def free(gigabytes: float) -> None:
+        monkeypatch.setattr(pipeline.psutil, "virtual_memory", lambda: SimpleNamespace(available=gigabytes * 1e9))
+
+    found = []
+    for gigabytes in (16, 8, 5):
+        free(gigabytes)
+        fewer = fitting(settings, info)
+        assert fewer.most_frames * 3 * 3840 * 2160 <= 0.8 * gigabytes * 1e9
+        assert replace(fewer, windows_per_pass=4) == settings
+        found.append(fewer.windows_per_pass)
+    assert found == [4, 2, 1]
+    free(3)
+    with pytest.raises(UserError, match=r"a\.mp4.*3840 × 2160.*smaller"):
+        fitting(settings, info)
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 1000}, {"windows_per_pass": 0}, {"frames_per_pass": 0}])
+def test_settings_that_cannot_be_are_refused(options):
+    with pytest.raises(UserError, match="give a number from 1"):
+        Settings(**options)
+
+
+def test_a_cache_of_layers_that_the_model_has_not_is_refused(models):
+    branches = 3 * len(models.unet.config.block_out_channels)
+    Painter(models, Settings(cache=DeepCache(3, branches - 1)))
+    with pytest.raises(UserError, match=f"from 0 to {branches - 1}"):
+        Painter(models, Settings(cache=DeepCache(3, branches)))
 
 
 @pytest.mark.parametrize("ends_only", [True, False])

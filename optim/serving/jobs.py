@@ -616,6 +616,7 @@ class Worker:
         from latentsync.pipeline import Enough, lipsync
         from optim.accelerate import accelerate, reliever
         from optim.doctor import advise_report
+        from optim.hardware import nvml_index
 
         request = job.request
 
@@ -655,8 +656,10 @@ class Worker:
             preview.close()
         if not report.ended_early and not step_downs:
             self.speeds.record(self._where(self._loaded), plan.settings, report.frames, time.monotonic() - began)
-        history = self._history(job)
-        job.advice = [asdict(each) for each in advise_report(report, plan, step_downs, history)]
+        gpu = None
+        if models.device.type == "cuda" and (history := latest(self.monitor.snapshot(), time.monotonic() - began)):
+            gpu = history.gpu(nvml_index(models.device))
+        job.advice = [asdict(each) for each in advise_report(report, plan, step_downs, gpu)]
         job.report = report.as_dict() | {"level": plan.level.name, "position": plan.level.position}
         job.report["step_downs"] = step_downs
         job.output = output
