@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentsync import FPS, SAMPLE_RATE
 from latentsync.whisper import AudioEncoder
 
-SAMPLE_RATE = 16000  # Hz
 N_FFT = 400  # samples, 25 ms
 HOP_LENGTH = 160  # samples, 10 ms a mel frame
 SEGMENT_FRAMES = 3000  # mel frames, 30 s: what Whisper's encoder takes at once
@@ -22,7 +22,6 @@ ROWS_PER_SECOND = 50  # feature rows: two mel frames each
 MEL_FLOOR = 1e-10  # power
 MEL_RANGE = 8.0  # decades kept under the loudest point of the clip
 PADDING = -4.0  # decades of power: the normalised 0.0 that segments are padded with
-VIDEO_FPS = 25
 ROWS_BEFORE, ROWS_AFTER = 4, 6  # a frame hears rows c − 4 … c + 5
 
 
@@ -108,7 +107,7 @@ def feature_segments(encoder: AudioEncoder, wav: Tensor, mel_range: float = MEL_
 
 def frame_count(samples: int) -> int:
     """Video frames at 25 fps that cover `samples` of sound at 16 kHz."""
-    return math.ceil(samples * VIDEO_FPS / SAMPLE_RATE)
+    return math.ceil(samples * FPS / SAMPLE_RATE)
 
 
 def audio_chunks(
@@ -124,7 +123,7 @@ def audio_chunks(
     segments = (features.cpu() for features in feature_segments(encoder, wav, mel_range))
     held, first = next(segments), 0  # rows first … first + len(held) − 1
     for i in range(frames):
-        centre = i * ROWS_PER_SECOND // VIDEO_FPS
+        centre = i * ROWS_PER_SECOND // FPS
         rows = [min(max(r, 0), total - 1) for r in range(centre - ROWS_BEFORE, centre + ROWS_AFTER)]
         while rows[-1] >= first + len(held):
             keep = max(rows[0] - first, 0)

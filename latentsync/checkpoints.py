@@ -9,7 +9,7 @@ A checkpoint is a folder:
                                           "guidance_scale": 1.5, "mel_range": 8}; the released models need none
 
 All but the last may also lie in its folder `checkpoints`, as the reference and its ComfyUI wrappers have it, and the
-autoencoder in the Hugging Face cache. `python -m latentsync.checkpoints` fetches the released ones, see `models`.
+autoencoder in the Hugging Face cache. `python -m latentsync.checkpoints` fetches the released ones, see `store`.
 """
 
 import json
@@ -32,7 +32,6 @@ from latentsync.conversion import SOURCE, in_groups
 from latentsync.download import found_here
 from latentsync.errors import UserError
 from latentsync.releases import RELEASES, VAE_PARTS, VAE_REPOSITORY, folder_of, released_as
-from latentsync.releases import home as home  # asked for here, too
 from latentsync.sampling import GUIDANCE_SCALE, WINDOW, denoise
 from latentsync.unet import UNet, UNetConfig
 from latentsync.whisper import AudioEncoder, WhisperDims

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentsync.audio import HOP_LENGTH, SAMPLE_RATE, VIDEO_FPS
+from latentsync import FPS, SAMPLE_RATE
+from latentsync.audio import HOP_LENGTH
 from latentsync.errors import UserError
 from latentsync.sampling import WINDOW
 
@@ -26,7 +27,7 @@ LIPS = (  # outer, then inner contour in the 478-point mesh
 INNER_UPPER, INNER_LOWER = LIPS.index(13), LIPS.index(14)
 CORNERS = LIPS.index(61), LIPS.index(291)
 MEL_STEP, MEL_BASE = 0.055, -10.0  # decades of power a grey level of the stored mel, and its zero
-MEL_PER_FRAME = SAMPLE_RATE // HOP_LENGTH // VIDEO_FPS
+MEL_PER_FRAME = SAMPLE_RATE // HOP_LENGTH // FPS
 N_MELS = 80
 HELD_OUT_SPEAKERS = ("s3", "s7", "s25", "s31", "s34")  # people whom the model must never have seen
 HELD_OUT_EVERY = 20  # of the clips of people with more than that many, every 20th is held out
@@ -79,15 +80,20 @@ def is_held_out(speaker: str, index: int, of: int) -> bool:
     return speaker in HELD_OUT_SPEAKERS or (of > HELD_OUT_EVERY and index % HELD_OUT_EVERY == 0)
 
 
+def clip_table(folder: Path) -> "np.lib.npyio.NpzFile":
+    """What `prepare` wrote of every clip. Raises UserError where the folder holds none."""
+    try:
+        return np.load(folder / "clips.npz")
+    except OSError as error:
+        raise UserError(f"'{folder}' is not a prepared training set; run `prepare` first.") from error
+
+
 def load_clips(folder: Path, device: torch.device, held_out: bool = False) -> ClipSet | None:
     """The training clips of a prepared folder, or its held-out ones, None if there are none of these.
 
     Raises UserError where it is not a prepared folder, or has nothing to train on.
     """
-    try:
-        table = np.load(folder / "clips.npz")
-    except OSError as error:
-        raise UserError(f"'{folder}' is not a prepared training set; run `prepare` first.") from error
+    table = clip_table(folder)
     speakers, lengths = table["speakers"], table["lengths"]
     starts = np.cumsum(lengths) - lengths
     chosen = []

@@ -27,10 +27,9 @@ from pathlib import Path
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
 
+from latentsync import FPS, SAMPLE_RATE
 from latentsync.errors import UserError
 
-FPS = 25  # frames a second of everything inside (LatentSync reference)
-SAMPLE_RATE = 16_000  # samples a second that the audio encoder takes (Whisper)
 CRF = 16  # x264 quality that the eye cannot tell from the source
 PRESET = "veryfast"  # x264 speed: at this CRF slower ones only save bytes
 COMMENT = "Synthetic media: the mouth in this video was generated to match the sound (LatentSync)."

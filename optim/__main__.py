@@ -70,7 +70,7 @@ def prepare(
     """Make the run as fast as the level says, watch it, and give advice on it."""
     import math
 
-    from latentsync.audio import VIDEO_FPS
+    from latentsync import FPS
     from optim.accelerate import accelerate, log_memory, plan_as_asked, reliever, say
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
@@ -82,7 +82,7 @@ def prepare(
         given["cache"] = parse_cache(args.deepcache)
     device = models.device
     plan = plan_as_asked(device, models.resolution, settings, args.level, args.batch, **given)
-    accelerate(models, plan, frames=math.ceil(seconds * VIDEO_FPS))
+    accelerate(models, plan, frames=math.ceil(seconds * FPS))
     log_memory("before the run", device)
     step_downs: list[str] = []
     job = plain.Job(plan.settings, reliever(models, plan, on_step_down=step_downs.append))

@@ -5,9 +5,10 @@ import html
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from latentsync import FPS
+
 STAGES = {"encode": "#4477aa", "denoise": "#ccbb44", "decode": "#66ccee"}  # told apart by every kind of sight
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
-REAL_TIME = 25  # frames/s
 
 
 def draw(results: dict) -> str:
@@ -63,8 +64,8 @@ def frames_panel(figure: go.Figure, number: int, rows: list[dict]) -> None:
                     annotation_text=f"reference, {resolution} px", annotation_position="top right",
                 )  # fmt: skip
     figure.add_hline(
-        REAL_TIME, line={"dash": "dash", "color": "#555555"}, row=number, col=1,
-        annotation_text=f"real time, {REAL_TIME} frames/s", annotation_position="top left",
+        FPS, line={"dash": "dash", "color": "#555555"}, row=number, col=1,
+        annotation_text=f"real time, {FPS} frames/s", annotation_position="top left",
     )  # fmt: skip
     figure.update_yaxes(title_text="frames/s", rangemode="tozero", row=number, col=1)
 

@@ -35,7 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentsync.checkpoints import Models, home
+from latentsync.checkpoints import Models
+from latentsync.releases import home
 from latentsync.sampling import WINDOW, DeepCache, ddim_schedule, denoise
 from latentsync.unet import Context, UNet
 from optim.fused import CHECK_ERROR, FAST, in_a_line

@@ -17,6 +17,7 @@ import numpy as np
 import pynvml
 import torch
 
+from latentsync import FPS
 from optim.hardware import GIB, ask, batch_sizes, nvml_gpus, nvml_session
 from optim.levels import CONSERVATIVE
 from optim.monitor import GpuHistory, GpuProcess, other_processes, read_slowdowns
@@ -29,7 +30,6 @@ DRIVER = 545  # the oldest NVIDIA driver to recommend
 OTHERS_BYTES, OTHERS_SHARE = 10**9, 0.05  # what others may hold of a card: the larger of these
 OTHERS_BUSY = 20  # percent of the time in which others may compute
 DISK = 2 * 10**9  # bytes that should be free for outputs
-REAL_TIME = 25  # frames/s
 FEW_STEPS = 12
 MUCH_CACHE = 5  # a DeepCache interval that begins to show
 STARTING = 15.0  # seconds; in a shorter run the GPU waits for what is done once
@@ -233,7 +233,7 @@ class RunFacts:
 def slow_advice(run: RunFacts) -> Iterator[Advice]:
     """For a run that was slower than real time."""
     speed = run.frames / max(run.seconds, 1e-9)
-    if speed >= REAL_TIME:
+    if speed >= FPS:
         return
     if run.device == "cpu":
         ways = ["on a machine with an NVIDIA GPU"]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from latentsync import FPS
 from latentsync.checkpoints import Models, load_models, resolve
 from latentsync.sampling import GUIDANCE_SCALE, INFERENCE_STEPS, WINDOW, DeepCache
 from optim.hardware import GIB, Gpu, apply_vram_fraction, read_gpus, recommended_level
@@ -40,7 +41,6 @@ if TYPE_CHECKING:  # both need the packages that find faces and read media, whic
     from latentsync.pipeline import Settings
     from optim.accelerate import Plan
 
-FPS = 25
 REFERENCE = "reference"
 CACHED_REFERENCE = "reference + DeepCache (3, 0)"
 CACHE_FOLDERS = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")

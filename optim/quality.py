@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from latentsync import SAMPLE_RATE
 from latentsync.__main__ import between, choose_device
 from latentsync.alignment import crop_face, fixed_mask
-from latentsync.audio import SAMPLE_RATE, frame_count
+from latentsync.audio import frame_count
 from latentsync.checkpoints import Models, load_models, resolve
 from latentsync.errors import UserError
 from latentsync.evaluation.measures import psnr, ssim

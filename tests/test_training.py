@@ -42,8 +42,8 @@ from latentsync.training.looks import (
     render,
 )
 from latentsync.training.prepare import prepare
-from latentsync.training.sound import BEGINNINGS, QUIETEST, draw_sound, draw_windows, tokens_of
-from latentsync.training.state import load_state, save_state
+from latentsync.training.sound import BEGINNINGS, QUIETEST, draw_sound, draw_windows, segments_of, tokens_of
+from latentsync.training.state import load_state, load_weights, save_state
 from latentsync.unet import UNet, UNetConfig
 
 CPU = torch.device("cpu")
@@ -440,3 +440,17 @@ def test_people_are_blended_by_what_tells_them_apart(prepared):
     assert 0 in shares and 4 <= len(shares) and max(shares) <= 0.7, "sometimes not at all, never for the most part"
     again = random_people(data, np.random.default_rng(1))
     assert float(again.abs().max()) < 1, "both clips show the same person"
+
+
+@pytest.mark.parametrize("windows", [0, 5, 15])
+def test_a_batch_that_is_no_whole_number_of_segments_is_refused(windows):
+    assert segments_of(20, 10) == 2
+    with pytest.raises(UserError, match="multiple of 10"):
+        segments_of(windows, 10)
+
+
+def test_a_stage_without_what_comes_before_it_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"autoencoder\.pt.*first"):
+        load_weights(tmp_path / "autoencoder.pt", {})
+    with pytest.raises(UserError, match="prepare"):
+        voices.add_voices(tmp_path, 1)

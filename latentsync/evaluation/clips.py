@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
+from latentsync import FPS
 from latentsync.alignment import crop_face, crop_size, estimate_matrix
-from latentsync.audio import VIDEO_FPS
 from latentsync.corpus import HELD_OUT_EVERY, HELD_OUT_SPEAKERS, LIPS, clips_below, is_held_out
 from latentsync.errors import UserError
 from latentsync.faces import Face, mouth_opening, track_faces
 from latentsync.media import probe_video, read_audio, read_frames
 
 SIDE = 256  # pixels of the crops that are measured, whatever the model's resolution
-MOST_FRAMES = 10 * VIDEO_FPS  # of a clip; all are held
+MOST_FRAMES = 10 * FPS  # of a clip; all are held
 TRACKS = 10  # among which the true one is to be found
 
 
@@ -74,7 +74,7 @@ def read_clip(speaker: str, path: Path) -> Clip:
     """Raises UserError where the file has no picture, sound or face."""
     wav = read_audio(path)
     seen = look(np.stack(list(read_frames(probe_video(path), count=MOST_FRAMES))))
-    if np.isfinite(seen.opening).sum() < VIDEO_FPS // 2:
+    if np.isfinite(seen.opening).sum() < FPS // 2:
         raise UserError(f"'{path}' shows no face for half a second: take a clip in which one is seen from the front.")
     return Clip(speaker, path.stem, seen, wav)
 

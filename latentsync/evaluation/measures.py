@@ -9,11 +9,11 @@ import math
 import cv2
 import numpy as np
 
-from latentsync.audio import SAMPLE_RATE, VIDEO_FPS
+from latentsync import FPS, SAMPLE_RATE
 
 SSIM_SIGMA, SSIM_SIDE = 1.5, 11  # of its Gaussian window, pixels (Wang et al. 2004)
 SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-SAMPLES = SAMPLE_RATE // VIDEO_FPS  # of sound, a frame
+SAMPLES = SAMPLE_RATE // FPS  # of sound, a frame
 LOUDNESS_RANGE = 60.0  # dB under the loudest frame that still count; less is as silent as that
 LAGS = np.arange(-5, 6)  # frames
 IN_STEP = 1  # frames that a track may be off and still be found as the nearest

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from latentsync import SAMPLE_RATE
 from latentsync.alignment import fixed_mask
-from latentsync.audio import SAMPLE_RATE
 from latentsync.checkpoints import Models
 from latentsync.corpus import HELD_OUT_SPEAKERS
 from latentsync.evaluation.clips import SIDE, TRACKS, Clip, Seen, look

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from latentsync.audio import SAMPLE_RATE, VIDEO_FPS
+from latentsync import FPS, SAMPLE_RATE
 from latentsync.errors import UserError
 from latentsync.media import probe_video, read_audio, read_frames_looped
 
@@ -63,7 +63,7 @@ def waveform(wav: np.ndarray) -> np.ndarray:
 def strip(video: Path, audio: Path, result: Path) -> np.ndarray:
     """Frames of a video, the same of its result, and the sound below, RGB; a shorter video runs back and forth."""
     wav = read_audio(audio)
-    count = max(len(wav) * VIDEO_FPS // SAMPLE_RATE, 1)
+    count = max(len(wav) * FPS // SAMPLE_RATE, 1)
     wanted = spread(count)
     rows = []
     for path in (video, result):

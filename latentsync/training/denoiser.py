@@ -16,7 +16,7 @@ from latentsync.corpus import RESOLUTION, ClipSet, load_clips
 from latentsync.sampling import TRAIN_STEPS, between_ends, ddim_scheduler
 from latentsync.training import autoencoder, lips, listener
 from latentsync.training.looks import plain_look, random_look, random_mouth, random_people, render
-from latentsync.training.sound import Windows, draw_sound, draw_windows, tokens_of
+from latentsync.training.sound import Windows, draw_sound, draw_windows, segments_of, tokens_of
 from latentsync.training.state import load_state, load_weights, save_state
 from latentsync.unet import UNet, UNetConfig, frames_first, windows_first
 from latentsync.vae import latent_mask
@@ -138,7 +138,7 @@ def draw_examples(
     rest. So it is shown just that as well, and shared noise on faces only after the start.
     """
     device = data.frames.device
-    sound = draw_sound(data, rng, batch // WINDOWS_PER_SEGMENT, augment=True)
+    sound = draw_sound(data, rng, segments_of(batch, WINDOWS_PER_SEGMENT), augment=True)
     windows = draw_windows(data, sound, rng, WINDOWS_PER_SEGMENT)
     b, f = windows.frames.shape
     look, shown = torch.randint(looks, (b, 1), device=device), shown_frames(windows)
@@ -213,6 +213,7 @@ def train(
     batch: windows a step, a multiple of 10; lip_weight: of the loss of the mouth's shape, from 0.
     """
     began = time.time()
+    segments_of(batch, WINDOWS_PER_SEGMENT)  # before the minute until the first step
     data = load_clips(prepared, device)
     torch.manual_seed(int(began))
     rng = np.random.default_rng(int(began))

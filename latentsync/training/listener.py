@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentsync.corpus import INNER_LOWER, INNER_UPPER, LIPS, ClipSet, load_clips
 from latentsync.sampling import WINDOW
-from latentsync.training.sound import draw_sound, draw_windows, tokens_of
+from latentsync.training.sound import draw_sound, draw_windows, segments_of, tokens_of
 from latentsync.training.state import load_state, save_state
 from latentsync.whisper import AudioEncoder, WhisperDims
 
@@ -60,6 +60,7 @@ def train(
     prepared: Path, state: Path, seconds: float, device: torch.device, batch: int = SEGMENTS * WINDOWS_PER_SEGMENT
 ) -> None:
     """Train for `seconds`, continuing from `state/listener.pt` where it exists, and write it at the end."""
+    segments = segments_of(batch, WINDOWS_PER_SEGMENT)
     data = load_clips(prepared, device)
     lips = centred_lips(data)
     torch.manual_seed(0)
@@ -72,7 +73,7 @@ def train(
     while (elapsed := time.time() - began) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (step + 1) / 100) * max(0.02, 1 - elapsed / seconds)
-        sound = draw_sound(data, rng, batch // WINDOWS_PER_SEGMENT, augment=True)
+        sound = draw_sound(data, rng, segments, augment=True)
         windows = draw_windows(data, sound, rng, WINDOWS_PER_SEGMENT)
         with torch.autocast(device.type, torch.bfloat16):
             out = reader(tokens_of(encoder(sound.mel), windows.segment, windows.rows)).float()

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from latentsync import FPS, SAMPLE_RATE
 from latentsync.alignment import crop_size, estimate_matrix
-from latentsync.audio import SAMPLE_RATE, VIDEO_FPS, log_powers
+from latentsync.audio import log_powers
 from latentsync.corpus import LIPS, MARGIN, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, RESOLUTION, SIDE
 from latentsync.errors import UserError
 from latentsync.faces import track_faces
@@ -66,7 +67,7 @@ def align_clip(path: Path) -> AlignedClip | None:
         runs.append(runs[-1] + 1)
     length = max(runs)
     end = runs.index(length)
-    if length < VIDEO_FPS or len(wav) < SAMPLE_RATE:
+    if length < FPS or len(wav) < SAMPLE_RATE:
         return None
     start = end - length
     mel = torch.cat(list(log_powers(wav, N_MELS)), dim=1).T.numpy()
@@ -88,7 +89,7 @@ def prepare(clips: Iterable[tuple[str, Path]], folder: Path, crf: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names, speakers, lengths, lips, mels = [], [], [], [], []
     writer = imageio_ffmpeg.write_frames(
-        str(folder / "crops.mp4"), (SIDE, SIDE), fps=VIDEO_FPS, codec="libx264", macro_block_size=1,
+        str(folder / "crops.mp4"), (SIDE, SIDE), fps=FPS, codec="libx264", macro_block_size=1,
         output_params=["-crf", str(crf), "-preset", "slow", "-g", "250"],
     )  # fmt: skip
     writer.send(None)

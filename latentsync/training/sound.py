@@ -9,6 +9,7 @@ from torch import Tensor
 
 from latentsync.audio import PADDING, ROWS_AFTER, ROWS_BEFORE, SEGMENT_FRAMES
 from latentsync.corpus import EDGE, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, ClipSet, to_device
+from latentsync.errors import UserError
 from latentsync.sampling import WINDOW
 
 QUIETEST = 4.5  # decades under the loudest sound that are heard: rooms are seldom quieter, synthesisers are
@@ -73,6 +74,13 @@ def _draw_silence(rng: np.random.Generator, length: int, rest: tuple[int, int]) 
     count = int(rng.integers(SPAN, length + 1))
     ahead = rest[0] and (not rest[1] or rng.random() < 0.5)
     return np.arange(-count, 0) if ahead else np.arange(length, length + count)
+
+
+def segments_of(windows: int, each: int) -> int:
+    """How many segments of `each` windows a batch of windows is of. Raises UserError where it is none of them."""
+    if windows < each or windows % each:
+        raise UserError(f"A batch of {windows} windows is not possible: give a multiple of {each}.")
+    return windows // each
 
 
 def draw_sound(data: ClipSet, rng: np.random.Generator, segments: int, augment: bool, own: bool = True) -> Sound:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from latentsync.errors import UserError
+
 
 def save_state(
     path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer | None, step: int, **extra: Any
@@ -32,7 +34,9 @@ def load_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim
 
 
 def load_weights(path: Path, modules: dict[str, nn.Module]) -> dict[str, Any]:
-    """Read only the weights of some modules; returns the rest of the file."""
+    """Read only the weights of some modules; returns the rest of the file. Raises UserError where there is none."""
+    if not path.is_file():
+        raise UserError(f"There is no {path}: run the stage '{path.stem}' first, or import a model.")
     state = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     for name, module in modules.items():
         module.load_state_dict(state["weights"][name])

@@ -18,8 +18,9 @@ from scipy.fft import dct
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
-from latentsync.audio import SAMPLE_RATE, log_powers
-from latentsync.corpus import MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS
+from latentsync import SAMPLE_RATE
+from latentsync.audio import log_powers
+from latentsync.corpus import MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, clip_table
 from latentsync.errors import UserError
 
 WORDS = (  # of GRID's six-letter names, in order (Cooke et al. 2006)
@@ -156,7 +157,7 @@ def spoken_again(mel: np.ndarray, wav: np.ndarray) -> np.ndarray:
 
 def add_voices(folder: Path, count: int) -> None:
     """Write `voices.npz` beside the prepared set in `folder`: mel (count, 4n, 80), another voice for every clip."""
-    table = np.load(folder / "clips.npz")
+    table = clip_table(folder)
     lengths = table["lengths"] * MEL_PER_FRAME
     ends = np.cumsum(lengths)
     speakers = synthesisers()
