@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from latentsync import STAGES, __version__
 from latentsync.errors import UserError, short_of_memory
+from latentsync.options import between, choose_device
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from latentsync.checkpoints import Models
@@ -51,17 +52,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
     found.add_argument("--version", action="version", version=__version__)
     return found
-
-
-def between(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
-    """A type for argparse: a number of `kind`, int or float, in a range."""
-
-    def number(text: str) -> float:
-        if low <= (value := kind(text)) <= high:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-
-    return number
 
 
 def shield_dashes(arguments: list[str]) -> list[str]:
@@ -145,20 +135,6 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def choose_device(name: str):
-    """The torch device of a `--device`; `auto` is the GPU where there is one. Raises UserError."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"The device '{name}' cannot be used on this machine: try --device cpu.") from error
-    return device
-
-
 def check_report(path: Path, others: tuple[str, ...]) -> None:
     """Raise UserError, before the long work, where a report cannot be written to `path`."""
     try:
@@ -218,7 +194,6 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
 
     device = choose_device(args.device)
     checkpoint = resolve(args.model, device)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
     settings = Settings.suiting(checkpoint, args.guidance, steps=args.steps, seed=args.seed, face=args.face)
     bars = Bars() if sys.stderr.isatty() else Lines()
 
@@ -227,7 +202,7 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
         print(line, file=sys.stderr, flush=True)
 
     try:
-        models = load_models(checkpoint, device, dtype)
+        models = load_models(checkpoint, device)
         say(f"model {models.name}, {models.resolution} px, on {device}")
         if checkpoint.remark:
             say(checkpoint.remark)

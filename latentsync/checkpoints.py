@@ -419,12 +419,18 @@ def load_vae(
     return vae.eval()
 
 
-def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Models:
+def working_dtype(device: torch.device) -> torch.dtype:
+    """What U-Net and autoencoder compute in on a device: half precision on a GPU, as the reference does."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> Models:
     """Load all three networks onto the device, convolutions channels-last; main memory never holds a file whole.
 
-    The audio encoder stays float32, which costs little and keeps its features the reference's. Raises UserError
-    where a file is damaged or does not fit.
+    dtype: of U-Net and autoencoder, that of `working_dtype` unless given. The audio encoder stays float32, which costs
+    little and keeps its features the reference's. Raises UserError where a file is damaged or does not fit.
     """
+    dtype = dtype or working_dtype(device)
     unet = load_unet(checkpoint.unet, checkpoint.unet_config, device, dtype)
     vae = load_vae(checkpoint.vae, checkpoint.vae_config, device, dtype)
     latents = vae.config.latent_channels

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from latentsync import __main__ as plain
 from latentsync.errors import UserError
+from latentsync.options import between
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from latentsync.checkpoints import Models
@@ -29,14 +30,14 @@ def parser() -> argparse.ArgumentParser:
         "to 1 (speed)",
     )  # fmt: skip
     found.add_argument(
-        "--vram-fraction", type=plain.between(float, 0.1, 1), help="share of the GPU's memory to use (default 0.85)"
+        "--vram-fraction", type=between(float, 0.1, 1), help="share of the GPU's memory to use (default 0.85)"
     )
     found.add_argument(
-        "--batch", type=plain.between(int, 1, 256), metavar="FRAMES",
+        "--batch", type=between(int, 1, 256), metavar="FRAMES",
         help="frames that go through the autoencoder together (default: what the memory allows)",
     )  # fmt: skip
     found.add_argument(
-        "--step-share", type=plain.between(float, 0.01, 1), help="share of --steps that is run (default: the level's)"
+        "--step-share", type=between(float, 0.01, 1), help="share of --steps that is run (default: the level's)"
     )
     found.add_argument(
         "--deepcache", metavar="INTERVAL[,BRANCH]|off",

@@ -317,7 +317,7 @@ def measure(args: argparse.Namespace, asked: Asked, keep: Callable[[str, object]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 for what the user can put right."""
-    from latentsync.__main__ import choose_device
+    from latentsync.options import choose_device
 
     args = parser().parse_args(arguments)
     stand_in_for_media()

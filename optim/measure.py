@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from latentsync import FPS
-from latentsync.checkpoints import Models, load_models, resolve
+from latentsync.checkpoints import Models, load_models, resolve, working_dtype
 from latentsync.sampling import GUIDANCE_SCALE, INFERENCE_STEPS, WINDOW, DeepCache
 from optim.hardware import GIB, Gpu, apply_vram_fraction, read_gpus, recommended_level
 from optim.levels import STOPS, Level
@@ -131,13 +131,13 @@ class Asked:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float16 if self.device.type == "cuda" else torch.float32
+        return working_dtype(self.device)
 
     def models(self, resolution: int) -> Models:
         """The networks; a model has its own resolution."""
         if self.model is None:
             return random_models(self.device, self.dtype, resolution)
-        return load_models(resolve(self.model, self.device), self.device, self.dtype)
+        return load_models(resolve(self.model, self.device), self.device)
 
     def plan(self, level: Level, resolution: int, gpu: Gpu | None) -> "Plan":
         from latentsync.pipeline import Settings

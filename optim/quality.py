@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from latentsync import SAMPLE_RATE
-from latentsync.__main__ import between, choose_device
 from latentsync.alignment import crop_face, fixed_mask
 from latentsync.audio import frame_count
 from latentsync.checkpoints import Models, load_models, resolve
 from latentsync.errors import UserError
 from latentsync.evaluation.measures import psnr, ssim
 from latentsync.media import probe_video, read_audio, read_frames_looped
+from latentsync.options import between, choose_device
 from latentsync.pipeline import Settings, StageClock, generate
 from optim.accelerate import accelerate, make_plan
 from optim.hardware import read_gpus
@@ -83,8 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         levels = [find_level(name) for name in args.levels]
         device = choose_device(args.device)
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        models = load_models(resolve(args.model, device), device, dtype)
+        models = load_models(resolve(args.model, device), device)
         wav = torch.from_numpy(read_audio(args.audio))[: round(args.seconds * SAMPLE_RATE)]
         print("level         steps  cache  frames    to the plain pipeline    to conservative")
         rows = []

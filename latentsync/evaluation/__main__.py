@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentsync.__main__ import between, choose_device
 from latentsync.checkpoints import Models, load_models, resolve
 from latentsync.errors import UserError
 from latentsync.evaluation.clips import TRACKS, held_out, read_clip
@@ -24,6 +23,7 @@ from latentsync.evaluation.judge import WEIGHTS, Judge, judge_clip, load_judge, 
 from latentsync.evaluation.measures import correlation, loudness, peak
 from latentsync.evaluation.report import check_on, groups, measure, plain, table
 from latentsync.evaluation.sheet import contact, save_picture, strip
+from latentsync.options import between, choose_device
 from latentsync.pipeline import Settings
 
 SHEET_CLIPS = 2  # of every speaker, on the contact sheet
@@ -92,7 +92,7 @@ def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
     """Dub, measure, and write measures.json and the contact sheets into the folder `out`."""
     files = held_out(args.clips, args.speakers)
     device = choose_device(args.device)
-    models = load_models(resolve(args.model, device), device, torch.float16 if device.type == "cuda" else torch.float32)
+    models = load_models(resolve(args.model, device), device)
     settings = Settings.suiting(models, args.guidance, steps=args.steps, seed=args.seed)
     models, settings = prepare(args, models, settings)
     try:
