@@ -58,7 +58,7 @@ SEARCH_INTERVAL = 5  # frames between two searches for small faces while none is
 MIN_TILE = 32  # pixels; nothing is looked for in less
 NEAR = 0.5  # face sizes that a face may move from one frame to the next
 DRIFT = 0.1  # face sizes more for every frame in which it was not seen
-PATIENCE = 25  # frames to wait for a lost face before another one may take its place
+PATIENCE = 25  # frames to wait for a face that is lost or not usable before another one may take its place
 THUMBNAIL = 8  # blocks along a side, and pixels along a side of a block, to tell cuts by
 CUT_CORRELATION = 0.5  # of grey values before and after; less is a different picture
 CUT_ALIKE = 0.25  # share of the blocks that are the same picture still; with less, a new shot begins
@@ -160,8 +160,8 @@ def track_faces(
     that works ahead. landmarkers: how many of them work; by default as the processor's cores allow. which: one of
     WHICH, the face to follow where several are seen when it first appears; the sides are those of the picture.
     The face is None where none is usable: not found, turned more than 60 degrees away, or with the mouth
-    outside the picture. Another face does not take over until the followed one has been gone for a second
-    or the shot has changed.
+    outside the picture. Usable faces are taken before others. Another face does not take over until the followed one
+    has been gone or not usable for a second, or the shot has changed.
     Raises UserError if the landmarker's model file is missing.
     """
     reach = max(FADE, SMOOTHING)
@@ -301,36 +301,52 @@ def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> I
     """Every frame with the sighting of the followed face.
 
     Frames without a face wait up to SEARCH_INTERVAL frames: a face that the next search finds was often
-    there before, and is followed back to them.
+    there before, and is followed back to them. A face that is not usable is followed too, as it may turn to the
+    camera, but when PATIENCE has ended, its frames wait and are searched as if they had none.
     """
     waiting: deque[_Slot] = deque()
     followed: _Sighting | None = None  # as last seen
     region = thumbnail = None
     shot = missing = 0
+    unusable = PATIENCE  # frames since the followed face was usable; at first there is none to wait for
     for frame in frames:
         before, thumbnail = thumbnail, _thumbnail(frame)
         if before is not None and _is_cut(before, thumbnail):
-            shot, missing, followed, region = shot + 1, 0, None, None
+            shot, missing, unusable, followed, region = shot + 1, 0, PATIENCE, None, None
         slot = _Slot(frame, shot)
         if followed is not None and missing == 0:
             region = _region(followed, region)
             seen = frames.seen(region)
             seen = _detect_in(landmarker, frame, region) if seen is None else seen
             slot.sighting = _nearest(seen, followed)
-        if slot.sighting is None:
-            missing += 1
-            if missing > PATIENCE:
-                followed = None
+        missing = missing + 1 if slot.sighting is None else 0
+        unusable = 0 if slot.usable else unusable + 1
+        candidates: Iterable[_Sighting] = ()
+        if unusable > PATIENCE:
+            candidates = _search(landmarker, frame, unusable % SEARCH_INTERVAL == 1, which)
+        elif slot.sighting is None:
             thorough = missing % SEARCH_INTERVAL == 1
-            found = _search(landmarker, frame, followed, NEAR + missing * DRIFT, thorough, which)
-            if found is not None:
-                # Seen again from a crop of its own, so that its points do not depend on how it was found.
-                region = _region(found, None)
-                slot.sighting = _nearest(_detect_in(landmarker, frame, region), found)
+            candidates = _search_lost(landmarker, frame, followed, NEAR + missing * DRIFT, thorough)
+        for found in candidates:
+            known = slot.sighting is not None and _resembles(found, slot.sighting, NEAR)
+            if known or (slot.sighting is not None and not found.usable):
+                continue
+            # Seen again from a crop of its own, so that its points do not depend on how it was found.
+            around = _region(found, None)
+            again = _nearest(_detect_in(landmarker, frame, around), found)
+            if again is not None and (again.usable or slot.sighting is None):
+                slot.sighting, region = again, around
+            if slot.usable:
+                break
         # Where the next frame is looked for if its face is no further from here than this one was.
         frames.region = region if slot.sighting is not None else None
         if slot.sighting is not None:
             followed, missing = slot.sighting, 0
+        elif unusable > PATIENCE:
+            followed = None
+        if slot.usable:
+            unusable = 0
+        if slot.sighting is not None and unusable <= PATIENCE:
             _follow_back(landmarker, waiting, slot)
             yield from waiting
             waiting.clear()
@@ -348,9 +364,10 @@ def _follow_back(landmarker: FaceLandmarker, waiting: deque[_Slot], found: _Slot
         if slot.shot != found.shot:
             return
         seen = _detect_in(landmarker, slot.frame, _region(found.sighting, None))
-        slot.sighting = _nearest(seen, found.sighting)
-        if slot.sighting is None:
+        sighting = _nearest(seen, found.sighting)
+        if sighting is None:
             return
+        slot.sighting = sighting
         found = slot
 
 
@@ -409,43 +426,61 @@ def _resembles(seen: _Sighting, face: _Sighting, reach: float) -> bool:
     return face.distance(seen) < reach and 0.5 < seen.size / face.size < 2
 
 
-def _search(
-    landmarker: FaceLandmarker, frame: np.ndarray, lost: _Sighting | None, reach: float, thorough: bool, which: str
-) -> _Sighting | None:
-    """The largest face of the whole frame, or what `which` says; of those within `reach` sizes of the `lost` one, the
-    largest, if there is one.
+def _search(landmarker: FaceLandmarker, frame: np.ndarray, thorough: bool, which: str) -> Iterator[_Sighting]:
+    """The faces of the frame that look usable, as `which` ranks them, then the others.
 
-    `thorough` also searches crops of the frame, larger ones first, for faces that are small in it.
+    `thorough` also searches crops of the frame, larger ones first, for faces that are small in it; of the largest,
+    only when it is asked for more, as a smaller crop shows no larger one.
     """
-    height, width = frame.shape[:2]
-    which = "largest" if lost is not None else which
-    seen = []
-    for share in (None, *TILES) if thorough else (None,):
-        if share is None:
-            corners, side = [(0, 0)], max(width, height)
-        else:
-            side = round(min(width, height) * share)
-            corners = [(x, y) for y in _starts(height, side) for x in _starts(width, side)]
-        if side < MIN_TILE:
-            break
-        for x, y in corners:
-            seen += _detect(landmarker, frame, x, y, x + side, y + side, TILE_PIXELS)
-        if lost is not None:
-            seen = [s for s in seen if _resembles(s, lost, reach)]
-        if seen and which == "largest":  # a smaller crop shows no larger one
-            break
-    return _choose(seen, which, width) if seen else None
+    rest: list[_Sighting] = []
+    for corners, side in _crops(frame, thorough):
+        seen = _detect_squares(landmarker, frame, corners, side)
+        if which == "largest":
+            yield from _ranked([s for s in seen if s.usable], which, frame.shape[1])
+            seen = [s for s in seen if not s.usable]
+        rest += seen
+    yield from _ranked(rest, which, frame.shape[1])
 
 
-def _choose(seen: list[_Sighting], which: str, width: int) -> _Sighting:
-    """The one of several faces that `which` of WHICH means, in a picture of that width."""
+def _search_lost(
+    landmarker: FaceLandmarker, frame: np.ndarray, lost: _Sighting, reach: float, thorough: bool
+) -> list[_Sighting]:
+    """The lost face, usable or not, if it is seen: the largest of about its size within `reach` sizes of its place."""
+    for corners, side in _crops(frame, thorough):
+        seen = _detect_squares(landmarker, frame, corners, side)
+        seen = [s for s in seen if _resembles(s, lost, reach)]
+        if seen:
+            return [max(seen, key=lambda s: s.size)]
+    return []
+
+
+def _ranked(seen: list[_Sighting], which: str, width: int) -> list[_Sighting]:
+    """Faces in a picture of that width, usable ones first, and then as `which` of WHICH asks for."""
     ranks = {
         "largest": lambda s: -s.size,
         "left": lambda s: s.centre[0],
         "right": lambda s: -s.centre[0],
         "centre": lambda s: abs(s.centre[0] - width / 2),
     }
-    return min(seen, key=ranks[which])
+    return sorted(seen, key=lambda s: (not s.usable, ranks[which](s)))
+
+
+def _crops(frame: np.ndarray, thorough: bool) -> Iterator[tuple[list[tuple[int, int]], int]]:
+    """The top left corners (x, y), and the side, of the squares to search: the whole, then ever smaller tiles."""
+    height, width = frame.shape[:2]
+    yield [(0, 0)], max(width, height)
+    for share in TILES if thorough else ():
+        side = round(min(width, height) * share)
+        if side < MIN_TILE:
+            return
+        yield [(x, y) for y in _starts(height, side) for x in _starts(width, side)], side
+
+
+def _detect_squares(
+    landmarker: FaceLandmarker, frame: np.ndarray, corners: list[tuple[int, int]], side: int
+) -> list[_Sighting]:
+    """The faces in squares of the frame."""
+    return [s for x, y in corners for s in _detect(landmarker, frame, x, y, x + side, y + side, TILE_PIXELS)]
 
 
 def _starts(length: int, side: int) -> list[int]:

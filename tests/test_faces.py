@@ -128,6 +128,66 @@ def test_a_face_whose_mouth_is_outside_the_picture_is_not_usable(portrait):
     assert track([put(room(), portrait, 200, lower + 2)] * 2) == [None, None]
 
 
+def cut_off(portrait: np.ndarray, x: float, scale: float = 1.0) -> np.ndarray:
+    """A room with the portrait so low in it that the mouth, not the nose, is outside the picture."""
+    return put(room(), portrait, x, HEIGHT - 130 * scale, scale)
+
+
+@pytest.mark.parametrize("scale", [0.7, 0.25])  # the smaller one is not seen in the picture as a whole
+def test_a_usable_face_is_taken_before_a_larger_one_that_is_not(portrait, scale):
+    assert track([cut_off(portrait, 20, 1.5)] * 2) == [None, None]
+    found = track([put(cut_off(portrait, 20, 1.5), portrait, 450, 60, scale)] * 3)
+    assert all(face is not None and middle(face) > 450 for face in found)
+
+
+@pytest.mark.parametrize("which, at", [("left", 250), ("right", 460), ("centre", 250)])
+def test_the_face_that_was_asked_for_is_a_usable_one(portrait, which, at):
+    """The one on the left, which is also the largest, is cut off by the edge."""
+    scene = put(put(cut_off(portrait, 0), portrait, 250, 60, 0.6), portrait, 460, 60, 0.6)
+    for _, face in track_faces(iter([scene] * 3), which=which):
+        assert at < middle(face) < at + 0.6 * portrait.shape[1]
+
+
+def dipping(portrait: np.ndarray, frames: int) -> list[np.ndarray]:
+    """A face that sinks until its mouth is outside the picture, stays so for some frames, and comes up; another beside
+    it, a smaller one."""
+    height = np.interp(np.arange(frames + 20), [0, 9, frames + 10, frames + 19], [60, 230, 230, 60])
+    return [put(put(room(), portrait, 20, y), portrait, 420, 60, 0.8) for y in height]
+
+
+def test_a_followed_face_is_kept_while_it_is_not_usable_for_a_moment(portrait):
+    found = track(dipping(portrait, 12))
+    assert found[0] and not any(found[12:20]) and found[-1]
+    assert all(middle(face) < 300 for face in found if face)
+
+
+def test_a_usable_face_takes_the_place_of_one_that_has_long_not_been_usable(portrait):
+    found = track(dipping(portrait, faces.PATIENCE + 10))
+    assert middle(found[0]) < 300 and middle(found[-1]) > 420
+    assert not any(found[12 : faces.PATIENCE])
+    assert all(middle(face) > 420 for face in found[faces.PATIENCE + 10 :])
+
+
+@pytest.mark.parametrize("scale", [0.7, 0.25])
+def test_a_usable_face_that_comes_to_one_that_never_was_is_taken_at_once(portrait, scale):
+    alone = cut_off(portrait, 20, 1.5)
+    found = track([alone] * 8 + [put(alone, portrait, 450, 60, scale)] * 8)
+    assert not any(found[:8]) and all(middle(face) > 450 for face in found[8:])
+
+
+def test_a_face_that_its_own_crop_does_not_confirm_hides_no_other(portrait, monkeypatch):
+    """As noise that looks like a face from afar, or a face that is usable only so."""
+    scene = put(room(), portrait, 400, 80, 0.8)
+    ghost = faces._Sighting(2 * track([scene])[0].landmarks - (790, 130), usable=True)
+    detect = faces._detect
+
+    def haunted(*where):
+        return detect(*where) + ([ghost] if where[-1] == faces.TILE_PIXELS else [])
+
+    monkeypatch.setattr(faces, "_detect", haunted)
+    assert all(face is not None and middle(face) > 400 for face in track([scene] * 2))
+
+
 def test_no_face_gives_none_for_every_frame():
     assert track([room()] * 12) == [None] * 12
 
