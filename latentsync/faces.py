@@ -445,9 +445,15 @@ def _search(landmarker: FaceLandmarker, frame: np.ndarray, thorough: bool, which
 def _search_lost(
     landmarker: FaceLandmarker, frame: np.ndarray, lost: _Sighting, reach: float, thorough: bool
 ) -> list[_Sighting]:
-    """The lost face, usable or not, if it is seen: the largest of about its size within `reach` sizes of its place."""
-    for corners, side in _crops(frame, thorough):
-        seen = _detect_squares(landmarker, frame, corners, side)
+    """The lost face, usable or not, if it is seen: the largest of about its size within `reach` sizes of its place.
+
+    `thorough` also searches the tiles that can hold it. Those smaller than it was cannot; should it be half as large
+    now, it fills a quarter of a tile of the size before, and is seen there.
+    """
+    for corners, side in _crops(frame, thorough, lost.size):
+        far = side / 2 + (reach + 0.5) * lost.size
+        near = [corner for corner in corners if np.abs(np.add(corner, side / 2) - lost.centre).max() < far]
+        seen = _detect_squares(landmarker, frame, near, side)
         seen = [s for s in seen if _resembles(s, lost, reach)]
         if seen:
             return [max(seen, key=lambda s: s.size)]
@@ -465,13 +471,15 @@ def _ranked(seen: list[_Sighting], which: str, width: int) -> list[_Sighting]:
     return sorted(seen, key=lambda s: (not s.usable, ranks[which](s)))
 
 
-def _crops(frame: np.ndarray, thorough: bool) -> Iterator[tuple[list[tuple[int, int]], int]]:
+def _crops(
+    frame: np.ndarray, thorough: bool, smallest: float = MIN_TILE
+) -> Iterator[tuple[list[tuple[int, int]], int]]:
     """The top left corners (x, y), and the side, of the squares to search: the whole, then ever smaller tiles."""
     height, width = frame.shape[:2]
     yield [(0, 0)], max(width, height)
     for share in TILES if thorough else ():
         side = round(min(width, height) * share)
-        if side < MIN_TILE:
+        if side < max(smallest, MIN_TILE):
             return
         yield [(x, y) for y in _starts(height, side) for x in _starts(width, side)], side
 

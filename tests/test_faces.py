@@ -14,6 +14,20 @@ from latentsync.faces import ALIGNMENT_POINTS, FADE, mouth_opening, track_faces
 WIDTH, HEIGHT = 640, 360
 
 
+@pytest.fixture
+def looks(monkeypatch) -> list[tuple[int, ...]]:
+    """The rectangles (x0, y0, x1, y1) that are searched for new and lost faces, in order."""
+    seen, detect = [], faces._detect
+
+    def noted(landmarker, frame, *where):
+        if where[-1] == faces.TILE_PIXELS:
+            seen.append(where[:-1])
+        return detect(landmarker, frame, *where)
+
+    monkeypatch.setattr(faces, "_detect", noted)
+    return seen
+
+
 @pytest.fixture(scope="module")
 def portrait() -> np.ndarray:
     """Head and shoulders, (260, 240, 3); the face is about 110 pixels high."""
@@ -104,6 +118,32 @@ def test_after_a_cut_the_largest_face_is_taken_at_once_and_in_full(portrait):
     assert [middle(face) > 320 for face in found] == [False] * 4 + [True] * 4
     assert [face.first for face in found] == [True, False, False, False] * 2
     assert all(face.opacity == 1 for face in found)
+
+
+def test_a_lost_face_is_looked_for_only_where_it_can_be(portrait, looks):
+    def frames():
+        yield from [put(room(), portrait, 60, 60, 0.3)] * 2
+        looks.clear()
+        yield from [room()] * 6
+
+    face = next(face for _, face in list(track_faces(frames(), landmarkers=1)))
+    tiles = np.array([look for look in looks if look[2] - look[0] < HEIGHT])
+    assert len(tiles)
+    low, high = np.array(face.box[:2]), np.array(face.box[2:])
+    assert ((tiles[:, :2] <= low).all(1) & (tiles[:, 2:] >= high).all(1)).any()
+    reach = (faces.NEAR + 6 * faces.DRIFT + 0.5) * (high - low).max()
+    assert (tiles[:, :2] < high + reach).all() and (tiles[:, 2:] > low - reach).all()
+
+
+def test_a_large_lost_face_is_not_looked_for_in_tiles_that_it_would_not_fit_into(portrait, looks):
+    track([put(room(), portrait, 200, 20, 1.3)] + [room()] * 3)
+    assert looks and min(right - left for left, _, right, _ in looks[1:]) > 1.3 * 100
+
+
+def test_a_small_lost_face_is_found_again_some_way_off(portrait):
+    there, back = put(room(), portrait, 200, 60, 0.3), put(room(), portrait, 235, 80, 0.3)
+    found = track([there] * 4 + [room()] * 8 + [back] * 8)
+    assert [face is not None for face in found] == [True] * 4 + [False] * 8 + [True] * 8
 
 
 def test_a_flash_is_no_cut(portrait):
