@@ -54,7 +54,8 @@ REGION_SLACK = 0.12  # the crop stays put until the face has moved or grown by t
 TILES = (1.0, 0.5, 0.25)  # sides of the crops searched for small faces, in short sides of the frame
 TILE_STEP = 0.67  # of a tile; the detector needs faces of a tenth of its picture, so overlaps hold those
 TILE_PIXELS = 256
-SEARCH_INTERVAL = 5  # frames between two searches for small faces while none is known
+SEARCH_INTERVAL = 5  # frames between two searches in tiles for a lost face; as many wait for it
+SEARCH_WAITS = (5, 5, 10, 25)  # the same for new faces: after a change of the picture, and after 1, 2, more in vain
 MIN_TILE = 32  # pixels; nothing is looked for in less
 NEAR = 0.5  # face sizes that a face may move from one frame to the next
 DRIFT = 0.1  # face sizes more for every frame in which it was not seen
@@ -62,6 +63,7 @@ PATIENCE = 25  # frames to wait for a face that is lost or not usable before ano
 THUMBNAIL = 8  # blocks along a side, and pixels along a side of a block, to tell cuts by
 CUT_CORRELATION = 0.5  # of grey values before and after; less is a different picture
 CUT_ALIKE = 0.25  # share of the blocks that are the same picture still; with less, a new shot begins
+CHANGED = 2  # blocks that are another picture from one frame to the next: something has come in, or moves fast
 FLAT = 2.0  # grey levels of deviation; a block with less says nothing
 MIN_FACING = 0.5  # cosine of the angle between the face and the camera: 60 degrees
 FADE = 5  # frames in which the opacity rises after a gap and falls before one
@@ -161,7 +163,8 @@ def track_faces(
     WHICH, the face to follow where several are seen when it first appears; the sides are those of the picture.
     The face is None where none is usable: not found, turned more than 60 degrees away, or with the mouth
     outside the picture. Usable faces are taken before others. Another face does not take over until the followed one
-    has been gone or not usable for a second, or the shot has changed.
+    has been gone or not usable for a second, or the shot has changed. Where there has been none for a while, one that
+    is small in the picture and comes into it slowly may be found up to a second late.
     Raises UserError if the landmarker's model file is missing.
     """
     reach = max(FADE, SMOOTHING)
@@ -297,6 +300,22 @@ class _SearchedAhead:
             self._pool.shutdown(cancel_futures=True)
 
 
+@dataclass
+class _Rounds:
+    """Thorough searches for a new face: the first is due at once, the next ones after longer waits if in vain."""
+
+    vain: int = 0
+    since: int = SEARCH_WAITS[0]  # frames since the last one
+
+    def is_due(self, news: bool) -> bool:
+        """Asked once for every frame. news: there may be a face where none was, so the waits begin anew."""
+        if news:
+            self.vain = 0
+        due = self.since >= SEARCH_WAITS[min(self.vain, len(SEARCH_WAITS) - 1)]
+        self.vain, self.since = (self.vain + 1, 1) if due else (self.vain, self.since + 1)
+        return due
+
+
 def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> Iterator[_Slot]:
     """Every frame with the sighting of the followed face.
 
@@ -309,10 +328,13 @@ def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> I
     region = thumbnail = None
     shot = missing = 0
     unusable = PATIENCE  # frames since the followed face was usable; at first there is none to wait for
+    rounds = _Rounds()
     for frame in frames:
         before, thumbnail = thumbnail, _thumbnail(frame)
-        if before is not None and _is_cut(before, thumbnail):
+        before = thumbnail if before is None else before
+        if _is_cut(before, thumbnail):
             shot, missing, unusable, followed, region = shot + 1, 0, PATIENCE, None, None
+            rounds = _Rounds()
         slot = _Slot(frame, shot)
         if followed is not None and missing == 0:
             region = _region(followed, region)
@@ -323,7 +345,8 @@ def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> I
         unusable = 0 if slot.usable else unusable + 1
         candidates: Iterable[_Sighting] = ()
         if unusable > PATIENCE:
-            candidates = _search(landmarker, frame, unusable % SEARCH_INTERVAL == 1, which)
+            news = missing == 1 or _unlike(before, thumbnail).sum() >= CHANGED
+            candidates = _search(landmarker, frame, rounds.is_due(news), which)
         elif slot.sighting is None:
             thorough = missing % SEARCH_INTERVAL == 1
             candidates = _search_lost(landmarker, frame, followed, NEAR + missing * DRIFT, thorough)
@@ -345,7 +368,7 @@ def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> I
         elif unusable > PATIENCE:
             followed = None
         if slot.usable:
-            unusable = 0
+            unusable, rounds = 0, _Rounds()
         if slot.sighting is not None and unusable <= PATIENCE:
             _follow_back(landmarker, waiting, slot)
             yield from waiting
@@ -388,9 +411,14 @@ def _is_cut(before: np.ndarray, after: np.ndarray) -> bool:
     """
     if _correlate(before.reshape(1, -1), after.reshape(1, -1))[0] > CUT_CORRELATION:
         return False
+    unlike = _unlike(before, after)
+    return len(unlike) > 0 and bool(unlike.mean() > 1 - CUT_ALIKE)
+
+
+def _unlike(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Which blocks of two thumbnails are another picture, bool; of those that show something."""
     textured = np.maximum(before.std(1), after.std(1)) > FLAT
-    alike = _correlate(before, after)[textured] > CUT_CORRELATION
-    return len(alike) > 0 and bool(alike.mean() < CUT_ALIKE)
+    return _correlate(before, after)[textured] <= CUT_CORRELATION
 
 
 def _correlate(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -232,6 +232,47 @@ def test_no_face_gives_none_for_every_frame():
     assert track([room()] * 12) == [None] * 12
 
 
+def thorough_searches(frames: list[np.ndarray], looks: list) -> list[int]:
+    """The numbers of the frames in which more than the picture as a whole is searched."""
+    counts = []
+
+    def counted():
+        for frame in frames:
+            counts.append(len(looks))
+            yield frame
+
+    assert not any(face for _, face in track_faces(counted(), landmarkers=1))
+    return [i for i, looked in enumerate(np.diff([*counts, len(looks)])) if looked > 1]
+
+
+def test_searches_in_vain_become_rare(looks):
+    assert thorough_searches([room()] * 95, looks) == [0, 5, 15, 40, 65, 90]
+    assert len(looks) > 95  # the picture as a whole, in every frame
+
+
+def test_after_a_cut_searches_begin_anew(looks):
+    assert thorough_searches([room()] * 45 + [room()[::-1, ::-1]] * 20, looks) == [0, 5, 15, 40, 45, 50, 60]
+
+
+def test_when_something_comes_in_searches_begin_anew_but_not_more_often_than_every_fifth_frame(looks):
+    scene, slide = room(), room()
+    cv2.putText(slide, "Title", (300, 200), cv2.FONT_HERSHEY_SIMPLEX, 3, (250, 250, 250), 9)
+    assert thorough_searches([scene] * 50 + [slide] * 20, looks) == [0, 5, 15, 40, 50, 55, 65]
+    assert thorough_searches([scene, slide] * 10, looks) == [0, 5, 10, 15]
+
+
+def test_a_small_face_that_comes_in_late_is_found_at_once(portrait):
+    found = track([room()] * 47 + [put(room(), portrait, 400, 100, 0.3)] * 12)
+    assert [face is not None for face in found] == [False] * 47 + [True] * 12
+
+
+def test_a_small_face_that_comes_in_late_and_slowly_is_found_within_a_second(portrait):
+    there = put(room(), portrait, 400, 100, 0.3)
+    fading = [cv2.addWeighted(there, t / 20, room(), 1 - t / 20, 0) for t in range(20)]
+    found = track([room()] * 42 + fading + [there] * 26)
+    assert not any(found[:42]) and found[42 + 20 + 25]
+
+
 def test_no_frames_give_nothing():
     assert track([]) == []
 
