@@ -7,7 +7,7 @@ ahead instead, so it has no lag.
 
 The searched crop stays put until the face has moved far, so the next frames are searched where this one was, by several
 landmarkers side by side, before it is known whether that is right; where it was not, they are searched again. The
-result is the same, however many there are.
+result is the same, however many there are. Where there is no face they share the tiles in which one is searched.
 
 Coordinates are (x, y) in pixels of the frame with pixel centres at whole numbers.
 """
@@ -18,7 +18,7 @@ import re
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -175,7 +175,7 @@ def track_faces(
     with ExitStack() as open_now:
         landmarker = open_now.enter_context(_landmarker())
         others = [open_now.enter_context(_landmarker()) for _ in range(landmarkers if landmarkers > 1 else 0)]
-        searched = open_now.enter_context(closing(_SearchedAhead(frames, others)))
+        searched = open_now.enter_context(closing(_SearchedAhead(frames, landmarker, others)))
         for slot in _follow(searched, landmarker, which):
             line.append(slot)
             if len(line) - current > reach:
@@ -249,11 +249,15 @@ def _line_shares(weight: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 class _SearchedAhead:
-    """Frames, in order; each of the `landmarkers` searches one of the next in `region` meanwhile."""
+    """Frames, in order; each of the `landmarkers` searches one of the next in `region` meanwhile, or some tiles.
 
-    def __init__(self, frames: Iterable[np.ndarray], landmarkers: list[FaceLandmarker]):
+    `own` is that of the caller's thread, which does what none of them has done.
+    """
+
+    def __init__(self, frames: Iterable[np.ndarray], own: FaceLandmarker, landmarkers: list[FaceLandmarker]):
         self.region: tuple[int, int, int] | None = None  # where to look in the frames to come, None: nowhere
         self._frames = iter(frames)
+        self._own = own
         self._count = len(landmarkers)
         self._free: queue.SimpleQueue[FaceLandmarker] = queue.SimpleQueue()
         for landmarker in landmarkers:
@@ -281,12 +285,12 @@ class _SearchedAhead:
         if search is not None:
             search.cancel()
         wanted = self.region
-        return frame, wanted, None if wanted is None else self._pool.submit(self._detect, frame, wanted)
+        return frame, wanted, None if wanted is None else self._pool.submit(self._with_free, _detect_in, frame, wanted)
 
-    def _detect(self, frame: np.ndarray, region: tuple[int, int, int]) -> list[_Sighting]:
+    def _with_free(self, detect: Callable[..., list[_Sighting]], *where: object) -> list[_Sighting]:
         landmarker = self._free.get()
         try:
-            return _detect_in(landmarker, frame, region)
+            return detect(landmarker, *where)
         finally:
             self._free.put(landmarker)
 
@@ -294,6 +298,14 @@ class _SearchedAhead:
         """What the frame that came last shows in the region, if that was searched ahead."""
         searched, search = self._current
         return search.result() if search is not None and searched == region else None
+
+    def in_squares(self, frame: np.ndarray, corners: list[tuple[int, int]], side: int) -> list[_Sighting]:
+        """The faces in squares of a frame with these top left corners, in their order."""
+        squares = [(frame, x, y, x + side, y + side, TILE_PIXELS) for x, y in corners]
+        if self._pool is None or len(squares) == 1:
+            return [s for square in squares for s in _detect(self._own, *square)]
+        shared = [self._pool.submit(self._with_free, _detect, *square) for square in squares]
+        return [s for search in shared for s in search.result()]
 
     def close(self) -> None:
         if self._pool is not None:
@@ -346,10 +358,10 @@ def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> I
         candidates: Iterable[_Sighting] = ()
         if unusable > PATIENCE:
             news = missing == 1 or _unlike(before, thumbnail).sum() >= CHANGED
-            candidates = _search(landmarker, frame, rounds.is_due(news), which)
+            candidates = _search(frames, frame, rounds.is_due(news), which)
         elif slot.sighting is None:
             thorough = missing % SEARCH_INTERVAL == 1
-            candidates = _search_lost(landmarker, frame, followed, NEAR + missing * DRIFT, thorough)
+            candidates = _search_lost(frames, frame, followed, NEAR + missing * DRIFT, thorough)
         for found in candidates:
             known = slot.sighting is not None and _resembles(found, slot.sighting, NEAR)
             if known or (slot.sighting is not None and not found.usable):
@@ -454,7 +466,7 @@ def _resembles(seen: _Sighting, face: _Sighting, reach: float) -> bool:
     return face.distance(seen) < reach and 0.5 < seen.size / face.size < 2
 
 
-def _search(landmarker: FaceLandmarker, frame: np.ndarray, thorough: bool, which: str) -> Iterator[_Sighting]:
+def _search(frames: _SearchedAhead, frame: np.ndarray, thorough: bool, which: str) -> Iterator[_Sighting]:
     """The faces of the frame that look usable, as `which` ranks them, then the others.
 
     `thorough` also searches crops of the frame, larger ones first, for faces that are small in it; of the largest,
@@ -462,7 +474,7 @@ def _search(landmarker: FaceLandmarker, frame: np.ndarray, thorough: bool, which
     """
     rest: list[_Sighting] = []
     for corners, side in _crops(frame, thorough):
-        seen = _detect_squares(landmarker, frame, corners, side)
+        seen = frames.in_squares(frame, corners, side)
         if which == "largest":
             yield from _ranked([s for s in seen if s.usable], which, frame.shape[1])
             seen = [s for s in seen if not s.usable]
@@ -471,7 +483,7 @@ def _search(landmarker: FaceLandmarker, frame: np.ndarray, thorough: bool, which
 
 
 def _search_lost(
-    landmarker: FaceLandmarker, frame: np.ndarray, lost: _Sighting, reach: float, thorough: bool
+    frames: _SearchedAhead, frame: np.ndarray, lost: _Sighting, reach: float, thorough: bool
 ) -> list[_Sighting]:
     """The lost face, usable or not, if it is seen: the largest of about its size within `reach` sizes of its place.
 
@@ -481,7 +493,7 @@ def _search_lost(
     for corners, side in _crops(frame, thorough, lost.size):
         far = side / 2 + (reach + 0.5) * lost.size
         near = [corner for corner in corners if np.abs(np.add(corner, side / 2) - lost.centre).max() < far]
-        seen = _detect_squares(landmarker, frame, near, side)
+        seen = frames.in_squares(frame, near, side)
         seen = [s for s in seen if _resembles(s, lost, reach)]
         if seen:
             return [max(seen, key=lambda s: s.size)]
@@ -510,13 +522,6 @@ def _crops(
         if side < max(smallest, MIN_TILE):
             return
         yield [(x, y) for y in _starts(height, side) for x in _starts(width, side)], side
-
-
-def _detect_squares(
-    landmarker: FaceLandmarker, frame: np.ndarray, corners: list[tuple[int, int]], side: int
-) -> list[_Sighting]:
-    """The faces in squares of the frame."""
-    return [s for x, y in corners for s in _detect(landmarker, frame, x, y, x + side, y + side, TILE_PIXELS)]
 
 
 def _starts(length: int, side: int) -> list[int]:

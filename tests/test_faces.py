@@ -1,6 +1,7 @@
 """Finding and following a face, on the public-domain portrait that scikit-image carries."""
 
 import threading
+import time
 
 import cv2
 import numpy as np
@@ -332,15 +333,44 @@ def test_several_landmarkers_see_what_one_sees(portrait):
     away = [room()] * 7
     back = [put(room(), portrait, 200 - 3 * t, 50) for t in range(8)]
     elsewhere = [put(room()[:, ::-1], portrait, 20, 80)] * 4
-    frames = [*wandering, *away, *back, *elsewhere]
-    alone, together = (list(track_faces(iter(frames), landmarkers=n)) for n in (1, 3))
-    assert len(alone) == len(together) == len(frames)
-    for (frame, face), (same_frame, same_face) in zip(alone, together, strict=True):
-        assert frame is same_frame and (face is None) == (same_face is None)
-        if face:
-            assert np.array_equal(face.points, same_face.points) and face.opacity == same_face.opacity
-            assert np.array_equal(face.landmarks, same_face.landmarks) and face.first == same_face.first
+    assert_same([*wandering, *away, *back, *elsewhere], [1, 3])
+
+
+def test_several_landmarkers_see_in_tiles_what_one_sees_however_long_each_takes(portrait, monkeypatch):
+    """A small face beside a large one that is cut off, another small one of the same size, and neither."""
+    large = cut_off(portrait, 20, 1.5)
+    both = put(put(large, portrait, 420, 40, 0.25), portrait, 540, 200, 0.25)
+    frames = [*[large] * 7, *[both] * 4, *[room()] * 8, *[put(room(), portrait, 440, 50, 0.25)] * 4]
+    detect, random = faces._detect, np.random.default_rng(0)
+    pauses = iter(random.exponential(0.002, 100_000))
+
+    def delayed(*where):
+        time.sleep(next(pauses))
+        return detect(*where)
+
+    monkeypatch.setattr(faces, "_detect", delayed)
+    assert_same(frames, [1, 2, 4])
+
+
+def assert_same(frames: list[np.ndarray], landmarkers: list[int]) -> None:
+    """Such numbers of landmarkers give the same faces, in some of the frames, to the bit."""
+    alone, *others = (list(track_faces(iter(frames), landmarkers=n)) for n in landmarkers)
+    for together in others:
+        assert len(alone) == len(together) == len(frames)
+        for (frame, face), (same_frame, same_face) in zip(alone, together, strict=True):
+            assert frame is same_frame and (face is None) == (same_face is None)
+            if face:
+                assert np.array_equal(face.points, same_face.points) and face.opacity == same_face.opacity
+                assert np.array_equal(face.landmarks, same_face.landmarks) and face.first == same_face.first
     assert any(face for _, face in alone) and not all(face for _, face in alone)
+
+
+def test_idle_landmarkers_share_the_tiles(monkeypatch):
+    threads, detect = [], faces._detect
+    monkeypatch.setattr(faces, "_detect", lambda *where: (threads.append(threading.get_ident()), detect(*where))[1])
+    assert not next(track_faces(iter([room()]), landmarkers=2))[1]
+    assert threads.count(threading.get_ident()) == 1  # the picture as a whole
+    assert len(threads) > 30 and len(set(threads)) == 3
 
 
 def test_a_still_face_is_searched_once_a_frame(portrait, monkeypatch):
