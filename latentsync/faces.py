@@ -7,7 +7,7 @@ ahead instead, so it has no lag.
 
 The searched crop stays put until the face has moved far, so the next frames are searched where this one was, by several
 landmarkers side by side, before it is known whether that is right; where it was not, they are searched again. The
-result is the same, however many there are.
+result is the same, however many there are. Where there is no face they share the tiles in which one is searched.
 
 Coordinates are (x, y) in pixels of the frame with pixel centres at whole numbers.
 """
@@ -18,7 +18,7 @@ import re
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -54,14 +54,16 @@ REGION_SLACK = 0.12  # the crop stays put until the face has moved or grown by t
 TILES = (1.0, 0.5, 0.25)  # sides of the crops searched for small faces, in short sides of the frame
 TILE_STEP = 0.67  # of a tile; the detector needs faces of a tenth of its picture, so overlaps hold those
 TILE_PIXELS = 256
-SEARCH_INTERVAL = 5  # frames between two searches for small faces while none is known
+SEARCH_INTERVAL = 5  # frames between two searches in tiles for a lost face; as many wait for it
+SEARCH_WAITS = (5, 5, 10, 25)  # the same for new faces: after a change of the picture, and after 1, 2, more in vain
 MIN_TILE = 32  # pixels; nothing is looked for in less
 NEAR = 0.5  # face sizes that a face may move from one frame to the next
 DRIFT = 0.1  # face sizes more for every frame in which it was not seen
-PATIENCE = 25  # frames to wait for a lost face before another one may take its place
+PATIENCE = 25  # frames to wait for a face that is lost or not usable before another one may take its place
 THUMBNAIL = 8  # blocks along a side, and pixels along a side of a block, to tell cuts by
 CUT_CORRELATION = 0.5  # of grey values before and after; less is a different picture
 CUT_ALIKE = 0.25  # share of the blocks that are the same picture still; with less, a new shot begins
+CHANGED = 2  # blocks that are another picture from one frame to the next: something has come in, or moves fast
 FLAT = 2.0  # grey levels of deviation; a block with less says nothing
 MIN_FACING = 0.5  # cosine of the angle between the face and the camera: 60 degrees
 FADE = 5  # frames in which the opacity rises after a gap and falls before one
@@ -160,8 +162,9 @@ def track_faces(
     that works ahead. landmarkers: how many of them work; by default as the processor's cores allow. which: one of
     WHICH, the face to follow where several are seen when it first appears; the sides are those of the picture.
     The face is None where none is usable: not found, turned more than 60 degrees away, or with the mouth
-    outside the picture. Another face does not take over until the followed one has been gone for a second
-    or the shot has changed.
+    outside the picture. Usable faces are taken before others. Another face does not take over until the followed one
+    has been gone or not usable for a second, or the shot has changed. Where there has been none for a while, one that
+    is small in the picture and comes into it slowly may be found up to a second late.
     Raises UserError if the landmarker's model file is missing.
     """
     reach = max(FADE, SMOOTHING)
@@ -172,7 +175,7 @@ def track_faces(
     with ExitStack() as open_now:
         landmarker = open_now.enter_context(_landmarker())
         others = [open_now.enter_context(_landmarker()) for _ in range(landmarkers if landmarkers > 1 else 0)]
-        searched = open_now.enter_context(closing(_SearchedAhead(frames, others)))
+        searched = open_now.enter_context(closing(_SearchedAhead(frames, landmarker, others)))
         for slot in _follow(searched, landmarker, which):
             line.append(slot)
             if len(line) - current > reach:
@@ -246,11 +249,15 @@ def _line_shares(weight: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 class _SearchedAhead:
-    """Frames, in order; each of the `landmarkers` searches one of the next in `region` meanwhile."""
+    """Frames, in order; each of the `landmarkers` searches one of the next in `region` meanwhile, or some tiles.
 
-    def __init__(self, frames: Iterable[np.ndarray], landmarkers: list[FaceLandmarker]):
+    `own` is that of the caller's thread, which does what none of them has done.
+    """
+
+    def __init__(self, frames: Iterable[np.ndarray], own: FaceLandmarker, landmarkers: list[FaceLandmarker]):
         self.region: tuple[int, int, int] | None = None  # where to look in the frames to come, None: nowhere
         self._frames = iter(frames)
+        self._own = own
         self._count = len(landmarkers)
         self._free: queue.SimpleQueue[FaceLandmarker] = queue.SimpleQueue()
         for landmarker in landmarkers:
@@ -278,12 +285,12 @@ class _SearchedAhead:
         if search is not None:
             search.cancel()
         wanted = self.region
-        return frame, wanted, None if wanted is None else self._pool.submit(self._detect, frame, wanted)
+        return frame, wanted, None if wanted is None else self._pool.submit(self._with_free, _detect_in, frame, wanted)
 
-    def _detect(self, frame: np.ndarray, region: tuple[int, int, int]) -> list[_Sighting]:
+    def _with_free(self, detect: Callable[..., list[_Sighting]], *where: object) -> list[_Sighting]:
         landmarker = self._free.get()
         try:
-            return _detect_in(landmarker, frame, region)
+            return detect(landmarker, *where)
         finally:
             self._free.put(landmarker)
 
@@ -292,45 +299,89 @@ class _SearchedAhead:
         searched, search = self._current
         return search.result() if search is not None and searched == region else None
 
+    def in_squares(self, frame: np.ndarray, corners: list[tuple[int, int]], side: int) -> list[_Sighting]:
+        """The faces in squares of a frame with these top left corners, in their order."""
+        squares = [(frame, x, y, x + side, y + side, TILE_PIXELS) for x, y in corners]
+        if self._pool is None or len(squares) == 1:
+            return [s for square in squares for s in _detect(self._own, *square)]
+        shared = [self._pool.submit(self._with_free, _detect, *square) for square in squares]
+        return [s for search in shared for s in search.result()]
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class _Rounds:
+    """Thorough searches for a new face: the first is due at once, the next ones after longer waits if in vain."""
+
+    vain: int = 0
+    since: int = SEARCH_WAITS[0]  # frames since the last one
+
+    def is_due(self, news: bool) -> bool:
+        """Asked once for every frame. news: there may be a face where none was, so the waits begin anew."""
+        if news:
+            self.vain = 0
+        due = self.since >= SEARCH_WAITS[min(self.vain, len(SEARCH_WAITS) - 1)]
+        self.vain, self.since = (self.vain + 1, 1) if due else (self.vain, self.since + 1)
+        return due
 
 
 def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> Iterator[_Slot]:
     """Every frame with the sighting of the followed face.
 
     Frames without a face wait up to SEARCH_INTERVAL frames: a face that the next search finds was often
-    there before, and is followed back to them.
+    there before, and is followed back to them. A face that is not usable is followed too, as it may turn to the
+    camera, but when PATIENCE has ended, its frames wait and are searched as if they had none.
     """
     waiting: deque[_Slot] = deque()
     followed: _Sighting | None = None  # as last seen
     region = thumbnail = None
     shot = missing = 0
+    unusable = PATIENCE  # frames since the followed face was usable; at first there is none to wait for
+    rounds = _Rounds()
     for frame in frames:
         before, thumbnail = thumbnail, _thumbnail(frame)
-        if before is not None and _is_cut(before, thumbnail):
-            shot, missing, followed, region = shot + 1, 0, None, None
+        before = thumbnail if before is None else before
+        if _is_cut(before, thumbnail):
+            shot, missing, unusable, followed, region = shot + 1, 0, PATIENCE, None, None
+            rounds = _Rounds()
         slot = _Slot(frame, shot)
         if followed is not None and missing == 0:
             region = _region(followed, region)
             seen = frames.seen(region)
             seen = _detect_in(landmarker, frame, region) if seen is None else seen
             slot.sighting = _nearest(seen, followed)
-        if slot.sighting is None:
-            missing += 1
-            if missing > PATIENCE:
-                followed = None
+        missing = missing + 1 if slot.sighting is None else 0
+        unusable = 0 if slot.usable else unusable + 1
+        candidates: Iterable[_Sighting] = ()
+        if unusable > PATIENCE:
+            news = missing == 1 or _unlike(before, thumbnail).sum() >= CHANGED
+            candidates = _search(frames, frame, rounds.is_due(news), which)
+        elif slot.sighting is None:
             thorough = missing % SEARCH_INTERVAL == 1
-            found = _search(landmarker, frame, followed, NEAR + missing * DRIFT, thorough, which)
-            if found is not None:
-                # Seen again from a crop of its own, so that its points do not depend on how it was found.
-                region = _region(found, None)
-                slot.sighting = _nearest(_detect_in(landmarker, frame, region), found)
+            candidates = _search_lost(frames, frame, followed, NEAR + missing * DRIFT, thorough)
+        for found in candidates:
+            known = slot.sighting is not None and _resembles(found, slot.sighting, NEAR)
+            if known or (slot.sighting is not None and not found.usable):
+                continue
+            # Seen again from a crop of its own, so that its points do not depend on how it was found.
+            around = _region(found, None)
+            again = _nearest(_detect_in(landmarker, frame, around), found)
+            if again is not None and (again.usable or slot.sighting is None):
+                slot.sighting, region = again, around
+            if slot.usable:
+                break
         # Where the next frame is looked for if its face is no further from here than this one was.
         frames.region = region if slot.sighting is not None else None
         if slot.sighting is not None:
             followed, missing = slot.sighting, 0
+        elif unusable > PATIENCE:
+            followed = None
+        if slot.usable:
+            unusable, rounds = 0, _Rounds()
+        if slot.sighting is not None and unusable <= PATIENCE:
             _follow_back(landmarker, waiting, slot)
             yield from waiting
             waiting.clear()
@@ -348,9 +399,10 @@ def _follow_back(landmarker: FaceLandmarker, waiting: deque[_Slot], found: _Slot
         if slot.shot != found.shot:
             return
         seen = _detect_in(landmarker, slot.frame, _region(found.sighting, None))
-        slot.sighting = _nearest(seen, found.sighting)
-        if slot.sighting is None:
+        sighting = _nearest(seen, found.sighting)
+        if sighting is None:
             return
+        slot.sighting = sighting
         found = slot
 
 
@@ -371,9 +423,14 @@ def _is_cut(before: np.ndarray, after: np.ndarray) -> bool:
     """
     if _correlate(before.reshape(1, -1), after.reshape(1, -1))[0] > CUT_CORRELATION:
         return False
+    unlike = _unlike(before, after)
+    return len(unlike) > 0 and bool(unlike.mean() > 1 - CUT_ALIKE)
+
+
+def _unlike(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Which blocks of two thumbnails are another picture, bool; of those that show something."""
     textured = np.maximum(before.std(1), after.std(1)) > FLAT
-    alike = _correlate(before, after)[textured] > CUT_CORRELATION
-    return len(alike) > 0 and bool(alike.mean() < CUT_ALIKE)
+    return _correlate(before, after)[textured] <= CUT_CORRELATION
 
 
 def _correlate(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -409,43 +466,62 @@ def _resembles(seen: _Sighting, face: _Sighting, reach: float) -> bool:
     return face.distance(seen) < reach and 0.5 < seen.size / face.size < 2
 
 
-def _search(
-    landmarker: FaceLandmarker, frame: np.ndarray, lost: _Sighting | None, reach: float, thorough: bool, which: str
-) -> _Sighting | None:
-    """The largest face of the whole frame, or what `which` says; of those within `reach` sizes of the `lost` one, the
-    largest, if there is one.
+def _search(frames: _SearchedAhead, frame: np.ndarray, thorough: bool, which: str) -> Iterator[_Sighting]:
+    """The faces of the frame that look usable, as `which` ranks them, then the others.
 
-    `thorough` also searches crops of the frame, larger ones first, for faces that are small in it.
+    `thorough` also searches crops of the frame, larger ones first, for faces that are small in it; of the largest,
+    only when it is asked for more, as a smaller crop shows no larger one.
     """
-    height, width = frame.shape[:2]
-    which = "largest" if lost is not None else which
-    seen = []
-    for share in (None, *TILES) if thorough else (None,):
-        if share is None:
-            corners, side = [(0, 0)], max(width, height)
-        else:
-            side = round(min(width, height) * share)
-            corners = [(x, y) for y in _starts(height, side) for x in _starts(width, side)]
-        if side < MIN_TILE:
-            break
-        for x, y in corners:
-            seen += _detect(landmarker, frame, x, y, x + side, y + side, TILE_PIXELS)
-        if lost is not None:
-            seen = [s for s in seen if _resembles(s, lost, reach)]
-        if seen and which == "largest":  # a smaller crop shows no larger one
-            break
-    return _choose(seen, which, width) if seen else None
+    rest: list[_Sighting] = []
+    for corners, side in _crops(frame, thorough):
+        seen = frames.in_squares(frame, corners, side)
+        if which == "largest":
+            yield from _ranked([s for s in seen if s.usable], which, frame.shape[1])
+            seen = [s for s in seen if not s.usable]
+        rest += seen
+    yield from _ranked(rest, which, frame.shape[1])
 
 
-def _choose(seen: list[_Sighting], which: str, width: int) -> _Sighting:
-    """The one of several faces that `which` of WHICH means, in a picture of that width."""
+def _search_lost(
+    frames: _SearchedAhead, frame: np.ndarray, lost: _Sighting, reach: float, thorough: bool
+) -> list[_Sighting]:
+    """The lost face, usable or not, if it is seen: the largest of about its size within `reach` sizes of its place.
+
+    `thorough` also searches the tiles that can hold it. Those smaller than it was cannot; should it be half as large
+    now, it fills a quarter of a tile of the size before, and is seen there.
+    """
+    for corners, side in _crops(frame, thorough, lost.size):
+        far = side / 2 + (reach + 0.5) * lost.size
+        near = [corner for corner in corners if np.abs(np.add(corner, side / 2) - lost.centre).max() < far]
+        seen = frames.in_squares(frame, near, side)
+        seen = [s for s in seen if _resembles(s, lost, reach)]
+        if seen:
+            return [max(seen, key=lambda s: s.size)]
+    return []
+
+
+def _ranked(seen: list[_Sighting], which: str, width: int) -> list[_Sighting]:
+    """Faces in a picture of that width, usable ones first, and then as `which` of WHICH asks for."""
     ranks = {
         "largest": lambda s: -s.size,
         "left": lambda s: s.centre[0],
         "right": lambda s: -s.centre[0],
         "centre": lambda s: abs(s.centre[0] - width / 2),
     }
-    return min(seen, key=ranks[which])
+    return sorted(seen, key=lambda s: (not s.usable, ranks[which](s)))
+
+
+def _crops(
+    frame: np.ndarray, thorough: bool, smallest: float = MIN_TILE
+) -> Iterator[tuple[list[tuple[int, int]], int]]:
+    """The top left corners (x, y), and the side, of the squares to search: the whole, then ever smaller tiles."""
+    height, width = frame.shape[:2]
+    yield [(0, 0)], max(width, height)
+    for share in TILES if thorough else ():
+        side = round(min(width, height) * share)
+        if side < max(smallest, MIN_TILE):
+            return
+        yield [(x, y) for y in _starts(height, side) for x in _starts(width, side)], side
 
 
 def _starts(length: int, side: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Finding and following a face, on the public-domain portrait that scikit-image carries."""
 
 import threading
+import time
 
 import cv2
 import numpy as np
@@ -12,6 +13,20 @@ from latentsync.errors import UserError
 from latentsync.faces import ALIGNMENT_POINTS, FADE, mouth_opening, track_faces
 
 WIDTH, HEIGHT = 640, 360
+
+
+@pytest.fixture
+def looks(monkeypatch) -> list[tuple[int, ...]]:
+    """The rectangles (x0, y0, x1, y1) that are searched for new and lost faces, in order."""
+    seen, detect = [], faces._detect
+
+    def noted(landmarker, frame, *where):
+        if where[-1] == faces.TILE_PIXELS:
+            seen.append(where[:-1])
+        return detect(landmarker, frame, *where)
+
+    monkeypatch.setattr(faces, "_detect", noted)
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +121,32 @@ def test_after_a_cut_the_largest_face_is_taken_at_once_and_in_full(portrait):
     assert all(face.opacity == 1 for face in found)
 
 
+def test_a_lost_face_is_looked_for_only_where_it_can_be(portrait, looks):
+    def frames():
+        yield from [put(room(), portrait, 60, 60, 0.3)] * 2
+        looks.clear()
+        yield from [room()] * 6
+
+    face = next(face for _, face in list(track_faces(frames(), landmarkers=1)))
+    tiles = np.array([look for look in looks if look[2] - look[0] < HEIGHT])
+    assert len(tiles)
+    low, high = np.array(face.box[:2]), np.array(face.box[2:])
+    assert ((tiles[:, :2] <= low).all(1) & (tiles[:, 2:] >= high).all(1)).any()
+    reach = (faces.NEAR + 6 * faces.DRIFT + 0.5) * (high - low).max()
+    assert (tiles[:, :2] < high + reach).all() and (tiles[:, 2:] > low - reach).all()
+
+
+def test_a_large_lost_face_is_not_looked_for_in_tiles_that_it_would_not_fit_into(portrait, looks):
+    track([put(room(), portrait, 200, 20, 1.3)] + [room()] * 3)
+    assert looks and min(right - left for left, _, right, _ in looks[1:]) > 1.3 * 100
+
+
+def test_a_small_lost_face_is_found_again_some_way_off(portrait):
+    there, back = put(room(), portrait, 200, 60, 0.3), put(room(), portrait, 235, 80, 0.3)
+    found = track([there] * 4 + [room()] * 8 + [back] * 8)
+    assert [face is not None for face in found] == [True] * 4 + [False] * 8 + [True] * 8
+
+
 def test_a_flash_is_no_cut(portrait):
     scene = put(room(), portrait, 200, 50)
     flash = (scene * 0.4 + 150).astype(np.uint8)
@@ -128,8 +169,109 @@ def test_a_face_whose_mouth_is_outside_the_picture_is_not_usable(portrait):
     assert track([put(room(), portrait, 200, lower + 2)] * 2) == [None, None]
 
 
+def cut_off(portrait: np.ndarray, x: float, scale: float = 1.0) -> np.ndarray:
+    """A room with the portrait so low in it that the mouth, not the nose, is outside the picture."""
+    return put(room(), portrait, x, HEIGHT - 130 * scale, scale)
+
+
+@pytest.mark.parametrize("scale", [0.7, 0.25])  # the smaller one is not seen in the picture as a whole
+def test_a_usable_face_is_taken_before_a_larger_one_that_is_not(portrait, scale):
+    assert track([cut_off(portrait, 20, 1.5)] * 2) == [None, None]
+    found = track([put(cut_off(portrait, 20, 1.5), portrait, 450, 60, scale)] * 3)
+    assert all(face is not None and middle(face) > 450 for face in found)
+
+
+@pytest.mark.parametrize("which, at", [("left", 250), ("right", 460), ("centre", 250)])
+def test_the_face_that_was_asked_for_is_a_usable_one(portrait, which, at):
+    """The one on the left, which is also the largest, is cut off by the edge."""
+    scene = put(put(cut_off(portrait, 0), portrait, 250, 60, 0.6), portrait, 460, 60, 0.6)
+    for _, face in track_faces(iter([scene] * 3), which=which):
+        assert at < middle(face) < at + 0.6 * portrait.shape[1]
+
+
+def dipping(portrait: np.ndarray, frames: int) -> list[np.ndarray]:
+    """A face that sinks until its mouth is outside the picture, stays so for some frames, and comes up; another beside
+    it, a smaller one."""
+    height = np.interp(np.arange(frames + 20), [0, 9, frames + 10, frames + 19], [60, 230, 230, 60])
+    return [put(put(room(), portrait, 20, y), portrait, 420, 60, 0.8) for y in height]
+
+
+def test_a_followed_face_is_kept_while_it_is_not_usable_for_a_moment(portrait):
+    found = track(dipping(portrait, 12))
+    assert found[0] and not any(found[12:20]) and found[-1]
+    assert all(middle(face) < 300 for face in found if face)
+
+
+def test_a_usable_face_takes_the_place_of_one_that_has_long_not_been_usable(portrait):
+    found = track(dipping(portrait, faces.PATIENCE + 10))
+    assert middle(found[0]) < 300 and middle(found[-1]) > 420
+    assert not any(found[12 : faces.PATIENCE])
+    assert all(middle(face) > 420 for face in found[faces.PATIENCE + 10 :])
+
+
+@pytest.mark.parametrize("scale", [0.7, 0.25])
+def test_a_usable_face_that_comes_to_one_that_never_was_is_taken_at_once(portrait, scale):
+    alone = cut_off(portrait, 20, 1.5)
+    found = track([alone] * 8 + [put(alone, portrait, 450, 60, scale)] * 8)
+    assert not any(found[:8]) and all(middle(face) > 450 for face in found[8:])
+
+
+def test_a_face_that_its_own_crop_does_not_confirm_hides_no_other(portrait, monkeypatch):
+    """As noise that looks like a face from afar, or a face that is usable only so."""
+    scene = put(room(), portrait, 400, 80, 0.8)
+    ghost = faces._Sighting(2 * track([scene])[0].landmarks - (790, 130), usable=True)
+    detect = faces._detect
+
+    def haunted(*where):
+        return detect(*where) + ([ghost] if where[-1] == faces.TILE_PIXELS else [])
+
+    monkeypatch.setattr(faces, "_detect", haunted)
+    assert all(face is not None and middle(face) > 400 for face in track([scene] * 2))
+
+
 def test_no_face_gives_none_for_every_frame():
     assert track([room()] * 12) == [None] * 12
+
+
+def thorough_searches(frames: list[np.ndarray], looks: list) -> list[int]:
+    """The numbers of the frames in which more than the picture as a whole is searched."""
+    counts = []
+
+    def counted():
+        for frame in frames:
+            counts.append(len(looks))
+            yield frame
+
+    assert not any(face for _, face in track_faces(counted(), landmarkers=1))
+    return [i for i, looked in enumerate(np.diff([*counts, len(looks)])) if looked > 1]
+
+
+def test_searches_in_vain_become_rare(looks):
+    assert thorough_searches([room()] * 95, looks) == [0, 5, 15, 40, 65, 90]
+    assert len(looks) > 95  # the picture as a whole, in every frame
+
+
+def test_after_a_cut_searches_begin_anew(looks):
+    assert thorough_searches([room()] * 45 + [room()[::-1, ::-1]] * 20, looks) == [0, 5, 15, 40, 45, 50, 60]
+
+
+def test_when_something_comes_in_searches_begin_anew_but_not_more_often_than_every_fifth_frame(looks):
+    scene, slide = room(), room()
+    cv2.putText(slide, "Title", (300, 200), cv2.FONT_HERSHEY_SIMPLEX, 3, (250, 250, 250), 9)
+    assert thorough_searches([scene] * 50 + [slide] * 20, looks) == [0, 5, 15, 40, 50, 55, 65]
+    assert thorough_searches([scene, slide] * 10, looks) == [0, 5, 10, 15]
+
+
+def test_a_small_face_that_comes_in_late_is_found_at_once(portrait):
+    found = track([room()] * 47 + [put(room(), portrait, 400, 100, 0.3)] * 12)
+    assert [face is not None for face in found] == [False] * 47 + [True] * 12
+
+
+def test_a_small_face_that_comes_in_late_and_slowly_is_found_within_a_second(portrait):
+    there = put(room(), portrait, 400, 100, 0.3)
+    fading = [cv2.addWeighted(there, t / 20, room(), 1 - t / 20, 0) for t in range(20)]
+    found = track([room()] * 42 + fading + [there] * 26)
+    assert not any(found[:42]) and found[42 + 20 + 25]
 
 
 def test_no_frames_give_nothing():
@@ -191,15 +333,44 @@ def test_several_landmarkers_see_what_one_sees(portrait):
     away = [room()] * 7
     back = [put(room(), portrait, 200 - 3 * t, 50) for t in range(8)]
     elsewhere = [put(room()[:, ::-1], portrait, 20, 80)] * 4
-    frames = [*wandering, *away, *back, *elsewhere]
-    alone, together = (list(track_faces(iter(frames), landmarkers=n)) for n in (1, 3))
-    assert len(alone) == len(together) == len(frames)
-    for (frame, face), (same_frame, same_face) in zip(alone, together, strict=True):
-        assert frame is same_frame and (face is None) == (same_face is None)
-        if face:
-            assert np.array_equal(face.points, same_face.points) and face.opacity == same_face.opacity
-            assert np.array_equal(face.landmarks, same_face.landmarks) and face.first == same_face.first
+    assert_same([*wandering, *away, *back, *elsewhere], [1, 3])
+
+
+def test_several_landmarkers_see_in_tiles_what_one_sees_however_long_each_takes(portrait, monkeypatch):
+    """A small face beside a large one that is cut off, another small one of the same size, and neither."""
+    large = cut_off(portrait, 20, 1.5)
+    both = put(put(large, portrait, 420, 40, 0.25), portrait, 540, 200, 0.25)
+    frames = [*[large] * 7, *[both] * 4, *[room()] * 8, *[put(room(), portrait, 440, 50, 0.25)] * 4]
+    detect, random = faces._detect, np.random.default_rng(0)
+    pauses = iter(random.exponential(0.002, 100_000))
+
+    def delayed(*where):
+        time.sleep(next(pauses))
+        return detect(*where)
+
+    monkeypatch.setattr(faces, "_detect", delayed)
+    assert_same(frames, [1, 2, 4])
+
+
+def assert_same(frames: list[np.ndarray], landmarkers: list[int]) -> None:
+    """Such numbers of landmarkers give the same faces, in some of the frames, to the bit."""
+    alone, *others = (list(track_faces(iter(frames), landmarkers=n)) for n in landmarkers)
+    for together in others:
+        assert len(alone) == len(together) == len(frames)
+        for (frame, face), (same_frame, same_face) in zip(alone, together, strict=True):
+            assert frame is same_frame and (face is None) == (same_face is None)
+            if face:
+                assert np.array_equal(face.points, same_face.points) and face.opacity == same_face.opacity
+                assert np.array_equal(face.landmarks, same_face.landmarks) and face.first == same_face.first
     assert any(face for _, face in alone) and not all(face for _, face in alone)
+
+
+def test_idle_landmarkers_share_the_tiles(monkeypatch):
+    threads, detect = [], faces._detect
+    monkeypatch.setattr(faces, "_detect", lambda *where: (threads.append(threading.get_ident()), detect(*where))[1])
+    assert not next(track_faces(iter([room()]), landmarkers=2))[1]
+    assert threads.count(threading.get_ident()) == 1  # the picture as a whole
+    assert len(threads) > 30 and len(set(threads)) == 3
 
 
 def test_a_still_face_is_searched_once_a_frame(portrait, monkeypatch):
