@@ -7,7 +7,9 @@ Every action is an endpoint with a name, for `gradio_client` as for the page's o
 import argparse
 import atexit
 import html
+import mimetypes
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -588,8 +590,24 @@ class Page:
 # ---- files
 
 
+def served_as(path: Path) -> tuple[str, str]:
+    """Media type and disposition of a job's file, whose ending is of a user's choice.
+
+    Only what a browser plays or shows as a picture is given inline; a page, or an SVG, would run scripts in ours.
+    """
+    kind, packed = mimetypes.guess_type(path.name)
+    if kind and not packed and re.fullmatch(r"(video|audio|image)/[\w.-]+", kind):  # no +xml
+        return kind, "inline"
+    return "application/octet-stream", "attachment"
+
+
 def routes(worker: Worker) -> list[Route]:
     """Results, previews and the library that draws: what Gradio is not to serve."""
+    headers = {
+        "Cache-Control": "private, no-store",
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": "sandbox; default-src 'none'",  # of the file, if it is opened as a page
+    }
 
     def allowed(request: WebRequest) -> bool:
         app = request.app
@@ -602,14 +620,16 @@ def routes(worker: Worker) -> list[Route]:
         path = job and job.files().get(request.path_params["name"])
         if not path or not path.is_file() or path.is_symlink():
             return PlainTextResponse("There is no such file.", 404)
-        headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
-        return FileResponse(path, headers=headers, filename=path.name, content_disposition_type="inline")
+        kind, disposition = served_as(path)
+        return FileResponse(
+            path, headers=headers, media_type=kind, filename=path.name, content_disposition_type=disposition
+        )
 
     def picture(request: WebRequest) -> Response:
         job = worker.by_key(request.path_params["key"]) if allowed(request) else None
         if job is None or job.picture is None:
             return PlainTextResponse("There is no such picture.", 404)
-        return Response(job.picture, media_type="image/jpeg", headers={"Cache-Control": "private, no-store"})
+        return Response(job.picture, media_type="image/jpeg", headers=headers)
 
     def plotly(_: WebRequest) -> Response:
         from importlib.util import find_spec

@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -215,6 +216,21 @@ def test_a_visitor_cannot_read_what_is_not_theirs(server, clips):
         sent = visitor.post("/gradio_api/upload", files={"files": (name, words)}).json()[0]
         given = {"path": sent, "meta": {"_type": "gradio.FileData"}}
         assert ask("submit", given, given, *rest).json()["data"][0]["error"]
+
+
+def test_a_file_that_calls_itself_a_page_is_never_opened_as_one(server, clips, tmp_path):
+    client, visitor = connect(server), browser(server)
+    for name in ("evil.html", "evil.svg", "plain.mp4"):
+        video = shutil.copyfile(clips / "talking.mp4", tmp_path / name)
+        files = {"video": handle_file(video), "audio": handle_file(clips / "short.wav")}
+        reply = client.predict(**files, steps=4, api_name="/submit")
+        assert reply["error"] is None
+        found = visitor.get(f"/lipsync/{job(client, reply)['files']['original']}")
+        assert found.status_code == 200 and found.headers["x-content-type-options"] == "nosniff"
+        assert found.headers["content-security-policy"] == "sandbox; default-src 'none'"
+        kind, disposition = found.headers["content-type"], found.headers["content-disposition"].split(";")[0]
+        plain = name == "plain.mp4"
+        assert (kind, disposition) == (("video/mp4", "inline") if plain else ("application/octet-stream", "attachment"))
 
 
 def test_the_limits_hold(server, clips):
