@@ -199,6 +199,41 @@ def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, mon
     assert ended(worker, worker.again(job.id, ME, steps=1, **job.remedy["settings"] | {"model": "auto"})).state == DONE
 
 
+def test_a_gpu_that_has_failed_for_good_ends_its_jobs_with_a_sentence(worker, talking, voice, monkeypatch, capfd):
+    def fault(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "empty_cache", fault)  # as every call after such an error
+        patch.setattr("latentsync.pipeline.lipsync", fault)
+        for _ in range(2):
+            job = worker.submit(Request(talking, voice, steps=1), ME)
+            until(lambda job=job: job.state == FAILED, 20)
+            assert job.ended and job.error == jobs.GPU_FAILED and "start the server again" in job.error
+            assert json.loads((job.folder / "job.json").read_text())["state"] == FAILED
+    assert ended(worker, worker.again(job.id, ME)).state == DONE
+    assert "illegal memory access" in capfd.readouterr().err
+
+
+def test_a_gpu_that_fails_while_nothing_runs_does_not_end_the_worker(checkpoint, talking, voice, tmp_path, home):
+    worker = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=0.5)
+    worker.start()
+    ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    unload, tried = worker._unload, []
+
+    def fault():
+        unload()
+        tried.append(None)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    worker._unload = fault
+    until(lambda: tried, 10)
+    worker._unload = unload
+    assert ended(worker, worker.submit(Request(talking, voice, steps=1), ME)).state == DONE
+    worker.close()
+
+
 def test_original_and_result_go_side_by_side_once(worker, talking, tmp_path):
     voice = make_sound(tmp_path / "voice.wav", seconds=1.3)  # longer than the video, which goes backward then
     job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))

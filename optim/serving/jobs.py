@@ -57,6 +57,10 @@ if TYPE_CHECKING:  # torch takes seconds to load
 IDLE_SECONDS = 600.0  # without a job, until the model is let go
 KEPT_JOBS = 50  # finished ones that a visitor finds in the list
 LIVE_SECONDS = 120.0  # of the curves of the machine
+GPU_FAILED = (
+    "The GPU has failed, and this server cannot use it any more: start the server again. Your files are unharmed, and "
+    "the job can be run again then."
+)
 
 
 class Cancelled(Exception):
@@ -462,7 +466,10 @@ class Worker:
             if job is None:
                 self._wake.wait(timeout=min(self.idle_seconds, 60))
                 if self._models is not None and time.monotonic() - idle_since > self.idle_seconds:
-                    self._unload()
+                    try:
+                        self._unload()
+                    except RuntimeError:  # the next job says so
+                        traceback.print_exc()
                 self._sweep()
                 continue
             try:
@@ -549,6 +556,7 @@ class Worker:
         return self._models
 
     def _unload(self) -> None:
+        """Let the model go. Raises RuntimeError where the GPU has failed for good, as CUDA does at every call then."""
         import torch
 
         self._models = self._loaded = None
@@ -586,8 +594,12 @@ class Worker:
                     "are unharmed: try again, or with other settings.",
                     None,
                 )
-        if broken:  # not before the error is gone, whose traceback holds what the run had in memory
-            self._unload()
+        if broken and not self.lent:  # not before the error is gone, whose traceback holds what the run had in memory
+            try:
+                self._unload()
+            except RuntimeError:
+                traceback.print_exc()
+                self._fail(job, GPU_FAILED, None)
         job.ended = time.time()
         job.playable = 0
         with suppress(OSError):  # its folder may be gone, or the file be open elsewhere on Windows
