@@ -191,12 +191,26 @@ def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, mon
     def starved(*_, **__):
         raise torch.OutOfMemoryError
 
-    with monkeypatch.context() as patch:
-        patch.setattr("latentsync.pipeline.lipsync", starved)
-        job = ended(worker, worker.submit(Request(talking, voice, level="aggressive", model="auto"), ME))
-    assert job.state == FAILED and "is not enough" in job.error and worker._models is None
-    assert job.remedy["label"].startswith("Run again") and set(job.remedy["settings"]) <= {"level", "model"}
-    assert ended(worker, worker.again(job.id, ME, steps=1, **job.remedy["settings"] | {"model": "auto"})).state == DONE
+    def model(name, resolution):
+        return {"name": name, "present": resolution is not None, "resolution": resolution, "guidance": 1, "remark": None}
+
+    def run(**settings):
+        with monkeypatch.context() as patch:
+            patch.setattr("latentsync.pipeline.lipsync", starved)
+            job = ended(worker, worker.submit(Request(talking, voice, **settings), ME))
+        assert job.state == FAILED and "is not enough" in job.error and worker._models is None
+        return job
+
+    # No level is offered: a run gives up all that levels can before it fails. Nor is the model that it had.
+    assert run(level="0.5").remedy is None
+    present = {"large": 512, "middle": 256, "tiny": 64, "small": 32, "least": 16, "absent": None}
+    smaller = replace(worker.machine, models=tuple(model(*each) for each in present.items()))
+    monkeypatch.setattr(worker, "machine", smaller)
+    for asked in ("auto", worker.machine.chosen):
+        job = run(model=asked)
+        assert job.remedy == {"label": "Run again with small", "settings": {"model": "small"}}
+    assert jobs.out_of_memory(smaller, replace(worker._ran, resolution=512))[1]["settings"] == {"model": "middle"}
+    assert ended(worker, worker.again(job.id, ME, steps=1)).state == DONE
 
 
 def test_a_gpu_that_has_failed_for_good_ends_its_jobs_with_a_sentence(worker, talking, voice, monkeypatch, capfd):

@@ -192,6 +192,7 @@ class Worker:
         self._seen_at = -math.inf
         self._models: Models | None = None
         self._loaded: Checkpoint | None = None
+        self._ran: Checkpoint | None = None  # by the job that runs, or was to be
         self._comparing = threading.Lock()  # one comparison at a time, whoever asks
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
 
@@ -544,7 +545,7 @@ class Worker:
         from latentsync.checkpoints import load_models
 
         device = torch.device(self.machine.device)
-        checkpoint = self._checkpoint(request)
+        checkpoint = self._ran = self._checkpoint(request)
         if checkpoint.remark:
             job.messages.append(checkpoint.remark)
             checkpoint = replace(checkpoint, remark=None)  # the same files, however they were asked for
@@ -569,6 +570,7 @@ class Worker:
         from latentsync.pipeline import Enough
 
         job.timeline = {"stages": {}}
+        self._ran = None
         state, broken = FAILED, False
         try:
             if self.machine is None:
@@ -585,7 +587,7 @@ class Worker:
         except Exception as error:
             broken = True
             if short_of_memory(error):
-                self._fail(job, *out_of_memory(job.request, self.machine))
+                self._fail(job, *out_of_memory(self.machine, self._ran))
             else:
                 traceback.print_exc()
                 self._fail(
@@ -620,7 +622,8 @@ class Worker:
     def _run_lent(self, job: Job) -> None:
         job.doing = "running on a GPU that is lent for it; how far it is cannot be seen here"
         output = job.planned
-        name = self._checkpoint(job.request).name
+        self._ran = self._checkpoint(job.request)
+        name = self._ran.name
         model = name if self.model == "auto" or name != self.machine.chosen else self.model
         job.report, job.output = self.lent(job.request, output, model), output
 
@@ -719,17 +722,18 @@ def short_of_memory(error: Exception) -> bool:
     return isinstance(error, (OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def out_of_memory(request: Request, machine: Machine) -> tuple[str, dict | None]:
-    """The sentence for a run that the memory was not enough for, and what to try next."""
+def out_of_memory(machine: Machine, ran: "Checkpoint | None") -> tuple[str, dict | None]:
+    """The sentence for a run that the memory was not enough for, and what to try next; ran: with which model.
+
+    All that a level can give up has been given up by then.
+    """
     sentence = f"The memory of {machine.device_name} is not enough for this, even in the smallest pieces: "
-    smaller = next((m for m in machine.models if m["present"] and m["resolution"] and m["resolution"] < 512), None)
-    if smaller and request.model != smaller["name"]:
-        remedy = {"label": f"Run again with {smaller['name']}", "settings": {"model": smaller["name"]}}
-        return sentence + "close other programs that use it, or take the smaller model.", remedy
-    if request.level != "balanced":
-        remedy = {"label": "Run again at balanced", "settings": {"level": "balanced"}}
-        return sentence + "close other programs that use it, then try balanced.", remedy
-    return sentence + "close other programs that use it.", None
+    smaller = [m for m in machine.models if m["present"] and ran and m["resolution"] < ran.resolution]
+    if not smaller:
+        return sentence + "close other programs that use it.", None
+    name = max(smaller, key=lambda model: model["resolution"])["name"]
+    remedy = {"label": f"Run again with {name}", "settings": {"model": name}}
+    return sentence + "close other programs that use it, or take a smaller model.", remedy
 
 
 def said(error: UserError, names: dict[Path, str]) -> str:
