@@ -133,7 +133,7 @@ function update(view, job) {
       parts.first.src = `${root}/lipsync/${job.files.first}?${job.playable}`;
       text(parts.firstWords, `The first ${job.playable} s of the result, with sound`);
     }
-    parts.cancel.disabled = parts.keep.disabled = job.doing === "cancelling";
+    parts.cancel.disabled = parts.keep.disabled = job.ending;
     parts.keep.disabled ||= job.stages.writing === 0;
   }
   if (view.state !== job.state) {
@@ -255,7 +255,7 @@ async function act(name, ...data) {
   try {
     if (name === "cancel") {
       const view = cards.get(data[0]);
-      if (view && !view.parts.beside) { text(view.parts.doing, "cancelling"); view.parts.cancel.disabled = view.parts.keep.disabled = true; }
+      if (view && !view.parts.beside) { text(view.parts.doing, data[1] ? "stopping; what is finished is kept" : "cancelling"); view.parts.cancel.disabled = view.parts.keep.disabled = true; }
     }
     told(await call(name, ...data, ...(OWNERLESS.has(name) ? [] : [visitor])));
   } catch {

@@ -136,6 +136,31 @@ def test_what_is_finished_can_be_kept(worker, talking, long_voice):
     assert job.state == CANCELLED and 20 < probe_video(job.output).n_frames == job.report["frames"] < 750
 
 
+@pytest.mark.parametrize("keep, words", [(False, "cancelling"), (True, "stopping; what is finished is kept")])
+def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, long_voice, monkeypatch, keep, words):
+    hold, held, go_on = (threading.Event() for _ in range(3))
+    merge = pipeline.merge_faces
+
+    def slow(*args):
+        if hold.is_set():
+            held.set()
+            go_on.wait(60)
+        return merge(*args)
+
+    monkeypatch.setattr(pipeline, "merge_faces", slow)
+    job = worker.submit(Request(talking, long_voice, steps=1), ME)
+    until(lambda: job.progress.get("writing", 0) > 5)
+    hold.set()
+    assert held.wait(60) and not worker.view(job)["ending"]
+    for choice in (keep, not keep):
+        worker.cancel(job.id, ME, choice)
+        seen = worker.view(job)
+        assert (seen["state"], seen["doing"], seen["ending"]) == ("running", words, True)
+    go_on.set()
+    ended(worker, job)
+    assert job.state == CANCELLED and bool(job.output) is keep and not worker.view(job)["ending"]
+
+
 def test_a_pass_is_ended_in_its_middle(worker, talking, voice):
     ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     models, asked = worker._models, []
@@ -192,7 +217,7 @@ def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, mon
         raise torch.OutOfMemoryError
 
     def model(name, resolution):
-        return {"name": name, "present": resolution is not None, "resolution": resolution, "guidance": 1, "remark": None}
+        return {"name": name, "present": resolution is not None, "resolution": resolution}
 
     def run(**settings):
         with monkeypatch.context() as patch:
@@ -406,4 +431,18 @@ def test_a_gpu_that_is_lent_runs_the_job_in_one_call(checkpoint, talking, voice,
     job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     assert job.state == DONE, job.error
     assert calls == [str(checkpoint)] and probe_video(job.output).n_frames == 20
+    worker.close()
+
+
+def test_a_job_on_a_gpu_that_is_lent_does_not_claim_to_be_cancelled(checkpoint, talking, voice, tmp_path, home):
+    go_on = threading.Event()
+    worker = Worker(tmp_path, model=str(checkpoint), lent=lambda *_: go_on.wait(60) and {"ended_early": False})
+    worker.start()
+    job = worker.submit(Request(talking, voice, steps=1), ME)
+    until(lambda: job.state == "running")
+    with pytest.raises(UserError, match="wait until it is done"):
+        worker.cancel(job.id, ME)
+    assert not worker.view(job)["ending"]
+    go_on.set()
+    assert ended(worker, job).state == DONE
     worker.close()

@@ -268,10 +268,13 @@ class Worker:
     def view(self, job: Job) -> dict[str, Any]:
         """What a visitor may know of a job of theirs, ready for JSON; paths are relative to where files are served."""
         left, rate = job.seconds_left(), job.frames_per_second()
+        ending = job.state == RUNNING and job.ending.is_set()
+        words = "stopping; what is finished is kept" if job.keep else "cancelling"
         return {
             "id": job.id,
             "state": job.state,
-            "doing": job.doing,
+            "doing": words if ending else job.doing,
+            "ending": ending,
             "before": self.place(job),
             "names": job.names,
             "created": job.created,
@@ -337,14 +340,18 @@ class Worker:
     def cancel(self, job_id: str, visitor: str, keep: bool = False) -> Job:
         """End a job, or the comparison of one that has ended; keep: leave what is finished as a result.
 
-        Raises UserError for another's job.
+        What was said first holds: who cancels after "keep" does not lose what is kept, and a run that is being dropped
+        cannot be kept any more. Raises UserError for another's job, and for one that runs on a GPU that is lent.
         """
         job = self.find(job_id, visitor)
         if job.comparison:
             job.comparison.ending.set()
         with self._lock:
-            job.keep = keep
-            job.ending.set()
+            if self.lent and job.state == RUNNING:
+                raise UserError("This job runs in one call on a GPU that is lent for it: wait until it is done.")
+            if not job.ending.is_set():
+                job.keep = keep
+                job.ending.set()
             if job in self._waiting:
                 self._waiting.remove(job)
                 job.ended, job.doing = time.time(), "cancelled"
