@@ -41,7 +41,7 @@ from latentsync.errors import UserError  # noqa: E402
 from latentsync.media import probe_audio, probe_video  # noqa: E402
 from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
 from optim.serving.job import Job, Request  # noqa: E402
-from optim.serving.jobs import Worker, run_alone, said  # noqa: E402
+from optim.serving.jobs import Worker, log, run_alone, said, unwritten  # noqa: E402
 from optim.serving.preview import first_picture  # noqa: E402
 from optim.serving.stock import Fetcher  # noqa: E402
 
@@ -51,7 +51,8 @@ except ImportError:
     spaces = None
 
 EXAMPLE = (ROOT / "assets" / "example" / "face.mp4", ROOT / "assets" / "example" / "speech.wav")
-STOPS = (("Conservative", 0.0), ("Balanced", 0.5), ("Aggressive", 1.0))
+STOPS = (("Conservative", 0.0), ("Balanced", 0.5), ("Aggressive", 1.0))  # of `optim.levels`, which imports torch
+LEVELS = {"auto": 0.0} | {name.lower(): position for name, position in STOPS}  # positions, by what endpoints are given
 MODELS = ("auto", "demo", *sorted(RELEASES))
 AS_LEVEL = "as the level says"
 CACHES = {AS_LEVEL: "level", "off": None, "every 2nd step": 2, "every 3rd step": 3, "every 4th step": 4}
@@ -134,23 +135,24 @@ def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Re
     """The request of settings in the order of `Page.settings`; models: the names that are known. Raises UserError."""
     level, model, steps, seed, vram, batch, cache, compiled, face, crf, guidance = settings
 
-    def number(name: str, value: Any, low: float, high: float, kind: type = int) -> Any:
+    def number(name: str, value: Any, low: float, high: float, kind: type = int, otherwise: str = "") -> Any:
         try:
             if low <= (found := kind(value)) <= high:
                 return found
         except (TypeError, ValueError):
             pass
-        raise UserError(f"{name} is {value!r}: give a number from {low} to {high}.")
+        raise UserError(f"{name} is {value!r}: give a number from {low} to {high}{otherwise}.")
 
     def one_of(name: str, value: Any, known: Any) -> Any:
         if value not in known:
             raise UserError(f"There is no {name} '{value}': give one of {', '.join(map(str, known))}.")
         return value
 
+    named = level.strip().lower() if isinstance(level, str) else None
     return Request(
         video=video,
         audio=audio,
-        level=level if isinstance(level, str) else str(number("The level", level, 0, 1, float)),
+        level=named if named in LEVELS else str(number("The level", level, 0, 1, float, f", or {', '.join(LEVELS)}")),
         model=one_of("model", model, models),
         steps=number("The number of steps", steps, 1, 200),
         guidance=None if guidance is None else number("The lip strength", guidance, 0, 10, float),
@@ -166,10 +168,9 @@ def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Re
 
 def as_settings(request: dict[str, Any]) -> list[Any]:
     """The page's settings for a request's, in the order of `Page.settings`."""
-    positions = {"auto": 0.0} | {name.lower(): position for name, position in STOPS}
     level = request["level"]
     return [
-        positions[level] if level in positions else float(level),
+        LEVELS[level] if level in LEVELS else float(level),
         request["model"], request["steps"], request["seed"],
         request["vram_fraction"] or 0.85, request["batch"] or 0,
         next(words for words, value in CACHES.items() if value == request["cache"]),
@@ -447,8 +448,18 @@ class Page:
             raise gr.Error(str(error), print_exception=False) from None
         # Gradio serves what lies in its own folder; nobody else can know this name.
         folder = Path(os.environ["GRADIO_TEMP_DIR"]) / found.key
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return str(shutil.copyfile(path, folder / path.name))
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            return str(shutil.copyfile(path, folder / path.name))
+        except OSError as error:
+            log(f"A result cannot be given away: {error}")
+            sentence = (
+                f"'{path.name}' cannot be given away ({unwritten(error)}): let who serves the page look at the folder "
+                "for temporary files, which GRADIO_TEMP_DIR names."
+                if path.is_file()
+                else f"'{path.name}' is not on this server any more: run the job again."
+            )
+            raise gr.Error(sentence, print_exception=False) from None
 
     def describe(
         self, level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance=None,

@@ -1,5 +1,6 @@
 """The queue and the thread that works on it."""
 
+import errno
 import json
 import os
 import re
@@ -379,6 +380,32 @@ def test_files_that_cannot_be_used_are_refused_by_the_user_s_name_for_them(worke
     with pytest.raises(UserError, match="'my file.mp4' is not a"):
         worker.submit(Request(**files), ME, ("my file.mp4", "my file.mp4"))
     assert set(worker.folder.iterdir()) == before
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(talking, voice, tmp_path, monkeypatch, capfd):
+    worker = Worker(tmp_path / "outputs")  # not started: what is put in waits
+    copyfile = shutil.copyfile
+
+    def full(source, target, **options):
+        if Path(target).stem == "voice":
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return copyfile(source, target, **options)
+
+    kept = worker.submit(Request(talking, voice), ME)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        for submit in (lambda: worker.submit(Request(talking, voice), ME), lambda: worker.again(kept.id, ME)):
+            with pytest.raises(UserError, match="the disk is full.*: remove jobs") as caught:
+                submit()
+            assert str(tmp_path) not in str(caught.value) and str(tmp_path) in capfd.readouterr().err
+    assert os.listdir(worker.folder) == [kept.folder.name]
+    kept.request.audio.unlink()
+    with pytest.raises(UserError, match="'voice.wav' is not on this server any more: give it again"):
+        worker.again(kept.id, ME)
+    shutil.rmtree(worker.folder)
+    worker.folder.touch()  # where no folder can be
+    with pytest.raises(UserError, match="cannot be kept"):
+        worker.submit(Request(talking, voice), ME)
 
 
 def test_limits_are_said(talking, long_voice, voice, tmp_path):

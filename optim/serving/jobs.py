@@ -9,6 +9,7 @@ Nothing here knows of a page or a server. torch is imported by the worker's thre
 The model stays loaded between jobs and is let go after a while without any.
 """
 
+import errno
 import gc
 import math
 import os
@@ -220,17 +221,13 @@ class Worker:
         """Copy the files into a folder of the job's own, look at them, and put the job into the queue.
 
         names: what the user calls the files. Raises UserError for files that cannot be used, a sound that is too long,
-        and a full queue.
+        a full queue, and a full disk.
         """
         self._check_room()
         names = names or (request.video.name, request.audio.name)
         folder = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(8)}"
-        folder.mkdir(parents=True, mode=0o700)
         try:
-            video, audio = (
-                Path(shutil.copyfile(path, folder / f"{part}{_suffix(name)}", follow_symlinks=True))
-                for part, path, name in (("video", request.video, names[0]), ("voice", request.audio, names[1]))
-            )
+            video, audio = _copied(request, names, folder)
             try:
                 info, seconds = probe_video(video), probe_audio(audio).duration
             except UserError as error:
@@ -764,6 +761,31 @@ def spoken(seconds: float) -> str:
 def _same(ours: str, given: str) -> bool:
     """Compared so that the time it takes tells nothing."""
     return secrets.compare_digest(ours.encode(), given.encode())
+
+
+def _copied(request: Request, names: tuple[str, str], folder: Path) -> tuple[Path, Path]:
+    """Copies of a request's files, as video and voice, in a new folder. Raises UserError where there can be none."""
+    try:
+        folder.mkdir(parents=True, mode=0o700)
+        video, voice = (
+            Path(shutil.copyfile(path, folder / f"{part}{_suffix(name)}", follow_symlinks=True))
+            for part, path, name in (("video", request.video, names[0]), ("voice", request.audio, names[1]))
+        )
+    except OSError as error:
+        for path, name in zip((request.video, request.audio), names, strict=True):
+            if not path.is_file():
+                raise UserError(f"The file '{name}' is not on this server any more: give it again.") from None
+        log(f"A job's files cannot be kept: {error}")
+        raise UserError(
+            f"Your files cannot be kept with the results of this server ({unwritten(error)}): remove jobs that you do "
+            "not need, or let who serves the page look at the folder that --outputs names."
+        ) from None
+    return video, voice
+
+
+def unwritten(error: OSError) -> str:
+    """Why something could not be written, without where: not every visitor is to know the folders of a server."""
+    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else os.strerror(error.errno or errno.EIO)
 
 
 def _suffix(name: str) -> str:
