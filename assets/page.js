@@ -220,9 +220,9 @@ function comparison(view, job) {
   const part = { class: "button", title: about };
   if (state === "done") {
     view.parts.beside.replaceChildren(make("a", { ...part, href: `${root}/lipsync/${job.files.compared}`, download: job.files.compared.split("/").pop() }, "Download side by side"));
-  } else if (state === "running") {
+  } else if (state === "running" || state === "waiting") {
     const percent = made.total ? Math.floor((100 * made.done) / made.total) : 0;
-    const words = `Side by side: ${percent} % · stop`;
+    const words = state === "waiting" ? "Side by side: waits for another · stop" : `Side by side: ${percent} % · stop`;
     const shown = find("button.making", view.parts.beside);
     if (shown) text(shown, words);
     else view.parts.beside.replaceChildren(make("button", { type: "button", class: "soft making", title: about, onclick: () => act("cancel", job.id, false) }, words));

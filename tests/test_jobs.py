@@ -61,6 +61,10 @@ def ended(worker, job):
     return job
 
 
+def compared(job):
+    return job.comparison.state not in ("waiting", "running")
+
+
 def json_of(value):
     return tuple(value) if isinstance(value, tuple) else json.loads(json.dumps(value))
 
@@ -280,7 +284,7 @@ def test_original_and_result_go_side_by_side_once(worker, talking, tmp_path):
     with pytest.raises(UserError, match="no job"):
         worker.compare(job.id, OTHER)
     worker.compare(job.id, ME)
-    until(lambda: job.comparison.state != "running")
+    until(lambda: compared(job))
     assert job.comparison.state == DONE, job.comparison.error
     first, made = job.comparison, probe_video(job.compared)
     result, original = probe_video(job.output), probe_video(job.request.video)
@@ -312,8 +316,10 @@ def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voi
     before = sorted(os.listdir(job.folder))
     with worker._comparing:  # another's is being made
         worker.compare(job.id, ME)
+        time.sleep(0.1)
+        assert job.comparison.view()["state"] == "waiting" and worker.compare(job.id, ME).comparison.total == 0
         worker.cancel(job.id, ME)
-    until(lambda: job.comparison.state != "running")
+        until(lambda: compared(job))
     assert job.comparison.state == CANCELLED and job.state == DONE and sorted(os.listdir(job.folder)) == before
 
     def full(*_, **__):
@@ -322,11 +328,11 @@ def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voi
     with monkeypatch.context() as patch:
         patch.setattr(moviepy.VideoClip, "write_videofile", full)
         worker.compare(job.id, ME)
-        until(lambda: job.comparison.state != "running")
+        until(lambda: compared(job))
     assert "No space left on device" in job.comparison.error and sorted(os.listdir(job.folder)) == before
     worker.compare(job.id, ME)
     worker.remove(job.id, ME)  # in the middle of it
-    until(lambda: job.comparison.state != "running" and not job.folder.exists())
+    until(lambda: compared(job) and not job.folder.exists())
 
 
 def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice, tmp_path, monkeypatch):
@@ -429,6 +435,64 @@ def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, ta
     assert worker.jobs_of(ME) == []
     worker.close()
     assert "jobs" not in [thread.name for thread in threading.enumerate() if thread is worker._thread]
+
+
+def test_a_worker_that_lets_the_model_go_at_once_does_not_spin_and_sweeps_while_it_is_busy(
+    checkpoint, talking, voice, tmp_path, home, monkeypatch
+):
+    worker, rounds = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=0, keep_hours=1e-9), []
+    sweep = worker._sweep
+    monkeypatch.setattr(worker, "_sweep", lambda: rounds.append(len(worker._waiting)) or sweep())
+    worker.start()
+    assert worker.ready.wait(60)
+    time.sleep(2.5)
+    assert 1 <= len(rounds) <= 4
+    jobs_ = [worker.submit(Request(talking, voice, steps=1), ME) for _ in range(3)]
+    until(lambda: not jobs_[0].folder.exists())
+    assert jobs_[2].state != DONE, "the first is swept while others wait or run"
+    worker.close()
+
+
+def test_the_list_has_all_jobs_that_have_not_ended(talking, voice, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "KEPT_JOBS", 1)
+    worker = Worker(tmp_path)
+    first, *others, last = (worker.submit(Request(talking, voice), ME) for _ in range(5))
+    for job in others:
+        worker.cancel(job.id, ME)
+    assert worker.jobs_of(ME) == [last, others[-1], first]
+
+
+def test_the_jobs_are_changed_under_the_lock_and_what_is_shown_is_not_changed(worker, talking, voice, tmp_path):
+    job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    shown, before = job.timeline, json.dumps(job.timeline)
+    worker._keep_timeline(job)
+    assert job.timeline is not shown and json.dumps(shown) == before
+    with worker._lock:  # somebody counts them
+        removing = threading.Thread(target=worker.remove, args=(job.id, ME))
+        removing.start()
+        removing.join(0.3)
+        assert job.id in worker._jobs
+    removing.join()
+    assert job.id not in worker._jobs
+    other = Worker(tmp_path)
+    early = other.submit(Request(talking, voice), ME)  # the page may be used before its worker starts
+    other._thread = threading.Thread()
+    with other._lock:
+        starting = threading.Thread(target=other.start)
+        starting.start()
+        starting.join(0.3)
+        assert starting.is_alive()
+    starting.join()
+    assert list(other._jobs.values()) == [early]
+
+
+def test_results_that_cannot_be_read_are_said(tmp_path):
+    (tmp_path / "outputs").mkdir()
+    worker = Worker(tmp_path / "outputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "kept", lambda folder: os.scandir(folder / "secret"))
+        with pytest.raises(UserError, match="outputs' cannot be read .*--outputs"):
+            worker.start()
 
 
 def test_speeds_are_remembered_and_scaled_by_the_work(tmp_path):

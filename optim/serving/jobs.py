@@ -200,8 +200,16 @@ class Worker:
     # ---- for every thread
 
     def start(self) -> None:
-        """Find the jobs of earlier servers again, and begin to work."""
-        self._jobs |= {job.id: job for job in kept(self.folder)}
+        """Find the jobs of earlier servers again, and begin to work. Raises UserError where they cannot be read."""
+        try:
+            found = {job.id: job for job in kept(self.folder)}
+        except OSError as error:
+            raise UserError(
+                f"The folder of the results '{self.folder}' cannot be read ({unwritten(error)}): give another with "
+                "--outputs."
+            ) from error
+        with self._lock:  # the page may have been used already
+            self._jobs = found | self._jobs
         self._thread.start()
 
     def close(self) -> None:
@@ -317,10 +325,11 @@ class Worker:
         return next((job for job in list(self._jobs.values()) if _same(job.key, key)), None)
 
     def jobs_of(self, visitor: str) -> list[Job]:
-        """A visitor's jobs, the newest first."""
+        """A visitor's jobs, the newest first: all that have not ended, and KEPT_JOBS that have."""
         owner = owner_of(visitor)
-        own = [job for job in list(self._jobs.values()) if _same(job.owner, owner)]
-        return own[::-1][:KEPT_JOBS]
+        own = [job for job in reversed(list(self._jobs.values())) if _same(job.owner, owner)]
+        old = [job for job in own if job.state not in (WAITING, RUNNING)][KEPT_JOBS:]
+        return [job for job in own if job not in old]
 
     def place(self, job: Job) -> int | None:
         """How many jobs come before one that waits; None for one that does not."""
@@ -362,7 +371,7 @@ class Worker:
         if job.output is None:
             raise UserError("There is no result yet to put beside the original: watch the job until it is done.")
         with self._lock:
-            if job.comparison is None or job.comparison.state not in (RUNNING, DONE):
+            if job.comparison is None or job.comparison.state not in (WAITING, RUNNING, DONE):
                 job.comparison = Comparison()
                 threading.Thread(target=self._compare, args=(job, job.comparison), name="compare", daemon=True).start()
         return job
@@ -378,9 +387,14 @@ class Worker:
 
         partial = job.compared.with_suffix(".partial.mp4")
         try:
-            with self._comparing:
+            while not self._comparing.acquire(timeout=0.2):  # another is being made
                 step(0, 0)
+            try:
+                step(0, 0)
+                comparison.state = RUNNING
                 side_by_side(job.request.video, job.output, partial, step)
+            finally:
+                self._comparing.release()
             os.replace(partial, job.compared)
             comparison.state = DONE
         except Cancelled:
@@ -408,7 +422,8 @@ class Worker:
         self._forget(job)
 
     def _forget(self, job: Job) -> None:
-        self._jobs.pop(job.id, None)
+        with self._lock:
+            self._jobs.pop(job.id, None)
         if job.comparison:
             job.comparison.ending.set()
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -462,6 +477,7 @@ class Worker:
         self.ready.set()
         idle_since = time.monotonic()
         while not self._closed:
+            self._sweep()
             with self._lock:
                 job = self._waiting.popleft() if self._waiting else None
                 if job:
@@ -469,13 +485,12 @@ class Worker:
                 else:
                     self._wake.clear()
             if job is None:
-                self._wake.wait(timeout=min(self.idle_seconds, 60))
+                self._wake.wait(timeout=max(1.0, min(self.idle_seconds, 60.0)))
                 if self._models is not None and time.monotonic() - idle_since > self.idle_seconds:
                     try:
                         self._unload()
                     except RuntimeError:  # the next job says so
                         traceback.print_exc()
-                self._sweep()
                 continue
             try:
                 self._perform(job)
@@ -689,7 +704,7 @@ class Worker:
         """The curves of the job's time beside its stages."""
         if self.monitor is None or job.report is None or (history := self._history(job)) is None:
             return
-        job.timeline |= thinned(history, time.time() - job.started)
+        job.timeline = job.timeline | thinned(history, time.time() - job.started)  # the old one may be being given away
 
 
 class Progress:
