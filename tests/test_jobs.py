@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from clips import make_sound, make_video
+from small_release import NAME
 
-from latentsync import STAGES, pipeline
+from latentsync import STAGES, pipeline, store
 from latentsync.checkpoints import resolve
 from latentsync.errors import UserError
 from latentsync.media import COMMENT, probe_video, read_audio, read_frames, read_frames_looped
@@ -522,6 +523,22 @@ def test_a_gpu_that_is_lent_runs_the_job_in_one_call(checkpoint, talking, voice,
     job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     assert job.state == DONE, job.error
     assert calls == [str(checkpoint)] and probe_video(job.output).n_frames == 20
+    worker.close()
+
+
+def test_where_a_gpu_is_lent_the_best_model_that_is_here_runs(hub, talking, voice, tmp_path, monkeypatch):
+    calls = []
+    worker = Worker(tmp_path, lent=lambda request, output, model: calls.append(model) or {"ended_early": False})
+    worker.start()
+    assert worker.ready.wait(60) and worker.machine.chosen == "demo", worker.problem
+    store.get(NAME)
+    worker.look_for_models()
+    assert worker.machine.chosen == NAME
+    monkeypatch.setattr("optim.accelerate.windows_for", lambda _: 4)
+    line, details = worker.describe(Request(talking, voice), 10)
+    assert f"model {NAME} (64 px), on a GPU lent for each job." in line and details == "conservative: 20 steps."
+    assert ended(worker, worker.submit(Request(talking, voice), ME)).state == DONE and calls == [NAME]
+    assert "demo" in worker.describe(Request(talking, voice, model="demo"), 10)[0]
     worker.close()
 
 

@@ -46,7 +46,7 @@ from optim.serving.job import (
 )
 from optim.serving.preview import Preview
 from optim.serving.speeds import Speeds
-from optim.serving.stock import best_for, survey
+from optim.serving.stock import best_for, meant, survey
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
@@ -445,6 +445,9 @@ class Worker:
         checkpoint = self._checkpoint(request)
         plan = make_plan(request, checkpoint, device)
         words = f"{in_words(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
+        if self.lent:  # the plan is for the processor that is here, and only its level and steps hold there
+            alone = replace(plan, settings=replace(plan.settings, windows_per_pass=1))
+            return f"{words}, on {self.machine.device_name}.", f"{describe(alone, device)}."
         details = describe(plan, device) + "."
         if seconds is None:
             return words + ".", details
@@ -520,7 +523,7 @@ class Worker:
         device = torch.device("cpu") if self.lent else choose_device(self.device_name)
         gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
         best, why = best_for(gpu, self.lent is not None)
-        found = survey(self.model, device)
+        found = survey(self.model, device, self.lent is not None)
         side = next(model["resolution"] for model in found["models"] if model["name"] == found["chosen"])
         self.folder.mkdir(parents=True, exist_ok=True)
         advice = advise(read_facts(side, self.folder))
@@ -541,18 +544,16 @@ class Worker:
             return
         import torch
 
-        found = survey(self.model, torch.device(self.machine.device))
+        found = survey(self.model, torch.device(self.machine.device), self.lent is not None)
         self.machine = replace(self.machine, **found)
 
     def _checkpoint(self, request: Request) -> "Checkpoint":
         """The model of a request, as it is on this machine now. Raises UserError."""
         import torch
 
-        from latentsync.checkpoints import resolve
-
         own = request.model == self.machine.chosen and self.model != "auto"  # the folder that the server was given
         name = self.model if own or request.model == "auto" else request.model
-        return resolve(name, torch.device(self.machine.device))
+        return meant(name, torch.device(self.machine.device), self.lent is not None)
 
     def _where(self, checkpoint: "Checkpoint") -> str:
         return f"{checkpoint.name}, {self.machine.device_name}"
