@@ -20,6 +20,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -711,7 +712,8 @@ def parser() -> argparse.ArgumentParser:
         help="fetch this released model while the page is served, unless it is there (or the variable LATENTSYNC_GET)",
     )  # fmt: skip
     found.add_argument(
-        "--allow-download", action="store_true", help="let visitors fetch and remove models, even with --share"
+        "--allow-download", action="store_true", help="let visitors fetch and remove models, even with --share, or "
+        "without a login beyond this machine",
     )
     found.add_argument("--idle-minutes", type=float, default=10, help="until the model is let go (default 10)")
     found.add_argument("--no-open", action="store_true", help="do not open the page in a browser")
@@ -724,6 +726,16 @@ def has_desktop() -> bool:
     if sys.platform in ("win32", "darwin"):
         return True
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")) and "SSH_CONNECTION" not in os.environ
+
+
+def on_loopback(name: str | None) -> bool:
+    """Whether a server of that name can be reached from its own machine alone."""
+    if name in (None, "localhost"):
+        return True
+    try:
+        return ip_address(name.strip("[]")).is_loopback
+    except ValueError:  # another name, of whatever address
+        return False
 
 
 def logins(args: argparse.Namespace, public: bool) -> list[tuple[str, str]] | None:
@@ -758,6 +770,14 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    open_to_all = auth is None and not on_loopback(args.server_name)
+    if open_to_all and not public:
+        print(
+            f"Whoever reaches {args.server_name} in the network can use this page without a login: --auth sets one, "
+            "--max-seconds, --max-upload and --keep-hours set limits. Models are fetched with --get, or with "
+            "--allow-download by anybody.",
+            flush=True,
+        )
     worker = Worker(
         args.outputs.absolute(),
         args.queue_size,
@@ -768,7 +788,7 @@ def main(arguments: list[str] | None = None) -> int:
         unless_given(args.keep_hours, PUBLIC_HOURS),
         spaces.GPU(duration=GPU_SECONDS)(run_alone) if on_zero_gpu else None,
     )
-    fetcher = Fetcher(worker, args.allow_download or not public)
+    fetcher = Fetcher(worker, args.allow_download or not (public or open_to_all))
     page = Page(worker, fetcher)
 
     def stop(*_: Any) -> None:
@@ -786,7 +806,11 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         # As Gradio has it on Windows; its loop of 1 ms elsewhere takes 5 % of a core from the jobs.
         page.blocks._queue.sleep_when_free = 0.05
-        worker.start()
+        try:
+            worker.start()
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
         if args.get:
             fetcher.start(args.get)
         while True:
