@@ -7,7 +7,9 @@ Every action is an endpoint with a name, for `gradio_client` as for the page's o
 import argparse
 import atexit
 import html
+import mimetypes
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -18,6 +20,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ from latentsync.errors import UserError  # noqa: E402
 from latentsync.media import probe_audio, probe_video  # noqa: E402
 from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
 from optim.serving.job import Job, Request  # noqa: E402
-from optim.serving.jobs import Worker, run_alone, said  # noqa: E402
+from optim.serving.jobs import Worker, log, run_alone, said, unwritten  # noqa: E402
 from optim.serving.preview import first_picture  # noqa: E402
 from optim.serving.stock import Fetcher  # noqa: E402
 
@@ -49,7 +52,8 @@ except ImportError:
     spaces = None
 
 EXAMPLE = (ROOT / "assets" / "example" / "face.mp4", ROOT / "assets" / "example" / "speech.wav")
-STOPS = (("Conservative", 0.0), ("Balanced", 0.5), ("Aggressive", 1.0))
+STOPS = (("Conservative", 0.0), ("Balanced", 0.5), ("Aggressive", 1.0))  # of `optim.levels`, which imports torch
+LEVELS = {"auto": 0.0} | {name.lower(): position for name, position in STOPS}  # positions, by what endpoints are given
 MODELS = ("auto", "demo", *sorted(RELEASES))
 AS_LEVEL = "as the level says"
 CACHES = {AS_LEVEL: "level", "off": None, "every 2nd step": 2, "every 3rd step": 3, "every 4th step": 4}
@@ -132,23 +136,24 @@ def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Re
     """The request of settings in the order of `Page.settings`; models: the names that are known. Raises UserError."""
     level, model, steps, seed, vram, batch, cache, compiled, face, crf, guidance = settings
 
-    def number(name: str, value: Any, low: float, high: float, kind: type = int) -> Any:
+    def number(name: str, value: Any, low: float, high: float, kind: type = int, otherwise: str = "") -> Any:
         try:
             if low <= (found := kind(value)) <= high:
                 return found
         except (TypeError, ValueError):
             pass
-        raise UserError(f"{name} is {value!r}: give a number from {low} to {high}.")
+        raise UserError(f"{name} is {value!r}: give a number from {low} to {high}{otherwise}.")
 
     def one_of(name: str, value: Any, known: Any) -> Any:
         if value not in known:
             raise UserError(f"There is no {name} '{value}': give one of {', '.join(map(str, known))}.")
         return value
 
+    named = level.strip().lower() if isinstance(level, str) else None
     return Request(
         video=video,
         audio=audio,
-        level=level if isinstance(level, str) else str(number("The level", level, 0, 1, float)),
+        level=named if named in LEVELS else str(number("The level", level, 0, 1, float, f", or {', '.join(LEVELS)}")),
         model=one_of("model", model, models),
         steps=number("The number of steps", steps, 1, 200),
         guidance=None if guidance is None else number("The lip strength", guidance, 0, 10, float),
@@ -164,10 +169,9 @@ def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Re
 
 def as_settings(request: dict[str, Any]) -> list[Any]:
     """The page's settings for a request's, in the order of `Page.settings`."""
-    positions = {"auto": 0.0} | {name.lower(): position for name, position in STOPS}
     level = request["level"]
     return [
-        positions[level] if level in positions else float(level),
+        LEVELS[level] if level in LEVELS else float(level),
         request["model"], request["steps"], request["seed"],
         request["vram_fraction"] or 0.85, request["batch"] or 0,
         next(words for words, value in CACHES.items() if value == request["cache"]),
@@ -445,8 +449,18 @@ class Page:
             raise gr.Error(str(error), print_exception=False) from None
         # Gradio serves what lies in its own folder; nobody else can know this name.
         folder = Path(os.environ["GRADIO_TEMP_DIR"]) / found.key
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return str(shutil.copyfile(path, folder / path.name))
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            return str(shutil.copyfile(path, folder / path.name))
+        except OSError as error:
+            log(f"A result cannot be given away: {error}")
+            sentence = (
+                f"'{path.name}' cannot be given away ({unwritten(error)}): let who serves the page look at the folder "
+                "for temporary files, which GRADIO_TEMP_DIR names."
+                if path.is_file()
+                else f"'{path.name}' is not on this server any more: run the job again."
+            )
+            raise gr.Error(sentence, print_exception=False) from None
 
     def describe(
         self, level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance=None,
@@ -588,8 +602,24 @@ class Page:
 # ---- files
 
 
+def served_as(path: Path) -> tuple[str, str]:
+    """Media type and disposition of a job's file, whose ending is of a user's choice.
+
+    Only what a browser plays or shows as a picture is given inline; a page, or an SVG, would run scripts in ours.
+    """
+    kind, packed = mimetypes.guess_type(path.name)
+    if kind and not packed and re.fullmatch(r"(video|audio|image)/[\w.-]+", kind):  # no +xml
+        return kind, "inline"
+    return "application/octet-stream", "attachment"
+
+
 def routes(worker: Worker) -> list[Route]:
     """Results, previews and the library that draws: what Gradio is not to serve."""
+    headers = {
+        "Cache-Control": "private, no-store",
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": "sandbox; default-src 'none'",  # of the file, if it is opened as a page
+    }
 
     def allowed(request: WebRequest) -> bool:
         app = request.app
@@ -602,14 +632,16 @@ def routes(worker: Worker) -> list[Route]:
         path = job and job.files().get(request.path_params["name"])
         if not path or not path.is_file() or path.is_symlink():
             return PlainTextResponse("There is no such file.", 404)
-        headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
-        return FileResponse(path, headers=headers, filename=path.name, content_disposition_type="inline")
+        kind, disposition = served_as(path)
+        return FileResponse(
+            path, headers=headers, media_type=kind, filename=path.name, content_disposition_type=disposition
+        )
 
     def picture(request: WebRequest) -> Response:
         job = worker.by_key(request.path_params["key"]) if allowed(request) else None
         if job is None or job.picture is None:
             return PlainTextResponse("There is no such picture.", 404)
-        return Response(job.picture, media_type="image/jpeg", headers={"Cache-Control": "private, no-store"})
+        return Response(job.picture, media_type="image/jpeg", headers=headers)
 
     def plotly(_: WebRequest) -> Response:
         from importlib.util import find_spec
@@ -680,7 +712,8 @@ def parser() -> argparse.ArgumentParser:
         help="fetch this released model while the page is served, unless it is there (or the variable LATENTSYNC_GET)",
     )  # fmt: skip
     found.add_argument(
-        "--allow-download", action="store_true", help="let visitors fetch and remove models, even with --share"
+        "--allow-download", action="store_true", help="let visitors fetch and remove models, even with --share, or "
+        "without a login beyond this machine",
     )
     found.add_argument("--idle-minutes", type=float, default=10, help="until the model is let go (default 10)")
     found.add_argument("--no-open", action="store_true", help="do not open the page in a browser")
@@ -693,6 +726,16 @@ def has_desktop() -> bool:
     if sys.platform in ("win32", "darwin"):
         return True
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")) and "SSH_CONNECTION" not in os.environ
+
+
+def on_loopback(name: str | None) -> bool:
+    """Whether a server of that name can be reached from its own machine alone."""
+    if name in (None, "localhost"):
+        return True
+    try:
+        return ip_address(name.strip("[]")).is_loopback
+    except ValueError:  # another name, of whatever address
+        return False
 
 
 def logins(args: argparse.Namespace, public: bool) -> list[tuple[str, str]] | None:
@@ -727,6 +770,14 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    open_to_all = auth is None and not on_loopback(args.server_name)
+    if open_to_all and not public:
+        print(
+            f"Whoever reaches {args.server_name} in the network can use this page without a login: --auth sets one, "
+            "--max-seconds, --max-upload and --keep-hours set limits. Models are fetched with --get, or with "
+            "--allow-download by anybody.",
+            flush=True,
+        )
     worker = Worker(
         args.outputs.absolute(),
         args.queue_size,
@@ -737,7 +788,7 @@ def main(arguments: list[str] | None = None) -> int:
         unless_given(args.keep_hours, PUBLIC_HOURS),
         spaces.GPU(duration=GPU_SECONDS)(run_alone) if on_zero_gpu else None,
     )
-    fetcher = Fetcher(worker, args.allow_download or not public)
+    fetcher = Fetcher(worker, args.allow_download or not (public or open_to_all))
     page = Page(worker, fetcher)
 
     def stop(*_: Any) -> None:
@@ -755,7 +806,11 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         # As Gradio has it on Windows; its loop of 1 ms elsewhere takes 5 % of a core from the jobs.
         page.blocks._queue.sleep_when_free = 0.05
-        worker.start()
+        try:
+            worker.start()
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
         if args.get:
             fetcher.start(args.get)
         while True:

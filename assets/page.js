@@ -133,7 +133,7 @@ function update(view, job) {
       parts.first.src = `${root}/lipsync/${job.files.first}?${job.playable}`;
       text(parts.firstWords, `The first ${job.playable} s of the result, with sound`);
     }
-    parts.cancel.disabled = parts.keep.disabled = job.doing === "cancelling";
+    parts.cancel.disabled = parts.keep.disabled = job.ending;
     parts.keep.disabled ||= job.stages.writing === 0;
   }
   if (view.state !== job.state) {
@@ -220,9 +220,9 @@ function comparison(view, job) {
   const part = { class: "button", title: about };
   if (state === "done") {
     view.parts.beside.replaceChildren(make("a", { ...part, href: `${root}/lipsync/${job.files.compared}`, download: job.files.compared.split("/").pop() }, "Download side by side"));
-  } else if (state === "running") {
+  } else if (state === "running" || state === "waiting") {
     const percent = made.total ? Math.floor((100 * made.done) / made.total) : 0;
-    const words = `Side by side: ${percent} % · stop`;
+    const words = state === "waiting" ? "Side by side: waits for another · stop" : `Side by side: ${percent} % · stop`;
     const shown = find("button.making", view.parts.beside);
     if (shown) text(shown, words);
     else view.parts.beside.replaceChildren(make("button", { type: "button", class: "soft making", title: about, onclick: () => act("cancel", job.id, false) }, words));
@@ -255,7 +255,7 @@ async function act(name, ...data) {
   try {
     if (name === "cancel") {
       const view = cards.get(data[0]);
-      if (view && !view.parts.beside) { text(view.parts.doing, "cancelling"); view.parts.cancel.disabled = view.parts.keep.disabled = true; }
+      if (view && !view.parts.beside) { text(view.parts.doing, data[1] ? "stopping; what is finished is kept" : "cancelling"); view.parts.cancel.disabled = view.parts.keep.disabled = true; }
     }
     told(await call(name, ...data, ...(OWNERLESS.has(name) ? [] : [visitor])));
   } catch {

@@ -1,5 +1,6 @@
 """The queue and the thread that works on it."""
 
+import errno
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from clips import make_sound, make_video
+from small_release import NAME
 
-from latentsync import STAGES, pipeline
+from latentsync import STAGES, pipeline, store
 from latentsync.checkpoints import resolve
 from latentsync.errors import UserError
 from latentsync.media import COMMENT, probe_video, read_audio, read_frames, read_frames_looped
@@ -58,6 +60,10 @@ def long_voice(tmp_path_factory):
 def ended(worker, job):
     assert worker.wait(job, 120), job
     return job
+
+
+def compared(job):
+    return job.comparison.state not in ("waiting", "running")
 
 
 def json_of(value):
@@ -136,6 +142,31 @@ def test_what_is_finished_can_be_kept(worker, talking, long_voice):
     assert job.state == CANCELLED and 20 < probe_video(job.output).n_frames == job.report["frames"] < 750
 
 
+@pytest.mark.parametrize("keep, words", [(False, "cancelling"), (True, "stopping; what is finished is kept")])
+def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, long_voice, monkeypatch, keep, words):
+    hold, held, go_on = (threading.Event() for _ in range(3))
+    merge = pipeline.merge_faces
+
+    def slow(*args):
+        if hold.is_set():
+            held.set()
+            go_on.wait(60)
+        return merge(*args)
+
+    monkeypatch.setattr(pipeline, "merge_faces", slow)
+    job = worker.submit(Request(talking, long_voice, steps=1), ME)
+    until(lambda: job.progress.get("writing", 0) > 5)
+    hold.set()
+    assert held.wait(60) and not worker.view(job)["ending"]
+    for choice in (keep, not keep):
+        worker.cancel(job.id, ME, choice)
+        seen = worker.view(job)
+        assert (seen["state"], seen["doing"], seen["ending"]) == ("running", words, True)
+    go_on.set()
+    ended(worker, job)
+    assert job.state == CANCELLED and bool(job.output) is keep and not worker.view(job)["ending"]
+
+
 def test_a_pass_is_ended_in_its_middle(worker, talking, voice):
     ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     models, asked = worker._models, []
@@ -191,12 +222,61 @@ def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, mon
     def starved(*_, **__):
         raise torch.OutOfMemoryError
 
+    def model(name, resolution):
+        return {"name": name, "present": resolution is not None, "resolution": resolution}
+
+    def run(**settings):
+        with monkeypatch.context() as patch:
+            patch.setattr("latentsync.pipeline.lipsync", starved)
+            job = ended(worker, worker.submit(Request(talking, voice, **settings), ME))
+        assert job.state == FAILED and "is not enough" in job.error and worker._models is None
+        return job
+
+    # No level is offered: a run gives up all that levels can before it fails. Nor is the model that it had.
+    assert run(level="0.5").remedy is None
+    present = {"large": 512, "middle": 256, "tiny": 64, "small": 32, "least": 16, "absent": None}
+    smaller = replace(worker.machine, models=tuple(model(*each) for each in present.items()))
+    monkeypatch.setattr(worker, "machine", smaller)
+    for asked in ("auto", worker.machine.chosen):
+        job = run(model=asked)
+        assert job.remedy == {"label": "Run again with small", "settings": {"model": "small"}}
+    assert jobs.out_of_memory(smaller, replace(worker._ran, resolution=512))[1]["settings"] == {"model": "middle"}
+    assert ended(worker, worker.again(job.id, ME, steps=1)).state == DONE
+
+
+def test_a_gpu_that_has_failed_for_good_ends_its_jobs_with_a_sentence(worker, talking, voice, monkeypatch, capfd):
+    def fault(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
     with monkeypatch.context() as patch:
-        patch.setattr("latentsync.pipeline.lipsync", starved)
-        job = ended(worker, worker.submit(Request(talking, voice, level="aggressive", model="auto"), ME))
-    assert job.state == FAILED and "is not enough" in job.error and worker._models is None
-    assert job.remedy["label"].startswith("Run again") and set(job.remedy["settings"]) <= {"level", "model"}
-    assert ended(worker, worker.again(job.id, ME, steps=1, **job.remedy["settings"] | {"model": "auto"})).state == DONE
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "empty_cache", fault)  # as every call after such an error
+        patch.setattr("latentsync.pipeline.lipsync", fault)
+        for _ in range(2):
+            job = worker.submit(Request(talking, voice, steps=1), ME)
+            until(lambda job=job: job.state == FAILED, 20)
+            assert job.ended and job.error == jobs.GPU_FAILED and "start the server again" in job.error
+            assert json.loads((job.folder / "job.json").read_text())["state"] == FAILED
+    assert ended(worker, worker.again(job.id, ME)).state == DONE
+    assert "illegal memory access" in capfd.readouterr().err
+
+
+def test_a_gpu_that_fails_while_nothing_runs_does_not_end_the_worker(checkpoint, talking, voice, tmp_path, home):
+    worker = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=0.5)
+    worker.start()
+    ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    unload, tried = worker._unload, []
+
+    def fault():
+        unload()
+        tried.append(None)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    worker._unload = fault
+    until(lambda: tried, 10)
+    worker._unload = unload
+    assert ended(worker, worker.submit(Request(talking, voice, steps=1), ME)).state == DONE
+    worker.close()
 
 
 def test_original_and_result_go_side_by_side_once(worker, talking, tmp_path):
@@ -205,7 +285,7 @@ def test_original_and_result_go_side_by_side_once(worker, talking, tmp_path):
     with pytest.raises(UserError, match="no job"):
         worker.compare(job.id, OTHER)
     worker.compare(job.id, ME)
-    until(lambda: job.comparison.state != "running")
+    until(lambda: compared(job))
     assert job.comparison.state == DONE, job.comparison.error
     first, made = job.comparison, probe_video(job.compared)
     result, original = probe_video(job.output), probe_video(job.request.video)
@@ -237,8 +317,10 @@ def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voi
     before = sorted(os.listdir(job.folder))
     with worker._comparing:  # another's is being made
         worker.compare(job.id, ME)
+        time.sleep(0.1)
+        assert job.comparison.view()["state"] == "waiting" and worker.compare(job.id, ME).comparison.total == 0
         worker.cancel(job.id, ME)
-    until(lambda: job.comparison.state != "running")
+        until(lambda: compared(job))
     assert job.comparison.state == CANCELLED and job.state == DONE and sorted(os.listdir(job.folder)) == before
 
     def full(*_, **__):
@@ -247,11 +329,11 @@ def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voi
     with monkeypatch.context() as patch:
         patch.setattr(moviepy.VideoClip, "write_videofile", full)
         worker.compare(job.id, ME)
-        until(lambda: job.comparison.state != "running")
+        until(lambda: compared(job))
     assert "No space left on device" in job.comparison.error and sorted(os.listdir(job.folder)) == before
     worker.compare(job.id, ME)
     worker.remove(job.id, ME)  # in the middle of it
-    until(lambda: job.comparison.state != "running" and not job.folder.exists())
+    until(lambda: compared(job) and not job.folder.exists())
 
 
 def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice, tmp_path, monkeypatch):
@@ -307,6 +389,32 @@ def test_files_that_cannot_be_used_are_refused_by_the_user_s_name_for_them(worke
     assert set(worker.folder.iterdir()) == before
 
 
+def test_a_full_disk_is_said_and_leaves_nothing(talking, voice, tmp_path, monkeypatch, capfd):
+    worker = Worker(tmp_path / "outputs")  # not started: what is put in waits
+    copyfile = shutil.copyfile
+
+    def full(source, target, **options):
+        if Path(target).stem == "voice":
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return copyfile(source, target, **options)
+
+    kept = worker.submit(Request(talking, voice), ME)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        for submit in (lambda: worker.submit(Request(talking, voice), ME), lambda: worker.again(kept.id, ME)):
+            with pytest.raises(UserError, match="the disk is full.*: remove jobs") as caught:
+                submit()
+            assert str(tmp_path) not in str(caught.value) and str(tmp_path) in capfd.readouterr().err
+    assert os.listdir(worker.folder) == [kept.folder.name]
+    kept.request.audio.unlink()
+    with pytest.raises(UserError, match="'voice.wav' is not on this server any more: give it again"):
+        worker.again(kept.id, ME)
+    shutil.rmtree(worker.folder)
+    worker.folder.touch()  # where no folder can be
+    with pytest.raises(UserError, match="cannot be kept"):
+        worker.submit(Request(talking, voice), ME)
+
+
 def test_limits_are_said(talking, long_voice, voice, tmp_path):
     worker = Worker(tmp_path, queue_size=1, max_seconds=20)  # not started: what is put in waits
     with pytest.raises(UserError, match="lasts 30 s, and this server takes 20 s"):
@@ -328,6 +436,64 @@ def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, ta
     assert worker.jobs_of(ME) == []
     worker.close()
     assert "jobs" not in [thread.name for thread in threading.enumerate() if thread is worker._thread]
+
+
+def test_a_worker_that_lets_the_model_go_at_once_does_not_spin_and_sweeps_while_it_is_busy(
+    checkpoint, talking, voice, tmp_path, home, monkeypatch
+):
+    worker, rounds = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=0, keep_hours=1e-9), []
+    sweep = worker._sweep
+    monkeypatch.setattr(worker, "_sweep", lambda: rounds.append(len(worker._waiting)) or sweep())
+    worker.start()
+    assert worker.ready.wait(60)
+    time.sleep(2.5)
+    assert 1 <= len(rounds) <= 4
+    jobs_ = [worker.submit(Request(talking, voice, steps=1), ME) for _ in range(3)]
+    until(lambda: not jobs_[0].folder.exists())
+    assert jobs_[2].state != DONE, "the first is swept while others wait or run"
+    worker.close()
+
+
+def test_the_list_has_all_jobs_that_have_not_ended(talking, voice, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "KEPT_JOBS", 1)
+    worker = Worker(tmp_path)
+    first, *others, last = (worker.submit(Request(talking, voice), ME) for _ in range(5))
+    for job in others:
+        worker.cancel(job.id, ME)
+    assert worker.jobs_of(ME) == [last, others[-1], first]
+
+
+def test_the_jobs_are_changed_under_the_lock_and_what_is_shown_is_not_changed(worker, talking, voice, tmp_path):
+    job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    shown, before = job.timeline, json.dumps(job.timeline)
+    worker._keep_timeline(job)
+    assert job.timeline is not shown and json.dumps(shown) == before
+    with worker._lock:  # somebody counts them
+        removing = threading.Thread(target=worker.remove, args=(job.id, ME))
+        removing.start()
+        removing.join(0.3)
+        assert job.id in worker._jobs
+    removing.join()
+    assert job.id not in worker._jobs
+    other = Worker(tmp_path)
+    early = other.submit(Request(talking, voice), ME)  # the page may be used before its worker starts
+    other._thread = threading.Thread()
+    with other._lock:
+        starting = threading.Thread(target=other.start)
+        starting.start()
+        starting.join(0.3)
+        assert starting.is_alive()
+    starting.join()
+    assert list(other._jobs.values()) == [early]
+
+
+def test_results_that_cannot_be_read_are_said(tmp_path):
+    (tmp_path / "outputs").mkdir()
+    worker = Worker(tmp_path / "outputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "kept", lambda folder: os.scandir(folder / "secret"))
+        with pytest.raises(UserError, match="outputs' cannot be read .*--outputs"):
+            worker.start()
 
 
 def test_speeds_are_remembered_and_scaled_by_the_work(tmp_path):
@@ -357,4 +523,34 @@ def test_a_gpu_that_is_lent_runs_the_job_in_one_call(checkpoint, talking, voice,
     job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     assert job.state == DONE, job.error
     assert calls == [str(checkpoint)] and probe_video(job.output).n_frames == 20
+    worker.close()
+
+
+def test_where_a_gpu_is_lent_the_best_model_that_is_here_runs(hub, talking, voice, tmp_path, monkeypatch):
+    calls = []
+    worker = Worker(tmp_path, lent=lambda request, output, model: calls.append(model) or {"ended_early": False})
+    worker.start()
+    assert worker.ready.wait(60) and worker.machine.chosen == "demo", worker.problem
+    store.get(NAME)
+    worker.look_for_models()
+    assert worker.machine.chosen == NAME
+    monkeypatch.setattr("optim.accelerate.windows_for", lambda _: 4)
+    line, details = worker.describe(Request(talking, voice), 10)
+    assert f"model {NAME} (64 px), on a GPU lent for each job." in line and details == "conservative: 20 steps."
+    assert ended(worker, worker.submit(Request(talking, voice), ME)).state == DONE and calls == [NAME]
+    assert "demo" in worker.describe(Request(talking, voice, model="demo"), 10)[0]
+    worker.close()
+
+
+def test_a_job_on_a_gpu_that_is_lent_does_not_claim_to_be_cancelled(checkpoint, talking, voice, tmp_path, home):
+    go_on = threading.Event()
+    worker = Worker(tmp_path, model=str(checkpoint), lent=lambda *_: go_on.wait(60) and {"ended_early": False})
+    worker.start()
+    job = worker.submit(Request(talking, voice, steps=1), ME)
+    until(lambda: job.state == "running")
+    with pytest.raises(UserError, match="wait until it is done"):
+        worker.cancel(job.id, ME)
+    assert not worker.view(job)["ending"]
+    go_on.set()
+    assert ended(worker, job).state == DONE
     worker.close()

@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from gradio_client import Client, handle_file
 from serving import ROOT, serve
 
 from latentsync.media import COMMENT, probe_video
+from optim.serving.job import owner_of
 
 LOGIN = ("anna", "a long password")
 UPLOAD_LIMIT = 2_000_000  # bytes
@@ -114,8 +116,8 @@ def test_results_are_compared_and_found_again_after_the_server_was_killed(tmp_pa
         mine = done["job"], done["visitor"]
         with pytest.raises(Exception, match="no side-by-side video yet"):
             client.predict(*mine, True, api_name="/result")
-        assert client.predict(*mine, api_name="/compare")["comparison"]["state"] == "running"
-        while (comparison := job(client, done)["comparison"])["state"] == "running":
+        assert client.predict(*mine, api_name="/compare")["comparison"]["state"] in ("waiting", "running")
+        while (comparison := job(client, done)["comparison"])["state"] in ("waiting", "running"):
             time.sleep(0.1)
         assert comparison == {"state": "done", "done": 7, "total": 8, "error": None}
         assert probe_video(client.predict(*mine, True, api_name="/result")).width == 2 * 192
@@ -217,6 +219,21 @@ def test_a_visitor_cannot_read_what_is_not_theirs(server, clips):
         assert ask("submit", given, given, *rest).json()["data"][0]["error"]
 
 
+def test_a_file_that_calls_itself_a_page_is_never_opened_as_one(server, clips, tmp_path):
+    client, visitor = connect(server), browser(server)
+    for name in ("evil.html", "evil.svg", "plain.mp4"):
+        video = shutil.copyfile(clips / "talking.mp4", tmp_path / name)
+        files = {"video": handle_file(video), "audio": handle_file(clips / "short.wav")}
+        reply = client.predict(**files, steps=4, api_name="/submit")
+        assert reply["error"] is None
+        found = visitor.get(f"/lipsync/{job(client, reply)['files']['original']}")
+        assert found.status_code == 200 and found.headers["x-content-type-options"] == "nosniff"
+        assert found.headers["content-security-policy"] == "sandbox; default-src 'none'"
+        kind, disposition = found.headers["content-type"], found.headers["content-disposition"].split(";")[0]
+        plain = name == "plain.mp4"
+        assert (kind, disposition) == (("video/mp4", "inline") if plain else ("application/octet-stream", "attachment"))
+
+
 def test_the_limits_hold(server, clips):
     client, visitor = connect(server), browser(server)
     assert "lasts 31 s, and this server takes 30 s" in submit(client, clips, "too long.wav")["error"]
@@ -225,6 +242,41 @@ def test_the_limits_hold(server, clips):
     for name, value in (("level", 2), ("guidance", -1), ("seed", -1), ("batch", 1000), ("vram_fraction", 2)):
         with pytest.raises(Exception, match=str(value)):
             assert submit(client, clips, **{name: value})["error"] is None
+
+
+def test_a_level_is_known_or_refused_at_once_and_can_be_shown_again():
+    import app
+    from optim.levels import STOPS, find_level
+
+    assert [(name.lower(), at) for name, at in app.STOPS] == [(stop.name, stop.position) for stop in STOPS]
+
+    def asked(level):
+        rest = ["auto", 4, 1, 0.85, 0, app.AS_LEVEL, app.AS_LEVEL, "largest", 16, None]
+        return app.asked(app.MODELS, Path("video"), Path("voice"), level, *rest)
+
+    for given, position in (("Balanced", 0.5), (" aggressive ", 1.0), ("auto", 0.0), (0.25, 0.25), ("0.25", 0.25)):
+        request = asked(given)
+        assert request.level == "auto" or find_level(request.level).position == position
+        assert app.as_settings(request.settings())[0] == position, "as the page's slider has it"
+    for given in ("fast", "", "nan", 1.5, None, "-1", []):
+        with pytest.raises(app.UserError, match="The level is .* or auto, conservative, balanced, aggressive"):
+            asked(given)
+
+
+def test_a_result_that_cannot_be_given_away_is_said(tmp_path, monkeypatch):
+    import app
+
+    worker = app.Worker(tmp_path)
+    page = app.Page(worker, app.Fetcher(worker, True))
+    job = app.Job(app.Request(Path("a"), Path("b")), owner_of("v" * 24), tmp_path, ("a.mp4", "b"), (2, 2), 1.0)
+    job.output, worker._jobs = job.planned, {job.id: job}
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "missing"))
+    with pytest.raises(app.gr.Error, match="'a-synced.mp4' is not on this server any more"):
+        page.result(job.id, "v" * 24)
+    job.output.touch()
+    with pytest.raises(app.gr.Error, match="'a-synced.mp4' cannot be given away .*GRADIO_TEMP_DIR") as caught:
+        page.result(job.id, "v" * 24)
+    assert str(tmp_path) not in str(caught.value)
 
 
 def test_a_public_link_asks_for_a_login_unless_it_is_refused(capsys):

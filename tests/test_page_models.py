@@ -192,11 +192,26 @@ def test_visitors_of_a_public_server_see_the_models_and_cannot_fetch(hub, worker
 
 
 @pytest.mark.parametrize(
-    "options, allowed",
-    [((), True), (("--share",), False), (("--share", "--allow-download"), True)],
+    "options, allowed, warned",
+    [
+        ((), True, False),
+        (("--share",), False, False),
+        (("--share", "--allow-download"), True, False),
+        (("--server-name", "192.168.1.5"), False, True),
+        (("--server-name", "::", "--allow-download"), True, True),
+        (("--server-name", "box.example", "--no-auth"), False, True),
+        (("--server-name", "192.168.1.5", "--auth", "anna:secret"), True, False),
+        (("--server-name", "127.0.0.2"), True, False),
+        (("--server-name", "localhost"), True, False),
+        (("--server-name", "::1"), True, False),
+    ],
 )
-def test_only_who_serves_a_public_page_opens_downloads_to_visitors(options, allowed, monkeypatch, tmp_path):
+def test_only_who_serves_a_page_to_others_opens_downloads_to_them(
+    options, allowed, warned, monkeypatch, tmp_path, capsys
+):
     made = []
+    for name in ("SPACE_ID", "GRADIO_SHARE", "GRADIO_SERVER_NAME"):
+        monkeypatch.delenv(name, raising=False)
 
     class Seen(Exception):
         pass
@@ -209,6 +224,28 @@ def test_only_who_serves_a_public_page_opens_downloads_to_visitors(options, allo
     with pytest.raises(Seen):
         app.main([*options, "--outputs", str(tmp_path)])
     assert made == [allowed]
+    assert ("without a login: --auth sets one" in capsys.readouterr().out) == warned
+
+
+def test_results_that_cannot_be_read_are_not_taken_for_a_port_that_is_in_use(monkeypatch, tmp_path, capsys):
+    class Launched:
+        def __init__(self, *_):
+            self.blocks = self._queue = self
+
+        def launch(self, **_):
+            pass
+
+        def close(self, **_):
+            pass
+
+    def unreadable(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(app, "Page", Launched)
+    monkeypatch.setattr("optim.serving.jobs.kept", unreadable)
+    assert app.main(["--outputs", str(tmp_path / "mine")]) == 2
+    said = capsys.readouterr().err
+    assert "mine' cannot be read (Permission denied)" in said and "--outputs" in said and "port" not in said
 
 
 def test_a_name_to_get_that_nobody_released_is_refused_before_anything_is_served(monkeypatch, capsys):

@@ -52,7 +52,7 @@ class Request:
 class Comparison:
     """Original and result side by side, while that is made and after."""
 
-    state: str = RUNNING
+    state: str = WAITING  # for another that is being made
     done: int = 0  # frames
     total: int = 0  # frames; 0: not known yet
     error: str | None = None

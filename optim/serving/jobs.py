@@ -9,6 +9,7 @@ Nothing here knows of a page or a server. torch is imported by the worker's thre
 The model stays loaded between jobs and is let go after a while without any.
 """
 
+import errno
 import gc
 import math
 import os
@@ -45,7 +46,7 @@ from optim.serving.job import (
 )
 from optim.serving.preview import Preview
 from optim.serving.speeds import Speeds
-from optim.serving.stock import best_for, survey
+from optim.serving.stock import best_for, meant, survey
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
@@ -57,6 +58,10 @@ if TYPE_CHECKING:  # torch takes seconds to load
 IDLE_SECONDS = 600.0  # without a job, until the model is let go
 KEPT_JOBS = 50  # finished ones that a visitor finds in the list
 LIVE_SECONDS = 120.0  # of the curves of the machine
+GPU_FAILED = (
+    "The GPU has failed, and this server cannot use it any more: start the server again. Your files are unharmed, and "
+    "the job can be run again then."
+)
 
 
 class Cancelled(Exception):
@@ -188,14 +193,23 @@ class Worker:
         self._seen_at = -math.inf
         self._models: Models | None = None
         self._loaded: Checkpoint | None = None
+        self._ran: Checkpoint | None = None  # by the job that runs, or was to be
         self._comparing = threading.Lock()  # one comparison at a time, whoever asks
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
 
     # ---- for every thread
 
     def start(self) -> None:
-        """Find the jobs of earlier servers again, and begin to work."""
-        self._jobs |= {job.id: job for job in kept(self.folder)}
+        """Find the jobs of earlier servers again, and begin to work. Raises UserError where they cannot be read."""
+        try:
+            found = {job.id: job for job in kept(self.folder)}
+        except OSError as error:
+            raise UserError(
+                f"The folder of the results '{self.folder}' cannot be read ({unwritten(error)}): give another with "
+                "--outputs."
+            ) from error
+        with self._lock:  # the page may have been used already
+            self._jobs = found | self._jobs
         self._thread.start()
 
     def close(self) -> None:
@@ -215,17 +229,13 @@ class Worker:
         """Copy the files into a folder of the job's own, look at them, and put the job into the queue.
 
         names: what the user calls the files. Raises UserError for files that cannot be used, a sound that is too long,
-        and a full queue.
+        a full queue, and a full disk.
         """
         self._check_room()
         names = names or (request.video.name, request.audio.name)
         folder = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(8)}"
-        folder.mkdir(parents=True, mode=0o700)
         try:
-            video, audio = (
-                Path(shutil.copyfile(path, folder / f"{part}{_suffix(name)}", follow_symlinks=True))
-                for part, path, name in (("video", request.video, names[0]), ("voice", request.audio, names[1]))
-            )
+            video, audio = _copied(request, names, folder)
             try:
                 info, seconds = probe_video(video), probe_audio(audio).duration
             except UserError as error:
@@ -263,10 +273,13 @@ class Worker:
     def view(self, job: Job) -> dict[str, Any]:
         """What a visitor may know of a job of theirs, ready for JSON; paths are relative to where files are served."""
         left, rate = job.seconds_left(), job.frames_per_second()
+        ending = job.state == RUNNING and job.ending.is_set()
+        words = "stopping; what is finished is kept" if job.keep else "cancelling"
         return {
             "id": job.id,
             "state": job.state,
-            "doing": job.doing,
+            "doing": words if ending else job.doing,
+            "ending": ending,
             "before": self.place(job),
             "names": job.names,
             "created": job.created,
@@ -312,10 +325,11 @@ class Worker:
         return next((job for job in list(self._jobs.values()) if _same(job.key, key)), None)
 
     def jobs_of(self, visitor: str) -> list[Job]:
-        """A visitor's jobs, the newest first."""
+        """A visitor's jobs, the newest first: all that have not ended, and KEPT_JOBS that have."""
         owner = owner_of(visitor)
-        own = [job for job in list(self._jobs.values()) if _same(job.owner, owner)]
-        return own[::-1][:KEPT_JOBS]
+        own = [job for job in reversed(list(self._jobs.values())) if _same(job.owner, owner)]
+        old = [job for job in own if job.state not in (WAITING, RUNNING)][KEPT_JOBS:]
+        return [job for job in own if job not in old]
 
     def place(self, job: Job) -> int | None:
         """How many jobs come before one that waits; None for one that does not."""
@@ -332,14 +346,18 @@ class Worker:
     def cancel(self, job_id: str, visitor: str, keep: bool = False) -> Job:
         """End a job, or the comparison of one that has ended; keep: leave what is finished as a result.
 
-        Raises UserError for another's job.
+        What was said first holds: who cancels after "keep" does not lose what is kept, and a run that is being dropped
+        cannot be kept any more. Raises UserError for another's job, and for one that runs on a GPU that is lent.
         """
         job = self.find(job_id, visitor)
         if job.comparison:
             job.comparison.ending.set()
         with self._lock:
-            job.keep = keep
-            job.ending.set()
+            if self.lent and job.state == RUNNING:
+                raise UserError("This job runs in one call on a GPU that is lent for it: wait until it is done.")
+            if not job.ending.is_set():
+                job.keep = keep
+                job.ending.set()
             if job in self._waiting:
                 self._waiting.remove(job)
                 job.ended, job.doing = time.time(), "cancelled"
@@ -353,7 +371,7 @@ class Worker:
         if job.output is None:
             raise UserError("There is no result yet to put beside the original: watch the job until it is done.")
         with self._lock:
-            if job.comparison is None or job.comparison.state not in (RUNNING, DONE):
+            if job.comparison is None or job.comparison.state not in (WAITING, RUNNING, DONE):
                 job.comparison = Comparison()
                 threading.Thread(target=self._compare, args=(job, job.comparison), name="compare", daemon=True).start()
         return job
@@ -369,9 +387,14 @@ class Worker:
 
         partial = job.compared.with_suffix(".partial.mp4")
         try:
-            with self._comparing:
+            while not self._comparing.acquire(timeout=0.2):  # another is being made
                 step(0, 0)
+            try:
+                step(0, 0)
+                comparison.state = RUNNING
                 side_by_side(job.request.video, job.output, partial, step)
+            finally:
+                self._comparing.release()
             os.replace(partial, job.compared)
             comparison.state = DONE
         except Cancelled:
@@ -399,7 +422,8 @@ class Worker:
         self._forget(job)
 
     def _forget(self, job: Job) -> None:
-        self._jobs.pop(job.id, None)
+        with self._lock:
+            self._jobs.pop(job.id, None)
         if job.comparison:
             job.comparison.ending.set()
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -421,6 +445,9 @@ class Worker:
         checkpoint = self._checkpoint(request)
         plan = make_plan(request, checkpoint, device)
         words = f"{in_words(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
+        if self.lent:  # the plan is for the processor that is here, and only its level and steps hold there
+            alone = replace(plan, settings=replace(plan.settings, windows_per_pass=1))
+            return f"{words}, on {self.machine.device_name}.", f"{describe(alone, device)}."
         details = describe(plan, device) + "."
         if seconds is None:
             return words + ".", details
@@ -453,6 +480,7 @@ class Worker:
         self.ready.set()
         idle_since = time.monotonic()
         while not self._closed:
+            self._sweep()
             with self._lock:
                 job = self._waiting.popleft() if self._waiting else None
                 if job:
@@ -460,10 +488,12 @@ class Worker:
                 else:
                     self._wake.clear()
             if job is None:
-                self._wake.wait(timeout=min(self.idle_seconds, 60))
+                self._wake.wait(timeout=max(1.0, min(self.idle_seconds, 60.0)))
                 if self._models is not None and time.monotonic() - idle_since > self.idle_seconds:
-                    self._unload()
-                self._sweep()
+                    try:
+                        self._unload()
+                    except RuntimeError:  # the next job says so
+                        traceback.print_exc()
                 continue
             try:
                 self._perform(job)
@@ -493,7 +523,7 @@ class Worker:
         device = torch.device("cpu") if self.lent else choose_device(self.device_name)
         gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
         best, why = best_for(gpu, self.lent is not None)
-        found = survey(self.model, device)
+        found = survey(self.model, device, self.lent is not None)
         side = next(model["resolution"] for model in found["models"] if model["name"] == found["chosen"])
         self.folder.mkdir(parents=True, exist_ok=True)
         advice = advise(read_facts(side, self.folder))
@@ -514,18 +544,16 @@ class Worker:
             return
         import torch
 
-        found = survey(self.model, torch.device(self.machine.device))
+        found = survey(self.model, torch.device(self.machine.device), self.lent is not None)
         self.machine = replace(self.machine, **found)
 
     def _checkpoint(self, request: Request) -> "Checkpoint":
         """The model of a request, as it is on this machine now. Raises UserError."""
         import torch
 
-        from latentsync.checkpoints import resolve
-
         own = request.model == self.machine.chosen and self.model != "auto"  # the folder that the server was given
         name = self.model if own or request.model == "auto" else request.model
-        return resolve(name, torch.device(self.machine.device))
+        return meant(name, torch.device(self.machine.device), self.lent is not None)
 
     def _where(self, checkpoint: "Checkpoint") -> str:
         return f"{checkpoint.name}, {self.machine.device_name}"
@@ -537,7 +565,7 @@ class Worker:
         from latentsync.checkpoints import load_models
 
         device = torch.device(self.machine.device)
-        checkpoint = self._checkpoint(request)
+        checkpoint = self._ran = self._checkpoint(request)
         if checkpoint.remark:
             job.messages.append(checkpoint.remark)
             checkpoint = replace(checkpoint, remark=None)  # the same files, however they were asked for
@@ -549,6 +577,7 @@ class Worker:
         return self._models
 
     def _unload(self) -> None:
+        """Let the model go. Raises RuntimeError where the GPU has failed for good, as CUDA does at every call then."""
         import torch
 
         self._models = self._loaded = None
@@ -561,6 +590,7 @@ class Worker:
         from latentsync.pipeline import Enough
 
         job.timeline = {"stages": {}}
+        self._ran = None
         state, broken = FAILED, False
         try:
             if self.machine is None:
@@ -577,7 +607,7 @@ class Worker:
         except Exception as error:
             broken = True
             if short_of_memory(error):
-                self._fail(job, *out_of_memory(job.request, self.machine))
+                self._fail(job, *out_of_memory(self.machine, self._ran))
             else:
                 traceback.print_exc()
                 self._fail(
@@ -586,8 +616,12 @@ class Worker:
                     "are unharmed: try again, or with other settings.",
                     None,
                 )
-        if broken:  # not before the error is gone, whose traceback holds what the run had in memory
-            self._unload()
+        if broken and not self.lent:  # not before the error is gone, whose traceback holds what the run had in memory
+            try:
+                self._unload()
+            except RuntimeError:
+                traceback.print_exc()
+                self._fail(job, GPU_FAILED, None)
         job.ended = time.time()
         job.playable = 0
         with suppress(OSError):  # its folder may be gone, or the file be open elsewhere on Windows
@@ -608,7 +642,8 @@ class Worker:
     def _run_lent(self, job: Job) -> None:
         job.doing = "running on a GPU that is lent for it; how far it is cannot be seen here"
         output = job.planned
-        name = self._checkpoint(job.request).name
+        self._ran = self._checkpoint(job.request)
+        name = self._ran.name
         model = name if self.model == "auto" or name != self.machine.chosen else self.model
         job.report, job.output = self.lent(job.request, output, model), output
 
@@ -673,7 +708,7 @@ class Worker:
         """The curves of the job's time beside its stages."""
         if self.monitor is None or job.report is None or (history := self._history(job)) is None:
             return
-        job.timeline |= thinned(history, time.time() - job.started)
+        job.timeline = job.timeline | thinned(history, time.time() - job.started)  # the old one may be being given away
 
 
 class Progress:
@@ -710,17 +745,18 @@ def short_of_memory(error: Exception) -> bool:
     return isinstance(error, (OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def out_of_memory(request: Request, machine: Machine) -> tuple[str, dict | None]:
-    """The sentence for a run that the memory was not enough for, and what to try next."""
+def out_of_memory(machine: Machine, ran: "Checkpoint | None") -> tuple[str, dict | None]:
+    """The sentence for a run that the memory was not enough for, and what to try next; ran: with which model.
+
+    All that a level can give up has been given up by then.
+    """
     sentence = f"The memory of {machine.device_name} is not enough for this, even in the smallest pieces: "
-    smaller = next((m for m in machine.models if m["present"] and m["resolution"] and m["resolution"] < 512), None)
-    if smaller and request.model != smaller["name"]:
-        remedy = {"label": f"Run again with {smaller['name']}", "settings": {"model": smaller["name"]}}
-        return sentence + "close other programs that use it, or take the smaller model.", remedy
-    if request.level != "balanced":
-        remedy = {"label": "Run again at balanced", "settings": {"level": "balanced"}}
-        return sentence + "close other programs that use it, then try balanced.", remedy
-    return sentence + "close other programs that use it.", None
+    smaller = [m for m in machine.models if m["present"] and ran and m["resolution"] < ran.resolution]
+    if not smaller:
+        return sentence + "close other programs that use it.", None
+    name = max(smaller, key=lambda model: model["resolution"])["name"]
+    remedy = {"label": f"Run again with {name}", "settings": {"model": name}}
+    return sentence + "close other programs that use it, or take a smaller model.", remedy
 
 
 def said(error: UserError, names: dict[Path, str]) -> str:
@@ -744,6 +780,31 @@ def spoken(seconds: float) -> str:
 def _same(ours: str, given: str) -> bool:
     """Compared so that the time it takes tells nothing."""
     return secrets.compare_digest(ours.encode(), given.encode())
+
+
+def _copied(request: Request, names: tuple[str, str], folder: Path) -> tuple[Path, Path]:
+    """Copies of a request's files, as video and voice, in a new folder. Raises UserError where there can be none."""
+    try:
+        folder.mkdir(parents=True, mode=0o700)
+        video, voice = (
+            Path(shutil.copyfile(path, folder / f"{part}{_suffix(name)}", follow_symlinks=True))
+            for part, path, name in (("video", request.video, names[0]), ("voice", request.audio, names[1]))
+        )
+    except OSError as error:
+        for path, name in zip((request.video, request.audio), names, strict=True):
+            if not path.is_file():
+                raise UserError(f"The file '{name}' is not on this server any more: give it again.") from None
+        log(f"A job's files cannot be kept: {error}")
+        raise UserError(
+            f"Your files cannot be kept with the results of this server ({unwritten(error)}): remove jobs that you do "
+            "not need, or let who serves the page look at the folder that --outputs names."
+        ) from None
+    return video, voice
+
+
+def unwritten(error: OSError) -> str:
+    """Why something could not be written, without where: not every visitor is to know the folders of a server."""
+    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else os.strerror(error.errno or errno.EIO)
 
 
 def _suffix(name: str) -> str:

@@ -22,6 +22,7 @@ from latentsync.releases import RELEASES, folder_of, notice, recommend
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
+    from latentsync.checkpoints import Checkpoint
     from optim.hardware import Gpu
     from optim.serving.jobs import Worker
 
@@ -50,14 +51,28 @@ def best_for(gpu: "Gpu | None", lent: bool = False) -> tuple[str, str]:
     return recommend(lambda side: lent or fits(side))
 
 
-def survey(model: str, device: "torch.device") -> dict[str, Any]:
+def meant(model: str, device: "torch.device", lent: bool = False) -> "Checkpoint":
+    """The checkpoint that a name or a folder means; lent: `auto` is the best one that is here, whatever the device.
+
+    Raises UserError where there is none.
+    """
+    from latentsync.checkpoints import resolve, resolve_released
+
+    if lent and model == "auto":
+        for name in RELEASES:  # the best first
+            if found := resolve_released(name):
+                return found
+    return resolve(model, device)
+
+
+def survey(model: str, device: "torch.device", lent: bool = False) -> dict[str, Any]:
     """Fields of `optim.serving.jobs.Machine`: the models there are, what `auto` is, and what is to be said of that one.
 
-    model: what the server was told that `auto` is. Raises UserError where that is not there.
+    model: what the server was told that `auto` is; lent: see `meant`. Raises UserError where that is not there.
     """
     from latentsync.checkpoints import NAMES, resolve
 
-    chosen = resolve(model, device)
+    chosen = meant(model, device, lent)
     models = []
     for name in [*NAMES[1:], *([chosen.name] if chosen.name not in NAMES else [])]:
         try:
