@@ -303,6 +303,7 @@ class Page:
         job, keep = gr.Textbox(visible=False, label="job"), gr.Checkbox(visible=False, label="keep")
         changes = gr.JSON(visible=False, label="settings")
         since = gr.Number(visible=False, label="since", value=0)
+        known = gr.JSON(visible=False, label="known")
         file = gr.File(visible=False, label="file")
         quiet = {"queue": False, "show_progress": "hidden"}
         as_visitor = "(...given) => [...given.slice(0, -1), window.lipsync.visitor]"
@@ -338,6 +339,9 @@ class Page:
         # The page's script says so when there is another model, and when a job has shown how fast this machine is.
         live.input(self.choices, None, self.model, **quiet, api_visibility="private").then(**meaning)
         live.submit(**meaning)
+        if OWN_TEMP:  # the uploads went with the server before, see page.js
+            files = [self.video, self.audio]
+            live.clear(None, files, files, js="(...files) => window.lipsync.lost(files)")
 
         self.blocks.load(
             self.greet, None, [*self.stops, self.level, self.model, self.guidance, advice, foot], **quiet,
@@ -349,7 +353,7 @@ class Page:
         settings = [*self.settings[:-1], guidance]
         self._endpoint(self.submit, [self.video, self.audio, *settings, visitor], reply, "submit")
         self._endpoint(self.describe, [*settings, seconds], [self.line, self.details], "describe")
-        self._endpoint(self.watch, [visitor, since], reply, "watch")
+        self._endpoint(self.watch, [visitor, since, known], reply, "watch")
         self._endpoint(self.cancel, [job, keep, visitor], reply, "cancel")
         self._endpoint(self.again, [job, changes, visitor], reply, "again")
         self._endpoint(self.remove, [job, visitor], reply, "remove")
@@ -389,17 +393,25 @@ class Page:
 
         return answer(act)
 
-    def watch(self, visitor: str, since: float = 0.0) -> dict[str, Any]:
+    def watch(self, visitor: str, since: float = 0.0, known: dict[str, str] | None = None) -> dict[str, Any]:
         """A visitor's jobs, the length of the queue, the machine's curves after the time `since`, and what is fetched.
 
+        known: "version" of jobs by "id", as they were told before: where it is the same, nothing else of a job is told.
+        server: another one after the server was started again, when `since` and the addresses of files mean nothing.
         models: a number that changes when /models has something new to say; None before the machine was looked at.
         measured: one that changes when /describe may know better how long a job takes.
         """
 
         def act() -> dict[str, Any]:
             running, waiting = self.worker.load()
-            jobs = [self.worker.view(job) for job in self.worker.jobs_of(own(visitor))]
+            jobs = []
+            for job in self.worker.jobs_of(own(visitor)):
+                told = {"id": job.id, "version": job.version()}
+                if told["version"] is None or told["version"] != (known or {}).get(job.id):
+                    told |= self.worker.view(job)
+                jobs.append(told)
             return {
+                "server": self.worker.server,
                 "jobs": jobs, "running": running, "waiting": waiting, "live": self.worker.live(since or 0.0),
                 "models": self.fetcher.version if self.worker.ready.is_set() else None,
                 "fetching": self.fetcher.view(), "measured": self.worker.speeds.jobs if self.worker.speeds else 0,

@@ -196,9 +196,11 @@ function result(view, job) {
       view.parts.beside,
       compare,
       make("button", { type: "button", class: "soft", onclick: () => trigger("select", { settings: job.settings }) }, "Use these settings"),
-      make("button", { type: "button", class: "soft", onclick: () => remove(job.id) }, "Remove")),
+      make("button", { type: "button", class: "soft", onclick: () => {
+        if (confirm(`Remove ${job.files.result.split("/").pop()} and all else of this job from the machine that made it?`)) remove(job.id);
+      } }, "Remove")),
     view.parts.besideError,
-    make("details", { ontoggle: (event) => event.target.open && timeline(plot, job) },
+    make("details", { ontoggle: (event) => event.target.open && timeline(plot, job).catch(() => text(plot, "The curves cannot be drawn now: close this, and open it again.")) },
       make("summary", {}, "Settings, time and advice"),
       make("div", { class: "tables" },
         make("table", {}, make("caption", {}, "Settings used"), ...list),
@@ -277,9 +279,20 @@ function focusOn(what) {
 
 
 function library() {
-  plotting ||= new Promise((loaded, failed) =>
-    document.head.append(make("script", { src: `${root}/lipsync/plotly.min.js`, onload: loaded, onerror: failed })));
-  return plotting;
+  return (plotting ||= new Promise((loaded, failed) => {
+    const script = make("script", { src: `${root}/lipsync/plotly.min.js`, onload: loaded, onerror: () => {
+      script.remove();
+      plotting = null; // the next one who wants it asks again
+      failed(new Error("the drawing library"));
+    } });
+    document.head.append(script);
+  }));
+}
+function forgetCurves() {
+  since = 0;
+  times.length = 0;
+  for (const name of Object.keys(curves)) delete curves[name];
+  drawn = null;
 }
 function look() {
   const colour = dark() ? "#aebac2" : "#4a5861", line = dark() ? "#28323a" : "#e6ebee";
@@ -330,6 +343,7 @@ async function draw(live) {
 
 async function timeline(plot, job) {
   if (plot.childElementCount || !job.timeline) return;
+  text(plot, "");
   await library();
   const { base } = look(), stages = Object.entries(job.timeline.stages);
   const traces = Object.entries(job.timeline.curves || {}).map(([name, y], i) => ({ x: job.timeline.time, y, name, mode: "lines", line: { width: 1.6, color: COLOURS[i % COLOURS.length] } }));
@@ -401,7 +415,8 @@ function renderOffer() {
   const model = models?.models?.find((each) => each.name === models.recommended);
   const wanted = model && models.allowed && !models.offline && !models.models.some((each) => each.present) && !fetching && once.get(LATER) !== model.name;
   show(box, Boolean(wanted));
-  if (!wanted) return;
+  if (!wanted || box.dataset.shown === String(versionAsked)) return;
+  box.dataset.shown = String(versionAsked);
   box.replaceChildren(
     make("p", {}, make("b", {}, "This machine can do better than the demo model. "), models.why),
     licences(model.notice),
@@ -463,20 +478,44 @@ let measured = null; // jobs by which the server knows this machine's speed
 
 // ---- once a second, while somebody looks
 
-let asking = null;
+let asking = null, answering = null; // the server that does
+
+/** Another server answers: it has neither the files that were given nor the old addresses of results. What was typed stays. */
+function anew() {
+  for (const { card } of cards.values()) card.remove();
+  cards.clear();
+  forgetCurves();
+  versionAsked = -1; // not null: the chooser of models is asked for again, too
+  trigger("clear", {});
+}
+/** What is left of the files that were given to another server: nothing. */
+function lost(files) {
+  if (files.some(Boolean)) notice("The server was started again and has not got your files any more: give them again.");
+  return files.map(() => null);
+}
+
 async function ask() {
-  const seen = await call("watch", visitor, since);
+  const had = Object.fromEntries([...cards].map(([id, view]) => [id, view.version]));
+  const seen = await call("watch", visitor, since, had);
   if (seen.error) return notice(seen.error);
+  const other = answering !== null && answering !== seen.server;
+  answering = seen.server;
+  if (other) {
+    anew();
+    return ask();
+  }
   const known = new Set(seen.jobs.map((job) => job.id));
   for (const [id, view] of cards) if (!known.has(id)) { view.card.remove(); cards.delete(id); }
   const list = find("#cards");
   for (const job of [...seen.jobs].reverse()) {
+    if (!job.state) continue; // it is as it was
     if (!cards.has(job.id)) {
       const view = makeCard(job);
       cards.set(job.id, view);
       list.prepend(view.card);
     }
     update(cards.get(job.id), job);
+    cards.get(job.id).version = job.version;
   }
   show(find("#empty"), cards.size === 0);
   const others = seen.running + seen.waiting;
@@ -484,10 +523,10 @@ async function ask() {
   if (measured !== null && measured !== seen.measured) trigger("submit", {}); // the line under the slider
   measured = seen.measured;
   await showModels(seen);
-  await draw(seen.live);
+  await draw(seen.live).catch(() => { drawn = null; }); // no fault of the server's; it is tried again
 }
 function refresh() {
-  return (asking ||= ask().catch(() => text(find("#load"), "The server does not answer; asking again …")).finally(() => (asking = null)));
+  return (asking ||= ask().catch(({ message }) => text(find("#load"), message === "watch: 401" ? "The server wants a login again: reload the page" : "The server does not answer; asking again …")).finally(() => (asking = null)));
 }
 function told(reply) {
   if (!reply) return;
@@ -522,10 +561,7 @@ new MutationObserver(() => {
 function setTheme(name) {
   document.body.classList.toggle("dark", name === "dark");
   text(find("#theme"), name === "dark" ? "Light" : "Dark");
-  since = 0; // the curves are asked for again, and take the new colours
-  times.length = 0;
-  for (const name of Object.keys(curves)) delete curves[name];
-  drawn = null;
+  forgetCurves(); // they are asked for again, and take the new colours
 }
 try {
   const chosen = localStorage.getItem(THEME);
@@ -537,7 +573,7 @@ find("#theme").addEventListener("click", () => {
   try { localStorage.setItem(THEME, name); } catch { /* nothing is stored here */ }
 });
 
-window.lipsync = { visitor, told, chosen, refresh };
+window.lipsync = { visitor, told, chosen, refresh, lost };
 setInterval(() => { if (!document.hidden) refresh(); }, SECOND);
 document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
 refresh();

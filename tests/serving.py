@@ -19,8 +19,8 @@ class Server:
     """A running page: its address, the folder of its outputs, and what it said."""
 
     def __init__(self, process: subprocess.Popen, port: int, outputs: Path, log: Path, began: float):
-        self.process, self.url, self.outputs, self.log = process, f"http://127.0.0.1:{port}", outputs, log
-        self.began = began
+        self.process, self.port, self.url = process, port, f"http://127.0.0.1:{port}"
+        self.outputs, self.log, self.began = outputs, log, began
 
     def wait_until_ready(self, seconds: float = 90) -> float:
         """Seconds of the processor that it took until the page was there, whatever else the machine does."""
@@ -36,11 +36,12 @@ class Server:
 
 
 @contextmanager
-def serve(folder: Path, *options: object):
-    """Start app.py on a free port of the loopback, with its files in `folder`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def serve(folder: Path, *options: object, port: int | None = None):
+    """Start app.py on a port of the loopback, a free one unless it is given, with its files in `folder`."""
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
     outputs, log = folder / "outputs", folder / "log"
     arguments = ["--server-port", port, "--outputs", outputs, "--no-open", *options]

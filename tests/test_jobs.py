@@ -22,7 +22,7 @@ from latentsync.errors import UserError
 from latentsync.media import COMMENT, probe_video, read_audio, read_frames, read_frames_looped
 from latentsync.pipeline import Settings
 from latentsync.sampling import DeepCache
-from optim.serving import jobs
+from optim.serving import jobs, preview
 from optim.serving.job import CANCELLED, DONE, FAILED, Request, kept
 from optim.serving.jobs import Worker, interruptible, run_alone
 from optim.serving.speeds import Speeds
@@ -494,6 +494,40 @@ def test_results_that_cannot_be_read_are_said(tmp_path):
         patch.setattr(jobs, "kept", lambda folder: os.scandir(folder / "secret"))
         with pytest.raises(UserError, match="outputs' cannot be read .*--outputs"):
             worker.start()
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, stuck):
+    import imageio_ffmpeg
+
+    go_on, shown = threading.Event(), []
+
+    def write_frames(*_, **__):
+        while True:
+            frame = yield
+            if shown:  # the first is taken at once, so that it is known that it begins
+                go_on.wait(60)
+            if frame is not None:
+                shown.append(int(frame[0, 0, 0]))
+
+    monkeypatch.setattr(imageio_ffmpeg, "write_frames", write_frames)
+    monkeypatch.setattr(preview, "STUCK_SECONDS", 0.5)
+    job = jobs.Job(Request(Path("video"), Path("voice")), "me", tmp_path, ("a", "b"), (16, 16), 9.0)
+    taking = preview.Preview(job)
+    began = time.monotonic()
+    for number in range(200):
+        taking(np.full((16, 16, 3), number, np.uint8))
+    if not stuck:
+        go_on.set()
+        until(lambda: taking._given.empty())
+        taking(np.full((16, 16, 3), 200, np.uint8))
+    taking.close()
+    assert time.monotonic() - began < 5
+    if not stuck:
+        assert len(shown) == 201 and shown[:10] == list(range(10)) and shown[-1] == 200, "the sound stays in step"
+    go_on.set()
+    taking._thread.join(10)
+    assert not taking._thread.is_alive()
 
 
 def test_speeds_are_remembered_and_scaled_by_the_work(tmp_path):

@@ -128,6 +128,13 @@ def test_own_files_give_a_result_beside_the_original(visit, clips, server):
     with page.expect_download() as download:
         page.click("text=Download side by side")
     assert download.value.suggested_filename == "talking-side-by-side.mp4"
+    asked = []
+    page.once("dialog", lambda box: (asked.append(box.message), box.dismiss()))
+    page.click("text=Remove")
+    page.evaluate("window.lipsync.refresh()")
+    page.wait_for_timeout(500)
+    assert page.locator(".card").count() == 1 and "Remove talking-synced.mp4" in asked[0]
+    page.once("dialog", lambda box: box.accept())
     page.click("text=Remove")
     page.wait_for_selector(".card", state="detached")
 
@@ -201,6 +208,56 @@ def test_two_visitors_see_their_own_jobs_and_the_queue_s_length(visit, clips):
     state(first, "cancelled")
     state(second, "done")
     assert second.locator(".card").count() == first.locator(".card").count() == 1
+
+
+def test_a_tab_goes_on_with_the_server_that_comes_after(chromium, clips, checkpoint, tmp_path):
+    with serve(tmp_path, "--model", checkpoint) as before:
+        before.wait_until_ready()
+        page = chromium.new_page()
+        page.set_default_timeout(SLOW)
+        page.goto(before.url)
+        page.wait_for_function("document.querySelector('#line')?.textContent.includes('steps')")
+        page.click("#stop-1")
+        give(page, clips)
+        start(page)
+        state(page, "done")
+        page.wait_for_selector("#plot .trace", state="attached")
+        page.wait_for_timeout(5000)  # its curves are longer than those of the next server at first
+        page.evaluate("window.unchanged = true")
+    with serve(tmp_path, "--model", checkpoint, port=before.port) as after:
+        after.wait_until_ready()
+        page.wait_for_function("document.querySelector('#notice').textContent.includes('give them again')")
+        state(page, "done")
+        page.wait_for_function("document.querySelector('.made').readyState > 0")  # by its new address
+        points = page.evaluate("Number(document.querySelector('#plot').dataset.points)")
+        page.wait_for_function(f"Number(document.querySelector('#plot').dataset.points) > {points}")
+        assert page.input_value("#level input[type=number]") == "0.5" and page.evaluate("window.unchanged")
+        assert page.locator("#video video").count() == 0
+        page.wait_for_function("!/clip|first job/.test(document.querySelector('#line').textContent)")  # no sound, either
+        give(page, clips)
+        page.click("#start")
+        page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 2")
+        assert page.inner_text("#notice") == ""
+    page.close()
+
+
+def test_a_drawing_library_that_did_not_come_is_asked_for_again(chromium, server):
+    page, refused, words = chromium.new_page(), [], []
+
+    def refuse(route):
+        if len(refused) == 2:
+            return route.continue_()
+        refused.append(route.request.url)
+        route.abort()
+
+    page.route("**/plotly.min.js", refuse)
+    page.expose_function("heard", lambda said: words.append(said))
+    page.add_init_script("setInterval(() => window.heard(document.querySelector('#load')?.textContent || ''), 100)")
+    page.goto(server.url)
+    page.wait_for_selector("#plot .trace", state="attached", timeout=SLOW)
+    assert len(refused) == 2 and any("No job" in each for each in words)
+    assert not any("does not answer" in each for each in words)
+    page.close()
 
 
 def test_what_cannot_be_used_gets_its_sentence(visit, clips):

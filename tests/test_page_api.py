@@ -123,6 +123,8 @@ def test_results_are_compared_and_found_again_after_the_server_was_killed(tmp_pa
         assert probe_video(client.predict(*mine, True, api_name="/result")).width == 2 * 192
         stranger = client.predict(done["job"], secrets.token_urlsafe(24), api_name="/compare")
         assert "no job" in stranger["error"]
+        before = client.predict(done["visitor"], 0, api_name="/watch")["server"]
+        assert client.predict(done["visitor"], 0, api_name="/watch")["server"] == before
         cut = submit(client, clips, "long.wav", done["visitor"])
         until(client, cut, "running")
         server.process.kill()
@@ -131,6 +133,7 @@ def test_results_are_compared_and_found_again_after_the_server_was_killed(tmp_pa
         server.wait_until_ready()
         client = Client(server.url, verbose=False)
         found, lost = job(client, done), job(client, cut)
+        assert client.predict(done["visitor"], 0, api_name="/watch")["server"] != before
         assert found["state"] == "done" and set(found["files"]) == {"original", "result", "compared"}
         assert httpx.get(f"{server.url}/lipsync/{found['files']['result']}").status_code == 200
         assert lost["state"] == "failed" and "The server ended before this job did" in lost["error"]
@@ -198,8 +201,8 @@ def test_a_visitor_cannot_read_what_is_not_theirs(server, clips):
         unknown = ask(endpoint, "0" * 8, *data).json()["data"][0]["error"]
         assert ask(endpoint, reply["job"], *data).json()["data"][0]["error"] == unknown.replace("0" * 8, reply["job"])
     assert ask("result", reply["job"], foreign).status_code == 500
-    assert ask("watch", foreign, 0).json()["data"][0]["jobs"] == []
-    assert "22 to 100 letters" in ask("watch", "me", 0).json()["data"][0]["error"]
+    assert ask("watch", foreign, 0, None).json()["data"][0]["jobs"] == []
+    assert "22 to 100 letters" in ask("watch", "me", 0, None).json()["data"][0]["error"]
 
     # Files that were not uploaded, by any of the ways to name one.
     config = visitor.get("/config").json()
@@ -209,7 +212,7 @@ def test_a_visitor_cannot_read_what_is_not_theirs(server, clips):
         given = {"path": path, "meta": {"_type": "gradio.FileData"}}
         found = ask("submit", given, given, *rest)
         assert found.status_code != 200 or found.json()["data"][0]["error"]
-    assert ask("watch", foreign, 0).json()["data"][0]["jobs"] == []
+    assert ask("watch", foreign, 0, None).json()["data"][0]["jobs"] == []
 
     # A playlist, by which ffmpeg would read other files.
     for name, words in (("list.mp4", f"ffconcat version 1.0\nfile {result}\n"),
@@ -242,6 +245,27 @@ def test_the_limits_hold(server, clips):
     for name, value in (("level", 2), ("guidance", -1), ("seed", -1), ("batch", 1000), ("vram_fraction", 2)):
         with pytest.raises(Exception, match=str(value)):
             assert submit(client, clips, **{name: value})["error"] is None
+
+
+def test_a_job_that_has_ended_is_told_once_unless_there_is_something_new(server, clips):
+    client = connect(server)
+    reply = submit(client, clips)
+    visitor = reply["visitor"]
+
+    def watch(known):
+        (seen,) = client.predict(visitor, 0, known, api_name="/watch")["jobs"]
+        return seen
+
+    assert watch({reply["job"]: None})["settings"], "one that runs is told each time"
+    seen = until(client, reply, "done")
+    known = {seen["id"]: seen["version"]}
+    assert seen["report"] and watch(known) == {"id": seen["id"], "version": seen["version"]}
+    assert watch({seen["id"]: "another"}) == watch({}) == watch(None) == seen
+    client.predict(reply["job"], visitor, api_name="/compare")
+    while (told := watch(known)).get("comparison", {"state": "running"})["state"] != "done":
+        time.sleep(0.1)
+    assert told["version"] != seen["version"] and "compared" in told["files"]
+    assert watch({told["id"]: told["version"]}).keys() == {"id", "version"}
 
 
 def test_a_level_is_known_or_refused_at_once_and_can_be_shown_again():

@@ -127,6 +127,13 @@ class Job:
             found["first"] = self.first
         return found
 
+    def version(self) -> str | None:
+        """A word that changes with what there is to tell of a job that has ended; None for one that has not."""
+        if self.state in (WAITING, RUNNING):
+            return None
+        comparison = self.comparison and self.comparison.view()  # the key: the addresses of its files
+        return hashlib.sha256(f"{self.key} {comparison}".encode()).hexdigest()[:12]
+
     def frames_per_second(self) -> float | None:
         """Of the mouths since the first of them was begun; None before."""
         began = self.timeline and self.timeline["stages"].get("mouths")

@@ -179,6 +179,7 @@ class Worker:
         self.model, self.device_name = model, device
         self.idle_seconds, self.keep_hours = idle_seconds, keep_hours
         self.lent = lent
+        self.server = secrets.token_hex(6)  # names this one among those that come after each other at an address
         self.machine: Machine | None = None
         self.problem: str | None = None  # why there is none
         self.ready = threading.Event()  # set when one of the two is there

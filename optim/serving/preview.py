@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PREVIEW_SECONDS = 10  # of the result that can be played before it is done
 PREVIEW_PIXELS = 480  # the shorter side of what is shown, at most
 PICTURE_INTERVAL = 1.0  # seconds between two preview pictures
+STUCK_SECONDS = 10.0  # that a run waits for the preview at its end, and no longer
 
 
 def preview_size(width: int, height: int) -> tuple[int, int]:
@@ -44,7 +45,8 @@ def first_picture(info: VideoInfo) -> bytes:
 class Preview:
     """Looks at finished frames in a thread of its own: a picture now and then, and the first seconds as a video.
 
-    The video is in fragments, each playable as soon as it is there.
+    The video is in fragments, each playable as soon as it is there. Where it cannot keep up, the run does not wait: a
+    frame stands for those after it that were left out.
     """
 
     def __init__(self, job: "Job"):
@@ -62,15 +64,19 @@ class Preview:
         in_video, in_picture = self._taken <= PREVIEW_SECONDS * FPS, now >= self._due
         if in_picture:
             self._due = now + PICTURE_INTERVAL
-        if in_video:
-            self._given.put((frame, True, in_picture))
-        elif in_picture:
+        if in_video or in_picture:
             with suppress(queue.Full):
-                self._given.put_nowait((frame, False, True))
+                self._given.put_nowait((frame, self._taken if in_video else 0, in_picture))
 
     def close(self) -> None:
-        self._given.put(None)
-        self._thread.join()
+        """End it; an encoder that is stuck is left behind after STUCK_SECONDS."""
+        while True:
+            with suppress(queue.Full):
+                self._given.put_nowait(None)
+                break
+            with suppress(queue.Empty):
+                self._given.get_nowait()
+        self._thread.join(STUCK_SECONDS)
 
     def _work(self) -> None:
         writer = None
@@ -91,7 +97,7 @@ class Preview:
         job, writer, written = self._job, None, 0
         size = None
         while (item := self._given.get()) is not None:
-            frame, in_video, in_picture = item
+            frame, number, in_picture = item  # from 1, of those in the video; 0: not in it
             if size is None:
                 size = preview_size(frame.shape[1], frame.shape[0])
                 writer = imageio_ffmpeg.write_frames(
@@ -102,9 +108,10 @@ class Preview:
                 )  # fmt: skip
                 writer.send(None)
             small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-            if in_video:
-                writer.send(small)
-                written += 1
+            if number:
+                while written < number:
+                    writer.send(small)
+                    written += 1
                 # A fragment is written when the next one begins, and the encoder looks ahead.
                 job.playable = max(0, written // FPS - 1) if written < PREVIEW_SECONDS * FPS else PREVIEW_SECONDS
                 if written == PREVIEW_SECONDS * FPS:
