@@ -285,7 +285,10 @@ class Page:
                 )  # fmt: skip
             with gr.Row():
                 self.cache = gr.Dropdown(list(CACHES), value=AS_LEVEL, label="DeepCache", elem_id="cache")
-                self.compile = gr.Dropdown(list(SWITCHES), value=AS_LEVEL, label="Compile", elem_id="compile")
+                self.compile = gr.Dropdown(
+                    list(SWITCHES), value=AS_LEVEL, label="Compile", elem_id="compile",
+                    info="Of use in long jobs where there is neither a GPU nor a second core.",
+                )  # fmt: skip
             self.vram = gr.Slider(
                 0.1, 1, value=0.85, step=0.05, label="VRAM fraction", elem_id="vram",
                 info="Share of the GPU's memory that may be used.",

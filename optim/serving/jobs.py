@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentsync import STAGES
-from latentsync.errors import UserError
-from latentsync.media import FPS, HDR_REMARK, probe_audio, probe_video
+from latentsync.errors import UserError, short_of_memory
+from latentsync.media import FPS, probe_audio, probe_video
 from optim.serving.curves import NO_CURVES, latest, live, thinned
 from optim.serving.job import (
     CANCELLED,
@@ -137,16 +137,13 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
 
     model: as on the command line. Returns the report. Nobody can follow it, or end it. Raises UserError.
     """
-    import torch
-
-    from latentsync.__main__ import choose_device
     from latentsync.checkpoints import load_models, resolve
+    from latentsync.options import choose_device
     from latentsync.pipeline import lipsync
     from optim.accelerate import accelerate, reliever
 
     device = choose_device("auto")
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    models = load_models(resolve(model, device), device, dtype)
+    models = load_models(resolve(model, device), device)
     plan = make_plan(request, models, device)
     accelerate(models, plan, log)
     relieve = reliever(models, plan, log)
@@ -249,8 +246,7 @@ class Worker:
             fields = request.settings() | {"video": video, "audio": audio}
             size = info.width, info.height
             job = Job(Request(**fields), owner_of(visitor), folder, names, size, seconds)
-            if info.hdr:
-                job.messages.append(HDR_REMARK)
+            job.messages += info.remarks
             write_down(job, WAITING)
             with self._lock:
                 self._check_room()
@@ -513,7 +509,7 @@ class Worker:
     def _look(self) -> None:
         import torch
 
-        from latentsync.__main__ import choose_device
+        from latentsync.options import choose_device
         from latentsync.releases import home
         from optim.doctor import advise, read_facts
         from optim.hardware import read_gpus, recommended_level
@@ -573,8 +569,7 @@ class Worker:
         if self._models is None or self._loaded != checkpoint:
             self._unload()
             job.doing = f"loading the model {checkpoint.name}"
-            dtype = torch.float16 if device.type == "cuda" else torch.float32
-            self._models, self._loaded = load_models(checkpoint, device, dtype), checkpoint
+            self._models, self._loaded = load_models(checkpoint, device), checkpoint
         return self._models
 
     def _unload(self) -> None:
@@ -737,13 +732,6 @@ class Progress:
         elif stage == "faces" and "mouths" not in job.progress:
             job.doing = "finding faces"
         job.progress[stage] = done
-
-
-def short_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory could not be had, the device's or the processor's."""
-    from torch import OutOfMemoryError
-
-    return isinstance(error, (OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def out_of_memory(machine: Machine, ran: "Checkpoint | None") -> tuple[str, dict | None]:
