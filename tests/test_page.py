@@ -233,7 +233,7 @@ def test_a_tab_goes_on_with_the_server_that_comes_after(chromium, clips, checkpo
         page.wait_for_function(f"Number(document.querySelector('#plot').dataset.points) > {points}")
         assert page.input_value("#level input[type=number]") == "0.5" and page.evaluate("window.unchanged")
         assert page.locator("#video video").count() == 0
-        page.wait_for_function("!/clip|first job/.test(document.querySelector('#line').textContent)")  # no sound, either
+        page.wait_for_function("!/clip|first job/.test(document.querySelector('#line').textContent)")
         give(page, clips)
         page.click("#start")
         page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 2")
