@@ -236,7 +236,7 @@ class Page:
 
     def _inputs(self) -> None:
         self.video = gr.Video(
-            label="Video of a face", sources=["upload", "webcam"], elem_id="video", include_audio=True,
+            label="Video or picture of a face", sources=["upload", "webcam"], elem_id="video", include_audio=True,
             webcam_options=gr.WebcamOptions(mirror=False),
         )  # fmt: skip
         self.audio = gr.Audio(

@@ -166,8 +166,10 @@ function result(view, job) {
   const made = make("video", { controls: true, playsinline: true, preload: "metadata", src: url("result"), style: ratio, class: "made", "aria-label": "Result" });
   const original = make("video", { muted: true, playsinline: true, preload: "metadata", src: url("original"), style: ratio, class: "original", "aria-label": "Original, without sound" });
   original.muted = true;
-  const words = make("figcaption", {}, "Original, in step, without sound");
-  const unseen = () => text(words, "Original: this browser cannot play its format");
+  const still = /\.(png|jpe?g|webp|bmp|gif|avif)$/i.test(job.files.original);
+  if (still) original.poster = url("original");
+  const words = make("figcaption", {}, still ? "Original, a picture" : "Original, in step, without sound");
+  const unseen = () => still || text(words, "Original: this browser cannot play its format");
   original.addEventListener("error", unseen);
   original.addEventListener("loadedmetadata", () => original.videoWidth || unseen()); // it may know the sound alone
   follow(made, original);
@@ -555,6 +557,32 @@ new MutationObserver(() => {
     if (toast.textContent.includes("Video not playable")) toast.querySelector("[data-testid=toast-close]")?.click();
   }
 }).observe(find(".toast-wrap"), { childList: true, subtree: true });
+
+// ---- a picture, which is a video of one frame here; Gradio's field takes none that is not called a video
+
+const isPicture = (file) => file.type.startsWith("image/");
+function calledVideos(files) {
+  const called = new DataTransfer();
+  for (const file of files) called.items.add(isPicture(file) ? new File([file], file.name, { type: "video/picture" }) : file);
+  return called.files;
+}
+document.addEventListener("click", ({ target }) => {
+  const input = target.closest("#video")?.querySelector("input[type=file]");
+  if (input) input.accept = "video/*,image/*"; // before its dialog opens
+}, true);
+document.addEventListener("change", ({ target }) => {
+  if (target.matches("#video input[type=file]") && [...target.files].some(isPicture)) target.files = calledVideos(target.files);
+}, true);
+document.addEventListener("drop", (event) => {
+  const input = event.target.closest("#video")?.querySelector("input[type=file]");
+  const files = event.dataTransfer?.files ?? [];
+  if (!input || ![...files].some(isPicture)) return;
+  event.preventDefault();
+  event.stopPropagation();
+  event.target.dispatchEvent(new DragEvent("dragleave", { bubbles: true }));
+  input.files = calledVideos(files);
+  input.dispatchEvent(new Event("change", { bubbles: true }));
+}, true);
 
 // ---- light and dark
 

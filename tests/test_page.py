@@ -4,9 +4,10 @@ import os
 import re
 import shutil
 import time
+from base64 import b64encode
 
 import pytest
-from clips import make_sound, make_video
+from clips import ffmpeg, make_sound, make_video
 from conftest import SIDE, portrait, save_video
 from serving import serve
 
@@ -22,6 +23,7 @@ def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     options = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", 12)
     save_video(folder / "talking.mp4", [portrait(t) for t in range(24)], *options)
+    ffmpeg("-i", folder / "talking.mp4", "-frames:v", 1, folder / "face.png")
     save_video(folder / "old.avi", [portrait(t) for t in range(24)], "-c:v", "mpeg4", "-q:v", 3)
     make_sound(folder / "short.wav", seconds=0.78)
     make_sound(folder / "long.wav", seconds=40)
@@ -286,6 +288,29 @@ def test_a_video_that_the_browser_cannot_show_is_seen_by_its_first_frame_and_is_
     )
     assert size == [SIDE, SIDE]
     page.wait_for_timeout(1000)  # for Gradio's own opinion of it
+    assert page.locator(".toast-body").count() == 0 and page.inner_text("#notice") == ""
+
+
+def test_a_picture_is_dropped_or_chosen_where_a_video_goes_and_speaks(visit, clips):
+    page = visit()
+    chosen = "document.querySelector('#video input[type=file]')"
+    page.click("#video")
+    assert "image/*" in page.evaluate(f"{chosen}.accept")
+    page.evaluate(
+        """async (data) => {
+            const given = new DataTransfer();
+            given.items.add(new File([await (await fetch(data)).blob()], "my face.png", { type: "image/png" }));
+            const where = document.querySelector("#video input[type=file]").parentElement;
+            where.dispatchEvent(new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer: given }));
+        }""",
+        f"data:image/png;base64,{b64encode((clips / 'face.png').read_bytes()).decode()}",
+    )
+    page.wait_for_selector("#video video[poster^='data:image/jpeg']")
+    page.set_input_files("#audio input[type=file]", str(clips / "short.wav"))
+    start(page)
+    state(page, "done")
+    page.wait_for_function("document.querySelector('.card .pair figcaption').textContent === 'Original, a picture'")
+    assert page.locator(".card .original[poster$='.png']").count() == 1
     assert page.locator(".toast-body").count() == 0 and page.inner_text("#notice") == ""
 
 
