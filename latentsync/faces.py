@@ -362,17 +362,7 @@ def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> I
         elif slot.sighting is None:
             thorough = missing % SEARCH_INTERVAL == 1
             candidates = _search_lost(frames, frame, followed, NEAR + missing * DRIFT, thorough)
-        for found in candidates:
-            known = slot.sighting is not None and _resembles(found, slot.sighting, NEAR)
-            if known or (slot.sighting is not None and not found.usable):
-                continue
-            # Seen again from a crop of its own, so that its points do not depend on how it was found.
-            around = _region(found, None)
-            again = _nearest(_detect_in(landmarker, frame, around), found)
-            if again is not None and (again.usable or slot.sighting is None):
-                slot.sighting, region = again, around
-            if slot.usable:
-                break
+        slot.sighting, region = _better(landmarker, frame, candidates, slot.sighting, region)
         # Where the next frame is looked for if its face is no further from here than this one was.
         frames.region = region if slot.sighting is not None else None
         if slot.sighting is not None:
@@ -391,6 +381,30 @@ def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> I
             if len(waiting) > SEARCH_INTERVAL:
                 yield waiting.popleft()
     yield from waiting
+
+
+def _better(
+    landmarker: FaceLandmarker,
+    frame: np.ndarray,
+    candidates: Iterable[_Sighting],
+    seen: _Sighting | None,
+    region: tuple[int, int, int] | None,
+) -> tuple[_Sighting | None, tuple[int, int, int] | None]:
+    """The first usable candidate, else what has been `seen`, else the first candidate; and the region that shows it.
+
+    Every one is seen again in a region of its own: its points do not depend on how it was found, and what only looked
+    like a face, or like a usable one, in a picture made small hides no other.
+    """
+    for found in candidates:
+        if seen is not None and not found.usable:  # nor are those that follow
+            break
+        around = _region(found, None)
+        again = _nearest(_detect_in(landmarker, frame, around), found)
+        if again is not None and (again.usable or seen is None):
+            seen, region = again, around
+        if again is not None and again.usable:
+            break
+    return seen, region
 
 
 def _follow_back(landmarker: FaceLandmarker, waiting: deque[_Slot], found: _Slot) -> None:

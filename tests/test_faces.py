@@ -123,17 +123,25 @@ def test_after_a_cut_the_largest_face_is_taken_at_once_and_in_full(portrait):
 
 def test_a_lost_face_is_looked_for_only_where_it_can_be(portrait, looks):
     def frames():
-        yield from [put(room(), portrait, 60, 60, 0.3)] * 2
+        yield from [put(room(), portrait, 80, 60, 0.3)] * 2
         looks.clear()
         yield from [room()] * 6
 
     face = next(face for _, face in list(track_faces(frames(), landmarkers=1)))
-    tiles = np.array([look for look in looks if look[2] - look[0] < HEIGHT])
-    assert len(tiles)
     low, high = np.array(face.box[:2]), np.array(face.box[2:])
-    assert ((tiles[:, :2] <= low).all(1) & (tiles[:, 2:] >= high).all(1)).any()
-    reach = (faces.NEAR + 6 * faces.DRIFT + 0.5) * (high - low).max()
-    assert (tiles[:, :2] < high + reach).all() and (tiles[:, 2:] > low - reach).all()
+    reach = faces.NEAR + 6 * faces.DRIFT  # in the second search
+    side = HEIGHT // 4
+    within, touching = (
+        {
+            (x, y, x + side, y + side)
+            for x in faces._starts(WIDTH, side)
+            for y in faces._starts(HEIGHT, side)
+            if np.abs(np.array([x, y]) + side / 2 - (low + high) / 2).max() < side / 2 + sizes * (high - low).max()
+        }
+        for sizes in (reach, reach + 0.6)
+    )
+    assert within <= {look for look in looks if look[2] - look[0] == side} <= touching
+    assert len(touching) < 0.5 * len(faces._starts(WIDTH, side)) * len(faces._starts(HEIGHT, side))
 
 
 def test_a_large_lost_face_is_not_looked_for_in_tiles_that_it_would_not_fit_into(portrait, looks):
@@ -216,6 +224,20 @@ def test_a_usable_face_that_comes_to_one_that_never_was_is_taken_at_once(portrai
     assert not any(found[:8]) and all(middle(face) > 450 for face in found[8:])
 
 
+def test_a_face_that_is_not_usable_costs_two_looks_a_frame(portrait, monkeypatch):
+    """One that follows it and one for others, between the searches in tiles."""
+    looked, detect = [], faces._detect
+    monkeypatch.setattr(faces, "_detect", lambda *where: (looked.append(where), detect(*where))[1])
+
+    def frames():
+        yield from [cut_off(portrait, 200)] * 6
+        looked.clear()
+        yield from [cut_off(portrait, 200)] * 9
+
+    assert not any(face for _, face in track_faces(frames(), landmarkers=1))
+    assert len(looked) == 2 * 9
+
+
 def test_a_face_that_its_own_crop_does_not_confirm_hides_no_other(portrait, monkeypatch):
     """As noise that looks like a face from afar, or a face that is usable only so."""
     scene = put(room(), portrait, 400, 80, 0.8)
@@ -242,7 +264,8 @@ def thorough_searches(frames: list[np.ndarray], looks: list) -> list[int]:
             counts.append(len(looks))
             yield frame
 
-    assert not any(face for _, face in track_faces(counted(), landmarkers=1))
+    for _ in track_faces(counted(), landmarkers=1):
+        pass
     return [i for i, looked in enumerate(np.diff([*counts, len(looks)])) if looked > 1]
 
 
@@ -252,7 +275,7 @@ def test_searches_in_vain_become_rare(looks):
 
 
 def test_after_a_cut_searches_begin_anew(looks):
-    assert thorough_searches([room()] * 45 + [room()[::-1, ::-1]] * 20, looks) == [0, 5, 15, 40, 45, 50, 60]
+    assert thorough_searches([room()] * 43 + [room()[::-1, ::-1]] * 20, looks) == [0, 5, 15, 40, 43, 48, 58]
 
 
 def test_when_something_comes_in_searches_begin_anew_but_not_more_often_than_every_fifth_frame(looks):
@@ -260,6 +283,25 @@ def test_when_something_comes_in_searches_begin_anew_but_not_more_often_than_eve
     cv2.putText(slide, "Title", (300, 200), cv2.FONT_HERSHEY_SIMPLEX, 3, (250, 250, 250), 9)
     assert thorough_searches([scene] * 50 + [slide] * 20, looks) == [0, 5, 15, 40, 50, 55, 65]
     assert thorough_searches([scene, slide] * 10, looks) == [0, 5, 10, 15]
+
+
+def test_when_a_face_is_given_up_searches_begin_anew(portrait, looks):
+    gone = 6
+    frames = [room()] * 3 + [put(room(), portrait, 200, 40)] * (gone - 3) + [room()] * (faces.PATIENCE + 17)
+    assert [frame - gone for frame in thorough_searches(frames, looks)][-3:] == [25, 30, 40]
+
+
+def test_when_a_face_that_is_not_usable_is_lost_searches_begin_anew(portrait, looks, monkeypatch):
+    scene = cut_off(portrait, 200, 0.3)
+    frames = [scene.copy() for _ in range(56)]
+    detect = faces._detect
+
+    def hidden_for_a_moment(landmarker, frame, *where):
+        seen = detect(landmarker, frame, *where)
+        return [] if any(frame is hidden for hidden in frames[46:49]) else seen
+
+    monkeypatch.setattr(faces, "_detect", hidden_for_a_moment)
+    assert thorough_searches(frames, looks) == [0, 5, 15, 40, 46, 51]
 
 
 def test_a_small_face_that_comes_in_late_is_found_at_once(portrait):
@@ -363,6 +405,21 @@ def assert_same(frames: list[np.ndarray], landmarkers: list[int]) -> None:
                 assert np.array_equal(face.points, same_face.points) and face.opacity == same_face.opacity
                 assert np.array_equal(face.landmarks, same_face.landmarks) and face.first == same_face.first
     assert any(face for _, face in alone) and not all(face for _, face in alone)
+
+
+def test_what_several_landmarkers_see_is_in_the_order_of_the_tiles(monkeypatch):
+    """Equal faces in all tiles: the first one's is taken, though its landmarker is the last to be done."""
+
+    def in_the_middle(_, frame, x0, y0, x1, y1, pixels):
+        if pixels == faces.TILE_PIXELS and x1 - x0 >= HEIGHT / 2:
+            return []
+        time.sleep(0.05 if (x0, y0) == (0, 0) else 0.0)
+        corners = np.array([(-9, -9), (9, 9)] * 239)
+        return [faces._Sighting(corners + ((x0 + x1) // 2, (y0 + y1) // 2), usable=True)]
+
+    monkeypatch.setattr(faces, "_detect", in_the_middle)
+    (_, alone), (_, together) = (next(track_faces(iter([room()]), landmarkers=n)) for n in (1, 3))
+    assert alone.box == together.box == (36, 36, 54, 54)
 
 
 def test_idle_landmarkers_share_the_tiles(monkeypatch):

@@ -309,7 +309,7 @@ def test_a_picture_is_dropped_or_chosen_where_a_video_goes_and_speaks(visit, cli
     page.set_input_files("#audio input[type=file]", str(clips / "short.wav"))
     start(page)
     state(page, "done")
-    page.wait_for_function("document.querySelector('.card .pair figcaption').textContent === 'Original, a picture'")
+    page.wait_for_selector(".card figcaption:text-is('Original, a picture')")
     assert page.locator(".card .original[poster$='.png']").count() == 1
     assert page.locator(".toast-body").count() == 0 and page.inner_text("#notice") == ""
 
