@@ -278,7 +278,7 @@ def test_the_recommended_model_is_fetched_from_the_hint_on_the_page(hub, tmp_pat
         page.wait_for_selector("#offer button")
         assert "because this is a test" in page.inner_text("#offer") and "a licence" in page.inner_text("#offer")
         page.focus("#offer .main")
-        page.wait_for_timeout(2500)  # the page asks the server every second
+        page.evaluate("window.lipsync.refresh().then(window.lipsync.refresh)")  # as it does every second
         assert page.evaluate("document.activeElement.matches('#offer .main')"), "what is the same is not made anew"
         page.click("#offer .main")
         page.wait_for_selector("#fetching progress[value]")
