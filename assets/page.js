@@ -1,7 +1,7 @@
 // What moves on the page: jobs, previews, results and curves. Runs when the block with LIVE (app.py) is there;
 // Gradio gives `element`, the block, and `trigger`, which tells the server of an event.
 
-const STORE = "latentsync-visitor", THEME = "latentsync-theme", SECOND = 1000, POINTS = 120;
+const STORE = "latentsync-visitor", THEME = "latentsync-theme", SECOND = 1000, ANSWER = 30 * SECOND, POINTS = 120;
 const COLOURS = ["#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c"];
 const root = (window.gradio_config?.root || location.href.split(/[?#]/)[0]).replace(/\/$/, "");
 const find = (selector, within = document) => within.querySelector(selector);
@@ -25,6 +25,7 @@ async function call(name, ...data) {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ data }),
+    signal: AbortSignal.timeout(ANSWER), // of a server that went away meanwhile none may ever come
   });
   if (!answer.ok) throw new Error(`${name}: ${answer.status}`);
   return (await answer.json()).data[0];
