@@ -19,9 +19,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from latentsync import __version__
+from latentsync import FPS, __version__
 from latentsync.errors import UserError
-from latentsync.media import CRF, FPS, PARTIAL, VideoInfo, VideoWriter, check_output, join_segments, probe_audio
+from latentsync.media import CRF, PARTIAL, VideoInfo, VideoWriter, check_output, join_segments, probe_audio
 
 SEGMENT_FRAMES = 1500  # one minute: what has to be painted again at most
 STALE_DAYS = 1.0  # a half-written file that has not grown for so long belongs to no process

@@ -26,9 +26,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentsync import STAGES
+from latentsync import FPS, STAGES
 from latentsync.errors import UserError, short_of_memory
-from latentsync.media import FPS, probe_audio, probe_video
+from latentsync.media import probe_audio, probe_video
 from optim.serving.curves import NO_CURVES, latest, live, thinned
 from optim.serving.job import (
     CANCELLED,

@@ -7,7 +7,8 @@ import traceback
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
-from latentsync.media import FPS, VideoInfo, read_frames
+from latentsync import FPS
+from latentsync.media import VideoInfo, read_frames
 
 if TYPE_CHECKING:
     import numpy as np
