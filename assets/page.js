@@ -405,7 +405,7 @@ function renderModels() {
       model.present ? make("details", {}, make("summary", {}, "Licences"), licences(model.notice.slice(1))) : licences(model.notice),
       model.remark ? make("p", { class: "quiet" }, model.remark) : null,
       models.offline && model.to_fetch && models.allowed ? make("p", { class: "quiet" },
-        `HF_HUB_OFFLINE forbids to fetch it: start without that variable, or put its files into ${model.folder} (see the README).`) : null,
+        `HF_HUB_OFFLINE forbids to fetch it: start without that variable, or put its files into ${model.folder} (see docs/models.md).`) : null,
       buttons.length ? make("div", { class: "buttons" }, ...buttons) : null);
   });
   box.replaceChildren(

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 from clips import ffmpeg, make_sound, make_video
 
-from latentsync import media
 from latentsync.errors import UserError
-from latentsync.media import probe_audio, probe_video, read_audio, read_frames
+from latentsync.media import probe, probe_audio, probe_video, process, read_audio, read_frames
 
 MUTANTS, ALL_MUTANTS = 40, 320
 SECONDS = 20  # for each of probing and reading
@@ -202,8 +201,8 @@ def test_thousands_of_streams_are_not_set_up(tmp_path):
     data = bytearray(make_video(tmp_path / "a.mp4", *H264, seconds=0.2).read_bytes())
     found = {kind: (start, size) for start, size, kind in boxes(data)}
     (moov, length), (trak, size) = found[b"moov"], found[b"trak"]
-    data[trak:trak] = data[trak : trak + size] * media.MOST_STREAMS
-    data[moov : moov + 4] = struct.pack(">I", length + size * media.MOST_STREAMS)
+    data[trak:trak] = data[trak : trak + size] * process.MOST_STREAMS
+    data[moov : moov + 4] = struct.pack(">I", length + size * process.MOST_STREAMS)
     path = tmp_path / "many.mp4"
     path.write_bytes(data)
     with pytest.raises(UserError, match="many.mp4"):
@@ -213,7 +212,7 @@ def test_thousands_of_streams_are_not_set_up(tmp_path):
 @pytest.mark.parametrize("use", [probe_audio, read_audio])
 def test_silence_without_end_is_refused(tmp_path, monkeypatch, use):
     """A timestamp an hour ahead makes an hour of silence, to which a file of 10 kB has no right."""
-    monkeypatch.setattr(media, "MOST_HOURS", 0.01)
+    monkeypatch.setattr(probe, "MOST_HOURS", 0.01)
     gap = make_sound(tmp_path / "gap.mkv", "-c:a", "aac", "-bsf:a", "setts=ts='TS+gt(N,5)*16000*3600'", seconds=1)
     with pytest.raises(UserError, match="lasts more than 0.01 hours"):
         use(gap)
@@ -224,8 +223,8 @@ def test_an_ffmpeg_that_gives_nothing_is_ended(clips, tmp_path, monkeypatch, use
     idle = tmp_path / "ffmpeg"
     idle.write_text("#!/bin/sh\nexec sleep 60\n")
     idle.chmod(0o755)
-    monkeypatch.setattr(media, "get_ffmpeg_exe", lambda: str(idle))
-    monkeypatch.setattr(media, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(process, "get_ffmpeg_exe", lambda: str(idle))
+    monkeypatch.setattr(process, "STALL_SECONDS", 0.2)
     began = time.monotonic()
     with pytest.raises(UserError, match="a.mp4 is damaged .*, ffmpeg gets nothing out of it in 0.2 seconds"):
         use(clips[0])

@@ -12,10 +12,9 @@ import psutil
 import pytest
 from clips import ffmpeg, make_rotated_video, make_sound, make_vfr_video, make_video
 
+from latentsync import FPS
 from latentsync.errors import UserError
 from latentsync.media import (
-    FPS,
-    STILL_PIXELS,
     VideoWriter,
     check_output,
     probe_audio,
@@ -24,6 +23,7 @@ from latentsync.media import (
     read_frames,
     read_frames_looped,
 )
+from latentsync.media.probe import STILL_PIXELS
 
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p")
 RAW_RGB = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-")

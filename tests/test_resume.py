@@ -126,7 +126,7 @@ if where == "denoising":  # the second step of the fourth window
 elif where == "encoding":  # in the third segment
     kill_at(media.VideoWriter, "write", number(50))
 elif where == "final move":
-    kill_at(media.os, "replace", lambda old, new: str(new).endswith("out.mp4"))
+    kill_at(os, "replace", lambda old, new: str(new).endswith("out.mp4"))
 command_line.leave(command_line.main(arguments))
 """
 

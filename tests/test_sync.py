@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from clips import ffmpeg
 
-from latentsync.media import FPS, VideoInfo, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped
+from latentsync import FPS
+from latentsync.media import VideoInfo, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped
 from latentsync.segments import SegmentWriter
 
 MOST = 0.010  # seconds

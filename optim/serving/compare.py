@@ -7,18 +7,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from latentsync import FPS
 from latentsync.errors import UserError
-from latentsync.media import (
-    AAC_BITRATE,
-    COMMENT,
-    FPS,
-    PRESET,
-    SCALE_MATRIX,
-    probe_audio,
-    probe_video,
-    read_frames,
-    read_frames_looped,
-)
+from latentsync.media import COMMENT, probe_audio, probe_video, read_frames, read_frames_looped
+from latentsync.media.colour import SCALE_MATRIX
+from latentsync.media.writing import AAC_BITRATE, PRESET
 from optim.serving.job import COMPARED_SECONDS
 
 MOST_PIXELS = 720  # the shorter side of each half

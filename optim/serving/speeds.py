@@ -25,7 +25,7 @@ class Speeds:
 
     @staticmethod
     def work(settings: "Settings") -> float:
-        """What denoising a frame costs, in full unguided passes; shallow ones take a ninth (README, Speed)."""
+        """What denoising a frame costs, in full unguided passes; shallow ones take a ninth (docs/speed.md)."""
         sides = 2 if settings.guidance_scale > 1 else 1
         if settings.cache is None or settings.cache.interval < 2:
             return sides * settings.steps

@@ -1,0 +1,63 @@
+"""What is known of a video or sound file: plain data."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+HDR_TRANSFERS = {"smpte2084", "arib-std-b67"}  # PQ (HDR10, Dolby Vision 8.1) and HLG (Dolby Vision 8.4)
+HDR_REMARK = "The video is of high dynamic range (HDR); the result is of standard range (SDR)."
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What `probe_video` found. Sizes are those of the frames that `read_frames` yields."""
+
+    path: Path
+    width: int  # as displayed: rotated, square pixels
+    height: int
+    fps: float  # mean rate of the file
+    duration: float  # seconds of picture
+    n_frames: int  # expected on the 25 fps grid; decoding decides
+    color_range: str  # "tv" (limited) or "pc" (full), "unknown" where the file does not say
+    color_matrix: str  # ffmpeg's names, "gbr" for RGB files, "unknown" where the file does not say
+    color_primaries: str
+    color_transfer: str
+    pixel_format: str  # ffmpeg's name
+    bit_depth: int
+    codec: str
+    container: str  # ffmpeg's demuxer names, comma separated
+    still: bool  # a picture, not a video
+    scaled: bool  # the file's pixels are not square, or too many for a picture, and are rescaled
+    start_pts: int  # timestamp of the first frame in units of time_base, after ffmpeg's shift to zero
+    time_base: Fraction  # seconds
+
+    @property
+    def hdr(self) -> bool:
+        """Whether the file is of high dynamic range. Its frames are not: they are BT.709."""
+        return self.color_transfer in HDR_TRANSFERS
+
+    @property
+    def transparent(self) -> bool:
+        """Whether the file's pixels have an opacity. Its frames have none: they lie on white."""
+        return bool(re.match(r"rgba|bgra|argb|abgr|gbrap|yuva|ya\d|pal8", self.pixel_format))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences for the user on what the result has otherwise than the file."""
+        shrunk = f"So large a picture is made smaller: the result has {self.width} × {self.height} pixels."
+        found = (self.hdr, HDR_REMARK), (self.still and self.scaled, shrunk)
+        return tuple(remark for so, remark in found if so)
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What `probe_audio` found about the first sound stream of a file."""
+
+    path: Path
+    codec: str
+    sample_rate: int
+    channels: int
+    sample_format: str  # ffmpeg's name of what the decoder gives: "s16", "fltp", ...
+    duration: float  # seconds, counted in decoded samples
+    start: float  # seconds from the start of the file to the first sample

@@ -1,0 +1,215 @@
+"""Frames and sound out of files: `read_frames`, `read_frames_looped`, `read_audio`."""
+
+import itertools
+import os
+import subprocess
+import zlib
+from array import array
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
+
+from latentsync import FPS, SAMPLE_RATE
+from latentsync.errors import UserError
+from latentsync.media.colour import RESCALE, TO_RGB, on_white, scale_matrix, scale_range, to_standard_range
+from latentsync.media.info import VideoInfo
+from latentsync.media.probe import check_sound_length, has_audio, no_samples
+from latentsync.media.process import (
+    PIPE_BYTES,
+    check_input,
+    ended_by_signal,
+    input_arguments,
+    input_header,
+    read_log,
+    run_ffmpeg,
+    with_watchdog,
+)
+
+DECODER_THREADS = min(4, os.cpu_count() or 1)  # every thread holds frames of its own
+SEGMENT_FRAMES = 32  # frames held at a time while playing backwards ...
+SEGMENT_BYTES = 256 << 20  # ... and their bytes at most
+SEEK_SECONDS = 1.0  # seek this much before the wanted frame: covers reordered and leading pictures
+# Without a frame from ffmpeg, for every second of video that it decodes to get there. 100 Mbit/s from a disk of
+# 0.2 MB/s would just take that.
+FRAME_SECONDS = 60.0
+SEEKABLE = {"mov", "matroska", "webm"}  # demuxers whose index leads to a whole picture at or before a time
+
+
+def read_frames(info: VideoInfo, start: int = 0, count: int | None = None) -> Iterator[np.ndarray]:
+    """Yield frames start, start + 1, ... of the 25 fps grid: (height, width, 3) uint8 RGB, the caller's own.
+
+    Every frame of the grid is the nearest one of the file. Frame i is the same whatever `start` is. 10-bit values
+    are rounded to 8 bits. HDR becomes BT.709: up to KNEE colours are those of a standard range master, above it
+    lights are pressed together. A damaged file yields what can be decoded; UserError where that is nothing, or where
+    ffmpeg takes FRAME_SECONDS for a frame. Closing the iterator ends ffmpeg.
+    """
+    margin = max(SEEK_SECONDS, 16 / info.fps) if SEEKABLE & set(info.container.split(",")) else None
+    frames = _decode(info, start, count, margin)
+    first = next(frames, None)
+    if first is None:
+        if start == 0 and count != 0:
+            raise UserError(f"{info.path} is damaged, no picture can be decoded; get a complete copy.")
+        return
+    with closing(frames):
+        yield first
+        del first
+        yield from frames
+
+
+def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None) -> Iterator[np.ndarray]:
+    """Decode, seeking to `margin` seconds before frame `start`; None decodes from the beginning."""
+    if count == 0:
+        return
+    seek, skipped = [], start / FPS
+    if margin is not None:
+        seconds = float(info.start_pts * info.time_base) + start / FPS - margin
+        if seconds > margin:  # else reading from the beginning costs no more
+            # Timestamps stay those of the whole file, and frames before the wanted one are kept for the fps
+            # filter, so that it chooses as it would have done from the beginning.
+            seek = ["-copyts", "-start_at_zero", "-noaccurate_seek", "-ss", f"{seconds:.6f}"]
+            skipped = margin
+    end = "" if count is None else f":end_pts={start + count}"
+    size = f"w={info.width}:h={info.height}"
+    color = f"in_color_matrix={scale_matrix(info)}:in_range={scale_range(info)}"
+    convert = [size, f"flags={RESCALE if info.scaled else TO_RGB}"]
+    convert += [] if info.color_matrix == "gbr" or info.hdr else [color]
+    graph = [
+        f"setpts=PTS-({info.start_pts})",
+        f"fps={FPS}",
+        f"trim=start_pts={start}{end}",
+        *(to_standard_range(info) if info.hdr else ()),
+        f"scale={':'.join(convert)}",
+        "format=rgba" if info.transparent else "format=rgb24",
+    ]
+    arguments = [
+        *("-loglevel", "error", "-nostats", "-filter_threads", str(DECODER_THREADS)),
+        *(*seek, "-threads", str(DECODER_THREADS), *input_arguments(info.path)),
+        *("-map", "0:V:0", "-vf", ",".join(graph), "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"),
+    ]
+    with run_ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
+        frames = _filled(process.stdout, (info.height, info.width, 4 if info.transparent else 3))
+        frames = map(on_white, frames) if info.transparent else frames
+        yield from with_watchdog(process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS)
+        if process.returncode < 0:
+            raise ended_by_signal(process, f"read {info.path}")
+        if "No such filter" in read_log(log):
+            raise UserError(
+                f"{info.path} is of high dynamic range (HDR), and the ffmpeg {get_ffmpeg_exe()} was built without "
+                "what turns it into standard range (zscale): convert the video to SDR first."
+            )
+
+
+def _filled(pipe, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """New uint8 arrays, as long as the pipe fills them."""
+    frame = np.empty(shape, np.uint8)
+    while _fill(pipe, frame):
+        yield frame
+        frame = np.empty(shape, np.uint8)
+
+
+def _fill(pipe, frame: np.ndarray) -> bool:
+    view = memoryview(frame).cast("B")
+    filled = 0
+    while filled < len(view):
+        n = pipe.readinto(view[filled:])
+        if not n:
+            return False
+        filled += n
+    return True
+
+
+def read_frames_looped(info: VideoInfo, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield `count` pairs (source index, frame), forward, backward and so on: 0..n-1, n-1..0, 0..n-1, ...
+
+    The frames are those of `read_frames`, each the caller's own; n is how many really decode. Backward passes
+    decode short segments, found by seeking, so that no more than 32 frames (256 MiB) are held. The first pass
+    keeps a checksum of every frame and a segment that does not match is decoded again from further back.
+    """
+    if count <= 0:
+        return
+    limit = min(SEGMENT_FRAMES, max(8, SEGMENT_BYTES // (info.width * info.height * 3)))
+    sums, kept = array("L"), []  # kept: a whole short clip or still picture, else nothing
+    with closing(read_frames(info)) as frames:
+        for i, frame in enumerate(frames):
+            sums.append(_checksum(frame))
+            if i < limit and info.n_frames <= limit:
+                kept.append(frame.copy())
+            elif i == limit:
+                kept.clear()
+            yield i, frame
+            if i + 1 == count:
+                return
+    n = len(sums)
+    margin = max(SEEK_SECONDS, 16 / info.fps)
+    margins: list[float | None] = [margin, 10 * margin, None]
+    left = count - n
+    for direction in itertools.cycle((-1, 1)):
+        if kept:
+            passed = ((i, kept[i].copy()) for i in range(n)[::direction])
+        elif direction > 0:
+            passed = _forward(info, n)
+        else:
+            passed = _backward(info, sums, limit, margins)
+        with closing(passed):
+            yield from itertools.islice(passed, left)
+        left -= n
+        if left <= 0:
+            return
+
+
+def _forward(info: VideoInfo, n: int) -> Iterator[tuple[int, np.ndarray]]:
+    with closing(_decode(info, 0, n, None)) as frames:
+        yield from enumerate(frames)
+
+
+def _backward(
+    info: VideoInfo, sums: array, limit: int, margins: list[float | None]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Frames n-1 ... 0 by segments. `margins` loses the seek distances that have failed."""
+    for end in range(len(sums), 0, -limit):
+        start = max(0, end - limit)
+        while True:
+            segment = list(_decode(info, start, end - start, margins[0]))
+            if margins[0] is None or array("L", map(_checksum, segment)) == sums[start:end]:
+                break
+            margins.pop(0)
+        if len(segment) != end - start:
+            raise UserError(f"{info.path} changed while it was being read; start again.")
+        for i in range(end - 1, start - 1, -1):
+            yield i, segment.pop()
+
+
+def _checksum(frame: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(frame[::8]))
+
+
+def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE) -> np.ndarray:
+    """All of a file's first sound stream: (samples,) float32 mono in [-1, 1] at `rate` Hz.
+
+    The first sample of the file is the first of the array; gaps in its timestamps are silence. Channels are
+    mixed as ffmpeg does. Raises UserError for what cannot be used.
+    """
+    path = Path(path)
+    check_input(path, "sound")
+    # rematrix_maxval: weights that add up to 1 at most, as for 16-bit output; else two equal channels clip.
+    resample = f"aresample={rate}:async=1:ochl=mono:osf=flt:rematrix_maxval=1"
+    arguments = [
+        *("-nostats", *input_arguments(path), "-map", "0:a:0", "-af", resample),
+        *("-c:a", "pcm_f32le", "-f", "f32le", "pipe:1"),
+    ]
+    data = bytearray()
+    with run_ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
+        for chunk in with_watchdog(process, iter(lambda: process.stdout.read(PIPE_BYTES), b""), path):
+            data += chunk
+            check_sound_length(path, len(data) / (4 * rate))
+        text = read_log(log)
+    if not data:
+        if not has_audio(input_header(path, text, "sound")):
+            raise UserError(f"{path} holds no sound; give a file with a voice in it.")
+        raise UserError(no_samples(path))
+    samples = np.frombuffer(data, np.float32, count=len(data) // 4)
+    # One that is not a number, as a float WAV may hold, would spoil all that the audio encoder hears with it.
+    return np.clip(np.nan_to_num(samples, copy=False), -1, 1, out=samples)
