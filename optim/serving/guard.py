@@ -1,10 +1,10 @@
 """The HTTP guard: what a request must fulfil before the page's server sees it. Pure ASGI.
 
-A server on a private address trusts whoever reaches it, so a web page that its user visits must not reach it through the
-user's browser. The guard refuses host names that are not the server's own (a foreign name that resolves to this machine
-is DNS rebinding), requests that pages of other origins send, and framing. It lets only those parts of Gradio's interface
-through that the page and `gradio_client` need, and hands Gradio JSON that it has checked itself: finite numbers, valid
-text, and no files but uploaded ones, as Gradio would fetch an address in place of a path.
+A server on a private address trusts whoever reaches it, so a web page that its user visits must not reach it through
+the user's browser. The guard refuses host names that are not the server's own (a foreign name that resolves to this
+machine is DNS rebinding), requests that pages of other origins send, and framing. It lets only those parts of Gradio's
+interface through that the page and `gradio_client` need, and hands Gradio JSON that it has checked itself: finite
+numbers, valid text, and no files but uploaded ones, as Gradio would fetch an address in place of a path.
 """
 
 import asyncio
@@ -120,7 +120,7 @@ def policy_for(
 
 
 def split_host(host: str) -> tuple[str | None, int | None]:
-    """The name of a host in lower case, an IPv6 address without its brackets, and its port; (None, None) for no host."""
+    """The name of a host in lower case, an IPv6 address without brackets, and its port; (None, None) for no host."""
     if as_address(host) is not None:  # an IPv6 address without brackets
         return host.lower(), None
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]{1,5}))?", host, re.ASCII)

@@ -26,7 +26,6 @@ import anyio
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-
 PREFIX = "latentsync-page-"  # of a server's folder in the folder for temporary files
 OWNER = "server.json"  # in it: whose it is
 UPLOADS, RESULTS = "uploads", "results"
@@ -58,13 +57,17 @@ class Limits:
 
 
 class Uploads:
-    """The uploads and results of a server, in `folder`."""
+    """The uploads and results of a server, in `folder`; by default Gradio's, which GRADIO_TEMP_DIR names."""
 
-    def __init__(self, folder: Path, limits: Limits = Limits()):
-        self.folder, self.limits = Path(os.path.realpath(folder)), limits
+    def __init__(self, folder: Path | None = None, limits: Limits = Limits()):
+        self._folder, self.limits = folder, limits
         self._lock = threading.Lock()
         self._uses: dict[Path, set[str]] = {}  # keys of the jobs that have used an upload
         self._coming: dict[Path, tuple[str, int]] = {}  # uploads in flight, by folder: the address, and bytes expected
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.path.realpath(self._folder or os.environ["GRADIO_TEMP_DIR"]))
 
     # ---- coming in
 
@@ -192,7 +195,8 @@ class Uploads:
     def offer(self, path: Path, key: str) -> Path:
         """A name of a job's result in this folder, to be served until the job is gone. Raises OSError."""
         place = self.folder / RESULTS / key
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in (place.parent, place):
+            each.mkdir(mode=0o700, exist_ok=True)
         target = place / path.name
         if not target.is_file() or not os.path.samestat(target.stat(), path.stat()):
             target.unlink(missing_ok=True)
@@ -224,7 +228,7 @@ class Uploads:
 
 
 class _Files:
-    """The parser's side of a multipart body: files into a folder, bounded in number and bytes; other fields are left."""
+    """The parser's side of a multipart body: files into a folder, bounded in number and bytes. Fields are ignored."""
 
     def __init__(
         self, place: Path, boundary: bytes, max_file: int | None, progress: Callable[[str, bytes], None] | None
@@ -416,5 +420,3 @@ def _runs(folder: Path, changed: float) -> bool:
         return True
     except (psutil.Error, ValueError, TypeError, KeyError, OverflowError):
         return False
-
-
