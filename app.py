@@ -442,6 +442,11 @@ class Page:
 
         return call
 
+    @functools.cached_property
+    def _api(self) -> dict[str, Any]:
+        """The endpoints that everybody may call, by name, as /gradio_api/info has them."""
+        return self.blocks.get_api_info()["named_endpoints"]
+
     def check_call(self, name: str | None, body: dict[str, Any], by_name: bool = False) -> None:
         """Refuse a call that Gradio would answer with a traceback: of no function, with too few or unfit arguments.
 
@@ -457,9 +462,15 @@ class Page:
             raise KeyError(name if number is None else number)
         parameters = list(inspect.signature(found.fn).parameters.values())[: len(found.inputs)]
         if by_name:
-            if unknown := [each for each in body if each not in {parameter.name for parameter in parameters}]:
-                raise UserError(f"There is no argument {shorten(unknown[0])} of /{name}: /gradio_api/info lists them.")
-            if missing := [p.name for p in parameters if p.default is p.empty and p.name not in body]:
+            known = self._api[f"/{name}"]["parameters"]
+            if unknown := set(body) - {each["parameter_name"] for each in known}:
+                raise UserError(
+                    f"There is no argument {shorten(min(unknown))} of /{name}: /gradio_api/info lists them."
+                )
+            if missing := [
+                each["parameter_name"] for each in known
+                if not each["parameter_has_default"] and each["parameter_name"] not in body
+            ]:  # fmt: skip
                 raise UserError(f"The argument '{missing[0]}' of /{name} is missing: give it.")
             data = [body.get(parameter.name) for parameter in parameters]
         else:
