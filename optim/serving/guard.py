@@ -174,10 +174,10 @@ class Guard:
                 await send({"type": "websocket.close", "code": 1008, "reason": refusal.sentence[:100]})
             elif not started:
                 await refused(refusal, method, path)(scope, receive, framed)
-        except HTTPException as error:  # a stream of Gradio's that ends so, after its answer has begun
-            if not started:
-                await PlainTextResponse(str(error.detail), error.status_code)(scope, receive, framed)
-        except Exception:
+        except Exception as error:
+            if started and isinstance(error.__cause__ or error, HTTPException):  # a stream of Gradio's that ends so
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                return
             traceback.print_exc(file=sys.stderr)
             if web and not started:
                 sentence = "Something inside the program failed; its console says where."
