@@ -256,6 +256,7 @@ class Page:
     def __init__(self, worker: Worker, fetcher: Fetcher, uploads: Uploads | None = None):
         self.worker, self.fetcher, self.uploads = worker, fetcher, uploads or Uploads()
         self._probing = anyio.CapacityLimiter(PROBES)
+        self._probes_here = 0  # that run or wait
         with gr.Blocks(title="LatentSync", analytics_enabled=False, delete_cache=(3600, 86400)) as self.blocks:
             self._build()
 
@@ -435,10 +436,14 @@ class Page:
 
         @functools.wraps(fn)
         async def call(*given: Any) -> Any:
-            if self._probing.statistics().tasks_waiting >= PROBES_WAITING:
+            if self._probes_here >= PROBES + PROBES_WAITING:
                 busy = {"error": "This server looks at as many files as it can now: try again in a minute."}
                 return (None, busy) if fn == self.measure else busy
-            return await anyio.to_thread.run_sync(fn, *given, limiter=self._probing)
+            self._probes_here += 1
+            try:
+                return await anyio.to_thread.run_sync(fn, *given, limiter=self._probing)
+            finally:
+                self._probes_here -= 1
 
         return call
 

@@ -220,7 +220,8 @@ WORSE = ["NaN", "Infinity", "-Infinity", "1e999", '"\\ud800"', '{"\\udc00": 1}',
 
 def fits(found: httpx.Response, what: object) -> None:
     """An answer must be a value, a sentence, or a refusal; a gr.Error of Gradio's comes with status 500."""
-    sentence = found.json().get("error") if found.headers["content-type"].startswith("application/json") else None
+    answer = found.json() if found.headers.get("content-type", "").startswith("application/json") else None
+    sentence = answer.get("error") if isinstance(answer, dict) else None
     assert found.status_code < 500 or (found.status_code == 500 and isinstance(sentence, str)), (what, found.text)
     assert "Traceback" not in found.text and 'File "' not in found.text
     if found.status_code >= 400 and sentence is not None:
