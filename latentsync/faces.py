@@ -68,6 +68,7 @@ FLAT = 2.0  # grey levels of deviation; a block with less says nothing
 CUT_CHANGE = 2.5  # grey levels by which the picture changes at a cut, at least, apart from its brightness and contrast
 CUT_RATIO = 3.5  # times the change between other frames near it: motion lasts, a cut does not
 CUT_RETURN = 0.5  # of the change at a cut; a picture that comes back nearer than that was hidden by a flash
+CUT_UNLIKE = 0.3  # share of the blocks with texture before and after that differ: another picture, not a flash
 CUT_REACH = 5  # frames to either side that a cut is told from motion and flashes by
 REMEMBERED = 32  # thumbnails: those of the frames that wait, and CUT_REACH on both sides of them
 MIN_FACING = 0.5  # cosine of the angle between the face and the camera: 60 degrees
@@ -151,21 +152,24 @@ class _Pictures:
     def is_cut(self, number: int) -> bool:
         """Whether a scene begins with this frame, judged by up to CUT_REACH frames to either side.
 
-        Unlike `_is_cut` it also finds cuts between pictures that are much alike, as takes from one camera are. A cut
-        changes the picture once: motion goes on, and after a flash the picture from before it returns. Another cut may
-        be near, but not in the very next frame.
+        Unlike `_is_cut` it also finds cuts between pictures that are much alike, as those of one camera are. A cut
+        changes the picture once: motion goes on, and after a flash the picture from before it returns. Where it is
+        clearly another picture it may return, too, and another cut may be near, but not in the very next frame.
         """
         at = number - self.last + len(self.changes) - 1
-        change, low, high = self.changes[at], max(at - CUT_REACH, 0), at + CUT_REACH + 1
-        changes = list(islice(self.changes, low, high))
-        beside = changes[max(at - low - 1, 0) : at - low] + changes[at - low + 1 : at - low + 2]
-        further = sorted(changes[: max(at - low - 1, 0)] + changes[at - low + 2 :])
-        if change < max(CUT_CHANGE, CUT_RATIO * max([*beside, *further[:-1]], default=0.0)):
+        first = max(at - CUT_REACH, 0)
+        pictures, changes = (list(islice(all_, first, at + CUT_REACH + 1)) for all_ in (self.thumbnails, self.changes))
+        change, at = changes.pop(at - first), at - first
+        if change < CUT_CHANGE:
             return False
-        pictures = list(islice(self.thumbnails, low, high))
-        old, new = pictures[: at - low], pictures[at - low :]
-        returned = [_change(old[-1], picture) for picture in new[1:]] + [_change(picture, new[0]) for picture in old[:-1]]
-        return min(returned, default=np.inf) >= CUT_RETURN * change
+        beside, further = changes[max(at - 1, 0) : at + 1], sorted(changes[: max(at - 1, 0)] + changes[at + 1 :])
+        old, new = pictures[:at], pictures[at:]
+        spread = np.stack([old[-1].std(1), new[0].std(1)])
+        unlike = (spread.min(0) > FLAT) & (_correlate(old[-1], new[0]) <= CUT_CORRELATION)
+        if unlike.sum() > CUT_UNLIKE * (spread.max(0) > FLAT).sum():
+            return change > CUT_RATIO * max(beside + further[:-1], default=0.0)
+        returned = [_change(old[-1], later) for later in new[1:]] + [_change(earlier, new[0]) for earlier in old[:-1]]
+        return change > CUT_RATIO * max(changes, default=0.0) and change < min(returned, default=np.inf) / CUT_RETURN
 
 
 @dataclass
@@ -374,11 +378,11 @@ class _Rounds:
         return due
 
 
-def _split_at_cuts(slots: Iterable[_Slot], pictures: _Pictures) -> Iterator[_Slot]:
+def _split_at_cuts(slots: Iterable[list[_Slot]], pictures: _Pictures) -> Iterator[_Slot]:
     """Number the scenes anew, with the cuts between two sightings of a face that `_follow` did not need to know of.
 
-    A slot is held back until `pictures` reaches CUT_REACH frames further. Those that waited in `_follow` are not, so
-    that together they hold no more than either does.
+    slots: what `_follow` yields. A slot is held back until CUT_REACH frames more have been read. Those that waited in
+    `_follow` are not, so that together they hold no more than either does.
     """
     held: deque[_Slot] = deque()
     previous: tuple[int, bool] | None = None  # scene and usability of the slot before, as `_follow` has them
@@ -392,8 +396,8 @@ def _split_at_cuts(slots: Iterable[_Slot], pictures: _Pictures) -> Iterator[_Slo
         slot.scene += added
         return slot
 
-    for slot in slots:
-        held.append(slot)
+    for settled in slots:
+        held += settled
         while held and held[0].number + CUT_REACH <= pictures.last:
             yield numbered()
     while held:
@@ -402,8 +406,8 @@ def _split_at_cuts(slots: Iterable[_Slot], pictures: _Pictures) -> Iterator[_Slo
 
 def _follow(
     frames: _SearchedAhead, landmarker: FaceLandmarker, which: str, pictures: _Pictures
-) -> Iterator[_Slot]:
-    """Every frame with the sighting of the followed face.
+) -> Iterator[list[_Slot]]:
+    """Every frame with the sighting of the followed face: for each that is read, those that are settled by then.
 
     Frames without a face wait up to SEARCH_INTERVAL frames: a face that the next search finds was often
     there before, and is followed back to them. A face that is not usable is followed too, as it may turn to the
@@ -448,14 +452,12 @@ def _follow(
             unusable, rounds = 0, _Rounds()
         if slot.sighting is not None and unusable <= PATIENCE:
             _follow_back(landmarker, waiting, slot)
-            yield from waiting
+            yield [*waiting, slot]
             waiting.clear()
-            yield slot
         else:
             waiting.append(slot)
-            if len(waiting) > SEARCH_INTERVAL:
-                yield waiting.popleft()
-    yield from waiting
+            yield [waiting.popleft()] if len(waiting) > SEARCH_INTERVAL else []
+    yield [*waiting]
 
 
 def _better(
@@ -505,7 +507,7 @@ def _thumbnail(frame: np.ndarray) -> np.ndarray:
 
 
 def _is_cut(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether another scene begins between two thumbnails, for sure: neither the whole nor most of the blocks correlate.
+    """Whether another scene surely begins between two thumbnails: neither the whole nor most of the blocks correlate.
 
     Brightness and contrast do not matter, so that a flash is no cut; nor is a person who steps in, who
     leaves the other blocks as they were.
@@ -517,9 +519,9 @@ def _is_cut(before: np.ndarray, after: np.ndarray) -> bool:
 
 
 def _change(before: np.ndarray, after: np.ndarray) -> float:
-    """Mean difference of two thumbnails in grey levels, apart from brightness and, up to a factor of 2, contrast."""
+    """Mean difference of two thumbnails in grey levels, apart from brightness and, up to a factor of 4, contrast."""
     before, after = before - before.mean(), after - after.mean()
-    gain = np.clip((before * after).mean() / max((before**2).mean(), FLAT**2), 0.5, 2)
+    gain = np.clip((before * after).mean() / max((before**2).mean(), FLAT**2), 0.25, 4)
     return float(np.abs(after - gain * before).mean())
 
 
