@@ -5,7 +5,7 @@ import os
 import subprocess
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from latentsync import FPS, SAMPLE_RATE
 from latentsync.errors import UserError
 from latentsync.media.colour import RESCALE, TO_RGB, on_white, scale_matrix, scale_range, to_standard_range
 from latentsync.media.info import VideoInfo
+from latentsync.media.mixing import mix_down
 from latentsync.media.probe import check_sound_length, has_audio, no_samples
 from latentsync.media.process import (
     PIPE_BYTES,
@@ -190,26 +191,41 @@ def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE) -> np.ndarray:
     """All of a file's first sound stream: (samples,) float32 mono in [-1, 1] at `rate` Hz.
 
     The first sample of the file is the first of the array; gaps in its timestamps are silence. Channels are
-    mixed as ffmpeg does. Raises UserError for what cannot be used.
+    mixed as ffmpeg does, but where they cancel one another, or only one speaks, as `mixing` says. Raises UserError for
+    what cannot be used.
     """
     path = Path(path)
     check_input(path, "sound")
     # rematrix_maxval: weights that add up to 1 at most, as for 16-bit output; else two equal channels clip.
-    resample = f"aresample={rate}:async=1:ochl=mono:osf=flt:rematrix_maxval=1"
+    resample = f"aresample={rate}:async=1:osf=flt:rematrix_maxval=1:ochl="
+    # amerge orders channels by their place: left, right, centre, which is the mono sum.
+    graph = f"asplit[a][b];[a]{resample}stereo[pair];[b]{resample}mono[sum];[pair][sum]amerge"
     arguments = [
-        *("-nostats", *input_arguments(path), "-map", "0:a:0", "-af", resample),
+        *("-nostats", *input_arguments(path), "-map", "0:a:0", "-af", graph),
         *("-c:a", "pcm_f32le", "-f", "f32le", "pipe:1"),
     ]
     data = bytearray()
     with run_ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
-        for chunk in with_watchdog(process, iter(lambda: process.stdout.read(PIPE_BYTES), b""), path):
-            data += chunk
-            check_sound_length(path, len(data) / (4 * rate))
+        chunks = with_watchdog(process, iter(lambda: process.stdout.read(PIPE_BYTES), b""), path)
+        for samples in mix_down(_stereo_and_sum(chunks, path, rate), rate):
+            data += samples.tobytes()
         text = read_log(log)
     if not data:
         if not has_audio(input_header(path, text, "sound")):
             raise UserError(f"{path} holds no sound; give a file with a voice in it.")
         raise UserError(no_samples(path))
-    samples = np.frombuffer(data, np.float32, count=len(data) // 4)
-    # One that is not a number, as a float WAV may hold, would spoil all that the audio encoder hears with it.
-    return np.clip(np.nan_to_num(samples, copy=False), -1, 1, out=samples)
+    return np.frombuffer(data, np.float32)
+
+
+def _stereo_and_sum(chunks: Iterable[bytes], path: Path, rate: int) -> Iterator[np.ndarray]:
+    """Samples (n, 3) in [-1, 1] out of the bytes of float32 frames; UserError where they last too long."""
+    held, frames = b"", 0
+    for chunk in chunks:
+        held += chunk
+        whole = len(held) // 12 * 12
+        samples = np.frombuffer(held[:whole], np.float32).reshape(-1, 3)
+        held = held[whole:]
+        frames += len(samples)
+        check_sound_length(path, frames / rate)
+        # One that is not a number, as a float WAV may hold, would spoil all that the audio encoder hears with it.
+        yield np.clip(np.nan_to_num(samples), -1, 1)
