@@ -116,7 +116,6 @@ def test_a_job_as_the_one_before_keeps_its_graphs_and_any_other_frees_them(model
     monkeypatch.setattr(type(models), "device", torch.device("cuda"))  # the networks stay on the processor
     monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
     monkeypatch.setattr("optim.accelerate.apply_vram_fraction", lambda *_: True)
-    monkeypatch.setattr("optim.accelerate.compile_network", lambda *_, **__: False)
     fused = []
     monkeypatch.setattr("optim.accelerate.fuse", fused.append)
 
