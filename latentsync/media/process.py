@@ -42,8 +42,8 @@ SOUND = (
 )  # fmt: skip
 PICTURES = tuple(
     f"{name}_pipe" for name in (
-        "png", "jpeg", "jpegls", "jpegxl", "webp", "bmp", "tiff", "gif", "j2k", "qoi", "psd", "dpx", "exr", "hdr", "sgi",
-        "pam", "pbm", "pgm", "ppm", "pcx",
+        "png", "jpeg", "jpegls", "jpegxl", "webp", "bmp", "tiff", "gif", "j2k", "qoi", "psd", "dpx", "exr", "hdr",
+        "sgi", "pam", "pbm", "pgm", "ppm", "pcx",
     )
 )  # fmt: skip
 DEMUXERS = CONTAINERS + RAW_VIDEO + SOUND + PICTURES
