@@ -10,6 +10,27 @@ HDR_REMARK = "The video is of high dynamic range (HDR); the result is of standar
 
 
 @dataclass(frozen=True)
+class Track:
+    """One of a file's tracks of pictures or of sound, by what the file says of it. Texts are cleaned for one line."""
+
+    number: int  # among the file's tracks of its kind, from 1
+    index: int  # ffmpeg's, among all streams
+    codec: str
+    default: bool  # the file asks players for it
+    language: str = ""  # mostly three letters
+    title: str = ""
+    width: int = 0  # pixels as stored; 0 for sound
+    height: int = 0
+    channels: str = ""  # ffmpeg's name of the layout, "" for pictures
+
+    def __str__(self) -> str:
+        size = f"{self.width} × {self.height}" if self.width else self.channels
+        title = f"“{self.title}”" if self.title else ""
+        words = self.codec, size, self.language, title, "default" if self.default else ""
+        return f"{self.number} ({', '.join(filter(None, words))})"
+
+
+@dataclass(frozen=True)
 class VideoInfo:
     """What `probe_video` found. Sizes are those of the frames that `read_frames` yields."""
 
@@ -31,6 +52,9 @@ class VideoInfo:
     scaled: bool  # the file's pixels are not square, or too many for a picture, and are rescaled
     start_pts: int  # timestamp of the first frame in units of time_base, after ffmpeg's shift to zero
     time_base: Fraction  # seconds
+    select: str = "V:0"  # ffmpeg's specifier of the stream or group of tiles that is read, without the file's number
+    track: int = 1  # the number of the one that is read
+    tracks: tuple[Track, ...] = ()  # all that can be chosen; none of a picture
 
     @property
     def hdr(self) -> bool:
@@ -52,7 +76,7 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What `probe_audio` found about the first sound stream of a file."""
+    """What `probe_audio` found about a sound track of a file."""
 
     path: Path
     codec: str
@@ -61,3 +85,6 @@ class AudioInfo:
     sample_format: str  # ffmpeg's name of what the decoder gives: "s16", "fltp", ...
     duration: float  # seconds, counted in decoded samples
     start: float  # seconds from the start of the file to the first sample
+    select: str = "a:0"  # ffmpeg's specifier of the stream, without the file's number
+    track: int = 1  # the number of the one that is described
+    tracks: tuple[Track, ...] = ()  # all that can be chosen

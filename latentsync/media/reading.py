@@ -16,13 +16,15 @@ from latentsync import FPS, SAMPLE_RATE
 from latentsync.errors import UserError
 from latentsync.media.colour import RESCALE, TO_RGB, on_white, scale_matrix, scale_range, to_standard_range
 from latentsync.media.info import VideoInfo
-from latentsync.media.probe import check_sound_length, has_audio, no_samples
+from latentsync.media.probe import check_sound_length, find_sound, no_samples
 from latentsync.media.process import (
     PIPE_BYTES,
+    SCAN_LIMITS,
+    check_ended,
     check_input,
-    ended_by_signal,
+    filter_arguments,
     input_arguments,
-    input_header,
+    read_limits,
     read_log,
     run_ffmpeg,
     with_watchdog,
@@ -86,16 +88,17 @@ def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None
     ]
     arguments = [
         *("-loglevel", "error", "-nostats", "-filter_threads", str(DECODER_THREADS)),
-        *(*seek, "-threads", str(DECODER_THREADS), *input_arguments(info.path)),
-        *("-map", "0:V:0", "-vf", ",".join(graph), "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"),
+        *(*seek, "-threads", str(1 if info.still else DECODER_THREADS), *input_arguments(info.path)),
+        *(*filter_arguments(info.select, ",".join(graph)), *(("-frames:v", "1") if info.still else ())),
+        *("-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"),
     ]
-    with run_ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
+    limits = read_limits(info.width, info.height)
+    with run_ffmpeg(arguments, stdout=subprocess.PIPE, limits=limits) as (process, log):
         frames = _filled(process.stdout, (info.height, info.width, 4 if info.transparent else 3))
         frames = map(on_white, frames) if info.transparent else frames
         yield from with_watchdog(process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS)
-        if process.returncode < 0:
-            raise ended_by_signal(process, f"read {info.path}")
-        if "No such filter" in read_log(log):
+        check_ended(process, messages := read_log(log), info.path)
+        if "No such filter" in messages:
             raise UserError(
                 f"{info.path} is of high dynamic range (HDR), and the ffmpeg {get_ffmpeg_exe()} was built without "
                 "what turns it into standard range (zscale): convert the video to SDR first."
@@ -186,29 +189,29 @@ def _checksum(frame: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(frame[::8]))
 
 
-def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE) -> np.ndarray:
-    """All of a file's first sound stream: (samples,) float32 mono in [-1, 1] at `rate` Hz.
+def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE, track: int | None = None) -> np.ndarray:
+    """All of a sound track of a file: (samples,) float32 mono in [-1, 1] at `rate` Hz.
 
+    track: its number, from 1; None: the one with the default flag, else the first.
     The first sample of the file is the first of the array; gaps in its timestamps are silence. Channels are
     mixed as ffmpeg does. Raises UserError for what cannot be used.
     """
     path = Path(path)
     check_input(path, "sound")
+    _, chosen = find_sound(path, track)
     # rematrix_maxval: weights that add up to 1 at most, as for 16-bit output; else two equal channels clip.
     resample = f"aresample={rate}:async=1:ochl=mono:osf=flt:rematrix_maxval=1"
     arguments = [
-        *("-nostats", *input_arguments(path), "-map", "0:a:0", "-af", resample),
+        *("-loglevel", "error", "-nostats", *input_arguments(path), "-map", f"0:{chosen.index}", "-af", resample),
         *("-c:a", "pcm_f32le", "-f", "f32le", "pipe:1"),
     ]
     data = bytearray()
-    with run_ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
+    with run_ffmpeg(arguments, stdout=subprocess.PIPE, limits=SCAN_LIMITS) as (process, log):
         for chunk in with_watchdog(process, iter(lambda: process.stdout.read(PIPE_BYTES), b""), path):
             data += chunk
             check_sound_length(path, len(data) / (4 * rate))
-        text = read_log(log)
+        check_ended(process, read_log(log), path)
     if not data:
-        if not has_audio(input_header(path, text, "sound")):
-            raise UserError(f"{path} holds no sound; give a file with a voice in it.")
         raise UserError(no_samples(path))
     samples = np.frombuffer(data, np.float32, count=len(data) // 4)
     # One that is not a number, as a float WAV may hold, would spoil all that the audio encoder hears with it.
