@@ -11,7 +11,7 @@ from pathlib import Path
 from latentsync import FPS
 from latentsync.errors import UserError
 from latentsync.media.colour import is_rgb
-from latentsync.media.info import AudioInfo, VideoInfo
+from latentsync.media.info import OPACITY_DECODERS, AudioInfo, VideoInfo, is_transparent
 from latentsync.media.process import (
     check_input,
     input_arguments,
@@ -23,6 +23,7 @@ from latentsync.media.process import (
 )
 
 STILL_PIXELS = 4096 * 2304  # of a picture as it is shown: a telephone's has more than players show as a video
+ASPECTS = Fraction(1, 4), Fraction(4)  # of a pixel: others are taken for errors
 MOST_HOURS = 6.0  # of sound, which is held whole: 1.4 GB; a false timestamp can ask for years of silence
 
 
@@ -54,7 +55,7 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     video = re.search(r"^  Stream #0:\d+(?!.*\(attached pic\)).*?: Video: (\w+)", header, re.MULTILINE)
     if not video:
         raise UserError(f"{path} holds no picture, only sound; give a video file.")
-    frame = re.search(r"\bpts: *(\S+) .*?\bfmt:(\w+) .*?\bsar:(\d+)/(\d+) s:(\d+)x(\d+)", text)
+    frame = re.search(r"\bpts: *(\S+) .*?\bfmt:(\w+) .*?\bsar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)", text)
     if not frame:
         if "max pixel count" in text:
             raise UserError(too_many_pixels(path))
@@ -66,7 +67,10 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     shown_base = re.search(r"config in time_base: (\d+/\d+)", text)
     start_pts = int(frame[1]) if re.fullmatch(r"-?\d+", frame[1]) else 0
     width, height = int(frame[5]), int(frame[6])
-    shown_width, shown_height = _square(width, height, int(frame[3]), int(frame[4]))
+    aspect = Fraction(int(frame[3]), int(frame[4]) or 1)
+    aspect = aspect if ASPECTS[0] <= aspect <= ASPECTS[1] else Fraction(1)
+    shown_width, shown_height = _square(width, height, aspect)
+    pixel_format = _format_with_opacity(path, video[1]) or frame[2]
 
     color = re.search(r"color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)", text)
     tags = [tag if tag not in {"reserved", "unspecified", "nil", "(null)"} else "unknown"
@@ -82,7 +86,7 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
         shown_width, shown_height = _shrunk(shown_width, shown_height)
     rate = re.search(r"([\d.]+) fps", header[video.start() :].partition("\n")[0])
     fps = packets / duration if packets > 1 and duration > 0 else float(rate[1]) if rate else float(FPS)
-    depth = re.search(r"(?:p0?|gray|x2(?:rgb|bgr))(9|1[0246])(?:le|be)?$|(48|64)(?:le|be)$", frame[2])
+    depth = re.search(r"(?:p0?|gray|x2(?:rgb|bgr))(9|1[0246])(?:le|be)?$|(48|64)(?:le|be)$", pixel_format)
     return VideoInfo(
         path=path,
         width=shown_width,
@@ -90,16 +94,20 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
         fps=fps,
         duration=duration,
         n_frames=max(1, int(duration * FPS + 0.5)),
-        color_range="pc" if frame[2].startswith("yuvj") else tags[0],
-        color_matrix="gbr" if is_rgb(frame[2]) else tags[1],
+        color_range="pc" if pixel_format.startswith("yuvj") else tags[0],
+        color_matrix="gbr" if is_rgb(pixel_format) else tags[1],
         color_primaries=tags[2],
         color_transfer=tags[3],
-        pixel_format=frame[2],
+        pixel_format=pixel_format,
         bit_depth=8 if not depth else 16 if depth[2] else int(depth[1]),
         codec=video[1],
         container=container,
         still=still,
+        stored_width=width,
+        stored_height=height,
+        pixel_aspect=aspect,
         scaled=(shown_width, shown_height) != (width, height),
+        interlaced=frame[7] in "TB",
         start_pts=start_pts,
         time_base=Fraction(shown_base[1]) if shown_base else time_base,
     )
@@ -162,14 +170,27 @@ def _clock(match: re.Match | None) -> float:
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else 0.0
 
 
-def _square(width: int, height: int, sar_num: int, sar_den: int) -> tuple[int, int]:
+def _format_with_opacity(path: Path, codec: str) -> str | None:
+    """Pixel format of the first frame as the codec's decoder for transparent video gives it; None if it is opaque."""
+    if codec not in OPACITY_DECODERS:
+        return None
+    arguments = [
+        *("-nostats", "-threads", "1", "-c:V:0", OPACITY_DECODERS[codec], *input_arguments(path)),
+        *("-map", "0:V:0", "-vf", "showinfo", "-frames:v", "1", "-f", "null", "-"),
+    ]
+    with run_ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
+        for _ in with_watchdog(process, iter(process.stdout.readline, b""), path):
+            pass
+        frame = re.search(r"^\[Parsed_showinfo_0 @ \w+\] n: *0 .*? fmt:(\w+) ", read_log(log), re.MULTILINE)
+    return frame[1] if frame and is_transparent(frame[1]) else None
+
+
+def _square(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
     """Size with square pixels: one side grows, so that no detail is lost and no face is squeezed."""
-    if not sar_num or not sar_den or not 1 / 4 <= sar_num / sar_den <= 4:
-        return width, height
-    if sar_num > sar_den:
-        wide = 2 * round(width * sar_num / sar_den / 2)
+    if aspect > 1:
+        wide = 2 * round(width * aspect / 2)
         return (wide, height) if wide - width > 2 else (width, height)
-    tall = 2 * round(height * sar_den / sar_num / 2)
+    tall = 2 * round(height / aspect / 2)
     return (width, tall) if tall - height > 2 else (width, height)
 
 
