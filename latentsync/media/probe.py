@@ -15,7 +15,7 @@ from pathlib import Path
 from latentsync import FPS
 from latentsync.errors import UserError
 from latentsync.media.colour import is_rgb
-from latentsync.media.info import AudioInfo, Track, VideoInfo
+from latentsync.media.info import OPACITY_DECODERS, AudioInfo, Track, VideoInfo, is_transparent
 from latentsync.media.process import (
     MOST_PIXELS,
     PROBE_LIMITS,
@@ -35,6 +35,7 @@ from latentsync.media.tracks import choose_track, list_tracks
 
 ANIMATIONS = {"gif", "apng", "webp_anim", "jpegxl_anim"}  # demuxers of pictures that may move
 STILL_PIXELS = 4096 * 2304  # of a picture as it is shown: a telephone's has more than players show as a video
+ASPECTS = Fraction(1, 4), Fraction(4)  # of a pixel: others are taken for errors
 MOST_HOURS = 6.0  # of sound, which is held whole: 1.4 GB; a false timestamp can ask for years of silence
 
 
@@ -71,14 +72,15 @@ def probe_video(path: str | os.PathLike, track: int | None = None) -> VideoInfo:
                 f"{path} is cut off, as after an unfinished download: its end is missing; get a complete copy."
             )
         still = timing.packets < 2 and contents.demuxer in ANIMATIONS
-    width, height = _square(frame.width, frame.height, *frame.pixel_shape)
+    width, height = _square(frame.width, frame.height, frame.aspect)
+    pixel_format = _format_with_opacity(path, select, chosen.codec) or frame.pixel_format
     if still:
         duration, fps = 1 / FPS, float(FPS)
         width, height = _shrunk(width, height)
     else:
         duration = timing.duration
         fps = timing.packets / duration if timing.packets > 1 and duration > 0 else float(FPS)
-    depth = re.search(r"(?:p0?|gray|x2(?:rgb|bgr))(9|1[0246])(?:le|be)?$|(48|64)(?:le|be)$", frame.pixel_format)
+    depth = re.search(r"(?:p0?|gray|x2(?:rgb|bgr))(9|1[0246])(?:le|be)?$|(48|64)(?:le|be)$", pixel_format)
     return VideoInfo(
         path=path,
         width=width,
@@ -86,16 +88,20 @@ def probe_video(path: str | os.PathLike, track: int | None = None) -> VideoInfo:
         fps=fps,
         duration=duration,
         n_frames=max(1, int(duration * FPS + 0.5)),
-        color_range="pc" if frame.pixel_format.startswith("yuvj") else frame.tags[0],
-        color_matrix="gbr" if is_rgb(frame.pixel_format) else frame.tags[1],
+        color_range="pc" if pixel_format.startswith("yuvj") else frame.tags[0],
+        color_matrix="gbr" if is_rgb(pixel_format) else frame.tags[1],
         color_primaries=frame.tags[2],
         color_transfer=frame.tags[3],
-        pixel_format=frame.pixel_format,
+        pixel_format=pixel_format,
         bit_depth=8 if not depth else 16 if depth[2] else int(depth[1]),
         codec=chosen.codec,
         container=contents.demuxer,
         still=still,
+        stored_width=frame.width,
+        stored_height=frame.height,
+        pixel_aspect=frame.aspect,
         scaled=(width, height) != (frame.width, frame.height),
+        interlaced=frame.interlaced,
         start_pts=frame.pts,
         time_base=frame.time_base or (timing.time_base if timing else Fraction(1, FPS)),
         select=select,
@@ -112,18 +118,19 @@ class _Frame:
     time_base: Fraction | None  # seconds
     width: int
     height: int
-    pixel_shape: tuple[int, int]  # width : height, 0 where unknown
+    aspect: Fraction  # of a pixel, width over height; 1 where the file gives none that can be used
+    interlaced: bool
     pixel_format: str
     tags: tuple[str, ...]  # range, matrix, primaries, transfer; "unknown" where the file does not say
 
 
-def _first_frame(path: Path, select: str) -> _Frame:
-    """Decode one frame. Raises UserError where that cannot be done."""
+def _first_frame(path: Path, select: str, decoder: str | None = None) -> _Frame:
+    """Decode one frame. decoder: another one than ffmpeg's first choice. Raises UserError where that cannot be done."""
     # The filter's lines bear a name that no file can know, so that none can pass for them.
     name = f"showinfo@{secrets.token_hex(16)}"
     arguments = [
-        *("-loglevel", "info", "-nostats", "-threads", "1", *input_arguments(path)),
-        *(*filter_arguments(select, name), "-frames:v", "1", "-f", "null", "-"),
+        *("-loglevel", "info", "-nostats", "-threads", "1", *((f"-c:{select}", decoder) if decoder else ())),
+        *(*input_arguments(path), *filter_arguments(select, name), "-frames:v", "1", "-f", "null", "-"),
     ]
     with run_ffmpeg(arguments, limits=PROBE_LIMITS) as (process, log):
         for _ in with_watchdog(process, iter(()), path):
@@ -131,7 +138,9 @@ def _first_frame(path: Path, select: str) -> _Frame:
         text = read_log(log)
     lines = [line.partition("] ")[2] for line in text.splitlines() if line.startswith(f"[{name} @ ")]
     described = "\n".join(lines)
-    frame = re.search(r"^n: *0 pts: *(\S+) .*?\bfmt:(\w+) .*?\bsar:(\d+)/(\d+) s:(\d+)x(\d+)", described, re.MULTILINE)
+    frame = re.search(
+        r"^n: *0 pts: *(\S+) .*?\bfmt:(\w+) .*?\bsar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)", described, re.MULTILINE
+    )
     if not frame:
         check_ended(process, text, path)
         if "max pixel count" in text:
@@ -140,6 +149,7 @@ def _first_frame(path: Path, select: str) -> _Frame:
     width, height = int(frame[5]), int(frame[6])
     if width * height > MOST_PIXELS:
         raise UserError(too_many_pixels(path))
+    aspect = Fraction(int(frame[3]), int(frame[4]) or 1)
     base = re.search(r"^config in time_base: (\d+)/([1-9]\d*)", described, re.MULTILINE)
     color = re.search(r"color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)", described)
     tags = color.groups() if color else ["unknown"] * 4
@@ -148,10 +158,22 @@ def _first_frame(path: Path, select: str) -> _Frame:
         time_base=Fraction(int(base[1]), int(base[2])) if base else None,
         width=width,
         height=height,
-        pixel_shape=(int(frame[3]), int(frame[4])),
+        aspect=aspect if ASPECTS[0] <= aspect <= ASPECTS[1] else Fraction(1),
+        interlaced=frame[7] in "TB",
         pixel_format=frame[2],
         tags=tuple("unknown" if tag in {"reserved", "unspecified", "nil", "(null)"} else tag for tag in tags),
     )
+
+
+def _format_with_opacity(path: Path, select: str, codec: str) -> str | None:
+    """Pixel format of the first frame as the codec's decoder for transparent video gives it; None if it is opaque."""
+    if codec not in OPACITY_DECODERS:
+        return None
+    try:
+        pixel_format = _first_frame(path, select, OPACITY_DECODERS[codec]).pixel_format
+    except UserError:
+        return None
+    return pixel_format if is_transparent(pixel_format) else None
 
 
 @dataclass(frozen=True)
@@ -267,14 +289,12 @@ def _packets(process: subprocess.Popen) -> Iterator[tuple[Fraction, int, int, in
                 yield time_base, *map(int, fields[1:5])
 
 
-def _square(width: int, height: int, sar_num: int, sar_den: int) -> tuple[int, int]:
+def _square(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
     """Size with square pixels: one side grows, so that no detail is lost and no face is squeezed."""
-    if not sar_num or not sar_den or not 1 / 4 <= sar_num / sar_den <= 4:
-        return width, height
-    if sar_num > sar_den:
-        wide = 2 * round(width * sar_num / sar_den / 2)
+    if aspect > 1:
+        wide = 2 * round(width * aspect / 2)
         return (wide, height) if wide - width > 2 else (width, height)
-    tall = 2 * round(height * sar_den / sar_num / 2)
+    tall = 2 * round(height / aspect / 2)
     return (width, tall) if tall - height > 2 else (width, height)
 
 
