@@ -68,7 +68,7 @@ def replay(
     context: Context = (),
     cached: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `run` makes of the inputs; at the second call of a kind with the same shapes it is captured, if there is room.
+    """What `run` makes of the inputs; captured at the second call of a kind with the same shapes, if there is room.
 
     The first result is overwritten by the next pass of any kind, the second is the caller's.
     """
