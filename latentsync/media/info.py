@@ -6,7 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 
 HDR_TRANSFERS = {"smpte2084", "arib-std-b67"}  # PQ (HDR10, Dolby Vision 8.1) and HLG (Dolby Vision 8.4)
-OPACITY_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # codec -> decoder that keeps the opacity, as ffmpeg's does not
+# Decoders that keep the opacity, by codec; ffmpeg's own ones drop it.
+OPACITY_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 INTERLACED_REMARK = "The video is interlaced (a frame's odd and even lines show different times); the result is not."
 TRANSPARENT_REMARK = "Transparent parts of the picture become white."
 HDR_REMARK = "The video is of high dynamic range (HDR); the result is of standard range (SDR)."

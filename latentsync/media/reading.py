@@ -81,27 +81,19 @@ def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None
             skipped = margin
     decoder = ["-c:V:0", OPACITY_DECODERS[info.codec]] if info.transparent and info.codec in OPACITY_DECODERS else []
     # ffmpeg builds a filter graph anew where the size, the format or the colour tags of the frames change, and what
-    # the filters of the old one hold is lost. So the first graph, whose filters hold nothing, makes all frames alike
-    # and the second one, which looks at several frames at a time, never changes. Frames go from one to the other
-    # through a decoder of "encoded" frames, by reference.
+    # the filters of the old one hold is lost. So the first graph, whose filters hold nothing back, makes all frames
+    # alike, and the second one, which looks at several frames at a time, never changes.
     arguments = [
-        *("-loglevel", "error", "-nostats"),
-        *("-filter_threads", str(DECODER_THREADS), "-filter_complex_threads", str(DECODER_THREADS)),
+        *("-loglevel", "error", "-nostats", "-filter_complex_threads", str(DECODER_THREADS)),
         *(*seek, "-threads", str(DECODER_THREADS), *decoder, *input_arguments(info.path)),
-        *("-map", "0:V:0", "-vf", _uniform_graph(info), "-fps_mode", "passthrough", "-enc_time_base", "filter"),
-        *("-c:v", "wrapped_avframe", "-f", "null", "-"),
-        *("-dec", "0:0", "-filter_complex", f"[dec:0]{_grid_graph(info, start)}[grid]"),
-        *("-map", "[grid]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"),
+        *("-filter_complex", f"[0:V:0]{_uniform_graph(info)}[uniform]"),
+        *("-filter_complex", f"[uniform]{_grid_graph(info, start, count)}[grid]"),
+        *("-map", "[grid]", "-fps_mode", "passthrough", "-thread_queue_size", "1", "-f", "rawvideo", "pipe:1"),
     ]
     with run_ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
         frames = _filled(process.stdout, (info.height, info.width, 4 if info.transparent else 3))
         frames = map(on_white, frames) if info.transparent else frames
-        frames = with_watchdog(process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS)
-        with closing(frames):
-            for i, frame in enumerate(frames, 1):
-                yield frame
-                if i == count:
-                    return
+        yield from with_watchdog(process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS)
         if process.returncode < 0:
             raise ended_by_signal(process, f"read {info.path}")
         if "No such filter" in read_log(log):
@@ -114,7 +106,9 @@ def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None
 def _uniform_graph(info: VideoInfo) -> str:
     """Filters that give every frame the first one's size, pixel shape, format and colour tags.
 
-    Other pictures are fitted into the first one's, between black bars. No filter here may hold a frame.
+    Other pictures are fitted into the first one's, between black bars. No filter here may hold a frame. At the end of
+    the file the last frame follows twice more, at the time at which it ends: the graph behind this one does not learn
+    of the end, so that its two filters that wait for a next frame would never give the last one.
     """
     width, height, aspect = info.stored_width, info.stored_height, float(info.pixel_aspect)
     ratio = f"if(between(sar,{float(ASPECTS[0])},{float(ASPECTS[1])}),dar,a)/{aspect!r}"
@@ -123,7 +117,8 @@ def _uniform_graph(info: VideoInfo) -> str:
     fitted_height = f"min({height},max(2,2*round(({width}/({ratio}))/2+0.001)))"
     options, to_format = to_first_format(info)
     return ",".join([
-        f"setpts=PTS-({info.start_pts})",
+        f"setpts=PTS-({info.start_pts}):strip_fps=1",  # without a rate, between graphs the time base stays as it is
+        "tpad=stop=2:stop_mode=clone",
         f"scale=eval=frame:interl=-1:w='{fitted_width}':h='{fitted_height}':{options}",
         to_format,
         f"pad=eval=frame:w={width}:h={height}:x=-1:y=-1",
@@ -131,15 +126,16 @@ def _uniform_graph(info: VideoInfo) -> str:
     ])  # fmt: skip
 
 
-def _grid_graph(info: VideoInfo, start: int) -> str:
-    """Filters from uniform frames to those of the grid, from frame `start` on, in RGB."""
+def _grid_graph(info: VideoInfo, start: int, count: int | None) -> str:
+    """Filters from uniform frames to `count` of the grid, from frame `start` on, in RGB."""
+    end = "" if count is None else f":end_pts={start + count}"
     color = f":in_color_matrix={scale_matrix(info)}:in_range={scale_range(info)}"
     color = "" if info.color_matrix == "gbr" or info.hdr else color
     return ",".join([
         # Only frames that say that they are interlaced; of these the earlier field is kept, and its time.
         "bwdif=mode=send_frame:deint=interlaced",
         f"fps={FPS}",
-        f"trim=start_pts={start}",
+        f"trim=start_pts={start}{end}",
         *(to_standard_range(info) if info.hdr else ()),
         f"scale=w={info.width}:h={info.height}:flags={RESCALE if info.scaled else TO_RGB}{color}",
         "format=rgba" if info.transparent else "format=rgb24",
@@ -221,7 +217,10 @@ def _backward(
                 break
             margins.pop(0)
         if len(segment) != end - start:
-            raise UserError(f"{info.path} changed while it was being read; start again.")
+            raise UserError(
+                f"{info.path} gives fewer frames than when it was first read, it has changed or is damaged; "
+                "get a complete copy and start again."
+            )
         for i in range(end - 1, start - 1, -1):
             yield i, segment.pop()
 
