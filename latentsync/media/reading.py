@@ -51,7 +51,9 @@ def read_frames(info: VideoInfo, start: int = 0, count: int | None = None) -> It
     """Yield frames start, start + 1, ... of the 25 fps grid: (height, width, 3) uint8 RGB, the caller's own.
 
     Every frame of the grid is the nearest one of the file. Frame i is the same whatever `start` is. 10-bit values
-    are rounded to 8 bits. HDR becomes BT.709: up to KNEE colours are those of a standard range master, above it
+    are rounded to 8 bits. Interlaced frames are deinterlaced, transparent parts become white. All frames have the
+    first one's size: where it changes, later pictures are fitted into it between black bars.
+    HDR becomes BT.709: up to KNEE colours are those of a standard range master, above it
     lights are pressed together. A damaged file yields what can be decoded; UserError where that is nothing, or where
     ffmpeg takes FRAME_SECONDS for a frame. Closing the iterator ends ffmpeg.
     """
