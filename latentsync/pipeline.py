@@ -665,6 +665,7 @@ def lipsync(
         asked = asdict(replace(settings, windows_per_pass=1, frames_per_pass=1))
         asked |= {"segment": segment_frames, "device": models.device.type, "dtype": report.dtype}
         asked |= {"model": models.name, "resolution": models.resolution, "mel_range": models.mel_range}
+        asked |= {"speech_level": models.speech_level}
         asked |= {"match_colours": models.match_colours, "ends_only": models.ends_only}
         folder = work_folder(output, (video, audio, *models.files), asked)
         clean(output, folder)
@@ -776,7 +777,7 @@ def generate(
     def aligned() -> Iterator[Shot]:
         most = KNOWN_BYTES // (3 * models.resolution**2) if looped else None
         again: list[tuple[int, np.ndarray]] = []
-        chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range)
+        chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range, models.speech_level)
         heard = clock.time(beside(chunks, models.device), "sound")
         with (
             closing(ahead(heard, TRACKED_AHEAD, "sound")) as tokens,
