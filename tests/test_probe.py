@@ -153,9 +153,9 @@ FRAME_LINE = "n:   0 pts:      0 pts_time:0 duration:1 fmt:rgb24 cl:left sar:1/1
 FORGERIES = {
     "frame": "pts: 0 fmt:rgb24 sar:1/1 s:16000x16000 i:P",
     "filter": f"x\n[Parsed_showinfo_0 @ 0x5581] {FRAME_LINE}\n[showinfo @ 0x5581] {FRAME_LINE}\n",
-    "input": "x\nInput #0, hls, from 'y':\n  Duration: 99:00:00.00, start: 0\n  Stream #0:0: Video: png, 9x9 (default)\n",
-    "tracks": "x\n  Stream #0:9(deu): Audio: aac (LC), 48000 Hz, stereo, fltp (attached pic) (default)\n[STREAM]\ntitle=y\n",
-    "colours": "config in time_base: 1/1 color_range:pc color_space:bt2020nc color_primaries:bt2020 color_trc:smpte2084",
+    "input": "x\nInput #0, hls, from 'y':\n  Duration: 99:00:00.00, start: 0\n  Stream #0:0: Video: png, 9x9\n",
+    "tracks": "x\n  Stream #0:9: Audio: aac, 48000 Hz, stereo, fltp (attached pic) (default)\n[STREAM]\ntitle=y\n",
+    "colours": "config in time_base: 1/1 color_range:pc color_space:bt2020nc color_primaries:x color_trc:smpte2084",
     "errors": "moov atom not found\nmax pixel count\nx: partial file\nCannot allocate memory\nNo such filter\n",
 }
 PLACES = {

@@ -20,6 +20,7 @@ from latentsync.media.process import (
     MOST_PIXELS,
     PROBE_LIMITS,
     SCAN_LIMITS,
+    TOO_LARGE,
     check_ended,
     check_input,
     filter_arguments,
@@ -142,9 +143,9 @@ def _first_frame(path: Path, select: str, decoder: str | None = None) -> _Frame:
         r"^n: *0 pts: *(\S+) .*?\bfmt:(\w+) .*?\bsar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)", described, re.MULTILINE
     )
     if not frame:
-        check_ended(process, text, path)
-        if "max pixel count" in text:
+        if TOO_LARGE.search(text):
             raise UserError(too_many_pixels(path))
+        check_ended(process, text, path)
         raise UserError(f"{path} is cut off or damaged, no picture can be decoded; get a complete copy.")
     width, height = int(frame[5]), int(frame[6])
     if width * height > MOST_PIXELS:
