@@ -11,10 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from clips import ffmpeg, ffmpeg_messages, make_sound, make_video
 
+from latentsync import pipeline
+from latentsync.__main__ import main
+from latentsync.checkpoints import load_models, resolve
 from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_audio, read_frames
+from latentsync.segments import work_folder
 from optim.serving.preview import write_fragments
 
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p")
@@ -253,6 +258,7 @@ def test_the_track_with_the_default_flag_is_used_unless_another_is_named(tmp_pat
     assert (video.width, video.track, sound.track) == (96, 2, 2) and pitch(read_audio(path)) == 600
     assert next(read_frames(video))[24, 48].argmax() == 2
     assert [track.default for track in sound.tracks] == [False, True, False]
+    assert "has 2 video tracks, number 2 is used: 1 (" in video.remarks[0] and "3 sound tracks" in sound.remarks[0]
     other = probe_video(path, track=1)
     assert (other.width, other.track) == (64, 1) and next(read_frames(other))[24, 32].argmax() == 0
     assert probe_audio(path, track=3).track == 3 and pitch(read_audio(path, track=3)) == 900
@@ -294,6 +300,38 @@ def test_the_sound_that_is_written_is_that_of_the_track(tmp_path):
         for frame in read_frames(info):
             writer.write(frame)
     assert pitch(read_audio(tmp_path / "out.mkv")) == 600
+
+
+def test_the_command_line_takes_the_tracks_that_are_named(tmp_path, talking, checkpoint, capsys):
+    path = tmp_path / "both.mkv"
+    sounds = [word for hertz in (300, 600) for word in ("-f", "lavfi", "-i", f"sine=f={hertz}:r=16000:d=0.3")]
+    ffmpeg("-f", "lavfi", "-i", "color=s=64x48:r=25:d=1", "-i", talking, *sounds, "-map", 0, "-map", 1, "-map", 2,
+           "-map", 3, *X264, "-c:a", "aac", "-disposition:0", "default", "-disposition:2", "default", path)  # fmt: skip
+    out = tmp_path / "out.mp4"
+    arguments = [path, path, "-o", out, "--model", checkpoint, "--steps", 1, "--device", "cpu"]
+    assert main([*map(str, arguments), "--video-track", "2", "--audio-track", "2"]) == 0
+    assert "has 2 sound tracks, number 2 is used: 1 (" in capsys.readouterr().err
+    assert probe_video(out).width == probe_video(talking).width and pitch(read_audio(out)) == 600
+    assert main([*map(str, arguments), "--audio-track", "3"]) == 2
+    assert "none with the number 3" in capsys.readouterr().err
+
+
+def test_segments_of_other_tracks_are_not_gone_on_with(tmp_path, talking, voice, checkpoint, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    folders = []
+
+    def stop(*arguments):
+        folders.append(work_folder(*arguments))
+        raise Stop
+
+    monkeypatch.setattr(pipeline, "work_folder", stop)
+    models = load_models(resolve(str(checkpoint), torch.device("cpu")), torch.device("cpu"))
+    for tracks in ({}, {"video_track": 1}, {"audio_track": 1}, {}):
+        with pytest.raises(Stop):
+            pipeline.lipsync(talking, voice, tmp_path / "out.mp4", models, segment_frames=1, **tracks)
+    assert folders[0] == folders[3] and len(set(folders)) == 3
 
 
 @pytest.mark.parametrize(
