@@ -142,7 +142,8 @@ class Shot:
 
     frame: uint8 (H, W, 3), changed in place when its face is put back; tokens: audio (50, d);
     crop: uint8 (R, R, 3), None without a usable face; matrix (2, 3) and opacity: how it goes back;
-    source: the frame's number in a video that is shown more than once, else None; again: painted in a wider type.
+    source: the frame's number in a video that is shown more than once, else None; again: painted in a wider type;
+    scene: `Face.scene`, the number of the stretch between two cuts that the frame lies in.
     """
 
     frame: np.ndarray
@@ -152,6 +153,7 @@ class Shot:
     opacity: float = 0.0
     source: int | None = None
     again: bool = False
+    scene: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def align(
         else:
             shot.matrix, bias = estimate_matrix(face.points, resolution, None if face.first else bias)
             shot.crop = crop_face(frame, shot.matrix, resolution)
-            shot.opacity = face.opacity
+            shot.opacity, shot.scene = face.opacity, face.scene
         if most is not None:
             keeps = len(known) < most
             shot.source = len(known) if keeps else None
@@ -217,8 +219,9 @@ def align(
 def windows(shots: Iterable[Shot]) -> Iterator[Window | Shot]:
     """Cut runs of shots with a face into windows; shots without one come through between them, in order.
 
-    A run's last window is slid back so that it is full: norms and temporal attention see every frame of a
-    window, so a padded one would change the real frames. A run shorter than a window is one at its true length.
+    A run ends at a frame without a face and at a cut. Its last window is slid back so that it is full: norms and
+    temporal attention see every frame of a window, so a padded one would change the real frames, and one that held
+    two scenes would mix their colours. A run shorter than a window is one at its true length.
     """
     painted: list[Shot] = []  # the run's last window, for context
     waiting: list[Shot] = []
@@ -234,6 +237,9 @@ def windows(shots: Iterable[Shot]) -> Iterator[Window | Shot]:
             painted, waiting = [], []
             yield shot
             continue
+        if (waiting or painted) and (waiting or painted)[-1].scene != shot.scene:
+            yield from rest()
+            painted, waiting = [], []
         waiting.append(shot)
         if len(waiting) == WINDOW:
             yield Window(waiting)
@@ -623,6 +629,8 @@ def lipsync(
     on_frame: Callable[[np.ndarray], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
     segment_frames: int | None = SEGMENT_FRAMES,
+    video_track: int | None = None,
+    audio_track: int | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
@@ -633,6 +641,8 @@ def lipsync(
     finished frame, uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a run
     early, no part of the output is left, and no thread; but after `Enough` the finished frames are, with their sound.
 
+    video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
+
     A job of more than `segment_frames` is written in segments of as many, see `latentsync.segments`. Whatever ends it
     early, but `Enough`, the same call goes on after the last finished one, to the same result; say(line) tells so. It
     finds the faces of earlier frames once more, but neither paints them nor gives them to on_frame. None: in one piece.
@@ -642,11 +652,11 @@ def lipsync(
     settings = settings or Settings()
     began = time.perf_counter()
     output = check_output(output, (video, audio))
-    info = probe_video(video)
+    info = probe_video(video, video_track)
     settings = fitting(settings, info)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):
-        wav = torch.from_numpy(read_audio(audio))
+        wav = torch.from_numpy(read_audio(audio, track=audio_track))
     total = frame_count(len(wav))
     report = Report(
         settings, models.name, models.resolution, str(models.device), str(models.dtype).removeprefix("torch.")
@@ -659,16 +669,19 @@ def lipsync(
         asked = asdict(replace(settings, windows_per_pass=1, frames_per_pass=1))
         asked |= {"segment": segment_frames, "device": models.device.type, "dtype": report.dtype}
         asked |= {"model": models.name, "resolution": models.resolution, "mel_range": models.mel_range}
+        asked |= {"speech_level": models.speech_level}
         asked |= {"match_colours": models.match_colours, "ends_only": models.ends_only}
+        asked |= {"video_track": video_track, "audio_track": audio_track}
         folder = work_folder(output, (video, audio, *models.files), asked)
         clean(output, folder)
         writer = SegmentWriter(
             output, info, audio, settings.crf,
             folder=folder, total=total, segment_frames=segment_frames, counts=counts, say=say,
+            audio_track=audio_track,
         )  # fmt: skip
     else:
         clean(output)
-        writer = VideoWriter(output, info, audio, settings.crf)
+        writer = VideoWriter(output, info, audio, settings.crf, audio_track=audio_track)
     written = 0
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -770,7 +783,7 @@ def generate(
     def aligned() -> Iterator[Shot]:
         most = KNOWN_BYTES // (3 * models.resolution**2) if looped else None
         again: list[tuple[int, np.ndarray]] = []
-        chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range)
+        chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range, models.speech_level)
         heard = clock.time(beside(chunks, models.device), "sound")
         with (
             closing(ahead(heard, TRACKED_AHEAD, "sound")) as tokens,

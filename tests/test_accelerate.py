@@ -84,14 +84,15 @@ def test_a_lean_autoencoder_gives_the_same_to_the_bit_and_is_taken_back(models):
 
 
 @pytest.mark.parametrize("tokens", [SLICE // 2, SLICE, 2 * SLICE + 3])
-def test_a_lean_feed_forward_gives_the_same_to_the_bit_and_is_taken_back(models, tokens):
+def test_a_lean_feed_forward_gives_the_same_and_is_taken_back(models, tokens):
     unet = models.unet
     part = next(module for module in unet.modules() if type(module) is FeedForward)
     x = torch.randn(2, tokens, part.net[2].out_features)
     with torch.inference_mode():
         wanted = part(x)
         assert type(next(m for m in fuse(unet).modules() if m is part)) is LeanFeedForward
-        assert torch.equal(part(x), wanted)
+        # Products of other sizes may be added up in another order: float32 rounds to 1e-7, outputs are about 0.1.
+        torch.testing.assert_close(part(x), wanted, rtol=1e-5, atol=1e-6)
     part(x.requires_grad_()).sum().backward()
     assert x.grad.abs().sum() > 0, "it can still be trained"
     unfuse(unet)
@@ -116,7 +117,6 @@ def test_a_job_as_the_one_before_keeps_its_graphs_and_any_other_frees_them(model
     monkeypatch.setattr(type(models), "device", torch.device("cuda"))  # the networks stay on the processor
     monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
     monkeypatch.setattr("optim.accelerate.apply_vram_fraction", lambda *_: True)
-    monkeypatch.setattr("optim.accelerate.compile_network", lambda *_, **__: False)
     fused = []
     monkeypatch.setattr("optim.accelerate.fuse", fused.append)
 
@@ -129,9 +129,9 @@ def test_a_job_as_the_one_before_keeps_its_graphs_and_any_other_frees_them(model
     others = replace(plan.settings, steps=plan.settings.steps + 1, seed=1, crf=20)
     now_free = replace(plan.batch, allowed=plan.batch.allowed - 1)
     assert graphs_of(replace(plan, settings=others, batch=now_free)) is first and len(fused) == 2
-    assert models.vae.encoder.graphs is first
+    assert "forward" in vars(models.vae.encoder)
     smaller = graphs_of(step_down(plan)[0])
-    assert smaller is not None and not hasattr(models.vae.encoder, "graphs")
+    assert smaller is not None and "forward" not in vars(models.vae.encoder)
     unguided = graphs_of(replace(plan, settings=replace(plan.settings, guidance_scale=1.0)))
     assert graphs_of(plan_for(24, replace(AGGRESSIVE, graphs=False))) is None
     again = graphs_of(plan)

@@ -67,7 +67,8 @@ class VideoWriter:
     side grows by one repeated line. Sound that the container takes is copied as it is, lossless sound is stored
     losslessly, and the rest becomes AAC at 256 kbit/s; its first sample is at the time of the first frame. The file
     says in its metadata that it is synthetic (COMMENT). It appears under its name when the block ends well; when it
-    does not, nothing is left of it. Raises UserError where the file cannot be written.
+    does not, nothing is left of it. audio_track: as in `probe_audio`. Raises UserError where the file cannot be
+    written.
     """
 
     def __init__(
@@ -76,12 +77,14 @@ class VideoWriter:
         info: VideoInfo,
         audio: str | os.PathLike | None = None,
         crf: float = CRF,
+        *,
+        audio_track: int | None = None,
     ):
         self.path = check_output(path, (info.path,) if audio is None else (info.path, audio))
         self.info = info
         self.frames = 0  # written so far
         self.cut = False  # the sound is to end with the frames, where these are fewer than it lasts
-        self._arguments = self._encoding(None if audio is None else probe_audio(audio), crf)
+        self._arguments = self._encoding(None if audio is None else probe_audio(audio, audio_track), crf)
         self._partial = _partial(self.path.absolute().parent, self.path)
 
     def _encoding(self, audio: AudioInfo | None, crf: float) -> list[str]:
@@ -184,7 +187,8 @@ def join_segments(segments: list[tuple[Path, int]], path: Path, audio: AudioInfo
     shown = sum(frames for _, frames in segments) / FPS
     arguments = [
         *("-loglevel", "error", "-nostats", "-y"),
-        *("-protocol_whitelist", "file", "-f", "concat", "-i", file_url(listed)),
+        *("-format_whitelist", "concat,mov,matroska", "-protocol_whitelist", "file"),
+        *("-f", "concat", "-i", file_url(listed)),
         *(*sound_in, "-map", "0:v:0", "-c:v", "copy", *sound_out, "-map_metadata", "-1", "-map_chapters", "-1"),
         *("-metadata", f"comment={COMMENT}", *(("-t", f"{shown:.3f}") if cut else ())),
         *(*_wrapping(container), file_url(partial)),
@@ -242,7 +246,7 @@ def _sound(audio: AudioInfo | None, container: str) -> tuple[list[str], list[str
         return [], []
     # A stream that begins later than its file is moved to the first frame, as read_audio has it.
     begins = ["-itsoffset", f"{-audio.start:.6f}", *input_arguments(audio.path)]
-    return begins, ["-map", "1:a:0", *_audio_codec(audio, container)]
+    return begins, ["-map", f"1:{audio.select}", *_audio_codec(audio, container)]
 
 
 def _audio_codec(audio: AudioInfo, container: str) -> list[str]:
