@@ -525,3 +525,19 @@ def test_a_foreign_page_in_a_real_browser_gets_nowhere(server, quiet):
         evil.shutdown()
         evil.server_close()
     assert stored(server) == before
+
+
+def test_a_sound_is_looked_at_for_as_long_as_the_page_takes_it(tmp_path, monkeypatch, clips):
+    import app
+
+    asked = []
+
+    def probe(path, **options):
+        asked.append(options)
+        raise app.UserError(f"The sound in {path} lasts too long.")
+
+    monkeypatch.setattr(app, "probe_audio", probe)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(clips))
+    worker = app.Worker(tmp_path, max_seconds=30)
+    seconds, reply = app.Page(worker, app.Fetcher(worker, False)).measure(str(clips / "short.wav"))
+    assert asked == [{"max_seconds": 30}] and seconds is None and "'short.wav' lasts too long" in reply["error"]
