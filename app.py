@@ -511,16 +511,7 @@ class Page:
             who = own(visitor)
             files = uploaded(video, "video"), uploaded(audio, "voice")
             settings = level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance
-            self._asked(*files, *settings)  # before anything is done with the files
-            lent: list[Path] = []  # names of the files that the worker may move away
-            try:
-                lent += map(self.uploads.lend, files)
-                job = self.worker.submit(self._asked(*lent, *settings), who)
-            except OSError as error:
-                raise UserError(f"Your files cannot be taken ({unwritten(error)}): give them again.") from error
-            finally:
-                for path in lent:
-                    self.uploads.give_up(path)
+            job = self.worker.submit(self._asked(*files, *settings), who)  # it has names of its own for them now
             for path in files:
                 self.uploads.use(path, job.key)
             return {"job": job.id, "visitor": who, "error": None}
@@ -653,12 +644,9 @@ class Page:
             nonlocal seconds
             path = uploaded(audio, "voice")
             try:
-                seconds = probe_audio(path).duration
+                seconds = probe_audio(path, max_seconds=self.worker.max_seconds).duration  # no more of it is decoded
             except UserError as error:
                 raise UserError(said(error, {path: path.name})) from None
-            most = self.worker.max_seconds
-            if most and seconds > most:
-                raise UserError(f"'{path.name}' lasts {seconds:.0f} s, and this server takes {most:.0f} s at most.")
             return {"checked": "audio"}
 
         found = answer(act)

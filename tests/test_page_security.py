@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shutil
 import signal
 import socket
 import threading
@@ -447,3 +448,96 @@ def test_polling_and_files_go_on_while_previews_wait(tmp_path, monkeypatch):
     finally:
         held.set()
         built.blocks.close(verbose=False)
+
+
+# ---- a real browser
+
+ATTACK = """async (target) => {
+    const found = {};
+    const attempt = async (name, act) => { try { found[name] = await act(); } catch { found[name] = "refused"; } };
+    const json = (data) => ({ method: "POST", headers: { "Content-Type": "application/json" },
+        body: JSON.stringify({ data }), credentials: "include" });
+    const form = new FormData();
+    form.append("files", new File(["evil"], "evil.mp4"));
+    await attempt("upload", async () =>
+        (await fetch(`${target}/gradio_api/upload`, { method: "POST", body: form })).status);
+    await fetch(`${target}/gradio_api/upload`, { method: "POST", body: form, mode: "no-cors" }).catch(() => {});
+    await attempt("remove", async () =>
+        (await fetch(`${target}/gradio_api/run/remove_model`, json(["latentsync-1.5", false]))).status);
+    await attempt("simple", async () => (await fetch(`${target}/gradio_api/run/remove_model`, { method: "POST",
+        body: JSON.stringify({ data: ["latentsync-1.5", false] }), mode: "no-cors" })).status);
+    await attempt("read", async () => (await fetch(`${target}/config`)).status);
+    await attempt("picture", () => new Promise((done) => {
+        const image = new Image();
+        image.onload = () => done("seen");
+        image.onerror = () => done("refused");
+        image.src = `${target}/favicon.ico`;
+    }));
+    await attempt("frame", () => new Promise((done) => {
+        const frame = document.createElement("iframe");
+        frame.onload = () => done(frame.contentDocument ? "empty" : "an error page or the page");
+        frame.src = target;
+        document.body.append(frame);
+    }));
+    return found;
+}"""
+
+
+def test_a_foreign_page_in_a_real_browser_gets_nowhere(server, quiet):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = "chromium", "chromium-browser", "google-chrome"
+    if not (chromium := next(filter(None, map(shutil.which, names)), None)):
+        pytest.skip("there is no Chromium on this machine")
+
+    class Evil(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<!doctype html><body>evil</body>")
+
+        def log_message(self, *_):
+            pass
+
+    evil = ThreadingHTTPServer(("127.0.0.1", 0), Evil)
+    threading.Thread(target=evil.serve_forever, daemon=True).start()
+    before = stored(server)
+    try:
+        with playwright.sync_playwright() as driver:
+            rules = "--host-resolver-rules=MAP evil.example 127.0.0.1"
+            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", rules])
+            tab = browser.new_page()
+            tab.set_default_timeout(1000 * SLOW)
+            for host in ("127.0.0.1", "localhost", "evil.example"):
+                tab.goto(f"http://{host}:{evil.server_port}/")
+                for target in (server.url, f"http://localhost:{server.port}", f"http://evil.example:{server.port}"):
+                    found = tab.evaluate(ATTACK, target)
+                    frame = tab.frames[-1]
+                    assert found.pop("simple") in (0, "refused")  # it may be sent; it may not be obeyed or read
+                    assert found.pop("frame") != "empty" and "LatentSync" not in frame.content()
+                    assert set(found.values()) == {"refused"}, (host, target, found)
+            # A foreign name that has become this machine's: the browser takes it for one origin.
+            assert tab.goto(f"http://evil.example:{server.port}/").status == 403
+            found = tab.evaluate(ATTACK, f"http://evil.example:{server.port}")
+            assert {found["upload"], found["remove"], found["read"]} == {403} and found["picture"] == "refused"
+            browser.close()
+    finally:
+        evil.shutdown()
+        evil.server_close()
+    assert stored(server) == before
+
+
+def test_a_sound_is_looked_at_for_as_long_as_the_page_takes_it(tmp_path, monkeypatch, clips):
+    import app
+
+    asked = []
+
+    def probe(path, **options):
+        asked.append(options)
+        raise app.UserError(f"The sound in {path} lasts too long.")
+
+    monkeypatch.setattr(app, "probe_audio", probe)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(clips))
+    worker = app.Worker(tmp_path, max_seconds=30)
+    seconds, reply = app.Page(worker, app.Fetcher(worker, False)).measure(str(clips / "short.wav"))
+    assert asked == [{"max_seconds": 30}] and seconds is None and "'short.wav' lasts too long" in reply["error"]

@@ -168,23 +168,6 @@ class Uploads:
         except (OSError, ValueError):
             return False
 
-    def lend(self, path: Path) -> Path:
-        """A second name of an upload, which the receiver may move or delete: the upload can be used again.
-
-        Raises OSError.
-        """
-        place = self.folder / UPLOADS / secrets.token_urlsafe(18)
-        place.mkdir(parents=True, mode=0o700)
-        try:
-            return link_or_copy(path, place / path.name)
-        except OSError:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
-
-    def give_up(self, path: Path) -> None:
-        """Remove what `lend` made, if it is still there."""
-        shutil.rmtree(path.parent, ignore_errors=True)
-
     def use(self, path: Path, key: str) -> None:
         """Remember that a job has used an upload: it stays as long as the job, and goes with it."""
         uploads = self.folder / UPLOADS
