@@ -629,6 +629,8 @@ def lipsync(
     on_frame: Callable[[np.ndarray], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
     segment_frames: int | None = SEGMENT_FRAMES,
+    video_track: int | None = None,
+    audio_track: int | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
@@ -639,6 +641,8 @@ def lipsync(
     finished frame, uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a run
     early, no part of the output is left, and no thread; but after `Enough` the finished frames are, with their sound.
 
+    video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
+
     A job of more than `segment_frames` is written in segments of as many, see `latentsync.segments`. Whatever ends it
     early, but `Enough`, the same call goes on after the last finished one, to the same result; say(line) tells so. It
     finds the faces of earlier frames once more, but neither paints them nor gives them to on_frame. None: in one piece.
@@ -648,11 +652,11 @@ def lipsync(
     settings = settings or Settings()
     began = time.perf_counter()
     output = check_output(output, (video, audio))
-    info = probe_video(video)
+    info = probe_video(video, video_track)
     settings = fitting(settings, info)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):
-        wav = torch.from_numpy(read_audio(audio))
+        wav = torch.from_numpy(read_audio(audio, track=audio_track))
     total = frame_count(len(wav))
     report = Report(
         settings, models.name, models.resolution, str(models.device), str(models.dtype).removeprefix("torch.")
@@ -667,15 +671,17 @@ def lipsync(
         asked |= {"model": models.name, "resolution": models.resolution, "mel_range": models.mel_range}
         asked |= {"speech_level": models.speech_level}
         asked |= {"match_colours": models.match_colours, "ends_only": models.ends_only}
+        asked |= {"video_track": video_track, "audio_track": audio_track}
         folder = work_folder(output, (video, audio, *models.files), asked)
         clean(output, folder)
         writer = SegmentWriter(
             output, info, audio, settings.crf,
             folder=folder, total=total, segment_frames=segment_frames, counts=counts, say=say,
+            audio_track=audio_track,
         )  # fmt: skip
     else:
         clean(output)
-        writer = VideoWriter(output, info, audio, settings.crf)
+        writer = VideoWriter(output, info, audio, settings.crf, audio_track=audio_track)
     written = 0
 
     def progress(stage: str, done: int, total: int) -> None:

@@ -98,12 +98,13 @@ class SegmentWriter:
         segment_frames: int = SEGMENT_FRAMES,
         counts: dict[str, int],
         say: Callable[[str], None],
+        audio_track: int | None = None,
     ):
         self.path = check_output(path, (info.path, audio))
         self.frames = 0  # written so far, by earlier runs too
         self.cut = False  # as in `VideoWriter`
         self.keep = True  # what is finished, when the block does not end well
-        self._info, self._audio, self._crf = info, probe_audio(audio), crf
+        self._info, self._audio, self._crf = info, probe_audio(audio, audio_track), crf
         self._folder, self._total, self._segment_frames = folder, total, segment_frames
         self._counts, self._say = counts, say
         self._lock = FileLock(folder / LOCK, timeout=0)

@@ -67,7 +67,8 @@ class VideoWriter:
     side grows by one repeated line. Sound that the container takes is copied as it is, lossless sound is stored
     losslessly, and the rest becomes AAC at 256 kbit/s; its first sample is at the time of the first frame. The file
     says in its metadata that it is synthetic (COMMENT). It appears under its name when the block ends well; when it
-    does not, nothing is left of it. Raises UserError where the file cannot be written.
+    does not, nothing is left of it. audio_track: as in `probe_audio`. Raises UserError where the file cannot be
+    written.
     """
 
     def __init__(
@@ -76,12 +77,14 @@ class VideoWriter:
         info: VideoInfo,
         audio: str | os.PathLike | None = None,
         crf: float = CRF,
+        *,
+        audio_track: int | None = None,
     ):
         self.path = check_output(path, (info.path,) if audio is None else (info.path, audio))
         self.info = info
         self.frames = 0  # written so far
         self.cut = False  # the sound is to end with the frames, where these are fewer than it lasts
-        self._arguments = self._encoding(None if audio is None else probe_audio(audio), crf)
+        self._arguments = self._encoding(None if audio is None else probe_audio(audio, audio_track), crf)
         self._partial = _partial(self.path.absolute().parent, self.path)
 
     def _encoding(self, audio: AudioInfo | None, crf: float) -> list[str]:
