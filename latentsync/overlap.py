@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 POLL = 0.1  # seconds; on Windows Ctrl-C does not interrupt a longer wait for another thread
 GRACE = 1.0  # seconds that an item may still take when its thread is to end, before it is interrupted
-OnWait = Callable[[], None]  # called every POLL seconds by a thread that waits for another; what it raises ends the wait
+OnWait = Callable[[], None]  # called every POLL seconds by a thread that waits for another; may raise to end the wait
 END = object()
 
 
@@ -127,7 +127,7 @@ class Behind(Generic[T]):
         self.check()
 
     def close(self) -> None:
-        """End the thread as soon as the item in its hand is done, or GRACE seconds later; items that wait are dropped."""
+        """End the thread, and drop what waits: the item in its hand is finished, or interrupted after GRACE seconds."""
         self._stopped = True
         _empty(self._given)
         self._given.put(END)

@@ -629,15 +629,18 @@ def lipsync(
     on_frame: Callable[[np.ndarray], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
     segment_frames: int | None = SEGMENT_FRAMES,
+    copy_audio: bool = False,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
     It lasts as long as the sound, ceil(seconds × 25) frames; a shorter video is played forward and backward.
-    on_progress(stage, frames done, frames in all) is called as the stages of `latentsync.STAGES` advance, and at every
-    denoising step, in the caller's thread; what it raises stops the run. relieve() is called when the device's memory
-    ran out, and gives settings to go on with that need less, or None to give up. on_frame(frame) is called with every
-    finished frame, uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a run
-    early, no part of the output is left, and no thread; but after `Enough` the finished frames are, with their sound.
+    on_progress(stage, frames done, frames in all) is called as the stages of `latentsync.STAGES` advance, at every
+    denoising step, and several times a second while nothing advances, in the caller's thread; what it raises stops the
+    run, within a second or two even where ffmpeg hangs. relieve() is called when the device's memory ran out, and gives
+    settings to go on with that need less, or None to give up. on_frame(frame) is called with every finished frame,
+    uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a run early, no part of
+    the output is left, and no thread; but after `Enough` the finished frames are, with their sound.
+    copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
 
     A job of more than `segment_frames` is written in segments of as many, see `latentsync.segments`. Whatever ends it
     early, but `Enough`, the same call goes on after the last finished one, to the same result; say(line) tells so. It
@@ -659,6 +662,19 @@ def lipsync(
     )
     frames, looped = read_frames_looped(info, total), total > info.n_frames
     counts = {"frames_without_face": 0, "frames_computed_again": 0}  # of what is written
+    done = written = 0  # frames that were written by earlier runs, and by this one
+    complete = False  # all frames have been handed to the writer
+
+    def still_writing() -> None:
+        nonlocal on_progress
+        if on_progress:
+            try:
+                on_progress("writing", done + written, total)
+            except Enough:
+                if not complete:
+                    raise
+                on_progress = None  # there is nothing to end early
+
     # Models that were not loaded from files cannot be known again.
     if segment_frames and total > segment_frames and models.files:
         # How much goes through the device at once is not part of the job, as it follows from the memory that is free.
@@ -670,12 +686,12 @@ def lipsync(
         clean(output, folder)
         writer = SegmentWriter(
             output, info, audio, settings.crf,
-            folder=folder, total=total, segment_frames=segment_frames, counts=counts, say=say,
+            folder=folder, total=total, segment_frames=segment_frames, counts=counts, say=say, copy_audio=copy_audio,
+            on_wait=still_writing,
         )  # fmt: skip
     else:
         clean(output)
-        writer = VideoWriter(output, info, audio, settings.crf)
-    written = 0
+        writer = VideoWriter(output, info, audio, settings.crf, copy_audio=copy_audio, on_wait=still_writing)
 
     def progress(stage: str, done: int, total: int) -> None:
         """Tell also what has been written meanwhile, and raise what was wrong with it."""
@@ -688,8 +704,7 @@ def lipsync(
         writing.check()
         while written < writing.done:
             written += 1
-            if on_progress:
-                on_progress("writing", done + written, total)
+            still_writing()
 
     def write(item: tuple[np.ndarray, bool, bool]) -> None:
         frame, faceless, again = item
@@ -700,7 +715,7 @@ def lipsync(
 
     with (
         writer,
-        closing(Behind(write, settings.frames_behind, "writing")) as writing,
+        closing(Behind(write, settings.frames_behind, "writing", still_writing, writer.abort)) as writing,
         closing(
             generate(frames, wav, models, settings, total, looped, clock, progress, relieve, writer.frames)
         ) as shots,
@@ -717,6 +732,7 @@ def lipsync(
                 if on_frame:
                     on_frame(shot.frame)
                 tell_written()
+            complete = True
         except Enough:
             if not report.frames:
                 raise
@@ -735,6 +751,8 @@ def lipsync(
                 f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
                 "the front, with the whole mouth in the picture."
             )
+    for remark in writer.remarks:
+        say(remark)
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )
@@ -789,7 +807,7 @@ def generate(
                 yield from clock.time(align(faces, tokens, models.resolution, most, chain(again, shown)), "crops")
 
     painter = Painter(models, settings, still_painting)
-    with closing(ahead(aligned(), settings.shots_ahead, "crops")) as found:
+    with closing(ahead(aligned(), settings.shots_ahead, "crops", still_painting)) as found:
         groups = batches(windows(watched(clock.wait(found, "crops"), "faces")), settings.windows_per_pass)
         for shot in watched(clock.time(paint(groups, painter, relieve, done), "mouths"), "mouths", done):
             painted += 1

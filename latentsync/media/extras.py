@@ -72,9 +72,9 @@ class Extras:
 
 @contextmanager
 def collect_extras(
-    info: VideoInfo, audio: AudioInfo, name: Path, on_wait: OnWait | None = None
+    info: VideoInfo, audio: AudioInfo, seconds: float, name: Path, on_wait: OnWait | None = None
 ) -> Iterator[Extras]:
-    """Collect what goes along with a result of `audio`'s length into files beside `name`, for a `with` block.
+    """Collect what goes along with a result that lasts so many seconds into files beside `name`, for a `with` block.
 
     name: a file of the result's container that is still to be written; what the block needs begins with its stem. A
     video that is played forward and backward keeps chapters and subtitles for the first time. Nothing in them can
@@ -85,7 +85,7 @@ def collect_extras(
     try:
         begins = float(info.start_pts * info.time_base)
         # Frames are rounded to the nearest time on the grid.
-        ends = min(info.n_frames / FPS, audio.duration)
+        ends = min(info.n_frames / FPS, seconds)
         tags, codecs, program = Tags("", (), ()), (), ""
         if not info.still:
             tags, codecs, program = _describe(info.path, on_wait)
@@ -211,11 +211,11 @@ def _extract(
     begins, ends: seconds of the video's. Returns the numbers of those streams that have any, in order, or None where
     they cannot be read; then the file is to be removed.
     """
+    within = ending_at(ends)
     options = []
     for place, (number, codec) in enumerate(wanted.items()):
         options += ["-map", f"{chosen}:s:{number}", f"-c:s:{place}", codec]
-        # The last one must not last longer than the picture.
-        options += [f"-bsf:s:{place}", f"setts=duration='max(0,min(DURATION,floor({ends:.3f}/TB)-PTS))'"]
+        options += [f"-bsf:s:{place}", within]
     arguments = [
         *("-loglevel", "error", "-nostats", "-y", "-t", f"{begins + ends:.3f}", "-itsoffset", f"{-begins:.6f}"),
         *(*input_arguments(path), *options, "-map_metadata", "-1", "-map_chapters", "-1", "-t", f"{ends:.3f}"),
@@ -232,6 +232,17 @@ def _extract(
         lines = packets.read_text(encoding="utf-8", errors="replace").splitlines()
     filled = {int(line.partition(",")[0]) for line in lines if not line.startswith("#")}
     return [number for place, number in enumerate(wanted) if place in filled]
+
+
+def ending_at(seconds: float) -> str:
+    """ffmpeg's bitstream filters that let subtitles be shown only between zero and a time, as the picture is.
+
+    One before zero would move all others, and the picture; one that lasts longer would make the file longer.
+    """
+    return (
+        "noise=drop='lte(pts+duration,0)',"
+        f"setts=ts='max(PTS,0)':duration='max(0,min(PTS+DURATION,floor({seconds:.3f}/TB))-max(PTS,0))'"
+    )
 
 
 def _in_time(chapters: tuple[Chapter, ...], begins: float, ends: float) -> list[Chapter]:

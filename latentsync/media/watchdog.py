@@ -22,7 +22,7 @@ class Watchdog:
     """
 
     def __init__(self, process: subprocess.Popen, cancel: threading.Event | None = None):
-        self.stalled = False  # ffmpeg was killed because it stood still
+        self.stalled: float | None = None  # seconds that ffmpeg stood still, after which it was killed
         self._process, self._cancel = process, cancel
         self._since: float | None = None  # when the present wait began
         self._ended = threading.Event()
@@ -74,7 +74,7 @@ class Watchdog:
             if latest is None or work is None or latest[0] - work[0] >= LEAST_WORK or latest[1] != work[1]:
                 work, changed = latest, now
             elif now - max(since, changed) > STALL_SECONDS:
-                self.stalled = True
+                self.stalled = STALL_SECONDS
                 return self._process.kill()
 
 
