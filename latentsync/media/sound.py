@@ -26,6 +26,7 @@ AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # of
 MOST_CHANNELS = 8  # of AAC, FLAC and ALAC
 LEAST_SAMPLES = 16  # that FLAC can write
 MOST_SHIFT = 0.005  # seconds by which copied sound may lie elsewhere than decoded
+Frame = tuple[float, float, str]  # time and duration, in seconds, and checksum
 MOST_PADDING = 0.1  # seconds by which one of the two may be longer: samples that only fill its last packet
 
 
@@ -115,7 +116,7 @@ def _sounds_alike(source: AudioInfo, copy: Path, profiles: set[str] | None, on_w
     original = _decoded(source.path, input_arguments(source.path), on_wait)
     copied = _decoded(copy, ["-copyts", "-i", file_url(copy)], on_wait)
     with closing(original), closing(copied):
-        for pair in zip_longest(original, copied):
+        for pair in _matched(original, copied):
             for side, frame in enumerate(pair):
                 if frame:
                     begins[side] = frame[0] if begins[side] is None else begins[side]
@@ -125,11 +126,26 @@ def _sounds_alike(source: AudioInfo, copy: Path, profiles: set[str] | None, on_w
             if raw:
                 agreed = min(positions)
                 continue
+            if pair[0] is None and not positions[0]:  # before the first of the original
+                continue
             alike = alike and None not in pair and pair[0][1:] == pair[1][1:]
-            agreed = positions[0] if alike else agreed
+            agreed = min(positions) if alike else agreed
             if max(positions) - agreed > MOST_PADDING:
                 return False
     return 0 < agreed >= max(positions) - MOST_PADDING
+
+
+def _matched(original: Iterator[Frame], copied: Iterator[Frame]) -> Iterator[tuple[Frame | None, Frame | None]]:
+    """The frames of both, one by one; None where one has ended, or where the copy begins with a few samples more.
+
+    These few are left of those that a decoder leaves out, where a container rounds their number to milliseconds.
+    """
+    one, other = next(original, None), next(copied, None)
+    if one and other and one[1:] != other[1:] and other[1] < min(one[1], MOST_SHIFT):
+        yield None, other
+        other = next(copied, None)
+    yield one, other
+    yield from zip_longest(original, copied)
 
 
 def _begin_of_picture(path: Path, on_wait: OnWait | None) -> tuple[float | None, str]:
@@ -141,7 +157,7 @@ def _begin_of_picture(path: Path, on_wait: OnWait | None) -> tuple[float | None,
         return begin, read_log(log)
 
 
-def _decoded(path: Path, source: list[str], on_wait: OnWait | None) -> Iterator[tuple[float, float, str]]:
+def _decoded(path: Path, source: list[str], on_wait: OnWait | None) -> Iterator[Frame]:
     """Times and durations, in seconds, and checksums of what a file's sound decodes to; source: ffmpeg's input."""
     arguments = [
         *("-loglevel", "error", "-nostats", *source, "-map", "0:a:0"),
@@ -151,7 +167,7 @@ def _decoded(path: Path, source: list[str], on_wait: OnWait | None) -> Iterator[
         yield from with_watchdog(process, _polled(_frames(process), on_wait), path)
 
 
-def _frames(process: subprocess.Popen) -> Iterator[tuple[float, float, str]]:
+def _frames(process: subprocess.Popen) -> Iterator[Frame]:
     base = 0.0  # seconds of a unit of time
     with open(process.stdout.fileno(), "rb", closefd=False) as lines:
         for line in map(bytes.decode, lines):
@@ -163,7 +179,7 @@ def _frames(process: subprocess.Popen) -> Iterator[tuple[float, float, str]]:
                 yield int(pts) * base, int(duration) * base, checksum.strip()
 
 
-def _polled(items: Iterator[tuple], on_wait: OnWait | None) -> Iterator[tuple]:
+def _polled(items: Iterator[Frame], on_wait: OnWait | None) -> Iterator[Frame]:
     """The items; on_wait() is called between them, every POLL seconds at most."""
     due = time.monotonic() + POLL
     for item in items:
