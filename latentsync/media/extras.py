@@ -208,6 +208,7 @@ def _extract(
 ) -> list[int] | None:
     """Write some of a video's subtitles to a file of their own, on the result's timeline.
 
+    A picture in it begins at zero, since ffmpeg lets what it reads begin there.
     begins, ends: seconds of the video's. Returns the numbers of those streams that have any, in order, or None where
     they cannot be read; then the file is to be removed.
     """
@@ -218,7 +219,8 @@ def _extract(
         options += [f"-bsf:s:{place}", within]
     arguments = [
         *("-loglevel", "error", "-nostats", "-y", "-t", f"{begins + ends:.3f}", "-itsoffset", f"{-begins:.6f}"),
-        *(*input_arguments(path), *options, "-map_metadata", "-1", "-map_chapters", "-1", "-t", f"{ends:.3f}"),
+        *(*input_arguments(path), "-f", "lavfi", "-i", f"color=s=16x16:r={FPS}:d={1 / FPS}"),
+        *(*options, "-map", "1:v", "-c:v", "mjpeg", "-map_metadata", "-1", "-map_chapters", "-1", "-t", f"{ends:.3f}"),
         *("-fs", str(MOST_SUBTITLE_BYTES), "-f", "matroska" if subtitles.suffix == ".mkv" else "mov"),
         file_url(subtitles),
     ]
@@ -240,7 +242,7 @@ def ending_at(seconds: float) -> str:
     One before zero would move all others, and the picture; one that lasts longer would make the file longer.
     """
     return (
-        "noise=drop='lte(pts+duration,0)',"
+        "noise=drop='lt(pts,0)*lte(pts+duration,0)',"
         f"setts=ts='max(PTS,0)':duration='max(0,min(PTS+DURATION,floor({seconds:.3f}/TB))-max(PTS,0))'"
     )
 

@@ -127,8 +127,12 @@ class VideoWriter:
             ]
             self._process, self._log = self._stack.enter_context(run_ffmpeg(arguments, stdin=subprocess.PIPE))
             self._watchdog = self._stack.enter_context(Watchdog(self._process))
-        except BaseException:
+        except BaseException as error:
             self._stack.close()
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"{self.path} could not be written ({error.strerror}); free some space or choose another name."
+                ) from error
             raise
         return self
 
@@ -257,10 +261,14 @@ def _not_written(path: Path, partial: Path, process: subprocess.Popen, log, watc
         return _removed(partial.parent, path)
     if process.returncode < 0:
         return ended_by_signal(process, f"wrote {path}")
+    return UserError(f"{path} could not be written ({failure(log)}); free some space or choose another name.")
+
+
+def failure(log) -> str:
+    """Why an ffmpeg that wrote a file ended, in the words of its log."""
     lines = read_log(log).strip().splitlines() or ["ffmpeg stopped without a message"]
-    said = next((line for line in lines if re.search("No space left|File too large", line)), lines[-1])
-    said = re.sub(r"^\[[^]]* @ 0x\w+\] ", "", said)
-    return UserError(f"{path} could not be written ({said}); free some space or choose another name.")
+    line = next((line for line in lines if re.search("No space left|File too large", line)), lines[-1])
+    return re.sub(r"^\[[^]]* @ 0x\w+\] ", "", line)
 
 
 def _wrapping(path: Path) -> list[str]:

@@ -389,7 +389,7 @@ class Worker:
             try:
                 step(0, 0)
                 comparison.state = RUNNING
-                side_by_side(job.request.video, job.output, partial, step)
+                side_by_side(job.request.video, job.output, partial, step, comparison.ending)
             finally:
                 self._comparing.release()
             os.replace(partial, job.compared)
