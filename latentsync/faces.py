@@ -24,14 +24,16 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
-import mediapipe
 import numpy as np
-from mediapipe.tasks.python import BaseOptions
-from mediapipe.tasks.python.vision import FaceLandmarker, FaceLandmarkerOptions
 
 from latentsync.errors import UserError
+
+if TYPE_CHECKING:  # MediaPipe takes a second to load
+    import mediapipe
+    from mediapipe.tasks.python.vision import FaceLandmarker
 
 MODEL_FILE = Path(__file__).parent.parent / "assets" / "face_landmarker.task"
 
@@ -304,7 +306,7 @@ class _SearchedAhead:
     `own` is that of the caller's thread, which does what none of them has done.
     """
 
-    def __init__(self, frames: Iterable[np.ndarray], own: FaceLandmarker, landmarkers: list[FaceLandmarker]):
+    def __init__(self, frames: Iterable[np.ndarray], own: "FaceLandmarker", landmarkers: list["FaceLandmarker"]):
         self.region: tuple[int, int, int] | None = None  # where to look in the frames to come, None: nowhere
         self._frames = iter(frames)
         self._own = own
@@ -405,7 +407,7 @@ def _split_at_cuts(slots: Iterable[list[_Slot]], pictures: _Pictures) -> Iterato
 
 
 def _follow(
-    frames: _SearchedAhead, landmarker: FaceLandmarker, which: str, pictures: _Pictures
+    frames: _SearchedAhead, landmarker: "FaceLandmarker", which: str, pictures: _Pictures
 ) -> Iterator[list[_Slot]]:
     """Every frame with the sighting of the followed face: for each that is read, those that are settled by then.
 
@@ -461,7 +463,7 @@ def _follow(
 
 
 def _better(
-    landmarker: FaceLandmarker,
+    landmarker: "FaceLandmarker",
     frame: np.ndarray,
     candidates: Iterable[_Sighting],
     seen: _Sighting | None,
@@ -484,7 +486,7 @@ def _better(
     return seen, region
 
 
-def _follow_back(landmarker: FaceLandmarker, waiting: deque[_Slot], found: _Slot) -> None:
+def _follow_back(landmarker: "FaceLandmarker", waiting: deque[_Slot], found: _Slot) -> None:
     """Fill in the frames just before `found` that show the same face."""
     for slot in reversed(waiting):
         if slot.scene != found.scene:
@@ -548,7 +550,7 @@ def _region(face: _Sighting, last: tuple[int, int, int] | None) -> tuple[int, in
     return round(face.centre[0]), round(face.centre[1]), max(round(side), 2)
 
 
-def _detect_in(landmarker: FaceLandmarker, frame: np.ndarray, region: tuple[int, int, int]) -> list[_Sighting]:
+def _detect_in(landmarker: "FaceLandmarker", frame: np.ndarray, region: tuple[int, int, int]) -> list[_Sighting]:
     """The faces in a region of the frame: centre x, y and side."""
     x, y, side = region
     x0, y0 = x - side // 2, y - side // 2
@@ -629,7 +631,7 @@ def _starts(length: int, side: int) -> list[int]:
 
 
 def _detect(
-    landmarker: FaceLandmarker, frame: np.ndarray, x0: int, y0: int, x1: int, y1: int, pixels: int
+    landmarker: "FaceLandmarker", frame: np.ndarray, x0: int, y0: int, x1: int, y1: int, pixels: int
 ) -> list[_Sighting]:
     """The faces in a rectangle of the frame, which is clipped to it and shrunk to `pixels` first."""
     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, frame.shape[1]), min(y1, frame.shape[0])
@@ -641,8 +643,7 @@ def _detect(
         scale = pixels / max(width, height)
         size = max(1, round(width * scale)), max(1, round(height * scale))
         crop = cv2.resize(crop, size, interpolation=cv2.INTER_AREA)
-    image = mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(crop))
-    result = landmarker.detect(image)
+    result = landmarker.detect(_as_image(crop))
     seen = []
     for mesh, pose in zip(result.face_landmarks, result.facial_transformation_matrixes, strict=True):
         # The landmarker's 0 to 1 runs over the pixels' edges.
@@ -653,13 +654,22 @@ def _detect(
     return seen
 
 
+def _as_image(pixels: np.ndarray) -> "mediapipe.Image":
+    import mediapipe
+
+    return mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(pixels))
+
+
 @contextmanager
-def _landmarker() -> Iterator[FaceLandmarker]:
+def _landmarker() -> Iterator["FaceLandmarker"]:
     """MediaPipe's landmarker, open for as long as the context."""
     try:
         model = MODEL_FILE.read_bytes()  # read here: MediaPipe does not open every path that Python does
     except OSError:
         raise UserError(f"Cannot read the face model {MODEL_FILE}: restore it from the repository.") from None
+    from mediapipe.tasks.python import BaseOptions
+    from mediapipe.tasks.python.vision import FaceLandmarker, FaceLandmarkerOptions
+
     options = FaceLandmarkerOptions(
         base_options=BaseOptions(model_asset_buffer=model),
         num_faces=MAX_FACES,
@@ -668,7 +678,7 @@ def _landmarker() -> Iterator[FaceLandmarker]:
     with _without_chatter():
         landmarker = FaceLandmarker.create_from_options(options)
         blank = np.zeros((64, 64, 3), np.uint8)
-        landmarker.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=blank))
+        landmarker.detect(_as_image(blank))
     try:
         yield landmarker
     finally:

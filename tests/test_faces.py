@@ -7,6 +7,7 @@ import time
 import cv2
 import numpy as np
 import pytest
+from mediapipe.tasks.python.vision import FaceLandmarker
 from skimage.data import astronaut
 
 from latentsync import faces
@@ -439,8 +440,8 @@ def test_a_face_that_looks_away_is_not_usable(portrait, monkeypatch):
 
 def test_stopping_early_closes_the_landmarker(portrait, monkeypatch):
     closed = []
-    close = faces.FaceLandmarker.close
-    monkeypatch.setattr(faces.FaceLandmarker, "close", lambda self: (closed.append(True), close(self)))
+    close = FaceLandmarker.close
+    monkeypatch.setattr(FaceLandmarker, "close", lambda self: (closed.append(True), close(self)))
     tracked = track_faces(iter([put(room(), portrait, 200, 50)] * 20))
     next(tracked)
     assert not closed

@@ -1,21 +1,13 @@
 """Files that are written: where their sound lies and what plays it, what they take over from the video, and that
 whoever waits for an encoder which stands still can end it."""
 
-import os
-import re
-import signal
-import subprocess
-import threading
-import time
-from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import ffmpeg, make_sound, make_video
+from clips import ffmpeg, make_video
 
-from latentsync.media import probe_audio, probe_video, read_audio, read_frames_looped
+from latentsync.media import probe_video, read_audio, read_frames_looped
 from latentsync.media.writing import VideoWriter
 
 CONTAINERS = [".mp4", ".m4v", ".mov", ".mkv"]

@@ -3,16 +3,15 @@ language. All else that a file says of itself, as where, when and with what it w
 
 import re
 import tempfile
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentsync import FPS
-from latentsync.errors import UserError
 from latentsync.media.info import AudioInfo, VideoInfo
-from latentsync.media.process import file_url, input_arguments, read_log, run_ffmpeg
+from latentsync.media.metadata import clean_text, escape, parse_metadata
+from latentsync.media.process import PROBE_LIMITS, SCAN_LIMITS, file_url, input_arguments, read_log, run_ffmpeg
 from latentsync.media.watchdog import OnWait, Watchdog
 
 TEXT = {"subrip", "ass", "ssa", "mov_text", "webvtt", "text"}  # subtitles that can become another kind of text
@@ -48,7 +47,7 @@ class Extras:
     language: str = ""  # of the sound
     chapters: Path | None = None  # in ffmpeg's own format
     subtitles: Path | None = None  # in the result's container
-    streams: tuple[dict[str, str], ...] = ()  # "title" and "language" of each stream of subtitles
+    streams: dict[int, dict[str, str]] = field(default_factory=dict)  # those in that file: "title" and "language"
     remarks: tuple[str, ...] = ()  # sentences for the user on what could not be taken over
 
     def options(self, inputs: int) -> tuple[list[str], list[str]]:
@@ -57,10 +56,10 @@ class Extras:
         if self.subtitles:
             before += ["-f", "matroska" if self.subtitles.suffix == ".mkv" else "mov", "-protocol_whitelist", "file"]
             before += ["-i", file_url(self.subtitles)]
-            after += ["-map", f"{inputs}:s", "-c:s", "copy"]
-            for number, tags in enumerate(self.streams):
+            for place, (number, tags) in enumerate(self.streams.items()):
+                after += ["-map", f"{inputs}:s:{number}", f"-c:s:{place}", "copy"]
                 for key, value in tags.items():
-                    after += [f"-metadata:s:s:{number}", f"{key}={value}"]
+                    after += [f"-metadata:s:s:{place}", f"{key}={value}"]
             inputs += 1
         if self.chapters:
             before += ["-f", "ffmetadata", "-protocol_whitelist", "file", "-i", file_url(self.chapters)]
@@ -80,6 +79,7 @@ def collect_extras(
     video that is played forward and backward keeps chapters and subtitles for the first time. Nothing in them can
     cost the result: what cannot be read is left out, with a remark. on_wait: as in `Watchdog.wait`.
     """
+    suffix = name.suffix.lower()
     chapters, subtitles = name.with_name(f"{name.stem}-chapters.txt"), name.with_stem(f"{name.stem}-subtitles")
     remarks: list[str] = []
     try:
@@ -88,28 +88,26 @@ def collect_extras(
         ends = min(info.n_frames / FPS, seconds)
         tags, codecs, program = Tags("", (), ()), (), ""
         if not info.still:
-            tags, codecs, program = _describe(info.path, on_wait)
+            tags, codecs, program = _describe(info, on_wait)
         kept = _in_time(tags.chapters, begins, ends)
         if kept:
             chapters.write_text(_as_ffmetadata(kept), encoding="utf-8")
-        wanted = _chosen(codecs, name.suffix)
+        wanted = _chosen(codecs, suffix)
         if len(wanted) < len(codecs):
             remarks.append(
-                f"Subtitles that are pictures, or of an unknown kind, were left out of the {name.suffix} file"
-                + ("." if name.suffix == ".mkv" else "; an output that ends in .mkv can hold pictures.")
+                f"Subtitles that are pictures, or of an unknown kind, were left out of the {suffix} file"
+                + ("." if suffix == ".mkv" else "; an output that ends in .mkv can hold pictures.")
             )
-        streams: tuple[dict[str, str], ...] = ()
+        streams: dict[int, dict[str, str]] = {}
         if wanted:
             filled = _extract(info.path, program, wanted, begins, ends, subtitles, on_wait)
             if filled is None:
-                remarks.append(f"The subtitles of {info.path} are damaged and were left out.")
-                subtitles.unlink(missing_ok=True)
+                remarks.append("The video's subtitles are damaged and were left out.")
             else:
-                streams = tuple(tags.streams[number] for number in filled)
-        language = _describe_sound(audio, on_wait).get("language", "")
+                streams = {place: tags.streams[number] for place, number in enumerate(wanted) if place in filled}
         yield Extras(
             tags.title,
-            language,
+            next((_language(track.language) for track in audio.tracks if track.number == audio.track), ""),
             chapters if kept else None,
             subtitles if streams else None,
             streams,
@@ -121,7 +119,7 @@ def collect_extras(
                 path.unlink()
 
 
-def _describe(path: Path, on_wait: OnWait | None) -> tuple[Tags, tuple[str, ...], str]:
+def _describe(info: VideoInfo, on_wait: OnWait | None) -> tuple[Tags, tuple[str, ...], str]:
     """Tags of a video, the codecs of its subtitles, and which streams these are chosen from, as ffmpeg writes it.
 
     Of a broadcast with several programs, the subtitles are those of the picture's. The tags' streams are those of the
@@ -129,23 +127,15 @@ def _describe(path: Path, on_wait: OnWait | None) -> tuple[Tags, tuple[str, ...]
     """
     chosen = "0"
     while True:
-        streams = ["-map", "0:V:0", "-map", f"{chosen}:s?", "-c", "copy"]
-        found, text = _metadata(path, streams, on_wait)
-        tags, codecs = found
-        program = _program(text) if chosen == "0" else None
+        streams = ["-map", f"0:{info.select}", "-map", f"{chosen}:s?", "-c", "copy"]
+        tags, codecs, messages = _metadata(info.path, streams, on_wait)
+        program = _program(messages, int(info.select)) if chosen == "0" else None
         if program is None:
             return Tags(tags.title, tags.streams[1:], tags.chapters), codecs[1:], chosen
         chosen = f"0:p:{program}"
 
 
-def _describe_sound(audio: AudioInfo, on_wait: OnWait | None) -> dict[str, str]:
-    (tags, _), _ = _metadata(audio.path, ["-map", "0:a:0", "-c", "copy"], on_wait)
-    return tags.streams[0] if tags.streams else {}
-
-
-def _metadata(
-    path: Path, streams: list[str], on_wait: OnWait | None
-) -> tuple[tuple[Tags, tuple[str, ...]], str]:
+def _metadata(path: Path, streams: list[str], on_wait: OnWait | None) -> tuple[Tags, tuple[str, ...], str]:
     """Tags of a file and of some of its streams, the codecs of these, and ffmpeg's messages; nothing where it fails."""
     with tempfile.TemporaryDirectory(prefix="latentsync-") as folder:
         tags, codecs = Path(folder) / "tags", Path(folder) / "codecs"
@@ -154,36 +144,28 @@ def _metadata(
             *("-nostats", "-y", "-t", "0.001", *input_arguments(path)),
             *(*streams, "-f", "ffmetadata", file_url(tags), *streams, "-f", "framecrc", file_url(codecs)),
         ]
-        with run_ffmpeg(arguments) as (process, log), Watchdog(process) as watchdog:
-            failed = watchdog.wait(on_wait) != 0
-            text = read_log(log)
-        if failed:
-            return (Tags("", (), ()), ()), ""
+        with run_ffmpeg(arguments, limits=PROBE_LIMITS) as (process, log), Watchdog(process) as watchdog:
+            if watchdog.wait(on_wait) != 0:
+                return Tags("", (), ()), (), ""
+            messages = read_log(log)
         lines = codecs.read_text(encoding="utf-8", errors="replace").splitlines()
         names = [line.split()[2] for line in lines if line.startswith("#codec_id ")]
-        return (parse_tags(tags.read_text(encoding="utf-8", errors="replace")), tuple(names)), text
+        return _read_tags(tags.read_text(encoding="utf-8", errors="replace")), tuple(names), messages
 
 
-def _program(text: str) -> int | None:
-    """The number of the program that the first picture belongs to; None where there are fewer than two programs."""
-    programs: list[tuple[int, set[int]]] = []
-    pictures: set[int] = set()
-    for line in text.splitlines():
-        if begin := re.match(r"  Program (\d+)", line):
-            programs.append((int(begin[1]), set()))
-        elif line.startswith("  No Program"):
-            programs.append((-1, set()))
-        elif stream := re.match(r"  Stream #0:(\d+)", line):
-            if programs:
-                programs[-1][1].add(int(stream[1]))
-            if ": Video: " in line and "(attached pic)" not in line:
-                pictures.add(int(stream[1]))
-        elif line.startswith(("Output #", "Stream mapping:")):
-            break
-    known = [number for number, _ in programs if number >= 0]
-    if len(known) < 2 or not pictures:
-        return None
-    return next((number for number, streams in programs if min(pictures) in streams and number >= 0), None)
+def _program(messages: str, picture: int) -> int | None:
+    """The number of the program that a stream belongs to, from ffmpeg's messages; None where it is in none.
+
+    These may hold lines that the file made up; all that they could bring about is that of its own subtitles others are
+    chosen.
+    """
+    program = None
+    for line in messages.partition("\nStream mapping:")[0].splitlines():
+        if begin := re.match(r"  (?:Program (\d{1,9})|No Program)", line):
+            program = begin[1]
+        elif program and re.match(rf"  Stream #0:{picture}\b", line):
+            return int(program)
+    return None
 
 
 def _chosen(codecs: tuple[str, ...], suffix: str) -> dict[int, str]:
@@ -205,12 +187,12 @@ def _extract(
     ends: float,
     subtitles: Path,
     on_wait: OnWait | None,
-) -> list[int] | None:
-    """Write some of a video's subtitles to a file of their own, on the result's timeline.
+) -> set[int] | None:
+    """Write some of a video's subtitles to a file of their own, on the result's timeline, with a picture.
 
-    A picture in it begins at zero, since ffmpeg lets what it reads begin there.
-    begins, ends: seconds of the video's. Returns the numbers of those streams that have any, in order, or None where
-    they cannot be read; then the file is to be removed.
+    The picture begins at zero: ffmpeg takes for zero where the first stream of a file begins. begins, ends: seconds of
+    the video's and of the result's. Returns the numbers that streams which hold anything have in the file, or None
+    where the subtitles cannot be read.
     """
     within = ending_at(ends)
     options = []
@@ -228,12 +210,11 @@ def _extract(
     with tempfile.TemporaryDirectory(prefix="latentsync-") as folder:
         packets = Path(folder) / "packets"
         for command in (arguments, [*counts, "-f", "framecrc", file_url(packets)]):
-            with run_ffmpeg(command) as (process, _), Watchdog(process) as watchdog:
+            with run_ffmpeg(command, limits=SCAN_LIMITS) as (process, _), Watchdog(process) as watchdog:
                 if watchdog.wait(on_wait) != 0:
                     return None
         lines = packets.read_text(encoding="utf-8", errors="replace").splitlines()
-    filled = {int(line.partition(",")[0]) for line in lines if not line.startswith("#")}
-    return [number for place, number in enumerate(wanted) if place in filled]
+    return {int(line.partition(",")[0]) for line in lines if not line.startswith("#")}
 
 
 def ending_at(seconds: float) -> str:
@@ -249,60 +230,43 @@ def ending_at(seconds: float) -> str:
 
 def _in_time(chapters: tuple[Chapter, ...], begins: float, ends: float) -> list[Chapter]:
     """The chapters between two times, and their times from the first of these."""
-    moved = [
-        Chapter(max(0.0, c.start - begins), min(ends, c.end - begins), c.title) for c in chapters[:MOST_CHAPTERS]
-    ]
+    moved = [Chapter(max(0.0, c.start - begins), min(ends, c.end - begins), c.title) for c in chapters]
     return [chapter for chapter in moved if chapter.end > chapter.start]
 
 
-def parse_tags(text: str) -> Tags:
-    """Read what ffmpeg's `ffmetadata` format says of a file, its streams and its chapters."""
-    found: dict[str, str] = {}
-    streams: list[dict[str, str]] = []
-    chapters: list[dict[str, str]] = []
-    section = found
-    # A record ends at a line break that no backslash goes before.
-    for record in re.findall(r"(?:[^\\\n]|\\.)+", text, re.DOTALL):
-        if record == "[STREAM]":
-            streams.append(section := {})
-        elif record == "[CHAPTER]":
-            chapters.append(section := {})
-        elif pair := re.fullmatch(r"((?:[^\\=]|\\.)*)=(.*)", record, re.DOTALL):
-            key, value = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in pair.groups())
-            section.setdefault(key.lower(), value)  # ffmpeg's own come first
+def _read_tags(text: str) -> Tags:
+    """What of ffmpeg's `ffmetadata` format may be passed on."""
+    metadata = parse_metadata(text)
     return Tags(
-        clean_title(found.get("title", "")),
-        tuple(map(_of_stream, streams)),
-        tuple(chapter for chapter in map(_chapter, chapters) if chapter),
+        clean_text(metadata.file.get("title", ""), LONGEST_TITLE),
+        tuple(map(_of_stream, metadata.streams)),
+        tuple(chapter for chapter in map(_chapter, metadata.chapters[:MOST_CHAPTERS]) if chapter),
     )
 
 
-def _of_stream(tags: dict[str, str]) -> dict[str, str]:
-    language = tags.get("language", "").lower()
-    language = language if re.fullmatch(r"[a-z]{3}", language) and language != "und" else ""
-    kept = {"language": language, "title": clean_title(tags.get("title", ""))}
+def _of_stream(texts: dict[str, str]) -> dict[str, str]:
+    title = clean_text(texts.get("title") or texts.get("name") or "", LONGEST_TITLE)
+    kept = {"language": _language(texts.get("language", "")), "title": title}
     return {key: value for key, value in kept.items() if value}
 
 
-def _chapter(tags: dict[str, str]) -> Chapter | None:
+def _language(text: str) -> str:
+    """A language as all containers take it, "" where it is none."""
+    return text.lower() if re.fullmatch("[A-Za-z]{3}", text) and text.lower() != "und" else ""
+
+
+def _chapter(texts: dict[str, str]) -> Chapter | None:
     try:
-        above, below = map(int, tags["timebase"].split("/"))
-        start, end = (int(tags[key]) * above / below for key in ("start", "end"))
+        above, below = map(int, texts["timebase"].split("/"))
+        start, end = (int(texts[key]) * above / below for key in ("start", "end"))
     except (KeyError, ValueError, ZeroDivisionError, OverflowError):
         return None
-    return Chapter(start, end, clean_title(tags.get("title", "")))
-
-
-def clean_title(text: str) -> str:
-    """A title as one line of visible characters, no longer than LONGEST_TITLE."""
-    visible = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
-    return " ".join(visible.split())[:LONGEST_TITLE]
+    return Chapter(start, end, clean_text(texts.get("title", ""), LONGEST_TITLE))
 
 
 def _as_ffmetadata(chapters: list[Chapter]) -> str:
     lines = [";FFMETADATA1"]
     for chapter in chapters:
-        title = re.sub(r"([=;#\\])", r"\\\1", chapter.title)
         start, end = (round(1000 * seconds) for seconds in (chapter.start, chapter.end))
-        lines += ["[CHAPTER]", "TIMEBASE=1/1000", f"START={start}", f"END={end}", f"title={title}"]
+        lines += ["[CHAPTER]", "TIMEBASE=1/1000", f"START={start}", f"END={end}", f"title={escape(chapter.title)}"]
     return "\n".join(lines) + "\n"

@@ -9,7 +9,15 @@ from itertools import zip_longest
 from pathlib import Path
 
 from latentsync.media.info import AudioInfo
-from latentsync.media.process import file_url, input_arguments, read_log, run_ffmpeg, with_watchdog
+from latentsync.media.process import (
+    PROBE_MEMORY,
+    Limits,
+    file_url,
+    input_arguments,
+    read_log,
+    run_ffmpeg,
+    with_watchdog,
+)
 from latentsync.media.watchdog import POLL, OnWait, Watchdog
 
 SUFFIXES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -26,6 +34,7 @@ AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # of
 MOST_CHANNELS = 8  # of AAC, FLAC and ALAC
 LEAST_SAMPLES = 16  # that FLAC can write
 MOST_SHIFT = 0.005  # seconds by which copied sound may lie elsewhere than decoded
+LIMITS = Limits(PROBE_MEMORY)  # as of any look at a whole file, but for what a copy of it takes on the disk
 Frame = tuple[float, float, str]  # time and duration, in seconds, and checksum
 MOST_PADDING = 0.1  # seconds by which one of the two may be longer: samples that only fill its last packet
 
@@ -43,10 +52,10 @@ def sound_options(
     exact = copy_audio or container == "matroska"
     copied = COPIED_AUDIO[container] if exact else {"aac"}
     if audio.codec in copied and _can_be_copied(audio, path, PLAYED_EVERYWHERE if not exact else None, on_wait):
-        return [*_moved_to_zero(audio), *input_arguments(audio.path)], ["-map", "1:a:0", "-c:a", "copy"]
+        return [*_moved_to_zero(audio), *input_arguments(audio.path)], ["-map", f"1:{audio.select}", "-c:a", "copy"]
     lossless = exact and audio.channels <= MOST_CHANNELS
     encoded = _lossless(audio, container) if lossless else _aac(audio)
-    return input_arguments(audio.path), ["-map", "1:a:0", *encoded]
+    return input_arguments(audio.path), ["-map", f"1:{audio.select}", *encoded]
 
 
 def _moved_to_zero(audio: AudioInfo) -> list[str]:
@@ -91,11 +100,11 @@ def _can_be_copied(audio: AudioInfo, path: Path, profiles: set[str] | None, on_w
     arguments = [
         *("-loglevel", "error", "-nostats", "-y", *picture, *_moved_to_zero(audio), *input_arguments(audio.path)),
         *("-map", "0:v:0", "-c:v", "libx264", "-preset", "ultrafast", "-bf", "3"),
-        *("-map", "1:a:0", "-c:a", "copy", "-map_metadata", "-1", "-map_chapters", "-1"),
+        *("-map", f"1:{audio.select}", "-c:a", "copy", "-map_metadata", "-1", "-map_chapters", "-1"),
         *("-f", SUFFIXES[path.suffix.lower()], file_url(trial)),
     ]
     try:
-        with run_ffmpeg(arguments) as (process, _), Watchdog(process) as watchdog:
+        with run_ffmpeg(arguments, limits=LIMITS) as (process, _), Watchdog(process) as watchdog:
             if watchdog.wait(on_wait) != 0:
                 return False
         return _sounds_alike(audio, trial, profiles, on_wait)
@@ -113,8 +122,8 @@ def _sounds_alike(source: AudioInfo, copy: Path, profiles: set[str] | None, on_w
     raw = source.codec.startswith("pcm_")  # whose packets are cut anew by every container
     begins: list[float | None] = [None, zero]
     positions, agreed, alike = [0.0, 0.0], 0.0, True  # seconds of samples of both so far, and while they were alike
-    original = _decoded(source.path, input_arguments(source.path), on_wait)
-    copied = _decoded(copy, ["-copyts", "-i", file_url(copy)], on_wait)
+    original = _decoded(source.path, input_arguments(source.path), source.select, on_wait)
+    copied = _decoded(copy, ["-copyts", "-i", file_url(copy)], "a:0", on_wait)
     with closing(original), closing(copied):
         for pair in _matched(original, copied):
             for side, frame in enumerate(pair):
@@ -157,13 +166,13 @@ def _begin_of_picture(path: Path, on_wait: OnWait | None) -> tuple[float | None,
         return begin, read_log(log)
 
 
-def _decoded(path: Path, source: list[str], on_wait: OnWait | None) -> Iterator[Frame]:
+def _decoded(path: Path, source: list[str], select: str, on_wait: OnWait | None) -> Iterator[Frame]:
     """Times and durations, in seconds, and checksums of what a file's sound decodes to; source: ffmpeg's input."""
     arguments = [
-        *("-loglevel", "error", "-nostats", *source, "-map", "0:a:0"),
+        *("-loglevel", "error", "-nostats", *source, "-map", f"0:{select}"),
         *("-c:a", "pcm_s16le", "-f", "framecrc", "pipe:1"),
     ]
-    with run_ffmpeg(arguments, stdout=subprocess.PIPE) as (process, _):
+    with run_ffmpeg(arguments, stdout=subprocess.PIPE, limits=LIMITS) as (process, _):
         yield from with_watchdog(process, _polled(_frames(process), on_wait), path)
 
 

@@ -57,7 +57,8 @@ def write_fragments(path: Path, size: tuple[int, int], audio: Path) -> Generator
         *("-video_size", f"{size[0]}x{size[1]}", "-framerate", str(FPS), "-i", "pipe:0", *input_arguments(audio)),
         *("-map", "0:v:0", "-map", "1:a:0", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "ultrafast"),
         *("-crf", "23", "-g", str(FPS), "-c:a", "aac", "-shortest", "-map_metadata", "-1", "-map_chapters", "-1"),
-        *("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1", "-f", "mp4", file_url(path)),
+        *("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"),
+        *("-f", "mp4", file_url(path)),
     ]
     with run_ffmpeg(arguments, stdin=subprocess.PIPE) as (process, _):
         try:
