@@ -17,6 +17,12 @@ from latentsync.media.watchdog import OnWait, Watchdog
 TEXT = {"subrip", "ass", "ssa", "mov_text", "webvtt", "text"}  # subtitles that can become another kind of text
 # Subtitles that Matroska holds as they are: those with a style, and those that are pictures.
 COPIED_TO_MATROSKA = {"subrip", "ass", "hdmv_pgs_subtitle", "dvd_subtitle", "dvb_subtitle"}
+# QuickTime's files number the languages, and these are ffmpeg's names for those of the numbers that ISO 639-2 calls
+# otherwise; what has no number is left out there.
+QUICKTIME_LANGUAGES = {
+    "fre": "fra", "deu": "ger", "nld": "dut", "swe": "sve", "ell": "gre", "isl": "ice", "zho": "chi", "gle": "iri",
+    "sqi": "alb", "rum": "ron", "cze": "ces", "slo": "slk", "mkd": "mac",
+}  # fmt: skip
 MOST_CHAPTERS = 1000
 MOST_SUBTITLES = 32  # streams
 MOST_SUBTITLE_BYTES = 256 << 20  # of all of them
@@ -46,13 +52,13 @@ class Extras:
     title: str = ""
     language: str = ""  # of the sound
     chapters: Path | None = None  # in ffmpeg's own format
-    subtitles: Path | None = None  # in the result's container
+    subtitles: Path | None = None  # in the result's container, of which it has the ending
     streams: dict[int, dict[str, str]] = field(default_factory=dict)  # those in that file: "title" and "language"
     remarks: tuple[str, ...] = ()  # sentences for the user on what could not be taken over
 
     def options(self, inputs: int) -> tuple[list[str], list[str]]:
         """ffmpeg's options for its inputs, of which there are `inputs` already, and for its output."""
-        before, after = [], ["-map_metadata", "-1"]
+        before, after = [], ["-map_metadata:g", "-1", "-map_metadata:s", "-1"]
         if self.subtitles:
             before += ["-f", "matroska" if self.subtitles.suffix == ".mkv" else "mov", "-protocol_whitelist", "file"]
             before += ["-i", file_url(self.subtitles)]
@@ -105,9 +111,15 @@ def collect_extras(
                 remarks.append("The video's subtitles are damaged and were left out.")
             else:
                 streams = {place: tags.streams[number] for place, number in enumerate(wanted) if place in filled}
+        language = next((_language(track.language) for track in audio.tracks if track.number == audio.track), "")
+        if suffix == ".mov":
+            language = QUICKTIME_LANGUAGES.get(language, language)
+            for stream in streams.values():
+                if known := QUICKTIME_LANGUAGES.get(stream.get("language", "")):
+                    stream["language"] = known
         yield Extras(
             tags.title,
-            next((_language(track.language) for track in audio.tracks if track.number == audio.track), ""),
+            language,
             chapters if kept else None,
             subtitles if streams else None,
             streams,
