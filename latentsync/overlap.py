@@ -22,12 +22,19 @@ def close(items: Any) -> None:
         items.close()
 
 
-def ahead(items: Iterable[T], depth: int, name: str, on_wait: OnWait | None = None) -> Iterator[T]:
+def ahead(
+    items: Iterable[T],
+    depth: int,
+    name: str,
+    on_wait: OnWait | None = None,
+    interrupt: Callable[[], None] = lambda: None,
+) -> Iterator[T]:
     """The same items, made by a thread called `name` up to `depth` (from 1) of them ahead, and one in its hand.
 
     The thread starts with the first item that is asked for. What the items raise is raised here, after the items
     before it. Closing this iterator stops the thread as soon as the item in its hand is done, even if nobody takes
-    any; it closes `items` itself, and has ended when `close` returns.
+    any; it closes `items` itself, and has ended when `close` returns. on_wait: called by the thread that takes items
+    while it waits; interrupt: called at the end, to make the item in the other's hand be done soon.
     """
     made: queue.Queue = queue.Queue(depth)
     stop = threading.Event()
@@ -49,6 +56,7 @@ def ahead(items: Iterable[T], depth: int, name: str, on_wait: OnWait | None = No
             del item  # not held while waiting for the next
     finally:
         stop.set()
+        interrupt()
         _empty(made)  # room for the one item that the thread may be holding out
         _join(thread)
 

@@ -660,7 +660,8 @@ def lipsync(
     report = Report(
         settings, models.name, models.resolution, str(models.device), str(models.dtype).removeprefix("torch.")
     )
-    frames, looped = read_frames_looped(info, total), total > info.n_frames
+    stop_reading = threading.Event()
+    frames, looped = read_frames_looped(info, total, stop_reading), total > info.n_frames
     counts = {"frames_without_face": 0, "frames_computed_again": 0}  # of what is written
     done = written = 0  # frames that were written by earlier runs, and by this one
     complete = False  # all frames have been handed to the writer
@@ -717,7 +718,9 @@ def lipsync(
         writer,
         closing(Behind(write, settings.frames_behind, "writing", still_writing, writer.abort)) as writing,
         closing(
-            generate(frames, wav, models, settings, total, looped, clock, progress, relieve, writer.frames)
+            generate(
+                frames, wav, models, settings, total, looped, clock, progress, relieve, writer.frames, stop_reading.set
+            )
         ) as shots,
     ):
         done = report.frames = report.resumed_from = writer.frames
@@ -771,12 +774,14 @@ def generate(
     on_progress: Progress | None = None,
     relieve: Callable[[], Settings | None] | None = None,
     done: int = 0,
+    stop_reading: Callable[[], None] = lambda: None,
 ) -> Iterator[Shot]:
     """The chain of stages between decoding and encoding: finished shots, in order.
 
     frames: numbered, uint8 (H, W, 3) at 25 fps, writable; they are made, and closed, in a thread of their own;
     wav: (samples,) float32 at 16 kHz; total: frames to expect; looped: whether they come again; done: of the first
-    frames, whose mouths need not be painted. Close it, if it is not taken to the end.
+    frames, whose mouths need not be painted; stop_reading: ends `frames` from another thread, whatever they wait for.
+    Close it, if it is not taken to the end.
     Between `frames` and what it yields are `settings.most_frames` and the tracker's at most.
     """
     painted = 0
@@ -807,7 +812,7 @@ def generate(
                 yield from clock.time(align(faces, tokens, models.resolution, most, chain(again, shown)), "crops")
 
     painter = Painter(models, settings, still_painting)
-    with closing(ahead(aligned(), settings.shots_ahead, "crops", still_painting)) as found:
+    with closing(ahead(aligned(), settings.shots_ahead, "crops", still_painting, stop_reading)) as found:
         groups = batches(windows(watched(clock.wait(found, "crops"), "faces")), settings.windows_per_pass)
         for shot in watched(clock.time(paint(groups, painter, relieve, done), "mouths"), "mouths", done):
             painted += 1
