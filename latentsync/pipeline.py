@@ -630,6 +630,8 @@ def lipsync(
     say: Callable[[str], None] = lambda _: None,
     segment_frames: int | None = SEGMENT_FRAMES,
     copy_audio: bool = False,
+    video_track: int | None = None,
+    audio_track: int | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
@@ -641,6 +643,7 @@ def lipsync(
     uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a run early, no part of
     the output is left, and no thread; but after `Enough` the finished frames are, with their sound.
     copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
+    video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
 
     A job of more than `segment_frames` is written in segments of as many, see `latentsync.segments`. Whatever ends it
     early, but `Enough`, the same call goes on after the last finished one, to the same result; say(line) tells so. It
@@ -651,11 +654,11 @@ def lipsync(
     settings = settings or Settings()
     began = time.perf_counter()
     output = check_output(output, (video, audio))
-    info = probe_video(video)
+    info = probe_video(video, video_track)
     settings = fitting(settings, info)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):
-        wav = torch.from_numpy(read_audio(audio))
+        wav = torch.from_numpy(read_audio(audio, track=audio_track))
     total = frame_count(len(wav))
     report = Report(
         settings, models.name, models.resolution, str(models.device), str(models.dtype).removeprefix("torch.")
@@ -682,17 +685,21 @@ def lipsync(
         asked = asdict(replace(settings, windows_per_pass=1, frames_per_pass=1))
         asked |= {"segment": segment_frames, "device": models.device.type, "dtype": report.dtype}
         asked |= {"model": models.name, "resolution": models.resolution, "mel_range": models.mel_range}
+        asked |= {"speech_level": models.speech_level}
         asked |= {"match_colours": models.match_colours, "ends_only": models.ends_only}
+        asked |= {"video_track": video_track, "audio_track": audio_track}
         folder = work_folder(output, (video, audio, *models.files), asked)
         clean(output, folder)
         writer = SegmentWriter(
             output, info, audio, settings.crf,
-            folder=folder, total=total, segment_frames=segment_frames, counts=counts, say=say, copy_audio=copy_audio,
-            on_wait=still_writing,
+            folder=folder, total=total, segment_frames=segment_frames, counts=counts, say=say,
+            copy_audio=copy_audio, audio_track=audio_track, on_wait=still_writing,
         )  # fmt: skip
     else:
         clean(output)
-        writer = VideoWriter(output, info, audio, settings.crf, copy_audio=copy_audio, on_wait=still_writing)
+        writer = VideoWriter(
+            output, info, audio, settings.crf, copy_audio=copy_audio, audio_track=audio_track, on_wait=still_writing
+        )
 
     def progress(stage: str, done: int, total: int) -> None:
         """Tell also what has been written meanwhile, and raise what was wrong with it."""
@@ -799,7 +806,7 @@ def generate(
     def aligned() -> Iterator[Shot]:
         most = KNOWN_BYTES // (3 * models.resolution**2) if looped else None
         again: list[tuple[int, np.ndarray]] = []
-        chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range)
+        chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range, models.speech_level)
         heard = clock.time(beside(chunks, models.device), "sound")
         with (
             closing(ahead(heard, TRACKED_AHEAD, "sound")) as tokens,

@@ -102,13 +102,14 @@ class SegmentWriter:
         say: Callable[[str], None],
         copy_audio: bool = False,
         on_wait: OnWait | None = None,
+        audio_track: int | None = None,
     ):
         self.path = check_output(path, (info.path, audio))
         self.frames = 0  # written so far, by earlier runs too
         self.cut = False  # as in `VideoWriter`
         self.keep = True  # what is finished, when the block does not end well
         self.remarks: tuple[str, ...] = ()  # as in `VideoWriter`, when the block has ended
-        self._info, self._audio, self._crf = info, probe_audio(audio), crf
+        self._info, self._audio, self._crf = info, probe_audio(audio, audio_track), crf
         self._folder, self._total, self._segment_frames = folder, total, segment_frames
         self._counts, self._say = counts, say
         self._copy_audio, self._on_wait = copy_audio, on_wait

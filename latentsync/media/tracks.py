@@ -63,8 +63,8 @@ def list_tracks(path: Path, kind: str) -> Contents:
             messages = read_log(log)
         check_ended(process, messages, path)
         try:
-            run = json.loads(graph.read_text("utf-8", "replace"))
-            sections = texts.read_text("utf-8", "replace") if texts.exists() else ""
+            run = json.loads(graph.read_bytes().decode("utf-8", "replace"))
+            sections = texts.read_bytes().decode("utf-8", "replace") if texts.exists() else ""
         except (OSError, ValueError):
             run, sections = {}, ""
     if not run.get("inputfiles"):

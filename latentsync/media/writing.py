@@ -59,9 +59,9 @@ class VideoWriter:
     side grows by one repeated line. MP4 and MOV get AAC sound, MKV and copy_audio keep the sound bit for bit, see
     `sound_options`; its first sample is at the time of the first frame. With the sound go the title, chapters and
     subtitles of the video, see `collect_extras`. The file says in its metadata that it is synthetic (COMMENT). It
-    appears under its name when the block ends well; when it does not, nothing is left of it. on_wait: called several
-    times a second while the block's beginning or end waits for ffmpeg; what it raises ends the block. Raises UserError
-    where the file cannot be written, or ffmpeg stands still.
+    appears under its name when the block ends well; when it does not, nothing is left of it. audio_track: as in
+    `probe_audio`. on_wait: called several times a second while the block's beginning or end waits for ffmpeg; what it
+    raises ends the block. Raises UserError where the file cannot be written, or ffmpeg stands still.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class VideoWriter:
         *,
         copy_audio: bool = False,
         on_wait: OnWait | None = None,
+        audio_track: int | None = None,
     ):
         self.path = check_output(path, (info.path,) if audio is None else (info.path, audio))
         self.info = info
@@ -80,7 +81,7 @@ class VideoWriter:
         self.cut = False  # the sound is to end with the frames, where these are fewer than it lasts
         self.remarks: tuple[str, ...] = ()  # sentences for the user on what could not be taken over from the video
         self.on_wait = on_wait
-        self._audio = None if audio is None else probe_audio(audio)
+        self._audio = None if audio is None else probe_audio(audio, audio_track)
         self._copy_audio = copy_audio
         self._partial = _partial(self.path.absolute().parent, self.path)
         self._picture = self._encoding(crf)

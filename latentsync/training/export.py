@@ -11,7 +11,7 @@ from torch import nn
 from latentsync.checkpoints import CONFIG, UNET_NAMES, VAE_CONFIG, VAE_NAMES, WHISPER_NAMES
 from latentsync.corpus import RESOLUTION
 from latentsync.training import autoencoder, denoiser, listener
-from latentsync.training.sound import QUIETEST
+from latentsync.training.sound import QUIETEST, SPEECH_LEVEL
 from latentsync.training.state import load_weights
 from latentsync.unet import UNet, UNetConfig
 
@@ -34,7 +34,8 @@ def export(state: Path, folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     config = {
         "resolution": RESOLUTION, "match_colours": True, "ends_only": True,
-        "guidance_scale": GUIDANCE_SCALE, "mel_range": QUIETEST, "unet": denoiser.CONFIG,
+        "guidance_scale": GUIDANCE_SCALE, "mel_range": QUIETEST, "speech_level": SPEECH_LEVEL,
+        "unet": denoiser.CONFIG,
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(half(average["unet"]), folder / UNET_NAMES[0])
