@@ -221,6 +221,8 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
                 video_track=args.video_track, audio_track=args.audio_track, copy_audio=args.copy_audio,
             )  # fmt: skip
             bars.close()
+            for remark in report.remarks:
+                say(remark)
             job.finished(report)
     except Exception as error:
         if not short_of_memory(error):

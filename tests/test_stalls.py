@@ -225,13 +225,13 @@ def test_a_job_hears_a_cancel_while_its_encoder_stands_still(
     stuck = Stuck(monkeypatch)
     (out := tmp_path / "out").mkdir()
 
-    def on_progress(stage, done, total):
-        if stuck.stopped.is_set() and stage == "writing":
+    def on_wait():
+        if stuck.stopped.is_set():
             raise error
 
     with pytest.raises(error):
         lipsync(
-            talking, voice, out / "o.mp4", models, Settings(steps=1), on_progress, segment_frames=segment_frames
+            talking, voice, out / "o.mp4", models, Settings(steps=1), on_wait=on_wait, segment_frames=segment_frames
         )
     assert os.listdir(out) == []
 
@@ -244,17 +244,16 @@ def test_a_job_whose_encoder_stands_still_ends_with_a_sentence(models, talking, 
     assert os.listdir(out) == []
 
 
-@pytest.mark.parametrize("error", [Cancelled, Enough])
+@pytest.mark.parametrize("error", [Cancelled, KeyboardInterrupt])
 def test_a_job_hears_a_cancel_while_its_decoder_stands_still(models, talking, voice, tmp_path, monkeypatch, error):
     stopping(monkeypatch, reading, at=2)  # the first one reads the sound
     (out := tmp_path / "out").mkdir()
 
-    def on_progress(stage, done, total):
-        if stage == "mouths":
-            raise error
+    def on_wait():
+        raise error
 
     with pytest.raises(error):
-        lipsync(talking, voice, out / "o.mp4", models, Settings(steps=1), on_progress)
+        lipsync(talking, voice, out / "o.mp4", models, Settings(steps=1), on_wait=on_wait)
     assert os.listdir(out) == []
 
 
