@@ -53,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
             f"--{kind}-track", type=between(int, 1, 1000), metavar="N",
             help=f"which track of {kind.upper()}, from 1 (default: the one with the default flag, else the first)",
         )  # fmt: skip
+    found.add_argument(
+        "--copy-audio", action="store_true",
+        help="keep the sound of .mp4 and .mov bit for bit, which not every player knows (default: AAC; .mkv keeps it)",
+    )  # fmt: skip
     found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     found.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
     found.add_argument("--version", action="version", version=__version__)
@@ -214,9 +218,11 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
         with prepare(args, models, settings, sound.duration) as job:
             report = lipsync(
                 args.video, args.audio, args.output, models, job.settings, bars, job.relieve, say=say,
-                video_track=args.video_track, audio_track=args.audio_track,
+                video_track=args.video_track, audio_track=args.audio_track, copy_audio=args.copy_audio,
             )  # fmt: skip
             bars.close()
+            for remark in report.remarks:
+                say(remark)
             job.finished(report)
     except Exception as error:
         if not short_of_memory(error):
