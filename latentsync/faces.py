@@ -32,6 +32,7 @@ from mediapipe.tasks.python import BaseOptions
 from mediapipe.tasks.python.vision import FaceLandmarker, FaceLandmarkerOptions
 
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
 
 MODEL_FILE = Path(__file__).parent.parent / "assets" / "face_landmarker.task"
 
@@ -171,7 +172,7 @@ def track_faces(
     line: deque[_Slot] = deque()  # up to `reach` slots behind the current one, and `reach` ahead
     current = 0
     if landmarkers is None:
-        landmarkers = min(max((os.cpu_count() or 1) // CORES_PER_LANDMARKER, 1), MOST_LANDMARKERS)
+        landmarkers = min(max(usable_cores() // CORES_PER_LANDMARKER, 1), MOST_LANDMARKERS)
     with ExitStack() as open_now:
         landmarker = open_now.enter_context(_landmarker())
         others = [open_now.enter_context(_landmarker()) for _ in range(landmarkers if landmarkers > 1 else 0)]

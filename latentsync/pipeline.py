@@ -20,7 +20,6 @@ from math import inf
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from latentsync.checkpoints import Checkpoint, Models
 from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
 from latentsync.errors import UserError, short_of_memory
 from latentsync.faces import WHICH, Face, track_faces
+from latentsync.machine import available_memory
 from latentsync.media import (
     CRF,
     VideoInfo,
@@ -553,7 +553,7 @@ def fitting(settings: Settings, info: VideoInfo) -> Settings:
 
     A frame of 4K is 25 MB, of 8K 100 MB. Raises UserError where not even those of one window a pass fit.
     """
-    size, free = 3 * info.width * info.height, HELD_SHARE * psutil.virtual_memory().available
+    size, free = 3 * info.width * info.height, HELD_SHARE * available_memory()
     for windows in range(settings.windows_per_pass, 0, -1):
         fewer = replace(settings, windows_per_pass=windows)
         if fewer.most_frames * size <= free:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from latentsync.checkpoints import Models
+from latentsync.machine import usable_cores
 from latentsync.releases import home
 from latentsync.sampling import WINDOW, DeepCache, ddim_schedule, denoise
 from latentsync.unet import Context, UNet
@@ -97,15 +98,10 @@ def use_cache_folder() -> Path:
     folder = cache_folder()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores()))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(usable_cores()))
     if (inductor := sys.modules.get("torch._inductor.config")) is not None:  # else it will read the variable
         inductor.compile_threads = int(os.environ["TORCHINDUCTOR_COMPILE_THREADS"])
     return folder
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @lru_cache

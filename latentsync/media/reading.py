@@ -14,6 +14,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 from latentsync import FPS, SAMPLE_RATE
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
 from latentsync.media.colour import RESCALE, TO_RGB, on_white, scale_matrix, scale_range, to_standard_range
 from latentsync.media.info import VideoInfo
 from latentsync.media.probe import check_sound_length, has_audio, no_samples
@@ -28,7 +29,7 @@ from latentsync.media.process import (
     with_watchdog,
 )
 
-DECODER_THREADS = min(4, os.cpu_count() or 1)  # every thread holds frames of its own
+DECODER_THREADS = min(4, usable_cores())  # every thread holds frames of its own
 SEGMENT_FRAMES = 32  # frames held at a time while playing backwards ...
 SEGMENT_BYTES = 256 << 20  # ... and their bytes at most
 SEEK_SECONDS = 1.0  # seek this much before the wanted frame: covers reordered and leading pictures

@@ -12,6 +12,7 @@ import numpy as np
 
 from latentsync import FPS
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
 from latentsync.media.colour import SCALE_MATRIX, TO_YUV, scale_matrix, scale_range
 from latentsync.media.info import AudioInfo, VideoInfo
 from latentsync.media.probe import probe_audio
@@ -20,7 +21,7 @@ from latentsync.media.process import ended_by_signal, file_url, input_arguments,
 CRF = 16  # x264 quality that the eye cannot tell from the source
 PRESET = "veryfast"  # x264 speed: at this CRF slower ones only save bytes
 COMMENT = "Synthetic media: the mouth in this video was generated to match the sound (LatentSync)."
-ENCODER_THREADS = min(16, os.cpu_count() or 1)
+ENCODER_THREADS = min(16, usable_cores())
 SUFFIXES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 COPIED_AUDIO = {  # codecs that go into the container as they are
     "mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"},

@@ -89,10 +89,11 @@ def device_words(device: "torch.device") -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
+    from latentsync.machine import usable_cores
     from optim.compilation import processor
 
     words = processor().split()  # machine, name, instruction set
-    return f"{' '.join(words[1:-1]) or words[0]}, {os.cpu_count()} cores"
+    return f"{' '.join(words[1:-1]) or words[0]}, {usable_cores()} cores"
 
 
 @contextmanager
