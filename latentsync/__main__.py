@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +15,15 @@ from typing import TYPE_CHECKING
 
 from latentsync import STAGES, __version__
 from latentsync.errors import UserError, short_of_memory
-from latentsync.options import between, choose_device
+from latentsync.options import between, choose_device, interrupt_on_signals
+from latentsync.paths import check_writable, write_text
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from latentsync.checkpoints import Models
     from latentsync.pipeline import Report, Settings
 
 LINE_SECONDS = 10  # between two lines of progress where there is no terminal
+REPORT = "The report"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,25 +136,6 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def check_report(path: Path, others: tuple[str, ...]) -> None:
-    """Raise UserError, before the long work, where a report cannot be written to `path`."""
-    try:
-        if path.is_dir():
-            raise UserError(f"The report '{path}' is a folder; give the name of a file to write.")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"The folder of the report '{path}' does not exist; create it first.")
-        was_there = path.exists()
-        open(path, "ab").close()
-        if not was_there:
-            path.unlink()
-    except OSError as error:
-        raise UserError(
-            f"The report '{path}' cannot be written ({error.strerror}); choose another name for it."
-        ) from error
-    if any(os.path.realpath(path) == os.path.realpath(other) for other in others):
-        raise UserError(f"The report '{path}' would overwrite a file of this run; choose another name for it.")
-
-
 @dataclass
 class Job:
     """What a run is to be given, and what is to be said of it afterwards."""
@@ -183,7 +165,7 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     sound = probe_audio(args.audio)
     check_output(args.output, (args.video, args.audio))
     if args.report:
-        check_report(args.report, (args.video, args.audio, args.output))
+        check_writable(args.report, (args.video, args.audio, args.output), REPORT)
     for remark in info.remarks:
         print(remark, file=sys.stderr)
 
@@ -194,6 +176,9 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
 
     device = choose_device(args.device)
     checkpoint = resolve(args.model, device)
+    check_output(args.output, checkpoint.files)
+    if args.report:
+        check_writable(args.report, checkpoint.files, REPORT)
     settings = Settings.suiting(checkpoint, args.guidance, steps=args.steps, seed=args.seed, face=args.face)
     bars = Bars() if sys.stderr.isatty() else Lines()
 
@@ -226,12 +211,9 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
         if device.type == "cuda":
             found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         try:
-            args.report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"'{args.output}' is done, but the report '{args.report}' cannot be written ({error.strerror}); "
-                "choose another name for it."
-            ) from error
+            write_text(args.report, json.dumps(found, indent=2) + "\n", REPORT)
+        except UserError as error:
+            raise UserError(f"'{args.output}' is done. {error}") from error
     print(args.output)
 
 
@@ -246,10 +228,7 @@ def main(
     """
     args = parser().parse_args(shield_dashes(sys.argv[1:] if arguments is None else arguments))
 
-    def stop(*_) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)  # so that a terminated run cleans up as an interrupted one does
+    interrupt_on_signals()
     try:
         run(args, prepare)
     except UserError as error:

@@ -65,6 +65,10 @@ class Checkpoint:
     mel_range: float = MEL_RANGE  # decades under the loudest sound that its audio encoder has learnt to hear
     remark: str | None = None  # a sentence for the user, where something about the files is not as expected
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.unet, self.whisper, self.vae, self.vae_config
+
 
 @dataclass
 class Models:
@@ -449,7 +453,7 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     return Models(
         checkpoint.name, checkpoint.resolution, unet, encoder, vae,
         checkpoint.match_colours, checkpoint.ends_only, checkpoint.guidance_scale, checkpoint.mel_range,
-        files=(checkpoint.unet, checkpoint.whisper, checkpoint.vae, checkpoint.vae_config),
+        files=checkpoint.files,
     )  # fmt: skip
 
 

@@ -641,7 +641,7 @@ def lipsync(
     """
     settings = settings or Settings()
     began = time.perf_counter()
-    output = check_output(output, (video, audio))
+    output = check_output(output, (video, audio, *models.files))
     info = probe_video(video)
     settings = fitting(settings, info)
     clock = StageClock()

@@ -37,6 +37,7 @@ import torch
 
 from latentsync.checkpoints import resolve
 from latentsync.errors import UserError
+from latentsync.paths import check_writable, write_text
 from latentsync.sampling import INFERENCE_STEPS
 from optim.levels import STOPS, find_level
 from optim.measure import (
@@ -327,6 +328,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if args.chart and find_spec("plotly") is None:
             raise UserError("--chart needs the package plotly; keep --json and draw it elsewhere with --from.")
+        outputs = [path for path in (args.json, args.chart) if path]
+        for number, path in enumerate(outputs):
+            check_writable(path, (*(args.given or ()), *(args.job or ()), *outputs[:number]))
         if args.given:
             results = merge([json.loads(path.read_text(encoding="utf-8")) for path in args.given])
         else:
@@ -341,16 +345,16 @@ def main(arguments: list[str] | None = None) -> int:
             def keep(kind: str, row: object) -> None:
                 results[kind].append(plain_json(asdict(row)))
                 if args.json:
-                    args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                    write_text(args.json, json.dumps(results, indent=1) + "\n")
 
             measure(args, asked, keep, results)
             print(f"\n{describe(results['machine'])}", flush=True)
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_text(args.json, json.dumps(results, indent=1) + "\n")
         if args.chart:
             from optim import chart
 
-            args.chart.write_text(chart.draw(results), encoding="utf-8")
+            write_text(args.chart, chart.draw(results))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
