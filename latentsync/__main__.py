@@ -51,6 +51,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     found.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
+    found.add_argument(
+        "--discard-unfinished", action="store_true",
+        help="first remove what interrupted runs with this output have kept, and begin anew",
+    )  # fmt: skip
     found.add_argument("--version", action="version", version=__version__)
     return found
 
@@ -173,7 +177,10 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
 
     from latentsync.checkpoints import load_models, resolve
     from latentsync.pipeline import Settings, lipsync
+    from latentsync.segments import discard
 
+    if args.discard_unfinished:
+        discard(Path(args.output))
     device = choose_device(args.device)
     checkpoint = resolve(args.model, device)
     check_output(args.output, checkpoint.files)

@@ -52,7 +52,7 @@ from latentsync.sampling import (
     ddim_schedule,
     initial_noise,
 )
-from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, work_folder
+from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.soundness import WIDER, unusable, widened
 from latentsync.vae import condition, decode, to_pixels
 
@@ -667,8 +667,12 @@ def lipsync(
             folder=folder, total=total, segment_frames=segment_frames, counts=counts, say=say,
         )  # fmt: skip
     else:
+        folder = None
         clean(output)
         writer = VideoWriter(output, info, audio, settings.crf)
+    for other in unfinished(output):
+        if other.folder != folder:
+            say(other.describe())
     written = 0
 
     def progress(stage: str, done: int, total: int) -> None:
