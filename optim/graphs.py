@@ -56,52 +56,6 @@ class Graphs:
     stream: torch.cuda.Stream | None = None  # of captures; PyTorch's own is of the device that is current
 
 
-class GraphedUNet(UNet):
-    def full(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        context: Context,
-        frames: int,
-        branch: int | None = None,
-        guided: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        def run(x: Tensor, timestep: Tensor, context: Context, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return UNet.full(self, x, timestep, context, frames, branch, guided)
-
-        return replay(self.graphs, ("full", branch, guided, frames), run, x, timestep, context)
-
-    def shallow(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        context: Context,
-        frames: int,
-        branch: int,
-        cached: Tensor,
-        guided: bool = False,
-    ) -> Tensor:
-        def run(x: Tensor, timestep: Tensor, context: Context, cached: Tensor | None) -> tuple[Tensor, None]:
-            return UNet.shallow(self, x, timestep, context, frames, branch, cached, guided), None
-
-        return replay(self.graphs, ("shallow", branch, guided, frames), run, x, timestep, context, cached)[0]
-
-
-class GraphedEncoder(Encoder):
-    def forward(self, sample: Tensor) -> Tensor:
-        return replay_alone(self.graphs, "encode", super().forward, sample)
-
-
-class GraphedDecoder(Decoder):
-    def forward(self, sample: Tensor) -> Tensor:
-        return replay_alone(self.graphs, "decode", super().forward, sample)
-
-
-def replay_alone(graphs: Graphs, kind: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What `forward` makes of one tensor, the caller's own; see `replay`."""
-    return replay(graphs, (kind,), lambda x, *_: (forward(x), None), x)[0].clone()
-
-
 def replay(
     graphs: Graphs,
     kind: tuple,
@@ -163,30 +117,60 @@ def _capture(
     return Pass(graph, x, timestep, context, cached, out, kept)
 
 
-GRAPHED = {UNet: GraphedUNet, Encoder: GraphedEncoder, Decoder: GraphedDecoder}
-
-
-def _parts(unet: UNet, vae: AutoencoderKL | None) -> list[UNet | Encoder | Decoder]:
-    return [unet] if vae is None else [unet, vae.encoder, vae.decoder]
-
-
 def ready_for(unet: UNet, purpose: Hashable) -> bool:
     """Whether graphs are captured, or about to be, of networks that were made ready for just this purpose."""
-    return isinstance(unet, GraphedUNet) and unet.graphs.purpose == purpose
+    return "graphs" in vars(unet) and unet.graphs.purpose == purpose
 
 
 def capture(unet: UNet, vae: AutoencoderKL | None = None, purpose: Hashable = None) -> None:
-    """Let the networks capture their passes; on the CPU that changes nothing."""
-    graphs = getattr(unet, "graphs", None) or Graphs(purpose)
-    for part in _parts(unet, vae):
-        if type(part) in GRAPHED:
-            part.__class__, part.graphs = GRAPHED[type(part)], graphs
+    """Let the networks capture their passes; on the CPU that changes nothing. Once more, it changes nothing either."""
+    graphs = vars(unet).setdefault("graphs", Graphs(purpose))
+    if "full" not in vars(unet):
+        unet.full, unet.shallow = _replayed_full(unet.full, graphs), _replayed_shallow(unet.shallow, graphs)
+    for part in (vae.encoder, vae.decoder) if vae is not None else ():
+        if "forward" not in vars(part):
+            part.forward = _replayed(part.forward, graphs, part)
 
 
 def release(unet: UNet, vae: AutoencoderKL | None = None) -> None:
     """Take back what `capture` did, with the memory of the graphs."""
-    plain = {graphed: plain for plain, graphed in GRAPHED.items()}
-    for part in _parts(unet, vae):
-        if type(part) in plain:
-            part.__class__ = plain[type(part)]
-            del part.graphs
+    for name in ("graphs", "full", "shallow"):
+        vars(unet).pop(name, None)
+    for part in (vae.encoder, vae.decoder) if vae is not None else ():
+        vars(part).pop("forward", None)
+
+
+# ---- the passes that take the place of the networks' own, each with their arguments
+
+
+def _replayed_full(full: Callable, graphs: Graphs) -> Callable:
+    def replayed(
+        x: Tensor, timestep: Tensor, context: Context, frames: int, branch: int | None = None, guided: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        def run(x: Tensor, timestep: Tensor, context: Context, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return full(x, timestep, context, frames, branch, guided)
+
+        return replay(graphs, ("full", branch, guided, frames), run, x, timestep, context)
+
+    return replayed
+
+
+def _replayed_shallow(shallow: Callable, graphs: Graphs) -> Callable:
+    def replayed(
+        x: Tensor, timestep: Tensor, context: Context, frames: int, branch: int, cached: Tensor, guided: bool = False
+    ) -> Tensor:
+        def run(x: Tensor, timestep: Tensor, context: Context, cached: Tensor | None) -> tuple[Tensor, None]:
+            return shallow(x, timestep, context, frames, branch, cached, guided), None
+
+        return replay(graphs, ("shallow", branch, guided, frames), run, x, timestep, context, cached)[0]
+
+    return replayed
+
+
+def _replayed(forward: Callable[[Tensor], Tensor], graphs: Graphs, part: Encoder | Decoder) -> Callable:
+    """The whole result is the caller's own."""
+
+    def replayed(sample: Tensor) -> Tensor:
+        return replay(graphs, (type(part).__name__,), lambda x, *_: (forward(x), None), sample)[0].clone()
+
+    return replayed

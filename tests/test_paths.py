@@ -1,7 +1,6 @@
 """Where files may be written, by all command lines, and that they are written whole or not at all."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -89,16 +88,11 @@ def test_every_command_line_checks_before_it_works(tmp_path, capsys):
     video.write_bytes(b"a recording"), sound.write_bytes(b"a voice")
     os.link(video, other := tmp_path / "other.json")
     os.link(sound, picture := tmp_path / "other.png")
-    results = tmp_path / "results.json"
-    results.write_text('{"windows": []}')
-    os.link(results, drawn := tmp_path / "drawn.html")
     for main, arguments in (
         (quality, [video, sound, "--json", other]),
         (benchmark, ["--job", video, sound, "--model", "demo", "--device", "cpu", "--json", other]),
-        (benchmark, ["--from", results, "--chart", drawn]),
-        (benchmark, ["--from", results, "--json", tmp_path / "same", "--chart", tmp_path / "same"]),
         (evaluation, ["strip", video, sound, video, picture]),
     ):
         assert main([str(argument) for argument in arguments]) == 2, arguments
         assert "would be overwritten" in capsys.readouterr().err
-    assert video.read_bytes() == b"a recording" and Path(results).read_text() == '{"windows": []}'
+    assert video.read_bytes() == b"a recording" and sound.read_bytes() == b"a voice"

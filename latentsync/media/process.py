@@ -16,14 +16,37 @@ from pathlib import Path
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from latentsync.errors import UserError
+from latentsync.media.signatures import is_playlist, picture_demuxer
 
 PIPE_BYTES = 1 << 20  # size asked for the pipes (Linux allows a user 1 MiB; its default is 64 KiB)
 MOST_STREAMS = 256  # of a file
 MOST_BYTES = 1 << 30  # in one piece of ffmpeg's memory, for an index or a picture
 MOST_PIXELS = 8192 * 8192  # of a picture; 8K video has half
 STALL_SECONDS = 15.0  # without anything from ffmpeg, while it looks at a file
-# Demuxers of files that only name other files: whoever sends one could have us read what is not theirs to read.
-PLAYLISTS = {"applehttp", "avisynth", "concat", "dash", "hls", "imf", "rtsp", "sdp", "vapoursynth"}
+# The demuxers that may open a user's file: what phones, cameras, recorders, broadcasters, voice services and editors
+# write. Each reads only the file itself. Absent are those that open other files, which whoever sends one could use to
+# read what is not theirs (hls, dash, concat, imf, sdp, vobsub, mlv, image2 with its patterns, ...), devices, games'
+# formats, and pictures that are programs (svg).
+CONTAINERS = (
+    "mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "asf_o", "mxf", "gxf", "ogg", "nut", "rm", "dv", "ivf",
+    "wtv", "dhav", "yuv4mpegpipe",
+)  # fmt: skip
+RAW_VIDEO = (
+    "h264", "hevc", "vvc", "av1", "obu", "m4v", "mpegvideo", "h263", "vc1", "dnxhd", "dirac", "mjpeg", "gif", "apng",
+    "webp_anim", "jpegxl_anim",
+)  # fmt: skip
+SOUND = (
+    "wav", "w64", "aiff", "caf", "au", "voc", "iff", "nistsphere", "mp3", "aac", "loas", "flac", "amr", "amrnb",
+    "amrwb", "ac3", "eac3", "dts", "dtshd", "truehd", "mlp", "ape", "tta", "tak", "wv", "shn", "mpc", "mpc8", "dsf",
+    "oma", "dss", "qcp", "g722", "gsm",
+)  # fmt: skip
+PICTURES = tuple(
+    f"{name}_pipe" for name in (
+        "png", "jpeg", "jpegls", "jpegxl", "webp", "bmp", "tiff", "gif", "j2k", "qoi", "psd", "dpx", "exr", "hdr",
+        "sgi", "pam", "pbm", "pgm", "ppm", "pcx",
+    )
+)  # fmt: skip
+DEMUXERS = CONTAINERS + RAW_VIDEO + SOUND + PICTURES
 
 
 @contextmanager
@@ -83,13 +106,16 @@ def read_log(log) -> str:
 
 
 def input_arguments(path: Path) -> list[str]:
-    """Arguments that make ffmpeg read exactly this local file, whatever characters its name holds."""
-    pattern = ["-f", "image2", "-pattern_type", "none"]
-    is_picture = path.suffix.lower() in {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-    pattern = pattern if is_picture and "%" in path.name else []
-    # Only local files: a playlist given as a video must not fetch from the network.
-    limits = ["-max_pixels", str(MOST_PIXELS), "-max_streams", str(MOST_STREAMS)]
-    return [*pattern, *limits, "-protocol_whitelist", "file", "-i", file_url(path)]
+    """Arguments that make ffmpeg read exactly this local file and no other, whatever its name and content are."""
+    demuxers, forced = DEMUXERS, ()
+    if demuxer := picture_demuxer(path):
+        forced = ("-f", demuxer)
+    elif path.suffix.lower() == ".tga":  # has no first bytes to know it by
+        demuxers, forced = ("image2",), ("-f", "image2", "-pattern_type", "none")
+    return [
+        *(*forced, "-format_whitelist", ",".join(demuxers), "-protocol_whitelist", "file"),
+        *("-max_pixels", str(MOST_PIXELS), "-max_streams", str(MOST_STREAMS), "-i", file_url(path)),
+    ]
 
 
 def file_url(path: Path) -> str:
@@ -117,9 +143,9 @@ def input_header(path: Path, text: str, kind: str) -> str:
         r"^Input #0, (?!tty).*?(?=^Stream mapping:|^Output #|\Z)", text, re.MULTILINE | re.DOTALL
     )
     if match:
-        if PLAYLISTS & set(re.match(r"Input #0, (.*?), from", match[0])[1].split(",")):
-            raise UserError(f"{path} is a playlist that names other files; give a {kind} file itself.")
         return match[0]
+    if is_playlist(path):
+        raise UserError(f"{path} is a playlist that names other files; give a {kind} file itself.")
     with open(path, "rb") as file:
         box = file.read(8)[4:]
     # ffmpeg goes by the ending .mp4 even where the content is something else.

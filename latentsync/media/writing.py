@@ -169,7 +169,8 @@ def join_segments(segments: list[tuple[Path, int]], path: Path, audio: AudioInfo
     shown = sum(frames for _, frames in segments) / FPS
     arguments = [
         *("-loglevel", "error", "-nostats", "-y"),
-        *("-protocol_whitelist", "file", "-f", "concat", "-i", file_url(listed)),
+        *("-format_whitelist", "concat,mov,matroska", "-protocol_whitelist", "file"),
+        *("-f", "concat", "-i", file_url(listed)),
         *(*sound_in, "-map", "0:v:0", "-c:v", "copy", *sound_out, "-map_metadata", "-1", "-map_chapters", "-1"),
         *("-metadata", f"comment={COMMENT}", *(("-t", f"{shown:.3f}") if cut else ())),
         *(*_wrapping(container), file_url(partial)),
