@@ -43,7 +43,7 @@ from latentsync.media import probe_audio, probe_video  # noqa: E402
 from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
 from optim.serving.job import Job, Request  # noqa: E402
 from optim.serving.jobs import Worker, log, said, unwritten  # noqa: E402
-from optim.serving.limits import SHARED_LIMITS, Limits  # noqa: E402
+from optim.serving.limits import NO_LIMITS, SHARED_LIMITS  # noqa: E402
 from optim.serving.preview import first_picture  # noqa: E402
 from optim.serving.run import run_alone  # noqa: E402
 from optim.serving.stock import Fetcher  # noqa: E402
@@ -829,7 +829,7 @@ def main(arguments: list[str] | None = None) -> int:
         60 * args.idle_minutes,
         unless_given(args.keep_hours, PUBLIC_HOURS),
         spaces.GPU(duration=GPU_SECONDS)(run_alone) if on_zero_gpu else None,
-        SHARED_LIMITS if public or open_to_all else Limits(),
+        SHARED_LIMITS if public or open_to_all else NO_LIMITS,
     )
     fetcher = Fetcher(worker, args.allow_download or not (public or open_to_all))
     page = Page(worker, fetcher)

@@ -253,7 +253,7 @@ def _queue_again(job: Job) -> None:
     """Let a job that an earlier server had not finished wait, or fail."""
     ran, queued = job.state == RUNNING, job.queued
     finished = finished_frames(job)
-    if finished > job.frames_at_start:
+    if ran and finished > job.frames_at_start:
         job.starts = 1
     job.rewind()
     job.queued, job.frames_at_start = queued, finished  # before those that were put into the queue later

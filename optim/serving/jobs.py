@@ -45,7 +45,7 @@ from optim.serving.job import (
     owner_of,
     write_down,
 )
-from optim.serving.limits import Limits, check_option
+from optim.serving.limits import NO_LIMITS, Limits, check_option
 from optim.serving.preview import Preview
 from optim.serving.run import Cancelled, Progress, interruptible, log, make_plan, out_of_memory
 from optim.serving.speeds import Speeds
@@ -119,7 +119,7 @@ class Worker:
         idle_seconds: float = IDLE_SECONDS,
         keep_hours: float | None = None,
         lent: Callable[[Request, Path, str], dict[str, Any]] | None = None,
-        limits: Limits = Limits(),
+        limits: Limits = NO_LIMITS,
     ):
         check_option("The length of the queue", queue_size, 1, whole=True)
         check_option("The most seconds of sound", max_seconds, 0.01, optional=True)

@@ -30,5 +30,6 @@ class Limits:
             check_option(f"The limit '{name}'", value, 1, whole=True, optional=True)
 
 
+NO_LIMITS = Limits()
 # For strangers, who can make up tokens to be several visitors: `stored_by_all` and the queue hold for all together.
 SHARED_LIMITS = Limits(unfinished=5, kept=30, stored=4 * 10**9, stored_by_all=40 * 10**9)

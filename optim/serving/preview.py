@@ -92,11 +92,11 @@ class Preview:
 
     def __call__(self, frame: "np.ndarray") -> None:
         """Take a frame, if it is wanted; costs the run no more than that. frame: uint8 (H, W, 3)."""
-        if not self._taken:
-            self._taken = self._job.resumed_from  # of a run that resumes, the first frames do not come here
         self._taken += 1
         now = time.monotonic()
-        in_video, in_picture = self._taken <= PREVIEW_SECONDS * FPS, now >= self._due
+        # Of a run that resumes, the first seconds do not come here.
+        in_video = not self._job.resumed_from and self._taken <= PREVIEW_SECONDS * FPS
+        in_picture = now >= self._due
         if in_picture:
             self._due = now + PICTURE_INTERVAL
         if in_video or in_picture:
