@@ -9,7 +9,7 @@ The autoencoder's kernels are large, and starting them takes less than their own
 other threads find faces and write frames meanwhile, and without graphs the GPU waited for the host at every window.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
@@ -23,7 +23,10 @@ from latentsync.unet import Context, UNet
 # x, timestep, context, and what a full pass left for a shallow one → epsilon, and what a full pass leaves.
 Run = Callable[[Tensor, Tensor | None, Context, Tensor | None], tuple[Tensor, Tensor | None]]
 
-MOST_GRAPHS = 12  # the least recently used are given up beyond; a run of full windows needs four to six
+MOST_GRAPHS = 12  # at a time; a run of full windows needs four to six
+# Eager runs of a shape before it takes the place of the least recently used graph. A film of many short scenes has
+# windows of every length: to capture each would take longer than to run it.
+RUNS_TO_REPLACE = 40
 
 
 @dataclass
@@ -44,14 +47,14 @@ class Pass:
 
 @dataclass
 class Graphs:
-    """The passes captured for a model's networks; those seen once are in `seen`.
+    """The passes captured for a model's networks; eager: how often others have run since they last were.
 
     purpose: what the networks were made ready for when they were to be captured, see `ready_for`.
     """
 
     purpose: Hashable = None
     passes: OrderedDict[tuple, Pass] = field(default_factory=OrderedDict)
-    seen: set[tuple] = field(default_factory=set)
+    eager: Counter[tuple] = field(default_factory=Counter)
     pool: tuple[int, int] | None = None
     stream: torch.cuda.Stream | None = None  # of captures; PyTorch's own is of the device that is current
 
@@ -65,18 +68,21 @@ def replay(
     context: Context = (),
     cached: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `run` makes of the inputs; at the second call of a kind with the same shapes it is captured.
+    """What `run` makes of the inputs; captured at the second call of a kind with the same shapes, if there is room.
 
     The first result is overwritten by the next pass of any kind, the second is the caller's.
     """
     key = kind, x.shape, () if timestep is None else timestep.shape, len(context[0][0]) if context else 0
-    if not can_capture(x) or (key not in graphs.passes and key not in graphs.seen):
-        graphs.seen.add(key)  # this run loads and plans what a capture must find ready
-        return run(x, timestep, context, cached)
+    full = len(graphs.passes) >= MOST_GRAPHS
     if key not in graphs.passes:
-        graphs.passes[key] = _capture(graphs, run, x, timestep, context, cached)
-        while len(graphs.passes) > MOST_GRAPHS:
+        # The first run loads and plans what a capture must find ready.
+        if not can_capture(x) or graphs.eager[key] < (RUNS_TO_REPLACE if full else 1):
+            graphs.eager[key] += 1
+            return run(x, timestep, context, cached)
+        if full:
             graphs.passes.popitem(last=False)
+        graphs.passes[key] = _capture(graphs, run, x, timestep, context, cached)
+        del graphs.eager[key]
     graphs.passes.move_to_end(key)
     found = graphs.passes[key]
     found.x.copy_(x)

@@ -444,7 +444,7 @@ def test_where_there_are_no_hard_links_inputs_are_copied(talking, voice, tmp_pat
 
 def test_limits_are_said(talking, long_voice, voice, tmp_path):
     worker = Worker(tmp_path, queue_size=1, max_seconds=20)  # not started: what is put in waits
-    with pytest.raises(UserError, match="lasts 30 s, and this server takes 20 s"):
+    with pytest.raises(UserError, match="sound in 'long.wav' lasts more than 20 s; cut it"):
         worker.submit(Request(talking, long_voice), ME)
     worker.submit(Request(talking, voice), ME)
     with pytest.raises(UserError, match="queue is full"):

@@ -243,7 +243,7 @@ def test_a_file_that_calls_itself_a_page_is_never_opened_as_one(server, clips, t
 
 def test_the_limits_hold(server, clips):
     client, visitor = connect(server), browser(server)
-    assert "lasts 31 s, and this server takes 30 s" in submit(client, clips, "too long.wav")["error"]
+    assert "lasts more than 30 s" in submit(client, clips, "too long.wav")["error"]
     large = visitor.post("/gradio_api/upload", files={"files": ("large.mp4", b"0" * (UPLOAD_LIMIT + 1000))})
     assert large.status_code == 413
     for name, value in (("level", 2), ("guidance", -1), ("seed", -1), ("batch", 1000), ("vram_fraction", 2)):

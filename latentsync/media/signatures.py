@@ -1,6 +1,7 @@
 """What kind of file this is by its own bytes, where ffmpeg would go by the file's name: pictures and playlists."""
 
 import mmap
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 
 HEAD_BYTES = 4096
 MOST_CHUNKS = 1000  # of a PNG file before its pixels
+MOST_BOXES = 100_000  # of an ISO file (MP4, MOV, HEIC) at its top level
+ISO_BOXES = {b"ftyp", b"mdat", b"moov", b"wide", b"free", b"skip", b"styp", b"moof", b"sidx", b"meta", b"uuid"}
+ISO_PICTURE_BRANDS = {b"mif1", b"mif2", b"msf1", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"avif", b"avis"}
 JPEG_NAMES = {".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo"}  # of one picture, which may carry others behind it
 MJPEG_NAMES = {".mjpeg", ".mjpg"}
 MJPEG_FRAMES = 3  # pictures of one size, back to back, that make a video of a file whose name says neither
@@ -46,6 +50,44 @@ def picture_demuxer(path: Path) -> str | None:
 def is_playlist(path: Path) -> bool:
     """Whether the file is one of those that only name other files."""
     return bool(PLAYLIST.match(read_head(path)))
+
+
+def is_iso_picture(path: Path) -> bool:
+    """Whether an ISO file calls itself a picture or a sequence of pictures: HEIF, HEIC or AVIF."""
+    head = read_head(path)
+    if head[4:8] != b"ftyp":
+        return False
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = {head[8:12], *(head[at : at + 4] for at in range(16, end - 3, 4))}
+    return bool(brands & ISO_PICTURE_BRANDS)
+
+
+def lacks_index(path: Path) -> bool:
+    """Whether this is an ISO file without what says where its samples are."""
+    kinds = [kind for kind, _ in _iso_boxes(path)]
+    return bool(kinds) and kinds[0] in ISO_BOXES and not {b"moov", b"meta"} & set(kinds)
+
+
+def lacks_end(path: Path) -> bool:
+    """Whether an ISO file that is not in fragments ends before the samples that it should hold."""
+    size, boxes = os.path.getsize(path), list(_iso_boxes(path))
+    kinds = {kind for kind, _ in boxes}
+    return bool(boxes) and boxes[0][0] in ISO_BOXES and b"moof" not in kinds and boxes[-1][1] > size
+
+
+def _iso_boxes(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Kind and end of each box at the top level of an ISO file; the last may end behind the end of the file."""
+    with open(path, "rb") as file:
+        at, size = 0, file.seek(0, 2)
+        for _ in range(MOST_BOXES):
+            if at + 8 > size:
+                return
+            file.seek(at)
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if length == 1:
+                length = int.from_bytes(file.read(8), "big")
+            at = size if length == 0 else at + max(length, 8)
+            yield kind, at
 
 
 def read_head(path: Path) -> bytes:

@@ -228,7 +228,7 @@ def _sound(audio: AudioInfo | None, container: str) -> tuple[list[str], list[str
         return [], []
     # A stream that begins later than its file is moved to the first frame, as read_audio has it.
     begins = ["-itsoffset", f"{-audio.start:.6f}", *input_arguments(audio.path)]
-    return begins, ["-map", "1:a:0", *_audio_codec(audio, container)]
+    return begins, ["-map", f"1:{audio.select}", *_audio_codec(audio, container)]
 
 
 def _audio_codec(audio: AudioInfo, container: str) -> list[str]:

@@ -198,14 +198,10 @@ class Worker:
             video, audio = store_inputs(request, names, folder, list(self._jobs.values()))
             self._check_stored(owner, folder)
             try:
-                info, seconds = probe_video(video), probe_audio(audio).duration
+                info = probe_video(video)
+                seconds = probe_audio(audio, max_seconds=self.max_seconds).duration  # no more of it is decoded
             except UserError as error:
                 raise UserError(said(error, {video: names[0], audio: names[1]})) from None
-            if self.max_seconds and seconds > self.max_seconds:
-                raise UserError(
-                    f"'{names[1]}' lasts {seconds:.0f} s, and this server takes {self.max_seconds:.0f} s at most: "
-                    "cut it into shorter pieces."
-                )
             fields = request.settings() | {"video": video, "audio": audio}
             size = info.width, info.height
             job = Job(Request(**fields), owner, folder, names, size, seconds)
