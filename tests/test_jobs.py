@@ -19,7 +19,7 @@ import torch
 from clips import make_sound, make_video
 from small_release import NAME
 
-from latentsync import STAGES, pipeline, store
+from latentsync import STAGES, pipeline, segments, store
 from latentsync.checkpoints import resolve
 from latentsync.errors import UserError
 from latentsync.media import COMMENT, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped
@@ -639,6 +639,22 @@ def test_a_failed_job_goes_on_if_nothing_is_changed_and_is_another_one_otherwise
     assert worker.again(job.id, ME) is not job, "what is done is done again"
     with pytest.raises(UserError, match="no setting 'cost' to change: give some of level, model"):
         worker.again(job.id, ME, cost=3)
+
+
+def test_a_job_that_waits_to_go_on_and_is_cancelled_keeps_nothing(talking, voice, tmp_path, monkeypatch):
+    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
+    job = Worker(tmp_path / "outputs").submit(Request(talking, voice), ME)
+    work = segments.work_folder(job.planned, [], "its request")
+    work.mkdir()
+    (work / "00000.mp4").touch()
+    listed = {"frames": 5, "bytes": 0, "sha256": "", "counts": {}}
+    (work / segments.MANIFEST).write_text(json.dumps([listed]))
+    worker = Worker(tmp_path / "outputs")
+    worker._thread = threading.Thread()  # nothing is run
+    worker.start()
+    assert [found.frames_at_start for found in worker.jobs_of(ME)] == [5] and work.exists()
+    worker.cancel(job.id, ME)
+    assert sorted(os.listdir(job.folder)) == ["job.json", "video.mp4", "voice.wav"]
 
 
 def test_records_of_jobs_that_are_not_as_they_were_written_are_left_alone(talking, voice, tmp_path, monkeypatch):

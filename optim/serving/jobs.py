@@ -375,6 +375,7 @@ class Worker:
             if job in self._waiting:
                 self._waiting.remove(job)
                 job.ended, job.doing = time.time(), "cancelled"
+                discard(job.planned)  # what an earlier server had finished
                 write_down(job, CANCELLED)
                 job.state = CANCELLED
         return job
@@ -392,6 +393,7 @@ class Worker:
 
     def _compare(self, job: Job, comparison: Comparison) -> None:
         """Make a comparison to whatever end; raises nothing."""
+
         def step(done: int, total: int) -> None:
             if comparison.ending.is_set():
                 raise Cancelled
@@ -438,6 +440,8 @@ class Worker:
     def _forget(self, job: Job) -> None:
         with self._lock:
             self._jobs.pop(job.id, None)
+            if job in self._waiting:
+                self._waiting.remove(job)
         if job.comparison:
             job.comparison.ending.set()
         shutil.rmtree(job.folder, ignore_errors=True)
