@@ -49,6 +49,15 @@ def parser() -> argparse.ArgumentParser:
         "--face", choices=("largest", "left", "right", "centre"), default="largest",
         help="which one, where several are seen (default largest)",
     )  # fmt: skip
+    for kind in ("video", "audio"):
+        found.add_argument(
+            f"--{kind}-track", type=between(int, 1, 1000), metavar="N",
+            help=f"which track of {kind.upper()}, from 1 (default: the one with the default flag, else the first)",
+        )  # fmt: skip
+    found.add_argument(
+        "--copy-audio", action="store_true",
+        help="keep the sound of .mp4 and .mov bit for bit, which not every player knows (default: AAC; .mkv keeps it)",
+    )  # fmt: skip
     found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     found.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
     found.add_argument(
@@ -165,12 +174,12 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     # Imported here, so that --help is answered at once, and mistakes in the files before torch is there.
     from latentsync.media import check_output, probe_audio, probe_video
 
-    info = probe_video(args.video)
-    sound = probe_audio(args.audio)
+    info = probe_video(args.video, args.video_track)
+    sound = probe_audio(args.audio, args.audio_track)
     check_output(args.output, (args.video, args.audio))
     if args.report:
         check_writable(args.report, (args.video, args.audio, args.output), REPORT)
-    for remark in info.remarks:
+    for remark in (*info.remarks, *sound.remarks):
         print(remark, file=sys.stderr)
 
     import torch
@@ -199,8 +208,13 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
         if checkpoint.remark:
             say(checkpoint.remark)
         with prepare(args, models, settings, sound.duration) as job:
-            report = lipsync(args.video, args.audio, args.output, models, job.settings, bars, job.relieve, say=say)
+            report = lipsync(
+                args.video, args.audio, args.output, models, job.settings, bars, job.relieve, say=say,
+                video_track=args.video_track, audio_track=args.audio_track, copy_audio=args.copy_audio,
+            )  # fmt: skip
             bars.close()
+            for remark in report.remarks:
+                say(remark)
             job.finished(report)
     except Exception as error:
         if not short_of_memory(error):

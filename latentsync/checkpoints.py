@@ -6,7 +6,8 @@ A checkpoint is a folder:
     whisper/tiny.safetensors or .pt       an OpenAI-format Whisper, of which the encoder is used
     vae/config.json, vae/diffusion_pytorch_model.safetensors    a diffusers AutoencoderKL
     latentsync.json                       {"resolution": 256, "unet": {…}, "match_colours": false, "ends_only": false,
-                                          "guidance_scale": 1.5, "mel_range": 8}; the released models need none
+                                          "guidance_scale": 1.5, "mel_range": 8, "speech_level": null};
+                                          the released models need none
 
 All but the last may also lie in its folder `checkpoints`, as the reference and its ComfyUI wrappers have it, and the
 autoencoder in the Hugging Face cache. `python -m latentsync.checkpoints` fetches the released ones, see `store`.
@@ -63,6 +64,7 @@ class Checkpoint:
     ends_only: bool = False  # it sees a window's first and last faces alone; see `sampling.between_ends`
     guidance_scale: float = GUIDANCE_SCALE  # what suits it, where nothing else is asked for
     mel_range: float = MEL_RANGE  # decades under the loudest sound that its audio encoder has learnt to hear
+    speech_level: float | None = None  # dB to which quieter speech is raised for it; see `audio.raise_quiet_speech`
     remark: str | None = None  # a sentence for the user, where something about the files is not as expected
 
     @property
@@ -83,6 +85,7 @@ class Models:
     ends_only: bool = False
     guidance_scale: float = GUIDANCE_SCALE
     mel_range: float = MEL_RANGE
+    speech_level: float | None = None
     files: tuple[Path, ...] = ()  # that it was loaded from
     denoise: Callable[..., Tensor] = denoise  # or what does the same faster
 
@@ -178,8 +181,11 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
     try:
         guidance_scale = float(config.get("guidance_scale", GUIDANCE_SCALE))
         mel_range = float(config.get("mel_range", MEL_RANGE))
+        speech_level = None if config.get("speech_level") is None else float(config["speech_level"])
     except (TypeError, ValueError) as error:
-        raise UserError(f"'{folder / CONFIG}' has a guidance_scale or a mel_range that is no number.") from error
+        raise UserError(
+            f"'{folder / CONFIG}' has a guidance_scale, a mel_range or a speech_level that is no number."
+        ) from error
     return Checkpoint(
         name=name,
         resolution=resolution,
@@ -188,6 +194,7 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
         ends_only=ends_only,
         guidance_scale=guidance_scale,
         mel_range=mel_range,
+        speech_level=speech_level,
         remark=remark,
         **found,
     )
@@ -453,6 +460,7 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     return Models(
         checkpoint.name, checkpoint.resolution, unet, encoder, vae,
         checkpoint.match_colours, checkpoint.ends_only, checkpoint.guidance_scale, checkpoint.mel_range,
+        checkpoint.speech_level,
         files=checkpoint.files,
     )  # fmt: skip
 

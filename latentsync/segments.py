@@ -25,6 +25,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from latentsync import FPS, __version__
 from latentsync.errors import UserError
 from latentsync.media import CRF, VideoInfo, VideoWriter, check_output, join_segments, probe_audio
+from latentsync.media.watchdog import OnWait
 from latentsync.paths import PARTIAL, is_own_file, is_own_folder
 
 SEGMENT_FRAMES = 1500  # one minute: what has to be painted again at most
@@ -174,9 +175,9 @@ class SegmentWriter:
     """A `VideoWriter` that keeps finished segments when its block does not end well, and resumes after them.
 
     folder: of `work_folder`; total: frames of the job; counts: whatever is counted over the frames that are given to
-    `write`, kept with every segment and found again; say(line) is called with where it resumes, and with what is kept.
-    Raises UserError where the file cannot be written, where another process works on the same job, and where the folder
-    is a link or belongs to another user.
+    `write`, kept with every segment and found again; say(line) is called with where it resumes, and with what is kept;
+    copy_audio, on_wait: as in `VideoWriter`. Raises UserError where the file cannot be written, where another process
+    works on the same job, and where the folder is a link or belongs to another user.
     """
 
     def __init__(
@@ -191,14 +192,19 @@ class SegmentWriter:
         segment_frames: int = SEGMENT_FRAMES,
         counts: dict[str, int],
         say: Callable[[str], None],
+        copy_audio: bool = False,
+        on_wait: OnWait | None = None,
+        audio_track: int | None = None,
     ):
         self.path = check_output(path, (info.path, audio))
         self.frames = 0  # written so far, by earlier runs too
         self.cut = False  # as in `VideoWriter`
         self.keep = True  # what is finished, when the block does not end well
-        self._info, self._audio, self._crf = info, probe_audio(audio), crf
+        self.remarks: tuple[str, ...] = ()  # as in `VideoWriter`, when the block has ended
+        self._info, self._audio, self._crf = info, probe_audio(audio, audio_track), crf
         self._folder, self._total, self._segment_frames = folder, total, segment_frames
         self._counts, self._say = counts, say
+        self._copy_audio, self._on_wait = copy_audio, on_wait
         self._lock = FileLock(folder / LOCK, timeout=0)
         self._finished: list[Segment] = []
         self._segment: VideoWriter | None = None
@@ -277,9 +283,17 @@ class SegmentWriter:
             if self._segment.frames == self._segment_frames:
                 self._finish_segment()
 
+    def abort(self) -> None:
+        """End ffmpeg at once, from any thread, see `VideoWriter.abort`."""
+        if (segment := self._segment) is not None:
+            segment.abort()
+
     def _finish_segment(self) -> None:
-        segment, self._segment = self._segment, None
-        segment.__exit__(None, None, None)
+        segment = self._segment
+        try:
+            segment.__exit__(None, None, None)
+        finally:
+            self._segment = None
         _settle(segment.path)
         size, digest = segment.path.stat().st_size, _hash(segment.path)
         self._finished.append(Segment(segment.frames, size, digest, dict(self._counts)))
@@ -294,9 +308,13 @@ class SegmentWriter:
             if kind is None:
                 with self._in_words():
                     if self._segment is not None:
+                        self._segment.on_wait = self._on_wait
                         self._finish_segment()
                     files = [(self._name(number), segment.frames) for number, segment in enumerate(self._finished)]
-                    join_segments(files, self.path, self._audio, self.cut)
+                    self.remarks = join_segments(
+                        files, self.path, self._info, self._audio,
+                        cut=self.cut, copy_audio=self._copy_audio, on_wait=self._on_wait,
+                    )  # fmt: skip
                 done = True
             elif self._segment is not None:
                 self._segment.__exit__(kind, error, trace)

@@ -12,7 +12,7 @@ from latentsync.checkpoints import CONFIG, UNET_NAMES, VAE_CONFIG, VAE_NAMES, WH
 from latentsync.corpus import RESOLUTION
 from latentsync.paths import check_writable, write_text
 from latentsync.training import autoencoder, denoiser, listener
-from latentsync.training.sound import QUIETEST
+from latentsync.training.sound import QUIETEST, SPEECH_LEVEL
 from latentsync.training.state import load_weights
 from latentsync.unet import UNet, UNetConfig
 
@@ -36,7 +36,8 @@ def export(state: Path, folder: Path) -> None:
         check_writable(folder / name, (state / "autoencoder.pt", state / "denoiser.pt"), "The model's file")
     config = {
         "resolution": RESOLUTION, "match_colours": True, "ends_only": True,
-        "guidance_scale": GUIDANCE_SCALE, "mel_range": QUIETEST, "unet": denoiser.CONFIG,
+        "guidance_scale": GUIDANCE_SCALE, "mel_range": QUIETEST, "speech_level": SPEECH_LEVEL,
+        "unet": denoiser.CONFIG,
     }  # fmt: skip
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     save_file(half(average["unet"]), folder / UNET_NAMES[0])

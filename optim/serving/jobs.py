@@ -408,7 +408,7 @@ class Worker:
             try:
                 step(0, 0)
                 comparison.state = RUNNING
-                side_by_side(job.request.video, job.output, partial, step)
+                side_by_side(job.request.video, job.output, partial, step, comparison.ending)
             finally:
                 self._comparing.release()
             os.replace(partial, job.compared)
@@ -712,8 +712,9 @@ class Worker:
         try:
             with interruptible(models, check):
                 report = lipsync(
-                    request.video, request.audio, output, models, plan.settings, progress, relieve, preview
-                )
+                    request.video, request.audio, output, models, plan.settings, progress, relieve, preview,
+                    on_wait=check,
+                )  # fmt: skip
         finally:
             preview.close()
         if not report.ended_early and not step_downs and not report.resumed_from:
@@ -722,6 +723,7 @@ class Worker:
         if models.device.type == "cuda" and (history := latest(self.monitor.snapshot(), time.monotonic() - began)):
             gpu = history.gpu(nvml_index(models.device))
         job.advice = [asdict(each) for each in advise_report(report, plan, step_downs, gpu)]
+        job.messages.extend(report.remarks)
         job.report = report.as_dict() | {"level": plan.level.name, "position": plan.level.position}
         job.report["step_downs"] = step_downs
         job.output = output

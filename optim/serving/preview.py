@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from latentsync import FPS
 from latentsync.media import VideoInfo, read_frames
 from latentsync.media.process import file_url, input_arguments, run_ffmpeg
+from latentsync.media.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,12 +61,10 @@ def write_fragments(path: Path, size: tuple[int, int], audio: Path) -> Generator
         *("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"),
         *("-f", "mp4", file_url(path)),
     ]
-    with run_ffmpeg(arguments, stdin=subprocess.PIPE) as (process, _):
+    with run_ffmpeg(arguments, stdin=subprocess.PIPE) as (process, _), Watchdog(process) as watchdog:
         try:
             while True:
-                view = memoryview((yield)).cast("B")
-                while view:
-                    view = view[process.stdin.write(view) :]
+                watchdog.write(memoryview((yield)).cast("B"))
         except BrokenPipeError:  # the sound has ended, and with it the video
             while True:
                 yield
