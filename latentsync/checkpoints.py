@@ -67,6 +67,10 @@ class Checkpoint:
     speech_level: float | None = None  # dB to which quieter speech is raised for it; see `audio.raise_quiet_speech`
     remark: str | None = None  # a sentence for the user, where something about the files is not as expected
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.unet, self.whisper, self.vae, self.vae_config
+
 
 @dataclass
 class Models:
@@ -457,7 +461,7 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         checkpoint.name, checkpoint.resolution, unet, encoder, vae,
         checkpoint.match_colours, checkpoint.ends_only, checkpoint.guidance_scale, checkpoint.mel_range,
         checkpoint.speech_level,
-        files=(checkpoint.unet, checkpoint.whisper, checkpoint.vae, checkpoint.vae_config),
+        files=checkpoint.files,
     )  # fmt: skip
 
 

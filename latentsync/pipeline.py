@@ -20,7 +20,6 @@ from math import inf
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from latentsync.checkpoints import Checkpoint, Models
 from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
 from latentsync.errors import UserError, short_of_memory
 from latentsync.faces import WHICH, Face, track_faces
+from latentsync.machine import available_memory
 from latentsync.media import (
     CRF,
     VideoInfo,
@@ -52,7 +52,7 @@ from latentsync.sampling import (
     ddim_schedule,
     initial_noise,
 )
-from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, work_folder
+from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.soundness import WIDER, unusable, widened
 from latentsync.vae import condition, decode, to_pixels
 
@@ -560,7 +560,7 @@ def fitting(settings: Settings, info: VideoInfo) -> Settings:
 
     A frame of 4K is 25 MB, of 8K 100 MB. Raises UserError where not even those of one window a pass fit.
     """
-    size, free = 3 * info.width * info.height, HELD_SHARE * psutil.virtual_memory().available
+    size, free = 3 * info.width * info.height, HELD_SHARE * available_memory()
     for windows in range(settings.windows_per_pass, 0, -1):
         fewer = replace(settings, windows_per_pass=windows)
         if fewer.most_frames * size <= free:
@@ -656,7 +656,7 @@ def lipsync(
     """
     settings = settings or Settings()
     began = time.perf_counter()
-    output = check_output(output, (video, audio))
+    output = check_output(output, (video, audio, *models.files))
     info = probe_video(video, video_track)
     settings = fitting(settings, info)
     clock = StageClock()
@@ -698,10 +698,14 @@ def lipsync(
             copy_audio=copy_audio, audio_track=audio_track, on_wait=wait,
         )  # fmt: skip
     else:
+        folder = None
         clean(output)
         writer = VideoWriter(
             output, info, audio, settings.crf, copy_audio=copy_audio, audio_track=audio_track, on_wait=wait
         )
+    for other in unfinished(output):
+        if other.folder != folder:
+            say(other.describe())
     written = 0
 
     def progress(stage: str, done: int, total: int) -> None:

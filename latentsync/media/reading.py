@@ -15,6 +15,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 from latentsync import FPS, SAMPLE_RATE
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
 from latentsync.media.colour import (
     RESCALE,
     TO_RGB,
@@ -39,7 +40,7 @@ from latentsync.media.process import (
     with_watchdog,
 )
 
-DECODER_THREADS = min(4, os.cpu_count() or 1)  # every thread holds frames of its own
+DECODER_THREADS = min(4, usable_cores())  # every thread holds frames of its own
 SEGMENT_FRAMES = 32  # frames held at a time while playing backwards ...
 SEGMENT_BYTES = 256 << 20  # ... and their bytes at most
 SEEK_SECONDS = 1.0  # seek this much before the wanted frame: covers reordered and leading pictures

@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import tempfile
 import uuid
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from latentsync import FPS
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
 from latentsync.media.colour import SCALE_MATRIX, TO_YUV, scale_matrix, scale_range
 from latentsync.media.extras import collect_extras, ending_at
 from latentsync.media.info import AudioInfo, VideoInfo
@@ -19,37 +19,22 @@ from latentsync.media.probe import probe_audio
 from latentsync.media.process import ended_by_signal, file_url, input_arguments, read_log, run_ffmpeg
 from latentsync.media.sound import SUFFIXES, sound_options
 from latentsync.media.watchdog import OnWait, Watchdog
+from latentsync.paths import PARTIAL, check_writable
 
 CRF = 16  # x264 quality that the eye cannot tell from the source
 PRESET = "veryfast"  # x264 speed: at this CRF slower ones only save bytes
 COMMENT = "Synthetic media: the mouth in this video was generated to match the sound (LatentSync)."
-ENCODER_THREADS = min(16, os.cpu_count() or 1)
-PARTIAL = ".latentsync-"  # begins the name of everything that is not finished
+ENCODER_THREADS = min(16, usable_cores())
 
 
 def check_output(path: str | os.PathLike, inputs: tuple[str | os.PathLike, ...] = ()) -> Path:
-    """Raise UserError unless a video can be written to `path` without touching one of the inputs."""
+    """Raise UserError unless a video can be written to `path` without harm to an input."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(
             f"{path} does not end in {', '.join(SUFFIXES)}; give the output one of these endings."
         )
-    folder = path.absolute().parent
-    try:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; give the name of a file to write.")
-        if not folder.is_dir():
-            raise UserError(f"The folder {folder} does not exist; create it or choose another output.")
-        for source in inputs:
-            if path.exists() and os.path.exists(source) and os.path.samefile(path, source):
-                raise UserError(f"{path} is an input and would be overwritten; choose another output.")
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL):
-            pass
-        if path.exists():
-            open(path, "ab").close()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another output.") from error
-    return path
+    return check_writable(path, inputs)
 
 
 class VideoWriter:
