@@ -20,6 +20,8 @@ from typing import Protocol
 import cv2
 import numpy as np
 
+from latentsync.alignment import crop_size
+
 OUTER_LIPS = (61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 314, 17, 84, 181, 91, 146)
 INNER_LIPS = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308, 324, 318, 402, 317, 14, 87, 178, 88, 95)
 LIPS = OUTER_LIPS + INNER_LIPS  # 478-point mesh; both from corner to corner along the upper lip, and back
@@ -44,6 +46,7 @@ BANK_BYTES = 96 * 2**20  # of pixels in one bank
 BANK_MOUTHS = 250  # in one bank, at most
 PATCH_MARGIN = 0.22  # around the points of a mouth whose pixels are kept
 
+FACE_SIDE = 256  # generated faces are read at this resolution's size of crop
 BLOCK = 16  # frames whose mouths are chosen together
 LOOKAHEAD = 12  # frames after a block that its choice takes into account
 RUN_UP = 16  # frames before it
@@ -57,6 +60,11 @@ UPPER_SHARE = 0.25  # of a change of the opening that the upper lip does
 
 HULL_INSIDE, HULL_OUTSIDE = 0.01, 0.085  # from the hull of lips and chin: where the patch begins to fade, and ends
 FADE_FRAMES = 3  # of a cross-fade after a jump between mouths
+# The inside of a mouth is generated where it must open to more than STRETCH times what was filmed, and MISSING_FROM.
+STRETCH, MISSING_FROM, MISSING_RANGE = 2.2, 0.015, 0.03
+LIP_EDGE = 0.012  # width of the soft edge between lips and what is between them
+LIP_GAIN = (0.5, 1.1)  # of the generated inside's colours, so that its lips would have the person's
+SHADOW, SHADOW_WIDTH = 0.5, 0.05  # of the lips on a generated inside: how dark it is at its edge, how far it reaches
 
 # What a mouth costs to choose: a squared difference of one in each of these units.
 OPENING_UNIT = 0.35  # of the logarithm
@@ -322,6 +330,127 @@ def match_ring(patch: np.ndarray, region: np.ndarray, hull: np.ndarray, scale: f
     return patch + cv2.resize(spread, (patch.shape[1], patch.shape[0]), interpolation=cv2.INTER_LINEAR)
 
 
+@dataclass(frozen=True, eq=False)
+class GeneratedMouth:
+    """A generated face's mouth: face uint8 (h, w, 3), lips (40, 2) pixels of it."""
+
+    face: np.ndarray
+    lips: np.ndarray
+
+
+def missing_inside(filmed: float, wanted: float) -> float:
+    """How much of a mouth's inside must be generated, 0 to 1, where a filmed opening is shown as a wanted one."""
+    return float(np.clip((wanted - STRETCH * filmed - MISSING_FROM) / MISSING_RANGE, 0, 1))
+
+
+class MouthGrid:
+    """The pixels of a patch (h, w) in the axes of a mouth with lips (40, 2): along its corners, and down.
+
+    along (h, w) and down (h, w); upper, lower (h, w): how far down the inner lips are there.
+    """
+
+    def __init__(self, lips: np.ndarray, shape: tuple[int, int]):
+        self.axes = mouth_axes(lips)
+        y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
+        self.along = self.axes[0, 0] * x + self.axes[0, 1] * y
+        self.down = self.axes[1, 0] * x + self.axes[1, 1] * y
+        self.contours = inner_contours(lips, self.axes)
+        upper, lower = self.contours
+        self.upper = np.interp(self.along, upper[:, 0], upper[:, 1]).astype(np.float32)
+        self.lower = np.interp(self.along, lower[:, 0], lower[:, 1]).astype(np.float32)
+
+    def below(self, edge: float) -> np.ndarray:
+        """How much each pixel belongs to the lower lip, (h, w) from 0 to 1, with an edge so many pixels wide."""
+        return np.clip((self.down - (self.upper + self.lower) / 2) / edge + 0.5, 0, 1)
+
+    def inside(self, edge: float) -> np.ndarray:
+        """How much each pixel lies between the lips, (h, w) from 0 to 1."""
+        left, right = self.contours[0][[0, -1], 0]
+        gap = np.minimum(self.down - self.upper, self.lower - self.down)
+        gap = np.minimum(gap, np.minimum(self.along - left, right - self.along))
+        return np.clip(gap / edge + 0.5, 0, 1) * np.clip((self.lower - self.upper) / edge, 0, 1)
+
+    def places_inside(self, lips: np.ndarray) -> np.ndarray:
+        """Where in a picture with these lips the pixels between the lips are filmed: float32 (h, w, 2).
+
+        Teeth hang from above: where there is more than is wanted, the lower lip hides the rest.
+        """
+        axes = mouth_axes(lips)
+        upper, lower = inner_contours(lips, axes)
+        own = self.contours[0][:, 0]
+        share = np.interp(self.along, own, np.linspace(0, 1, len(own)))
+        position = np.linspace(0, 1, len(upper))
+        along = np.interp(share, position, upper[:, 0])
+        top = np.interp(along, upper[:, 0], upper[:, 1])
+        bottom = np.interp(along, lower[:, 0], lower[:, 1])
+        size = np.ptp(upper[:, 0]) / max(np.ptp(own), 1e-3)  # of the other picture, over this one
+        stretch = np.minimum((bottom - top) / np.maximum(self.lower - self.upper, 1e-3), size)
+        down = top + (self.down - self.upper) * stretch
+        x = axes[0, 0] * along + axes[1, 0] * down
+        y = axes[0, 1] * along + axes[1, 1] * down
+        return np.stack([x, y], axis=-1).astype(np.float32)
+
+
+def mouth_axes(lips: np.ndarray) -> np.ndarray:
+    """Unit vectors (2, 2) along the mouth's corners and down, of lips (40, 2)."""
+    x, y = (lips[RIGHT] - lips[LEFT]) / max(np.linalg.norm(lips[RIGHT] - lips[LEFT]), 1e-6)
+    return np.array([[x, y], [-y, x]])
+
+
+def inner_contours(lips: np.ndarray, axes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The inner edges of the upper and of the lower lip, (11, 2) each, along and down, from corner to corner."""
+    inner = lips[INNER] @ axes.T
+    upper, lower = inner[:11], inner[[0, *range(19, 10, -1), 10]]
+    for edge in (upper, lower):
+        edge[:, 0] = np.maximum.accumulate(edge[:, 0] + np.arange(11) * 1e-4)
+    lower[:, 1] = np.maximum(lower[:, 1], np.interp(lower[:, 0], upper[:, 0], upper[:, 1]))
+    return upper, lower
+
+
+def lip_colour(pixels: np.ndarray, lips: np.ndarray) -> np.ndarray:
+    """Mean colour (3,) of the lips (40, 2) in a picture (h, w, 3)."""
+    mask = np.zeros(pixels.shape[:2], np.uint8)
+    cv2.fillPoly(mask, [np.round(lips[OUTER] * 16).astype(np.int32)], 1, shift=4)
+    cv2.fillPoly(mask, [np.round(lips[INNER] * 16).astype(np.int32)], 0, shift=4)
+    return pixels[mask > 0].mean(0) if mask.any() else np.full(3, 128.0)
+
+
+def draw_mouth(
+    mouth: Mouth, lips: np.ndarray, ring: np.ndarray, shape: tuple[int, int], scale: float,
+    generated: GeneratedMouth, missing: float,
+) -> np.ndarray:  # fmt: skip
+    """A filmed mouth with its lips (40, 2) and the skin around them (RING, 2) at other places: float32 (h, w, 3).
+
+    Upper lip, lower lip and what is between them are three layers, each warped smoothly. missing: see
+    `missing_inside`.
+    """
+    filmed_lips, filmed_ring = mouth.points[: len(LIPS)], mouth.points[len(LIPS) :]
+    corners = [LEFT, RIGHT, 20 + LEFT, 20 + RIGHT]
+    layers = []
+    for which in (UPPER, np.array([*LOWER, *corners])):
+        places = thin_plate_map(
+            np.vstack([lips[which], ring]), np.vstack([filmed_lips[which], filmed_ring]), shape, scale
+        )
+        layers.append(sample(mouth.pixels, places))
+    grid = MouthGrid(lips, shape)
+    edge = max(LIP_EDGE * scale, 1.0)
+    below = grid.below(edge)[..., None]
+    patch = layers[0] + (layers[1] - layers[0]) * below
+    between = sample(mouth.pixels, grid.places_inside(filmed_lips))
+    if missing > 0:
+        gain = lip_colour(mouth.pixels, filmed_lips) / np.maximum(lip_colour(generated.face, generated.lips), 1)
+        made = sample(generated.face, grid.places_inside(generated.lips)) * np.clip(gain, *LIP_GAIN)
+        made *= SHADOW + (1 - SHADOW) * grid.inside(SHADOW_WIDTH * scale)[..., None]
+        between += (made - between) * missing
+    return patch + (between - patch) * grid.inside(edge)[..., None]
+
+
+def sample(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """A picture at places (h, w, 2): float32 (h, w, 3)."""
+    shown = cv2.remap(pixels, places, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return shown.astype(np.float32)
+
+
 def show_mouth(
     frame: np.ndarray,
     points: np.ndarray,
@@ -329,6 +458,8 @@ def show_mouth(
     wanted_lips: list[np.ndarray],
     mouths: list[Mouth],
     shares: list[float],
+    insides: list[float],
+    generated: GeneratedMouth,
     opacity: float = 1.0,
 ) -> None:
     """Lay mouths into a frame uint8 (H, W, 3), in place.
@@ -347,11 +478,9 @@ def show_mouth(
     shape = region.shape[:2]
     hull = soft_hull(covered - (x0, y0), shape, scale)
     patch = np.zeros((*shape, 3), np.float32)
-    for mouth, lips, share in zip(mouths, wanted_lips, shares, strict=True):
-        here = np.vstack([lips, ring]) - (x0, y0)
-        places = thin_plate_map(here, mouth.points, shape, scale)
-        shown = cv2.remap(mouth.pixels, places, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-        patch += share * match_ring(shown.astype(np.float32), region, hull, scale)
+    for mouth, lips, share, inside in zip(mouths, wanted_lips, shares, insides, strict=True):
+        shown = draw_mouth(mouth, lips - (x0, y0), ring - (x0, y0), shape, scale, generated, inside)
+        patch += share * match_ring(shown, region, hull, scale)
     blend = (hull * opacity)[..., None]
     mixed = region + (patch - region) * blend
     np.copyto(region, np.clip(np.rint(mixed), 0, 255).astype(np.uint8), where=blend > 0)
@@ -366,6 +495,7 @@ class _Waiting:
     lips: np.ndarray  # (40, 2), head units
     features: np.ndarray  # of its own mouth
     read: np.ndarray | None  # opening and width of the generated mouth
+    generated: GeneratedMouth | None
 
 
 def steady(values: np.ndarray, index: int) -> np.ndarray:
@@ -424,11 +554,20 @@ def _measure(shot: PaintedShot, read_landmarks: Callable[[np.ndarray], np.ndarra
     turn, nod = apply(head, shot.landmarks[[NOSE_TIP]])[0]
     light = 128.0 if mouth is None else mouth.features[4]
     features = np.array([opening(lips), width(lips), turn, nod, light])
-    read = None
-    if shot.generated is not None and (landmarks := read_landmarks(shot.generated)) is not None:
-        seen = apply(head_similarity(landmarks), landmarks[list(LIPS)])
-        read = np.array([opening(seen), width(seen)])
-    return _Waiting(shot, head, lips, features, read)
+    read = generated = None
+    if shot.generated is not None:
+        face = unsquash(shot.generated)
+        landmarks = read_landmarks(face)
+        if landmarks is not None:
+            seen = apply(head_similarity(landmarks), landmarks[list(LIPS)])
+            read = np.array([opening(seen), width(seen)])
+            generated = GeneratedMouth(face, landmarks[list(LIPS)])
+    return _Waiting(shot, head, lips, features, read, generated)
+
+
+def unsquash(face: np.ndarray) -> np.ndarray:
+    """An aligned square face, uint8 (R, R, 3), in its true proportions and large enough for the landmarker."""
+    return cv2.resize(face, crop_size(FACE_SIDE), interpolation=cv2.INTER_CUBIC)
 
 
 def _show_block(known, start, count, bank, before):
@@ -467,8 +606,9 @@ def _show_block(known, start, count, bank, before):
         share = (age + 1) / (FADE_FRAMES + 1)
         shares = [1.0] if fading is None else [share, 1 - share]
         lips = [apply(inverse, anchor + shape_lips(m.lips, features[0], features[1])) for m in shown]
-        if shot.generated is not None:
-            show_mouth(shot.frame, shot.landmarks[list(LIPS + RING)], scale, lips, shown, shares, shot.opacity)
+        if waiting.generated is not None:
+            insides = [missing_inside(m.features[0], features[0]) for m in shown]
+            show_mouth(shot.frame, shot.landmarks[list(LIPS + RING)], scale, lips, shown, shares, insides, waiting.generated, shot.opacity)
         before = (mouth, age, fading)
     return path, before
 
