@@ -31,6 +31,7 @@ echo launch.bat help                      show this text
 echo.
 echo The first start creates the folder .venv beside this script and installs the packages into it.
 echo Set PYTHON to the full path of a python.exe (3.10 to 3.13) to name the one to create it with.
+echo Set LATENTSYNC_TORCH to a build of torch (default, cu126, cu130) to install that one, else the GPU decides.
 exit /b 0
 
 :app_or_help
@@ -75,8 +76,20 @@ copy /y "%ROOT%\tests\requirements.txt" "%VENV%\installed-tests" >nul
 cd /d "%ROOT%"
 "%VPY%" -m ruff check .
 if not "%ERRORLEVEL%"=="0" exit /b %ERRORLEVEL%
+rem Two runs: Triton settles at its import whether it interprets, so the kernels have a run of their own. Options go to
+rem both; a run that has none of the tests that they select (exit code 5) is no failure unless both have none.
 "%VPY%" -m pytest -n logical --maxprocesses 4 --dist loadfile %REST%
-exit /b %ERRORLEVEL%
+set "FIRST=%ERRORLEVEL%"
+echo.
+echo The fused kernels, in Triton's interpreter:
+set "TRITON_INTERPRET=1"
+"%VPY%" -m pytest -n logical --maxprocesses 4 %REST%
+set "SECOND=%ERRORLEVEL%"
+echo Tests: exit code %FIRST%; kernels: exit code %SECOND%.
+if "%FIRST%%SECOND%"=="05" exit /b 0
+if "%FIRST%"=="0" exit /b %SECOND%
+if not "%FIRST%"=="5" exit /b %FIRST%
+exit /b %SECOND%
 
 :stop
 if not defined COMMAND pause
@@ -86,7 +99,6 @@ exit /b 2
 rem Makes .venv hold what requirements.txt asks for. .venv\installed records what was installed, and is written
 rem last: after an interruption it is missing and the next start installs again.
 :install
-call :find_cuda
 if not exist "%VPY%" goto create
 "%VPY%" -c "import pip" >nul 2>nul || goto create
 goto compare
@@ -101,17 +113,33 @@ echo Could not create "%VENV%" (the reason is above).>&2
 exit /b 2
 
 :compare
+rem Prints which build of torch suits this machine, the one that is installed (or "none"), and the reason.
+"%VPY%" -I "%ROOT%\optim\torch_build.py" >"%VENV%\build"
+if errorlevel 1 exit /b 2
+for /f "usebackq tokens=1,2,* delims= " %%a in ("%VENV%\build") do (
+    set "BUILD=%%a"
+    set "PRESENT=%%b"
+    set "REASON=%%c"
+)
 "%VPY%" -c "import sys; print(sys.version_info[:2])" >"%VENV%\wanted"
->>"%VENV%\wanted" echo torch: %CUDA%
+>>"%VENV%\wanted" echo torch: %BUILD%
 >>"%VENV%\wanted" type "%ROOT%\requirements.txt"
 fc /b "%VENV%\wanted" "%VENV%\installed" >nul 2>nul && exit /b 0
 del "%VENV%\installed" >nul 2>nul
 echo Installing the packages of requirements.txt into .venv (only needed once) ...
-if "%CUDA%"=="none" goto packages
-rem The torch that PyPI has for Windows cannot use the GPU; the one of pytorch.org can.
-for /f "tokens=2 delims==" %%v in ('findstr /b "torch==" "%ROOT%\requirements.txt"') do set "TORCH=%%v"
-"%VPY%" -m pip install --no-input --disable-pip-version-check "torch==%TORCH%+%CUDA%" --index-url https://download.pytorch.org/whl/%CUDA%
+echo torch: the %BUILD% build, as %REASON%.
+rem Builds differ in their local version alone, which "torch==2.13.0" does not look at.
+if "%PRESENT%"=="none" goto torch
+if "%PRESENT%"=="%BUILD%" goto torch
+"%VPY%" -m pip uninstall --quiet --yes --disable-pip-version-check torch
 if errorlevel 1 goto install_failed
+:torch
+rem The default build comes with the other packages, from the configured index. Only pytorch.org has the others: it is
+rem asked for torch alone, besides the configured index.
+if "%BUILD%"=="default" goto packages
+for /f "tokens=2 delims==" %%v in ('findstr /b "torch==" "%ROOT%\requirements.txt"') do set "TORCH=%%v"
+"%VPY%" -m pip install --no-input --disable-pip-version-check --no-deps --extra-index-url https://download.pytorch.org/whl/%BUILD% "torch==%TORCH%+%BUILD%"
+if errorlevel 1 echo torch's %BUILD% build cannot be had (the reason is above): the default build is installed instead, which may not use the GPU.>&2
 :packages
 "%VPY%" -m pip install --quiet --no-input --disable-pip-version-check -r "%ROOT%\requirements.txt"
 if errorlevel 1 goto install_failed
@@ -149,22 +177,3 @@ if defined BASE exit /b 0
 %* -c "import sys, venv, ensurepip; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 13) and sys.maxsize > 2**32))" >nul 2>nul && set BASE=%*
 exit /b 0
 
-
-rem CUDA: which build of torch 2.13 fits the first NVIDIA GPU. CUDA 13 needs driver 580 and compute capability 7.5
-rem (Turing); pytorch.org has a CUDA 12.6 build for older ones.
-:find_cuda
-set "CUDA=none"
-set "DRIVER="
-set "CAPABILITY="
-where nvidia-smi >nul 2>nul || exit /b 0
-for /f "tokens=1,3,4 delims=., " %%a in ('nvidia-smi --query-gpu^=driver_version^,compute_cap --format^=csv^,noheader 2^>nul') do (
-    if not defined DRIVER set "DRIVER=%%a"
-    if not defined CAPABILITY set "CAPABILITY=%%b%%c"
-)
-if not defined DRIVER exit /b 0
-if not defined CAPABILITY exit /b 0
-echo %DRIVER%%CAPABILITY%| findstr /r "^[0-9][0-9]*$" >nul || exit /b 0
-set "CUDA=cu130"
-if %DRIVER% LSS 580 set "CUDA=cu126"
-if %CAPABILITY% LSS 75 set "CUDA=cu126"
-exit /b 0

@@ -20,6 +20,7 @@ help() {
 
 The first start creates the folder .venv beside this script and installs the packages into it.
 PYTHON=/path/to/python ./launch.sh …  names the Python (3.10 to 3.13) to create it with.
+LATENTSYNC_TORCH=cpu ./launch.sh …    names the build of torch to install (default, cpu, cu126), else the GPU decides.
 TEXT
 }
 
@@ -86,13 +87,41 @@ show_progress() {
     if [ -t 2 ]; then printf '\r\033[K' >&2; fi
 }
 
+fail_install() {
+    fail "Installing the packages failed (the reason is above): check the network and the free disk space, then start again."
+}
+
+# The build of torch that suits this machine, the one that is installed (or `none`), and the reason.
+choose_torch() { "$python" -I "$here/optim/torch_build.py"; }
+
+# install_torch BUILD PRESENT: that build of the pinned torch, in place of the one that is present.
+install_torch() {
+    local version
+    version=$(sed -n 's/^torch==//p' "$here/requirements.txt")
+    # Builds differ in their local version alone, which `torch==2.13.0` does not look at.
+    if [ "$2" != none ] && [ "$2" != "$1" ]; then
+        "$python" -m pip uninstall --quiet --yes --disable-pip-version-check torch || fail_install
+    fi
+    # The default build comes with the other packages, from the configured index. Only pytorch.org has the others: it
+    # is asked for torch alone, besides the configured index.
+    if [ "$1" != default ]; then
+        "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw --no-deps \
+            --extra-index-url "https://download.pytorch.org/whl/$1" "torch==$version+$1" | show_progress ||
+            say "torch's $1 build cannot be had (the reason is above): the default build is installed instead, which may not use the GPU."
+    fi
+}
+
+# contents LIST TORCH: what a record says when the packages of LIST are installed for this Python, with that torch.
+contents() {
+    "$python" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null &&
+        printf '%s\n' "torch: $2" && cat -- "$1"
+}
+
 # install LIST NAME: the packages of LIST into .venv, unless .venv/NAME records that exactly these were installed.
 install() {
-    local version="" record=$venv/$2
-    if [ -x "$python" ]; then
-        version=$("$python" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null || true)
-    fi
-    if [ -n "$version" ] && [ "$(cat -- "$record" 2>/dev/null || true)" = "$version"$'\n'"$(cat -- "$1")" ]; then
+    local record=$venv/$2 torch build present reason
+    torch=$(choose_torch 2>/dev/null || true)  # nothing where there is no .venv yet, or a broken one
+    if [ -n "$torch" ] && [ -f "$record" ] && [ "$(cat -- "$record")" = "$(contents "$1" "${torch%% *}")" ]; then
         return
     fi
     if ! "$python" -c 'import pip' 2>/dev/null; then  # not there, half made, or its Python was removed
@@ -100,21 +129,40 @@ install() {
         base=$(find_python)
         say "Creating .venv with $("$base" -V) …"
         "$base" -m venv --clear -- "$venv" || fail "Could not create $venv (the reason is above)."
-        version=$("$python" -c 'import sys; print(sys.version_info[:2])')
     fi
+    torch=$(choose_torch) || exit 2
+    read -r build present reason <<<"$torch"
     check_system_libraries
     rm -f -- "$record"
     say "Installing the packages of ${1#"$here"/} into .venv (only needed once) …"
-    { "$python" -m pip install --quiet --no-input --disable-pip-version-check 'pip>=24.1' &&
-        "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw -r "$1" | show_progress; } ||
-        fail "Installing the packages failed (the reason is above): check the network and the free disk space, then start again."
+    "$python" -m pip install --quiet --no-input --disable-pip-version-check 'pip>=24.1' || fail_install
+    if [ "$2" = installed ]; then
+        say "torch: the $build build, as $reason."
+        install_torch "$build" "$present"
+    fi
+    "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw -r "$1" | show_progress ||
+        fail_install
     # Written last: after an interruption it is missing and the next start installs again.
-    printf '%s\n%s\n' "$version" "$(cat -- "$1")" >"$record"
+    contents "$1" "$build" >"$record"
 }
 
 # Like `python -m optim`, but found beside this script, never in the folder where the user stands.
 run='import sys; sys.path[0] = sys.argv.pop(1); import runpy
 runpy.run_module("optim", run_name="__main__", alter_sys=True)'
+
+# Two runs of pytest: Triton settles at its import whether it interprets, so the kernels have a run of their own.
+# Options go to both; a run that has none of the tests that they select (exit code 5) is no failure unless both have none.
+run_tests() {
+    local first=0 second=0
+    "$python" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@" || first=$?
+    say "" "The fused kernels, in Triton's interpreter:"
+    TRITON_INTERPRET=1 "$python" -m pytest -n logical --maxprocesses 4 "$@" || second=$?
+    if [ $first = 5 ] && [ $second != 5 ]; then first=0; fi
+    if [ $second = 5 ] && [ $first != 5 ]; then second=0; fi
+    say "Tests: exit code $first; kernels: exit code $second."
+    if [ $first != 0 ]; then return $first; fi
+    return $second
+}
 
 command=${1:-}
 case $command in
@@ -144,7 +192,7 @@ case $command in
         install "$here/tests/requirements.txt" installed-tests
         cd -- "$here"
         "$python" -m ruff check .
-        exec "$python" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
+        run_tests "$@"
         ;;
     *)
         fail "Unknown command: $command (./launch.sh help lists the commands)."

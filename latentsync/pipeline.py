@@ -142,7 +142,8 @@ class Shot:
 
     frame: uint8 (H, W, 3), changed in place when its face is put back; tokens: audio (50, d);
     crop: uint8 (R, R, 3), None without a usable face; matrix (2, 3) and opacity: how it goes back;
-    source: the frame's number in a video that is shown more than once, else None; again: painted in a wider type.
+    source: the frame's number in a video that is shown more than once, else None; again: painted in a wider type;
+    scene: `Face.scene`, the number of the stretch between two cuts that the frame lies in.
     """
 
     frame: np.ndarray
@@ -152,6 +153,7 @@ class Shot:
     opacity: float = 0.0
     source: int | None = None
     again: bool = False
+    scene: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def align(
         else:
             shot.matrix, bias = estimate_matrix(face.points, resolution, None if face.first else bias)
             shot.crop = crop_face(frame, shot.matrix, resolution)
-            shot.opacity = face.opacity
+            shot.opacity, shot.scene = face.opacity, face.scene
         if most is not None:
             keeps = len(known) < most
             shot.source = len(known) if keeps else None
@@ -217,8 +219,9 @@ def align(
 def windows(shots: Iterable[Shot]) -> Iterator[Window | Shot]:
     """Cut runs of shots with a face into windows; shots without one come through between them, in order.
 
-    A run's last window is slid back so that it is full: norms and temporal attention see every frame of a
-    window, so a padded one would change the real frames. A run shorter than a window is one at its true length.
+    A run ends at a frame without a face and at a cut. Its last window is slid back so that it is full: norms and
+    temporal attention see every frame of a window, so a padded one would change the real frames, and one that held
+    two scenes would mix their colours. A run shorter than a window is one at its true length.
     """
     painted: list[Shot] = []  # the run's last window, for context
     waiting: list[Shot] = []
@@ -234,6 +237,9 @@ def windows(shots: Iterable[Shot]) -> Iterator[Window | Shot]:
             painted, waiting = [], []
             yield shot
             continue
+        if (waiting or painted) and (waiting or painted)[-1].scene != shot.scene:
+            yield from rest()
+            painted, waiting = [], []
         waiting.append(shot)
         if len(waiting) == WINDOW:
             yield Window(waiting)

@@ -21,12 +21,12 @@ from latentsync import FPS
 from optim.hardware import GIB, ask, batch_sizes, nvml_gpus, nvml_session
 from optim.levels import CONSERVATIVE
 from optim.monitor import GpuHistory, GpuProcess, other_processes, read_slowdowns
+from optim.torch_build import DRIVER
 
 if TYPE_CHECKING:
     from latentsync.pipeline import Report
     from optim.accelerate import Plan
 
-DRIVER = 545  # the oldest NVIDIA driver to recommend
 OTHERS_BYTES, OTHERS_SHARE = 10**9, 0.05  # what others may hold of a card: the larger of these
 OTHERS_BUSY = 20  # percent of the time in which others may compute
 DISK = 2 * 10**9  # bytes that should be free for outputs
@@ -97,7 +97,8 @@ def check_torch(facts: Facts) -> Iterator[Advice]:
         yield Advice(
             f"There is a {facts.gpus[0].name}, but torch {facts.torch_version} was built without CUDA and cannot use "
             "it.",
-            "Install the CUDA build with the command that pytorch.org/get-started shows for your system.",
+            "Start with launch.sh or launch.bat, which install the build that fits the GPU, and see that the variable "
+            "LATENTSYNC_TORCH does not ask for another.",
             "error",
         )
     else:
@@ -111,12 +112,12 @@ def check_torch(facts: Facts) -> Iterator[Advice]:
 
 
 def check_driver(facts: Facts) -> Iterator[Advice]:
-    """A driver from before DRIVER."""
+    """A driver that is too old for the default build of torch."""
     major = (facts.driver or "").split(".")[0]
     if major.isdigit() and int(major) < DRIVER:
         yield Advice(
-            f"The NVIDIA driver {facts.driver} is older than {DRIVER}.",
-            "Install a newer one from nvidia.com/drivers.",
+            f"The NVIDIA driver {facts.driver} is older than {DRIVER}, which CUDA 13 needs.",
+            "Install a newer one from nvidia.com/drivers; the next start installs the build of torch for it.",
             "warning",
         )
 

@@ -20,7 +20,7 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:  # as with PyTorch for the CPU, macOS and Windows: `optim.fused` says so and changes nothing
+except (ImportError, OSError):  # not installed, or a library that it needs is not: `optim.fused` says so
     triton = None
 
     def jit(**_):

@@ -16,6 +16,36 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # every worker has a core, and no more
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that it starts
     torch.set_num_threads(1)
 
+# Triton settles at its import whether it interprets. Without a GPU the kernels are tested in a run of their own,
+# with TRITON_INTERPRET=1, in which nothing else is.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL_TESTS = ("test_kernels.py", "test_fused.py")
+
+
+def belongs_to_other_run(path: Path) -> bool:
+    if torch.cuda.is_available() and not INTERPRETED:
+        return False
+    return (path.name in KERNEL_TESTS) != INTERPRETED
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if collection_path.name.startswith("test_") and belongs_to_other_run(collection_path) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what was named on the command line, too, which cannot be ignored."""
+    other = [item for item in items if belongs_to_other_run(item.path)]
+    if other:
+        config.hook.pytest_deselected(items=other)
+        items[:] = [item for item in items if item not in set(other)]
+
+
+def pytest_report_header() -> str | None:
+    if INTERPRETED:
+        return f"TRITON_INTERPRET=1: only {' and '.join(KERNEL_TESTS)}"
+    return None if torch.cuda.is_available() else f"without a GPU, {' and '.join(KERNEL_TESTS)} need TRITON_INTERPRET=1"
+
+
 SIDE = 192  # pixels of the face clip
 FACE_FRAMES = 24
 

@@ -8,10 +8,10 @@ import pytest
 from fake_nvml import GIB, Card, FakeCuda, FakeNvml
 
 from optim import doctor
-from optim.doctor import Advice, Facts, GpuFacts, RunFacts, advise, advise_run, read_facts
+from optim.doctor import DRIVER, Advice, Facts, GpuFacts, RunFacts, advise, advise_run, read_facts
 
 GPU = GpuFacts("RTX 4090", 24 * GIB)
-WELL = Facts(gpus=(GPU,), driver="560.94", torch_version="2.13.0", torch_cuda="13.0", torch_sees_gpu=True)
+WELL = Facts(gpus=(GPU,), driver="580.94", torch_version="2.13.0", torch_cuda="13.0", torch_sees_gpu=True)
 RUN = RunFacts(frames=100, seconds=20, resolution=512, steps=16, device="cuda:0", position=1.0, utilization=97)
 
 
@@ -28,9 +28,9 @@ def test_a_machine_in_good_order_gets_no_advice():
 @pytest.mark.parametrize(
     "facts, severity, problem, remedy",
     [
-        (replace(WELL, driver="537.58"), "warning", "537.58 is older than 545", "newer one"),
-        (replace(WELL, torch_cuda=None, torch_sees_gpu=False), "error", "built without CUDA", "CUDA build"),
-        (replace(WELL, torch_sees_gpu=False), "error", "CUDA 13.0.*driver 560.94", "newest driver"),
+        (replace(WELL, driver="537.58"), "warning", "537.58 is older than 580", "newer one"),
+        (replace(WELL, torch_cuda=None, torch_sees_gpu=False), "error", "built without CUDA", "launch.sh"),
+        (replace(WELL, torch_sees_gpu=False), "error", "CUDA 13.0.*driver 580.94", "newest driver"),
         (replace(WELL, gpus=(), driver=None, torch_sees_gpu=False), "hint", "No NVIDIA GPU", "driver"),
         (with_gpu(used_by_others=6 * GIB, others=("game",)), "warning", r"\(game\) hold 6.0 GB", "Close"),
         (with_gpu(utilization=80), "warning", "busy for 80 %", "Close"),
@@ -79,7 +79,7 @@ def test_facts_are_read_from_nvml():
 
 
 @pytest.mark.parametrize(
-    "facts, code, last", [(WELL, 0, "nothing to improve"), (replace(WELL, driver="1.0"), 1, "545")]
+    "facts, code, last", [(WELL, 0, "nothing to improve"), (replace(WELL, driver="1.0"), 1, str(DRIVER))]
 )
 def test_the_command_prints_advice_and_exits_with_0_only_without_any(facts, code, last, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "read_facts", lambda *_: facts)

@@ -1,14 +1,10 @@
-"""Networks over the fused kernels against PyTorch's own, in Triton's interpreter where there is no GPU."""
-
-import os
-import subprocess
-import sys
+"""Networks over the fused kernels against PyTorch's own: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1)."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from test_kernels import BOUND, DEVICE, HALF, RUNS_HERE, SINGLE, error, image, rand, with_random_weights
+from test_kernels import BOUND, DEVICE, HALF, SINGLE, error, image, rand, with_random_weights
 from torch import Tensor, nn
 
 from latentsync import unet as network
@@ -41,22 +37,9 @@ VAE = {
 }
 
 
-@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
-def test_all_below_pass_in_tritons_interpreter():
-    # Triton settles at its import whether it interprets, and other tests have imported it by now.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
 @pytest.fixture(autouse=True)
-def inference(request, monkeypatch):
+def inference(monkeypatch):
     """No gradients, fixed inputs, and memory that shows up as NaN where nothing was written."""
-    if not RUNS_HERE:
-        if request.function is not test_all_below_pass_in_tritons_interpreter:
-            pytest.skip("runs in a process of its own, above")
-        yield
-        return
     monkeypatch.setattr(network, "TEMPORAL_GROUPS", GROUPS)
     monkeypatch.setattr(fused, "CHECK_SIDE", 2)
     monkeypatch.setattr(kernels, "ATTENTION_ROWS", 64)  # few programs: interpreting one costs more than its size
@@ -120,7 +103,7 @@ def test_timesteps_may_differ_between_windows():
     assert error(swapped(unet)(sample, timesteps, audio), wanted) <= 1e-5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA GPU")
 def test_a_fused_pass_can_be_captured_and_replayed():
     unet = fused.fuse(small_unet(HALF))
     x, other = image(2 * FRAMES, 13, 8, 8, HALF), image(2 * FRAMES, 13, 8, 8, HALF)

@@ -498,11 +498,9 @@ def test_results_that_cannot_be_read_are_said(tmp_path):
 
 @pytest.mark.parametrize("stuck", [False, True])
 def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, stuck):
-    import imageio_ffmpeg
-
     go_on, shown = threading.Event(), []
 
-    def write_frames(*_, **__):
+    def write_fragments(*_):
         while True:
             frame = yield
             if shown:  # the first is taken at once, so that it is known that it begins
@@ -510,7 +508,7 @@ def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, st
             if frame is not None:
                 shown.append(int(frame[0, 0, 0]))
 
-    monkeypatch.setattr(imageio_ffmpeg, "write_frames", write_frames)
+    monkeypatch.setattr(preview, "write_fragments", write_fragments)
     monkeypatch.setattr(preview, "STUCK_SECONDS", 0.5)
     job = jobs.Job(Request(Path("video"), Path("voice")), "me", tmp_path, ("a", "b"), (16, 16), 9.0)
     taking = preview.Preview(job)

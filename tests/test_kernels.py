@@ -1,8 +1,4 @@
-"""The fused kernels against PyTorch, in Triton's interpreter where there is no GPU."""
-
-import os
-import subprocess
-import sys
+"""The fused kernels against PyTorch, on a GPU, or in Triton's interpreter with TRITON_INTERPRET=1."""
 
 import pytest
 import torch
@@ -15,30 +11,16 @@ from optim import kernels
 if kernels.triton is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 HALF, SINGLE = torch.float16, torch.float32
 BOUND = {HALF: 1e-3, SINGLE: 1e-5}  # relative to PyTorch in float64 on the same inputs: rounding of the result
 # Interpreting takes long; half precision there is tried by the networks of test_fused.py.
-KINDS = [HALF, SINGLE] if torch.cuda.is_available() else [SINGLE]
-RUNS_HERE = torch.cuda.is_available() or kernels.INTERPRETED
-
-
-@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
-def test_all_below_pass_in_tritons_interpreter():
-    # Triton settles at its import whether it interprets, and other tests have imported it by now.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+KINDS = [SINGLE] if kernels.INTERPRETED else [HALF, SINGLE]
 
 
 @pytest.fixture(autouse=True)
-def inference(request, monkeypatch):
+def inference(monkeypatch):
     """No gradients, fixed inputs, and memory that shows up as NaN where nothing was written."""
-    if not RUNS_HERE:
-        if request.function is not test_all_below_pass_in_tritons_interpreter:
-            pytest.skip("runs in a process of its own, above")
-        yield
-        return
     monkeypatch.setattr(kernels, "MERGE_TILE", 32)  # several rounds of its loops
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)

@@ -20,7 +20,10 @@ case "$*" in
     *"import ensurepip"*) echo "$FAKE_KIND" ;;
     *"sys.version_info[:2]"*) echo "(3, 11)" ;;
     *"-m venv "*) mkdir -p "${{!#}}/bin"; cp "$0" "${{!#}}/bin/python" ;;
+    *torch_build.py) [ -n "$FAKE_TORCH" ] && echo "$FAKE_TORCH" || exec {sys.executable!r} -S "$@" ;;  # -S: no torch
+    *download.pytorch.org*) exit "${{FAKE_TORCH_STATUS:-0}}" ;;
     *"-m pip install"*"-r "*) exit "${{FAKE_PIP_STATUS:-0}}" ;;
+    "-m pytest"*) [ -z "$TRITON_INTERPRET" ] || exit "$FAKE_KERNELS_STATUS"; exit "$FAKE_TESTS_STATUS" ;;
     *runpy*) exec {sys.executable!r} "$@" ;;
 esac
 """
@@ -41,12 +44,21 @@ class Copy:
         (self.root / "optim" / "__main__.py").write_text(REPORT_ARGUMENTS)
         (self.root / "requirements.txt").write_text("torch==2.13.0\n")
         shutil.copy(ROOT / "launch.sh", self.root)
-        for tool in ("cat", "cp", "dirname", "mkdir", "readlink", "rm"):
+        (self.root / "tests").mkdir()
+        (self.root / "tests" / "requirements.txt").write_text("pytest==9.2.0\n")
+        shutil.copy(ROOT / "optim" / "torch_build.py", self.root / "optim")
+        for tool in ("cat", "cp", "dirname", "mkdir", "readlink", "rm", "sed"):
             os.symlink(shutil.which(tool), self.tools / tool)
 
     def add_python(self, name: str) -> None:
         (self.tools / name).write_text(FAKE_PYTHON)
         (self.tools / name).chmod(0o755)
+
+    def add_gpu(self, driver: str, capability: str = "8.9") -> None:
+        """A stand-in for nvidia-smi that shows one GPU."""
+        smi = self.tools / "nvidia-smi"
+        smi.write_text(f"#!{BASH}\necho '{driver}, {capability}'\n")
+        smi.chmod(0o755)
 
     def start(self, *arguments: str, script: Path | None = None, cwd: Path | None = None, **variables: str):
         environment = {"PATH": str(self.tools), "CALLS": str(self.calls_file), "FAKE_KIND": "usable"}
@@ -65,6 +77,10 @@ class Copy:
 
     def installs(self) -> list[str]:
         return [call for call in self.calls() if "pip install" in call and "-r " in call]
+
+    def torch_installs(self) -> list[str]:
+        """What is installed from pytorch.org: the index and the packages."""
+        return [call.partition("--extra-index-url ")[2] for call in self.calls() if "--extra-index-url" in call]
 
 
 @pytest.fixture
@@ -175,6 +191,62 @@ def test_a_link_to_the_script_finds_its_folder(with_python, tmp_path):
     assert json.loads(result.stdout)[1] == ["a"]
 
 
+INDEX = "https://download.pytorch.org/whl"
+
+
+@pytest.mark.parametrize(
+    "gpu, from_pytorch_org, words",
+    [
+        (None, [f"{INDEX}/cpu torch==2.13.0+cpu"], "the cpu build, as no NVIDIA GPU"),
+        (("535.216.03",), [f"{INDEX}/cu126 torch==2.13.0+cu126"], "the cu126 build, as the NVIDIA driver 535"),
+        (("580.65.06",), [], "the default build, as the NVIDIA driver 580"),
+    ],
+)
+def test_the_build_of_torch_follows_from_the_driver_and_the_reason_is_said(with_python, gpu, from_pytorch_org, words):
+    if gpu:
+        with_python.add_gpu(*gpu)
+    result = with_python.start("sync")
+    assert result.returncode == 0, result.stderr
+    assert with_python.torch_installs() == from_pytorch_org
+    assert all("--no-deps" in call for call in with_python.calls() if "--extra-index-url" in call)
+    assert all("index" not in call for call in with_python.installs()), "all else comes from the configured index"
+    assert [line for line in result.stderr.splitlines() if words in line]
+
+
+def test_a_new_driver_changes_the_build_and_a_driver_that_is_away_does_not(with_python):
+    assert with_python.start("sync", FAKE_TORCH="cu126 none old driver").returncode == 0
+    assert with_python.start("sync", FAKE_TORCH="cu126 cu126 no GPU was found").returncode == 0
+    assert with_python.installs() == []
+    assert with_python.start("sync", FAKE_TORCH="default cu126 new driver").returncode == 0
+    assert [call for call in with_python.calls() if "pip uninstall" in call and call.endswith(" torch")]
+    assert with_python.torch_installs() == [] and len(with_python.installs()) == 1
+
+
+def test_without_pytorch_org_the_default_build_is_installed_and_that_is_said(with_python):
+    result = with_python.start("sync", FAKE_TORCH_STATUS="1")
+    assert result.returncode == 0 and len(with_python.installs()) == 1
+    assert "torch's cpu build cannot be had" in result.stderr
+
+
+def test_the_user_may_name_the_build(with_python):
+    with_python.add_gpu("580.65.06")
+    assert with_python.start("sync", LATENTSYNC_TORCH="cpu").returncode == 0
+    assert with_python.torch_installs() == [f"{INDEX}/cpu torch==2.13.0+cpu"]
+    result = with_python.start("sync", LATENTSYNC_TORCH="../simple")
+    assert result.returncode == 2 and "LATENTSYNC_TORCH" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "tests, kernels, code", [(0, 0, 0), (0, 5, 0), (5, 0, 0), (5, 5, 5), (1, 0, 1), (0, 1, 1), (1, 5, 1), (5, 2, 2)]
+)
+def test_both_runs_of_the_tests_get_the_options_and_either_can_fail_the_command(with_python, tests, kernels, code):
+    result = with_python.start("test", "-k", "a or b", FAKE_TESTS_STATUS=str(tests), FAKE_KERNELS_STATUS=str(kernels))
+    assert result.returncode == code, result.stderr
+    runs = [call for call in with_python.calls() if call.startswith("-m pytest")]
+    assert len(runs) == 2 and all(run.endswith("-k a or b") for run in runs)
+    assert f"exit code {tests if tests != 5 or kernels == 5 else 0}" in result.stderr
+
+
 def test_requirements_name_one_version_for_every_python():
     from packaging.requirements import Requirement
 
@@ -182,5 +254,8 @@ def test_requirements_name_one_version_for_every_python():
         for file in ("requirements.txt", "tests/requirements.txt"):
             lines = (ROOT / file).read_text().splitlines()
             wanted = [Requirement(line) for line in lines if not line.startswith("#")]
-            names = [r.name for r in wanted if not r.marker or r.marker.evaluate({"python_version": python})]
-            assert len(names) == len(set(names)) == len({r.name for r in wanted})
+            for system in ("Linux", "Windows"):
+                here = {"python_version": python, "platform_system": system}
+                names = [r.name for r in wanted if not r.marker or r.marker.evaluate(here)]
+                of_another = {r.name for r in wanted if "platform_system" in str(r.marker)} - set(names)
+                assert len(names) == len(set(names)) == len({r.name for r in wanted} - of_another)

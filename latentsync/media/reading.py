@@ -5,7 +5,7 @@ import os
 import subprocess
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -14,15 +14,26 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 from latentsync import FPS, SAMPLE_RATE
 from latentsync.errors import UserError
-from latentsync.media.colour import RESCALE, TO_RGB, on_white, scale_matrix, scale_range, to_standard_range
-from latentsync.media.info import VideoInfo
-from latentsync.media.probe import check_sound_length, has_audio, no_samples
+from latentsync.media.colour import (
+    RESCALE,
+    TO_RGB,
+    on_white,
+    scale_matrix,
+    scale_range,
+    to_first_format,
+    to_standard_range,
+)
+from latentsync.media.info import OPACITY_DECODERS, VideoInfo
+from latentsync.media.mixing import mix_down
+from latentsync.media.probe import ASPECTS, check_sound_length, find_sound, no_samples
 from latentsync.media.process import (
     PIPE_BYTES,
+    SCAN_LIMITS,
+    check_ended,
     check_input,
-    ended_by_signal,
+    filter_arguments,
     input_arguments,
-    input_header,
+    read_limits,
     read_log,
     run_ffmpeg,
     with_watchdog,
@@ -71,35 +82,72 @@ def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None
             # filter, so that it chooses as it would have done from the beginning.
             seek = ["-copyts", "-start_at_zero", "-noaccurate_seek", "-ss", f"{seconds:.6f}"]
             skipped = margin
-    end = "" if count is None else f":end_pts={start + count}"
-    size = f"w={info.width}:h={info.height}"
-    color = f"in_color_matrix={scale_matrix(info)}:in_range={scale_range(info)}"
-    convert = [size, f"flags={RESCALE if info.scaled else TO_RGB}"]
-    convert += [] if info.color_matrix == "gbr" or info.hdr else [color]
-    graph = [
-        f"setpts=PTS-({info.start_pts})",
-        f"fps={FPS}",
-        f"trim=start_pts={start}{end}",
-        *(to_standard_range(info) if info.hdr else ()),
-        f"scale={':'.join(convert)}",
-        "format=rgba" if info.transparent else "format=rgb24",
-    ]
+    decoder = OPACITY_DECODERS.get(info.codec) if info.transparent else None
+    decoder = [f"-c:{info.select}", decoder] if decoder else []
+    # ffmpeg builds a filter graph anew where the size, the format or the colour tags of the frames change, and what
+    # the filters of the old one hold is lost. So the first graph, whose filters hold nothing, makes all frames alike
+    # and the second one, which looks at several frames at a time, never changes. Frames go from one to the other
+    # through a decoder of "encoded" frames, by reference.
     arguments = [
-        *("-loglevel", "error", "-nostats", "-filter_threads", str(DECODER_THREADS)),
-        *(*seek, "-threads", str(DECODER_THREADS), *input_arguments(info.path)),
-        *("-map", "0:V:0", "-vf", ",".join(graph), "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"),
+        *("-loglevel", "error", "-nostats"),
+        *("-filter_threads", str(DECODER_THREADS), "-filter_complex_threads", str(DECODER_THREADS)),
+        *(*seek, "-threads", str(1 if info.still else DECODER_THREADS), *decoder, *input_arguments(info.path)),
+        *(*filter_arguments(info.select, _uniform_graph(info)), *(("-frames:v", "1") if info.still else ())),
+        *("-fps_mode", "passthrough", "-enc_time_base", "filter"),
+        *("-c:v", "wrapped_avframe", "-f", "null", "-"),
+        *("-dec", "0:0", "-filter_complex", f"[dec:0]{_grid_graph(info, start)}[grid]"),
+        *("-map", "[grid]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"),
     ]
-    with run_ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
+    limits = read_limits(info.width, info.height)
+    with run_ffmpeg(arguments, stdout=subprocess.PIPE, limits=limits) as (process, log):
         frames = _filled(process.stdout, (info.height, info.width, 4 if info.transparent else 3))
         frames = map(on_white, frames) if info.transparent else frames
-        yield from with_watchdog(process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS)
-        if process.returncode < 0:
-            raise ended_by_signal(process, f"read {info.path}")
-        if "No such filter" in read_log(log):
+        frames = with_watchdog(process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS)
+        with closing(frames):
+            for i, frame in enumerate(frames, 1):
+                yield frame
+                if i == count:
+                    return
+        check_ended(process, messages := read_log(log), info.path)
+        if "No such filter" in messages:
             raise UserError(
                 f"{info.path} is of high dynamic range (HDR), and the ffmpeg {get_ffmpeg_exe()} was built without "
                 "what turns it into standard range (zscale): convert the video to SDR first."
             )
+
+
+def _uniform_graph(info: VideoInfo) -> str:
+    """Filters that give every frame the first one's size, pixel shape, format and colour tags.
+
+    Other pictures are fitted into the first one's, between black bars. No filter here may hold a frame.
+    """
+    width, height, aspect = info.stored_width, info.stored_height, float(info.pixel_aspect)
+    ratio = f"if(between(sar,{float(ASPECTS[0])},{float(ASPECTS[1])}),dar,a)/{aspect!r}"
+    # Even, but for the whole side; never 0, which would mean the frame's own.
+    fitted_width = f"min({width},max(2,2*round(({height}*{ratio})/2+0.001)))"
+    fitted_height = f"min({height},max(2,2*round(({width}/({ratio}))/2+0.001)))"
+    options, to_format = to_first_format(info)
+    return ",".join([
+        f"setpts=PTS-({info.start_pts})",
+        f"scale=eval=frame:interl=-1:w='{fitted_width}':h='{fitted_height}':{options}",
+        to_format,
+        f"pad=eval=frame:w={width}:h={height}:x=-1:y=-1",
+        "setsar=1",
+    ])  # fmt: skip
+
+
+def _grid_graph(info: VideoInfo, start: int) -> str:
+    """Filters from uniform frames to those of the grid, from frame `start` on, in RGB."""
+    color = f":in_color_matrix={scale_matrix(info)}:in_range={scale_range(info)}"
+    color = "" if info.color_matrix == "gbr" or info.hdr else color
+    return ",".join([
+        # Only frames that say that they are interlaced; of these the earlier field is kept, and its time.
+        *(("bwdif=mode=send_frame:deint=interlaced", f"fps={FPS}") if not info.still else ("trim=end_frame=1",)),
+        f"trim=start_{'frame' if info.still else 'pts'}={start}",
+        *(to_standard_range(info) if info.hdr else ()),
+        f"scale=w={info.width}:h={info.height}:flags={RESCALE if info.scaled else TO_RGB}{color}",
+        "format=rgba" if info.transparent else "format=rgb24",
+    ])  # fmt: skip
 
 
 def _filled(pipe, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -186,30 +234,45 @@ def _checksum(frame: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(frame[::8]))
 
 
-def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE) -> np.ndarray:
-    """All of a file's first sound stream: (samples,) float32 mono in [-1, 1] at `rate` Hz.
+def read_audio(path: str | os.PathLike, rate: int = SAMPLE_RATE, track: int | None = None) -> np.ndarray:
+    """All of a sound track of a file: (samples,) float32 mono in [-1, 1] at `rate` Hz.
 
+    track: its number, from 1; None: the one with the default flag, else the first.
     The first sample of the file is the first of the array; gaps in its timestamps are silence. Channels are
-    mixed as ffmpeg does. Raises UserError for what cannot be used.
+    mixed as ffmpeg does, but where they cancel one another, or only one speaks, as `mixing` says. Raises UserError for
+    what cannot be used.
     """
     path = Path(path)
     check_input(path, "sound")
+    _, chosen = find_sound(path, track)
     # rematrix_maxval: weights that add up to 1 at most, as for 16-bit output; else two equal channels clip.
-    resample = f"aresample={rate}:async=1:ochl=mono:osf=flt:rematrix_maxval=1"
+    resample = f"aresample={rate}:async=1:osf=flt:rematrix_maxval=1:ochl="
+    # amerge orders channels by their place: left, right, centre, which is the mono sum.
+    graph = f"asplit[a][b];[a]{resample}stereo[pair];[b]{resample}mono[sum];[pair][sum]amerge"
     arguments = [
-        *("-nostats", *input_arguments(path), "-map", "0:a:0", "-af", resample),
+        *("-loglevel", "error", "-nostats", *input_arguments(path), "-map", f"0:{chosen.index}", "-af", graph),
         *("-c:a", "pcm_f32le", "-f", "f32le", "pipe:1"),
     ]
     data = bytearray()
-    with run_ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
-        for chunk in with_watchdog(process, iter(lambda: process.stdout.read(PIPE_BYTES), b""), path):
-            data += chunk
-            check_sound_length(path, len(data) / (4 * rate))
-        text = read_log(log)
+    with run_ffmpeg(arguments, stdout=subprocess.PIPE, limits=SCAN_LIMITS) as (process, log):
+        chunks = with_watchdog(process, iter(lambda: process.stdout.read(PIPE_BYTES), b""), path)
+        for samples in mix_down(_stereo_and_sum(chunks, path, rate), rate):
+            data += samples.tobytes()
+        check_ended(process, read_log(log), path)
     if not data:
-        if not has_audio(input_header(path, text, "sound")):
-            raise UserError(f"{path} holds no sound; give a file with a voice in it.")
         raise UserError(no_samples(path))
-    samples = np.frombuffer(data, np.float32, count=len(data) // 4)
-    # One that is not a number, as a float WAV may hold, would spoil all that the audio encoder hears with it.
-    return np.clip(np.nan_to_num(samples, copy=False), -1, 1, out=samples)
+    return np.frombuffer(data, np.float32)
+
+
+def _stereo_and_sum(chunks: Iterable[bytes], path: Path, rate: int) -> Iterator[np.ndarray]:
+    """Samples (n, 3) in [-1, 1] out of the bytes of float32 frames; UserError where they last too long."""
+    held, frames = b"", 0
+    for chunk in chunks:
+        held += chunk
+        whole = len(held) // 12 * 12
+        samples = np.frombuffer(held[:whole], np.float32).reshape(-1, 3)
+        held = held[whole:]
+        frames += len(samples)
+        check_sound_length(path, frames / rate)
+        # One that is not a number, as a float WAV may hold, would spoil all that the audio encoder hears with it.
+        yield np.clip(np.nan_to_num(samples), -1, 1)

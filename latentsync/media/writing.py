@@ -184,7 +184,8 @@ def join_segments(segments: list[tuple[Path, int]], path: Path, audio: AudioInfo
     shown = sum(frames for _, frames in segments) / FPS
     arguments = [
         *("-loglevel", "error", "-nostats", "-y"),
-        *("-protocol_whitelist", "file", "-f", "concat", "-i", file_url(listed)),
+        *("-format_whitelist", "concat,mov,matroska", "-protocol_whitelist", "file"),
+        *("-f", "concat", "-i", file_url(listed)),
         *(*sound_in, "-map", "0:v:0", "-c:v", "copy", *sound_out, "-map_metadata", "-1", "-map_chapters", "-1"),
         *("-metadata", f"comment={COMMENT}", *(("-t", f"{shown:.3f}") if cut else ())),
         *(*_wrapping(container), file_url(partial)),
@@ -242,7 +243,7 @@ def _sound(audio: AudioInfo | None, container: str) -> tuple[list[str], list[str
         return [], []
     # A stream that begins later than its file is moved to the first frame, as read_audio has it.
     begins = ["-itsoffset", f"{-audio.start:.6f}", *input_arguments(audio.path)]
-    return begins, ["-map", "1:a:0", *_audio_codec(audio, container)]
+    return begins, ["-map", f"1:{audio.select}", *_audio_codec(audio, container)]
 
 
 def _audio_codec(audio: AudioInfo, container: str) -> list[str]:

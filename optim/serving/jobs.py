@@ -89,10 +89,9 @@ def device_words(device: "torch.device") -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    from optim.compilation import processor
+    from optim.hardware import processor_name
 
-    words = processor().split()  # machine, name, instruction set
-    return f"{' '.join(words[1:-1]) or words[0]}, {os.cpu_count()} cores"
+    return f"{processor_name()}, {os.cpu_count()} cores"
 
 
 @contextmanager
@@ -101,12 +100,11 @@ def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]
 
     On a GPU there is no need: the pipeline never runs far ahead of it. A compiled network is left alone.
     """
-    from optim.compilation import CompiledUNet
+    from optim.compilation import is_compiled
 
     hooks = []
     if models.device.type == "cpu":
-        compiled = isinstance(models.unet, CompiledUNet)
-        for network in (models.vae, models.audio_encoder, *(() if compiled else (models.unet,))):
+        for network in (models.vae, models.audio_encoder, *(() if is_compiled(models.unet) else (models.unet,))):
             for module in network.modules():
                 hooks.append(module.register_forward_pre_hook(lambda *_: check()))
     try:
