@@ -7,6 +7,7 @@ A checkpoint is a folder:
     vae/config.json, vae/diffusion_pytorch_model.safetensors    a diffusers AutoencoderKL
     latentsync.json                       {"resolution": 256, "unet": {…}, "match_colours": false, "ends_only": false,
                                           "guidance_scale": 1.5, "mel_range": 8}; the released models need none
+    the picture that latentsync.json names as "face", if any
 
 All but the last may also lie in its folder `checkpoints`, as the reference and its ComfyUI wrappers have it, and the
 autoencoder in the Hugging Face cache. `python -m latentsync.checkpoints` fetches the released ones, see `store`.
@@ -22,6 +23,8 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
@@ -63,6 +66,7 @@ class Checkpoint:
     ends_only: bool = False  # it sees a window's first and last faces alone; see `sampling.between_ends`
     guidance_scale: float = GUIDANCE_SCALE  # what suits it, where nothing else is asked for
     mel_range: float = MEL_RANGE  # decades under the loudest sound that its audio encoder has learnt to hear
+    face: Path | None = None  # picture of the face that it paints instead of the film's; see `retarget`
     remark: str | None = None  # a sentence for the user, where something about the files is not as expected
 
 
@@ -79,6 +83,7 @@ class Models:
     ends_only: bool = False
     guidance_scale: float = GUIDANCE_SCALE
     mel_range: float = MEL_RANGE
+    face: np.ndarray | None = None  # uint8 (R, R, 3), aligned: what it paints instead of the film's; see `retarget`
     files: tuple[Path, ...] = ()  # that it was loaded from
     denoise: Callable[..., Tensor] = denoise  # or what does the same faster
 
@@ -176,6 +181,9 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
         mel_range = float(config.get("mel_range", MEL_RANGE))
     except (TypeError, ValueError) as error:
         raise UserError(f"'{folder / CONFIG}' has a guidance_scale or a mel_range that is no number.") from error
+    face = config.get("face")
+    if face is not None and not isinstance(face, str):
+        raise UserError(f"'{folder / CONFIG}' has a face that is no file name.")
     return Checkpoint(
         name=name,
         resolution=resolution,
@@ -184,6 +192,7 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
         ends_only=ends_only,
         guidance_scale=guidance_scale,
         mel_range=mel_range,
+        face=folder / face if face else None,
         remark=remark,
         **found,
     )
@@ -419,6 +428,17 @@ def load_vae(
     return vae.eval()
 
 
+def load_face(path: Path, resolution: int) -> np.ndarray:
+    """The picture of an aligned face, uint8 RGB (R, R, 3). Raises UserError where it is none of that size."""
+    try:
+        picture = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB)
+    except (OSError, cv2.error):
+        picture = None
+    if picture is None or picture.shape != (resolution, resolution, 3):
+        raise UserError(f"'{path}' is no picture of {resolution} × {resolution} pixels; fetch the checkpoint again.")
+    return picture
+
+
 def working_dtype(device: torch.device) -> torch.dtype:
     """What U-Net and autoencoder compute in on a device: half precision on a GPU, as the reference does."""
     return torch.float16 if device.type == "cuda" else torch.float32
@@ -449,7 +469,10 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     return Models(
         checkpoint.name, checkpoint.resolution, unet, encoder, vae,
         checkpoint.match_colours, checkpoint.ends_only, checkpoint.guidance_scale, checkpoint.mel_range,
-        files=(checkpoint.unet, checkpoint.whisper, checkpoint.vae, checkpoint.vae_config),
+        face=None if checkpoint.face is None else load_face(checkpoint.face, checkpoint.resolution),
+        files=tuple(filter(None, (
+            checkpoint.unet, checkpoint.whisper, checkpoint.vae, checkpoint.vae_config, checkpoint.face,
+        ))),
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ def mouth_hulls(points: np.ndarray, side: int, grown: float = 0.0) -> np.ndarray
     hulls = np.zeros((len(points), side, side), np.uint8)
     for hull, each in zip(hulls, points, strict=True):
         if np.isfinite(each).all():
-            cv2.fillConvexPoly(hull, np.round(cv2.convexHull(each.astype(np.float32)) * 16).astype(np.int32), 1, shift=4)
+            corners = cv2.convexHull(each.astype(np.float32))
+            cv2.fillConvexPoly(hull, np.round(corners * 16).astype(np.int32), 1, shift=4)
     if grown:
         away = [cv2.distanceTransform(1 - hull, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for hull in hulls]
         return np.stack(away) <= grown
@@ -37,9 +38,8 @@ def detail_ratio(result: np.ndarray, source: np.ndarray, hulls: np.ndarray) -> f
     """Mean size of the Laplacian of the grey values inside the hulls, over that of the source."""
 
     def detail(faces: np.ndarray) -> float:
-        grey = (cv2.cvtColor(face, cv2.COLOR_RGB2GRAY) for face in faces)
-        found = [np.abs(cv2.Laplacian(g, cv2.CV_32F, ksize=3)[hull]).mean() for g, hull in zip(grey, hulls, strict=True)]
-        return float(np.mean(found))
+        edges = (cv2.Laplacian(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY), cv2.CV_32F, ksize=3) for face in faces)
+        return float(np.mean([np.abs(edge[hull]).mean() for edge, hull in zip(edges, hulls, strict=True)]))
 
     return detail(result) / detail(source)
 
@@ -72,7 +72,8 @@ def ciede2000(one: np.ndarray, other: np.ndarray) -> float:
     )
     sl = 1 + 0.015 * (ml - 50) ** 2 / np.sqrt(20 + (ml - 50) ** 2)
     sc, sh = 1 + 0.045 * mc, 1 + 0.015 * mc * t
-    rotation = -2 * np.sqrt(mc**7 / (mc**7 + 25.0**7)) * np.sin(np.radians(60 * np.exp(-(((mean_hue - 275) / 25) ** 2))))
+    blue = np.exp(-(((mean_hue - 275) / 25) ** 2))
+    rotation = -2 * np.sqrt(mc**7 / (mc**7 + 25.0**7)) * np.sin(np.radians(60 * blue))
     dl, dc, dh = dl / sl, dc / sc, dh / sh
     return float(np.sqrt(dl**2 + dc**2 + dh**2 + rotation * dc * dh))
 
@@ -100,6 +101,6 @@ def keeps(result: np.ndarray, source: np.ndarray, points: np.ndarray) -> dict[st
         "outside": outside_psnr(result, source, outer),
         "detail": detail_ratio(result, source, outer),
         "colour": colour_difference(result, source, inner),
-        "seam": seam_ratio(result, source, mouth_hulls(points, side, NEAR * side / 512)),
+        "seam": seam_ratio(result, source, mouth_hulls(points, side, 0.75 * NEAR * side / 256)),
         "flicker": flicker_ratio(result, source, outer),
     }
