@@ -136,7 +136,8 @@ class MouthGrid:
     def inside(self, edge: float) -> np.ndarray:
         """How much each pixel lies between the lips, float32 (h, w), 0 to 1, with a border `edge` pixels wide."""
         left, right = self.contours[0][[0, -1], 0]
-        depth = np.minimum.reduce([self.down - self.upper, self.lower - self.down, self.along - left, right - self.along])
+        down, along = self.down, self.along
+        depth = np.minimum.reduce([down - self.upper, self.lower - down, along - left, right - along])
         gap = self.lower - self.upper
         return (np.clip(depth / edge + 0.5, 0, 1) * np.clip(gap / edge, 0, 1)).astype(np.float32)
 
