@@ -353,7 +353,7 @@ def test_a_turned_head_lends_no_mouth(still):
     frame, landmarks = still
     turned = landmarks.copy()
     scale = pixels_per_unit(head_similarity(mouth_points(landmarks)))
-    turned[[4, 5, 195, 197, 6]] += (0.8 * scale, 0)
+    turned[[4, 5, 195, 197], 0] += np.array([0.8, 0.6, 0.4, 0.2]) * scale
     mouths = collected([(frame, face(landmarks, first=True)), (frame, face(turned))])
     assert [mouth.position for mouth in mouths.mouths_for(0)] == [0]
 

@@ -27,7 +27,7 @@ CHUNK = 250  # frames: those of one chunk share a bank, which holds mouths up to
 BANK_BYTES = 96 * 2**20  # of pixels in one bank; two are held at most
 BANK_MOUTHS = 250  # in one bank, at most
 PATCH_MARGIN = 0.22  # around the points of a mouth, whose pixels are kept
-MOST_TURNED = 0.3  # of the tip of the nose aside the eyes' middle: no mouth is taken from a face turned further
+MOST_TURNED = 0.2  # of the tip of the nose aside the eyes' middle: no mouth is taken from a face turned further
 
 # What a mouth costs to choose: one for each unit, squared, that it differs by from the wanted one.
 OPENING_UNIT = 0.35  # of the logarithm
