@@ -53,9 +53,11 @@ from latentsync.options import between  # noqa: E402
 from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
 from optim.serving.guard import Guard, Policy, as_address, is_text, policy_for, shorten, split_host  # noqa: E402
 from optim.serving.job import Job, Request  # noqa: E402
-from optim.serving.jobs import Worker, log, run_alone, said, unwritten  # noqa: E402
+from optim.serving.jobs import Worker, log, said, unwritten  # noqa: E402
+from optim.serving.limits import NO_LIMITS, SHARED_LIMITS  # noqa: E402
 from optim.serving.login import Throttle, checker, parse_accounts, read_accounts  # noqa: E402
 from optim.serving.preview import first_picture  # noqa: E402
+from optim.serving.run import run_alone  # noqa: E402
 from optim.serving.stock import Fetcher  # noqa: E402
 
 try:
@@ -69,6 +71,9 @@ LEVELS = {"auto": 0.0} | {name.lower(): position for name, position in STOPS}  #
 MODELS = ("auto", "demo", *sorted(RELEASES))
 AS_LEVEL = "as the level says"
 CACHES = {AS_LEVEL: "level", "off": None, "every 2nd step": 2, "every 3rd step": 3, "every 4th step": 4}
+# Names of a request's settings for endpoints, in the order of `Page.settings`.
+SETTINGS = ("level", "model", "steps", "seed", "vram_fraction", "batch", "deepcache", "compile", "face", "crf",
+            "guidance")  # fmt: skip
 SWITCHES = {AS_LEVEL: None, "on": True, "off": False}
 FACES = [("the largest", "largest"), ("on the left", "left"), ("on the right", "right"), ("in the centre", "centre")]
 QUALITIES = [("highest (CRF 12)", 12), ("high (CRF 16)", 16), ("good (CRF 20)", 20), ("small file (CRF 26)", 26)]
@@ -205,17 +210,37 @@ def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Re
     )
 
 
-def as_settings(request: dict[str, Any]) -> list[Any]:
-    """The page's settings for a request's, in the order of `Page.settings`."""
+def as_settings(request: dict[str, Any], recommended: float) -> list[Any]:
+    """The page's settings for a request's, in the order of `Page.settings`; recommended: where the level `auto` is."""
     level = request["level"]
     return [
-        LEVELS[level] if level in LEVELS else float(level),
+        recommended if level == "auto" else LEVELS[level] if level in LEVELS else float(level),
         request["model"], request["steps"], request["seed"],
         request["vram_fraction"] or 0.85, request["batch"] or 0,
         next(words for words, value in CACHES.items() if value == request["cache"]),
         next(words for words, value in SWITCHES.items() if value is request["compile"]),
         request["face"], request["crf"], request["guidance"],
     ]  # fmt: skip
+
+
+def changed(models: Sequence[str], old: Request, changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `changes`, checked as those of a new request are; models: the names that are known.
+
+    changes: settings by their names for /submit, or as /watch tells them. Raises UserError.
+    """
+    form = dict(zip(SETTINGS, as_settings(old.settings(), 0.0), strict=True)) | {"level": old.level}
+    neutral = {"vram_fraction": form["vram_fraction"], "batch": 0}
+    fields = set()
+    for name, value in changes.items():
+        fields.add(field := "cache" if name == "deepcache" else name)
+        name = "deepcache" if name == "cache" else name
+        if name not in form:
+            raise UserError(f"There is no setting '{name}' to change: give some of {', '.join(SETTINGS)}.")
+        words = {"cache": CACHES, "compile": SWITCHES}.get(field, {})
+        value = next((each for each, known in words.items() if type(known) is type(value) and known == value), value)
+        form[name] = neutral[name] if value is None and name in neutral else value
+    checked = asked(models, old.video, old.audio, *form.values())
+    return {field: getattr(checked, field) for field in fields}
 
 
 def answer(act: Any) -> dict[str, Any]:
@@ -495,9 +520,12 @@ class Page:
                 if file is None or file.is_stream:
                     raise UserError(f"The {component.label or 'file'} is no uploaded file: upload it first.")
 
-    def _asked(self, *given: Any) -> Request:
+    def _models(self) -> tuple[str, ...]:
         machine = self.worker.machine
-        return asked((*MODELS, *([machine.chosen] if machine else [])), *given)
+        return *MODELS, *([machine.chosen] if machine else [])
+
+    def _asked(self, *given: Any) -> Request:
+        return asked(self._models(), *given)
 
     # ---- endpoints
 
@@ -562,9 +590,7 @@ class Page:
             if changes is not None and not isinstance(changes, dict):
                 raise UserError(f"The changes are {shorten(changes)}: give settings by their names.")
             old = self.worker.find(short_text(job, "job"), own(visitor))
-            merged = old.request.settings() | {k: v for k, v in (changes or {}).items() if k in ("level", "model")}
-            request = self._asked(old.request.video, old.request.audio, merged["level"], *as_settings(merged)[1:])
-            new = self.worker.again(job, visitor, **{name: getattr(request, name) for name in ("level", "model")})
+            new = self.worker.again(job, visitor, **changed(self._models(), old.request, changes or {}))
             return {"job": new.id, "visitor": visitor, "error": None}
 
         return answer(act)
@@ -744,9 +770,10 @@ class Page:
 
     def take_settings(self, event: gr.EventData) -> list[Any]:
         """Set the page to the settings of a job."""
+        machine = self.worker.machine
         try:
             found = event._data["settings"]
-            settings = as_settings(found)
+            settings = as_settings(found, machine.recommended if machine else 0.0)
             if found["guidance"] is None:
                 settings[-1] = self.strength(found["model"])
         except (TypeError, ValueError, KeyError, StopIteration):  # sent by something else than the page
@@ -1076,6 +1103,7 @@ def main(arguments: list[str] | None = None) -> int:
         60 * args.idle_minutes,
         unless_given(args.keep_hours, PUBLIC_HOURS),
         spaces.GPU(duration=GPU_SECONDS)(run_alone) if on_zero_gpu else None,
+        SHARED_LIMITS if public or open_to_all else NO_LIMITS,
     )
     fetcher = Fetcher(worker, args.allow_download or not (public or open_to_all))
     most = unless_given(args.max_upload, byte_size(PUBLIC_UPLOAD))

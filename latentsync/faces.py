@@ -30,6 +30,7 @@ import cv2
 import numpy as np
 
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
 
 if TYPE_CHECKING:  # MediaPipe takes a second to load
     import mediapipe
@@ -221,7 +222,7 @@ def track_faces(
     line: deque[_Slot] = deque()  # up to `reach` slots behind the current one, and `reach` ahead
     current = 0
     if landmarkers is None:
-        landmarkers = min(max((os.cpu_count() or 1) // CORES_PER_LANDMARKER, 1), MOST_LANDMARKERS)
+        landmarkers = min(max(usable_cores() // CORES_PER_LANDMARKER, 1), MOST_LANDMARKERS)
     with ExitStack() as open_now:
         landmarker = open_now.enter_context(_landmarker())
         others = [open_now.enter_context(_landmarker()) for _ in range(landmarkers if landmarkers > 1 else 0)]
@@ -683,6 +684,21 @@ def _landmarker() -> Iterator["FaceLandmarker"]:
         yield landmarker
     finally:
         landmarker.close()
+
+
+@contextmanager
+def face_reader() -> Iterator[Callable[[np.ndarray], np.ndarray | None]]:
+    """A function that gives the mesh (478, 2) of the face that fills a picture, uint8 RGB (H, W, 3), or None.
+
+    Raises UserError if the landmarker's model file is missing.
+    """
+    with _landmarker() as landmarker:
+
+        def read(picture: np.ndarray) -> np.ndarray | None:
+            sightings = _detect(landmarker, picture, 0, 0, picture.shape[1], picture.shape[0], REGION_PIXELS)
+            return max(sightings, key=lambda sighting: sighting.size).landmarks if sightings else None
+
+        yield read
 
 
 CHATTER = re.compile(rb"[IW]\d{4} \d\d:\d\d|INFO: Created TensorFlow|WARNING: (All log|Logging before)")

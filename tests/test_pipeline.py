@@ -8,7 +8,6 @@ import threading
 import time
 import weakref
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -739,7 +738,7 @@ def test_large_pictures_go_through_in_fewer_windows_or_are_refused_with_a_senten
     settings = Settings(windows_per_pass=4)
 
     def free(gigabytes: float) -> None:
-        monkeypatch.setattr(pipeline.psutil, "virtual_memory", lambda: SimpleNamespace(available=gigabytes * 1e9))
+        monkeypatch.setattr(pipeline, "available_memory", lambda: int(gigabytes * 1e9))
 
     found = []
     for gigabytes in (16, 8, 5):

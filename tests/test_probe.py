@@ -348,3 +348,13 @@ def test_the_cases_give_what_their_owner_expects(name, kind):
     size = {"grid.heic": (768, 1280)}.get(name, (360, 640))
     assert (info.width, info.height, info.still) == (*size, kind == "still")
     assert len(list(read_frames(info))) == info.n_frames
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7, 0.95])
+def test_a_recording_in_fragments_that_was_cut_off_is_used_as_far_as_it_goes(tmp_path, share):
+    options = *X264, "-g", 5, "-movflags", "frag_keyframe+empty_moov+default_base_moof"
+    path = make_video(tmp_path / "a.mp4", *options, size="320x240", seconds=2)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    info = probe_video(path)
+    frames = len(list(read_frames(info)))
+    assert 50 * share - 10 < frames < 50 and abs(info.n_frames - frames) <= 1

@@ -240,12 +240,18 @@ def too_many_pixels(path: Path) -> str:
 
 
 def with_watchdog(
-    process: subprocess.Popen, items: Iterator, path: Path, first: float | None = None, later: float | None = None
+    process: subprocess.Popen,
+    items: Iterator,
+    path: Path,
+    first: float | None = None,
+    later: float | None = None,
+    cancel: threading.Event | None = None,
 ) -> Iterator:
     """The items that come from ffmpeg, as long as each comes in time; then it is ended, and UserError raised.
 
     first, later: seconds that the first item and each of the others may take, STALL_SECONDS unless given; the end may
-    take as long as an item. What is done with an item takes no time of ffmpeg's.
+    take as long as an item. What is done with an item takes no time of ffmpeg's. cancel: ends ffmpeg when it is set,
+    within a second, and so the items.
     """
     later = STALL_SECONDS if later is None else later
     limit, due, ended, stalled = first or later, math.inf, threading.Event(), None
@@ -253,6 +259,8 @@ def with_watchdog(
     def watch() -> None:
         nonlocal stalled
         while not ended.wait(min(later / 20, 1.0)):
+            if cancel is not None and cancel.is_set():
+                return process.kill()
             if time.monotonic() > due:
                 stalled = limit
                 return process.kill()

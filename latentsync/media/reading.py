@@ -3,6 +3,7 @@
 import itertools
 import os
 import subprocess
+import threading
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 from latentsync import FPS, SAMPLE_RATE
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
 from latentsync.media.colour import (
     RESCALE,
     TO_RGB,
@@ -38,7 +40,7 @@ from latentsync.media.process import (
     with_watchdog,
 )
 
-DECODER_THREADS = min(4, os.cpu_count() or 1)  # every thread holds frames of its own
+DECODER_THREADS = min(4, usable_cores())  # every thread holds frames of its own
 SEGMENT_FRAMES = 32  # frames held at a time while playing backwards ...
 SEGMENT_BYTES = 256 << 20  # ... and their bytes at most
 SEEK_SECONDS = 1.0  # seek this much before the wanted frame: covers reordered and leading pictures
@@ -48,7 +50,9 @@ FRAME_SECONDS = 60.0
 SEEKABLE = {"mov", "matroska", "webm"}  # demuxers whose index leads to a whole picture at or before a time
 
 
-def read_frames(info: VideoInfo, start: int = 0, count: int | None = None) -> Iterator[np.ndarray]:
+def read_frames(
+    info: VideoInfo, start: int = 0, count: int | None = None, cancel: threading.Event | None = None
+) -> Iterator[np.ndarray]:
     """Yield frames start, start + 1, ... of the 25 fps grid: (height, width, 3) uint8 RGB, the caller's own.
 
     Every frame of the grid is the nearest one of the file. Frame i is the same whatever `start` is. 10-bit values
@@ -56,10 +60,11 @@ def read_frames(info: VideoInfo, start: int = 0, count: int | None = None) -> It
     first one's size: where it changes, later pictures are fitted into it between black bars.
     HDR becomes BT.709: up to KNEE colours are those of a standard range master, above it
     lights are pressed together. A damaged file yields what can be decoded; UserError where that is nothing, or where
-    ffmpeg takes FRAME_SECONDS for a frame. Closing the iterator ends ffmpeg.
+    ffmpeg takes FRAME_SECONDS for a frame. Closing the iterator ends ffmpeg; setting `cancel` ends it, and the frames,
+    while another thread waits for one.
     """
     margin = max(SEEK_SECONDS, 16 / info.fps) if SEEKABLE & set(info.container.split(",")) else None
-    frames = _decode(info, start, count, margin)
+    frames = _decode(info, start, count, margin, cancel)
     first = next(frames, None)
     if first is None:
         if start == 0 and count != 0:
@@ -71,7 +76,9 @@ def read_frames(info: VideoInfo, start: int = 0, count: int | None = None) -> It
         yield from frames
 
 
-def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None) -> Iterator[np.ndarray]:
+def _decode(
+    info: VideoInfo, start: int, count: int | None, margin: float | None, cancel: threading.Event | None = None
+) -> Iterator[np.ndarray]:
     """Decode, seeking to `margin` seconds before frame `start`; None decodes from the beginning."""
     if count == 0:
         return
@@ -99,7 +106,9 @@ def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None
     with run_ffmpeg(arguments, stdout=subprocess.PIPE, limits=limits) as (process, log):
         frames = _filled(process.stdout, (info.height, info.width, 4 if info.transparent else 3))
         frames = map(on_white, frames) if info.transparent else frames
-        yield from with_watchdog(process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS)
+        yield from with_watchdog(
+            process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS, cancel
+        )
         check_ended(process, messages := read_log(log), info.path)
         if "No such filter" in messages:
             raise UserError(
@@ -165,18 +174,21 @@ def _fill(pipe, frame: np.ndarray) -> bool:
     return True
 
 
-def read_frames_looped(info: VideoInfo, count: int) -> Iterator[tuple[int, np.ndarray]]:
+def read_frames_looped(
+    info: VideoInfo, count: int, cancel: threading.Event | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """Yield `count` pairs (source index, frame), forward, backward and so on: 0..n-1, n-1..0, 0..n-1, ...
 
     The frames are those of `read_frames`, each the caller's own; n is how many really decode. Backward passes
     decode short segments, found by seeking, so that no more than 32 frames (256 MiB) are held. The first pass
-    keeps a checksum of every frame and a segment that does not match is decoded again from further back.
+    keeps a checksum of every frame and a segment that does not match is decoded again from further back. cancel: as in
+    `read_frames`.
     """
     if count <= 0:
         return
     limit = min(SEGMENT_FRAMES, max(8, SEGMENT_BYTES // (info.width * info.height * 3)))
     sums, kept = array("L"), []  # kept: a whole short clip or still picture, else nothing
-    with closing(read_frames(info)) as frames:
+    with closing(read_frames(info, cancel=cancel)) as frames:
         for i, frame in enumerate(frames):
             sums.append(_checksum(frame))
             if i < limit and info.n_frames <= limit:
@@ -194,9 +206,9 @@ def read_frames_looped(info: VideoInfo, count: int) -> Iterator[tuple[int, np.nd
         if kept:
             passed = ((i, kept[i].copy()) for i in range(n)[::direction])
         elif direction > 0:
-            passed = _forward(info, n)
+            passed = _forward(info, n, cancel)
         else:
-            passed = _backward(info, sums, limit, margins)
+            passed = _backward(info, sums, limit, margins, cancel)
         with closing(passed):
             yield from itertools.islice(passed, left)
         left -= n
@@ -204,19 +216,19 @@ def read_frames_looped(info: VideoInfo, count: int) -> Iterator[tuple[int, np.nd
             return
 
 
-def _forward(info: VideoInfo, n: int) -> Iterator[tuple[int, np.ndarray]]:
-    with closing(_decode(info, 0, n, None)) as frames:
+def _forward(info: VideoInfo, n: int, cancel: threading.Event | None) -> Iterator[tuple[int, np.ndarray]]:
+    with closing(_decode(info, 0, n, None, cancel)) as frames:
         yield from enumerate(frames)
 
 
 def _backward(
-    info: VideoInfo, sums: array, limit: int, margins: list[float | None]
+    info: VideoInfo, sums: array, limit: int, margins: list[float | None], cancel: threading.Event | None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Frames n-1 ... 0 by segments. `margins` loses the seek distances that have failed."""
     for end in range(len(sums), 0, -limit):
         start = max(0, end - limit)
         while True:
-            segment = list(_decode(info, start, end - start, margins[0]))
+            segment = list(_decode(info, start, end - start, margins[0], cancel))
             if margins[0] is None or array("L", map(_checksum, segment)) == sums[start:end]:
                 break
             margins.pop(0)
