@@ -16,8 +16,8 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import sys
-import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -49,7 +49,7 @@ from starlette.routing import Route  # noqa: E402
 from latentsync import __version__  # noqa: E402
 from latentsync.errors import UserError  # noqa: E402
 from latentsync.media import probe_audio, probe_video  # noqa: E402
-from latentsync.options import between  # noqa: E402
+from latentsync.options import between, interrupt_on_signals  # noqa: E402
 from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
 from optim.serving.guard import Guard, Policy, as_address, is_text, policy_for, shorten, split_host  # noqa: E402
 from optim.serving.job import Job, Request  # noqa: E402
@@ -1046,6 +1046,22 @@ def on_loopback(name: str | None) -> bool:
     return name in (None, "localhost") or (address is not None and address.is_loopback)
 
 
+def wait_for_signal() -> None:
+    """Wait for a signal that has a handler, and let that run.
+
+    The system may give a signal to another thread, and the main thread, which alone runs handlers, would sleep on. So
+    it waits for what Python writes to a socket in whichever thread a signal arrives. To be called in the main thread.
+    """
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        sender.setblocking(False)
+        before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        try:
+            receiver.recv(1)
+        finally:
+            signal.set_wakeup_fd(before)
+
+
 def bracketed(name: str | None) -> str | None:
     """A name to serve at as addresses of pages have it: IPv6 in brackets."""
     return f"[{name}]" if name and isinstance(as_address(name), IPv6Address) else name
@@ -1115,12 +1131,7 @@ def main(arguments: list[str] | None = None) -> int:
     policy.throttle = Throttle() if auth else None
     remove_orphans()
 
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):  # so that a server that is ended so cleans up as an interrupted one
-        if (number := getattr(signal, name, None)) and signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
-            signal.signal(number, stop)
+    interrupt_on_signals()  # so that a server that is ended by one cleans up as an interrupted one does
     try:
         launched = page.blocks.launch(
             share=args.share, auth=checker(auth) if auth else None, server_name=bracketed(args.server_name),
@@ -1141,8 +1152,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         if args.get:
             fetcher.start(args.get)
-        while True:
-            time.sleep(3600)
+        wait_for_signal()
+        return 0
     except KeyboardInterrupt:  # the way to end a server
         return 0
     except OSError as error:

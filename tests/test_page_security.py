@@ -565,8 +565,43 @@ def test_the_share_link_s_host_is_answered(tmp_path, monkeypatch):
 
     monkeypatch.setattr(app, "Page", Launched)
     monkeypatch.setattr(app, "guarded", lambda _, policy: policies.append(policy))
-    monkeypatch.setattr(app.time, "sleep", stop)
+    monkeypatch.setattr(app, "wait_for_signal", stop)
     monkeypatch.setattr(app.Worker, "start", lambda _: None)
     assert app.main(["--share", "--outputs", str(tmp_path)]) == 0
     assert policies[0].allows("0a1b.gradio.live") and not policies[0].allows("ffff.gradio.live")
     assert policies[0].throttle and callable(offered[0]["auth"]) and offered[0]["max_file_size"] == 200 * 2**20
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads on this system")
+def test_a_signal_that_another_thread_gets_ends_the_server_all_the_same():
+    import app
+
+    class Ended(Exception):
+        pass
+
+    def end(*_):
+        raise Ended
+
+    wakes = (signal.SIGUSR1, end), (signal.SIGALRM, lambda *_: None)  # the alarm, for a main thread that sleeps on
+    before = {number: signal.signal(number, act) for number, act in wakes}
+    go = threading.Event()
+
+    def receive() -> None:
+        go.wait()
+        time.sleep(0.2)  # the main thread waits by then; if not, it notices the signal anyway
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    try:
+        began = time.monotonic()
+        signal.alarm(SLOW)
+        with pytest.raises(Ended):
+            go.set()
+            app.wait_for_signal()
+        assert time.monotonic() - began < SLOW / 2
+    finally:
+        signal.alarm(0)
+        thread.join()
+        for number, act in before.items():
+            signal.signal(number, act)
