@@ -297,7 +297,7 @@ SOUNDS = {
 @pytest.mark.parametrize("name", SOUNDS)
 def test_sound_of_every_kind_works_and_is_kept(sync, talking, tmp_path, name):
     sound = make_sound(tmp_path / name, *SOUNDS[name], seconds=0.6)
-    report = sync(talking, sound)
+    report = sync(talking, sound, "out.mp4", *(["--copy-audio"] if name.endswith(".wav") else []))
     given, made = probe_audio(sound), probe_audio(tmp_path / "out.mp4")
     assert report["frames"] == len(frames_of(tmp_path / "out.mp4")) == frame_count(len(read_audio(sound)))
     assert (made.channels, made.sample_rate) == (given.channels, given.sample_rate)
@@ -305,6 +305,15 @@ def test_sound_of_every_kind_works_and_is_kept(sync, talking, tmp_path, name):
         assert made.codec == "flac"
         raw = [ffmpeg("-i", path, "-map", "0:a", "-f", "s16le", "-") for path in (sound, tmp_path / "out.mp4")]
         assert raw[0] == raw[1]
+
+
+@pytest.mark.parametrize(
+    "output, options, codec",
+    [("out.mp4", (), "aac"), ("out.mp4", ("--copy-audio",), "flac"), ("out.mkv", (), "pcm_s16le")],
+)
+def test_mp4_has_aac_unless_the_sound_is_to_be_kept(sync, talking, voice, tmp_path, output, options, codec):
+    sync(talking, voice, output, *options)
+    assert probe_audio(tmp_path / output).codec == codec
 
 
 @pytest.mark.parametrize("seconds, frames", [(0.01, 1), (0.5, 13), (1.5, 38), (2.0, 50)])
