@@ -73,10 +73,10 @@ def _lossless(audio: AudioInfo, container: str) -> list[str]:
 
 
 def _aac(audio: AudioInfo) -> list[str]:
-    channels = audio.channels if audio.channels <= MOST_CHANNELS else 2
+    channels, mixed = (audio.channels, []) if audio.channels <= MOST_CHANNELS else (2, ["-ac", "2"])
     rate = next((rate for rate in AAC_RATES if rate >= audio.sample_rate), AAC_RATES[-1])
     return [
-        *("-af", _as_decoded(rate), "-ac", str(channels), "-c:a", "aac", "-profile:a", "aac_low"),
+        *("-af", _as_decoded(rate), *mixed, "-c:a", "aac", "-profile:a", "aac_low"),
         *("-b:a", str(channels * AAC_CHANNEL_BITRATE)),
     ]
 
