@@ -278,8 +278,8 @@ def footer(worker: Worker) -> str:
 class Page:
     """The Blocks, and the endpoints under their names."""
 
-    def __init__(self, worker: Worker, fetcher: Fetcher, uploads: Uploads | None = None):
-        self.worker, self.fetcher, self.uploads = worker, fetcher, uploads or Uploads()
+    def __init__(self, worker: Worker, fetcher: Fetcher):
+        self.worker, self.fetcher, self.uploads = worker, fetcher, Uploads()
         self._probing = anyio.CapacityLimiter(PROBES)
         self._probes_here = 0  # that run or wait
         with gr.Blocks(title="LatentSync", analytics_enabled=False, delete_cache=(3600, 86400)) as self.blocks:
@@ -1110,8 +1110,8 @@ def main(arguments: list[str] | None = None) -> int:
     limits = Limits(most)
     if public or open_to_all:
         limits = Limits(most, 16, 8, most and PUBLIC_STORED * most, PUBLIC_UNUSED_SECONDS)
-    uploads = Uploads(limits=limits)
-    page = Page(worker, fetcher, uploads)
+    page = Page(worker, fetcher)
+    page.uploads = uploads = Uploads(limits=limits)
     policy.throttle = Throttle() if auth else None
     remove_orphans()
 
@@ -1122,7 +1122,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (number := getattr(signal, name, None)) and signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
             signal.signal(number, stop)
     try:
-        _, _, share_url = page.blocks.launch(
+        launched = page.blocks.launch(
             share=args.share, auth=checker(auth) if auth else None, server_name=bracketed(args.server_name),
             server_port=args.server_port, root_path=args.root_path, max_file_size=most, enable_monitoring=False,
             allowed_paths=[str(path) for path in EXAMPLE], blocked_paths=[str(args.outputs.absolute())],
@@ -1130,8 +1130,8 @@ def main(arguments: list[str] | None = None) -> int:
             theme=theme(), css_paths=[ROOT / "assets" / "page.css"], footer_links=["api"], run_history=False,
             inbrowser=not args.no_open and has_desktop(), prevent_thread_lock=True, show_error=True, ssr_mode=False,
         )  # fmt: skip
-        if share_url:
-            policy.add(urlsplit(share_url).netloc)
+        if args.share and launched[2]:
+            policy.add(urlsplit(launched[2]).netloc)
         # As Gradio has it on Windows; its loop of 1 ms elsewhere takes 5 % of a core from the jobs.
         page.blocks._queue.sleep_when_free = 0.05
         try:

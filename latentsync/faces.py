@@ -686,6 +686,21 @@ def _landmarker() -> Iterator["FaceLandmarker"]:
         landmarker.close()
 
 
+@contextmanager
+def face_reader() -> Iterator[Callable[[np.ndarray], np.ndarray | None]]:
+    """A function that gives the mesh (478, 2) of the face that fills a picture, uint8 RGB (H, W, 3), or None.
+
+    Raises UserError if the landmarker's model file is missing.
+    """
+    with _landmarker() as landmarker:
+
+        def read(picture: np.ndarray) -> np.ndarray | None:
+            sightings = _detect(landmarker, picture, 0, 0, picture.shape[1], picture.shape[0], REGION_PIXELS)
+            return max(sightings, key=lambda sighting: sighting.size).landmarks if sightings else None
+
+        yield read
+
+
 CHATTER = re.compile(rb"[IW]\d{4} \d\d:\d\d|INFO: Created TensorFlow|WARNING: (All log|Logging before)")
 _stderr_lock = threading.Lock()
 

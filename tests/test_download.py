@@ -306,6 +306,16 @@ def test_verify_names_what_is_missing_and_what_is_damaged(hub):
     assert "config.json' is missing" in missing and "tiny.pt" in damaged and "as it was converted" in converted
 
 
+@pytest.mark.parametrize("sums", [b"", b"\xff\xfe\0", b"\n\n", b"x" * 10**6, None])
+def test_a_list_of_hashes_that_is_damaged_or_gone_is_a_sentence(hub, sums):
+    folder = store.get(NAME)
+    (folder / store.SUMS).unlink()
+    if sums is not None:
+        (folder / store.SUMS).write_bytes(sums)
+    (sentence,) = store.verify(NAME)
+    assert "as it was converted" in sentence and str(folder) in sentence
+
+
 def test_numbers_that_float16_cannot_hold_are_not_converted(hub, originals, tmp_path, monkeypatch):
     other = tmp_path / "others"
     for part in RELEASES[NAME].parts:

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from latentsync.errors import UserError
-from optim.serving.guard import Guard, Policy, policy_for
+from optim.serving.guard import Guard, Policy, policy_for, visitor_address
 from optim.serving.login import FREE_FAILURES, LONGEST_WAIT, Throttle, checker, parse_accounts, read_accounts
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 (no server binds to it here)
@@ -331,6 +331,21 @@ def test_the_server_refuses_a_login_that_comes_too_soon():
     found = client.post("/login", data={"password": "right"})
     assert found.status_code == 429 and found.headers["retry-after"] == "1" and "again in 1 s" in found.json()["error"]
     assert len(tried) == FREE_FAILURES
+
+
+def test_guesses_through_a_proxy_do_not_keep_out_who_sits_at_the_machine():
+    def scope(address: str, **headers: str) -> dict:
+        pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        return {"type": "http", "client": (address, 1), "headers": pairs}
+
+    at_home = visitor_address(scope("127.0.0.1", host="localhost:7860"))
+    assert at_home == visitor_address(scope("::1", host="[::1]:7860"))
+    for other in (
+        scope("127.0.0.1", host="gpu.example"), scope("127.0.0.1", host="localhost", x_forwarded_host="gpu.example"),
+        scope("9.9.9.9", host="localhost:7860"), scope("127.0.0.1", host="1.2.3.4"),
+    ):  # fmt: skip
+        assert visitor_address(other) == other["client"][0] != at_home
+    assert visitor_address({"type": "http", "client": None, "headers": []}) == ""
 
 
 def test_passwords_come_from_files_and_are_compared_whole(tmp_path):

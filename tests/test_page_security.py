@@ -412,7 +412,8 @@ def test_polling_and_files_go_on_while_previews_wait(tmp_path, monkeypatch):
 
     monkeypatch.setattr(app, "probe_video", stuck)
     uploads = app.Uploads(tmp_path)
-    built = app.Page(worker, app.Fetcher(worker, False), uploads)
+    built = app.Page(worker, app.Fetcher(worker, False))
+    built.uploads = uploads
     guard = app.guarded(built, app.policy_for(None, [], {}))
     _, url, _ = built.blocks.launch(
         prevent_thread_lock=True, quiet=True, ssr_mode=False,
@@ -541,3 +542,31 @@ def test_a_sound_is_looked_at_for_as_long_as_the_page_takes_it(tmp_path, monkeyp
     worker = app.Worker(tmp_path, max_seconds=30)
     seconds, reply = app.Page(worker, app.Fetcher(worker, False)).measure(str(clips / "short.wav"))
     assert asked == [{"max_seconds": 30}] and seconds is None and "'short.wav' lasts too long" in reply["error"]
+
+
+def test_the_share_link_s_host_is_answered(tmp_path, monkeypatch):
+    import app
+
+    policies, offered = [], []
+
+    class Launched:
+        def __init__(self, *_):
+            self.blocks = self._queue = self
+
+        def launch(self, **options):
+            offered.append(options)
+            return None, "http://127.0.0.1:7860", "https://0a1b.gradio.live"
+
+        def close(self, **_):
+            pass
+
+    def stop(*_):
+        raise KeyboardInterrupt  # as Ctrl-C once it is served
+
+    monkeypatch.setattr(app, "Page", Launched)
+    monkeypatch.setattr(app, "guarded", lambda _, policy: policies.append(policy))
+    monkeypatch.setattr(app.time, "sleep", stop)
+    monkeypatch.setattr(app.Worker, "start", lambda _: None)
+    assert app.main(["--share", "--outputs", str(tmp_path)]) == 0
+    assert policies[0].allows("0a1b.gradio.live") and not policies[0].allows("ffff.gradio.live")
+    assert policies[0].throttle and callable(offered[0]["auth"]) and offered[0]["max_file_size"] == 200 * 2**20

@@ -236,7 +236,7 @@ class Guard:
 
     async def _login(self, throttle: Throttle, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a login on when it is its turn, and remember how it ended."""
-        address = scope["client"][0] if scope.get("client") else ""
+        address = visitor_address(scope)
         if (seconds := throttle.refused_for(address)) > 0:
             seconds = math.ceil(seconds)
             sentence = f"Too many wrong passwords came from your address: try again in {seconds} s."
@@ -415,6 +415,20 @@ def route_path(scope: Scope) -> str:
     """A request's path below the server's root path, as Starlette's router takes it."""
     path, root = scope["path"], scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def visitor_address(scope: Scope) -> str:
+    """The address of who sent a request, by which logins are counted.
+
+    All visitors of a proxy that does not tell of theirs have its own; who sits at the machine is told from them by the
+    host, so that guesses through the proxy never keep the owner out.
+    """
+    address, headers = scope["client"][0] if scope.get("client") else "", Headers(scope=scope)
+    peer, host = as_address(address), split_host(headers.get("host", ""))[0] or ""
+    name = as_address(host)
+    forwarded = any(header.startswith(("x-forwarded-", "forwarded")) for header in headers)
+    at_home = peer is not None and peer.is_loopback and (host == "localhost" or (name and name.is_loopback))
+    return "this machine" if at_home and not forwarded else address
 
 
 def drop_header(scope: Scope, name: bytes) -> None:
