@@ -43,6 +43,9 @@ def inference(monkeypatch):
     monkeypatch.setattr(network, "TEMPORAL_GROUPS", GROUPS)
     monkeypatch.setattr(fused, "CHECK_SIDE", 2)
     monkeypatch.setattr(kernels, "ATTENTION_ROWS", 64)  # few programs: interpreting one costs more than its size
+    if kernels.INTERPRETED:
+        monkeypatch.setattr(kernels, "CHANNELS", 128)  # tiles that do not fill are tried in test_kernels.py
+        monkeypatch.setattr(kernels, "GEGLU_TILE", (64, 512))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
