@@ -139,6 +139,10 @@ install() {
     if [ "$2" = installed ]; then
         say "torch: the $build build, as $reason."
         install_torch "$build" "$present"
+        # First the pinned packages, by their hashes; pip wants hashes of either all packages or none, so what those
+        # need follows in a call of its own.
+        "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw --no-deps --require-hashes \
+            -r "$here/requirements.hashes.txt" | show_progress || fail_install
     fi
     "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw -r "$1" | show_progress ||
         fail_install
