@@ -6,7 +6,9 @@ A checkpoint is a folder:
     whisper/tiny.safetensors or .pt       an OpenAI-format Whisper, of which the encoder is used
     vae/config.json, vae/diffusion_pytorch_model.safetensors    a diffusers AutoencoderKL
     latentsync.json                       {"resolution": 256, "unet": {…}, "match_colours": false, "ends_only": false,
-                                          "guidance_scale": 1.5, "mel_range": 8}; the released models need none
+                                          "guidance_scale": 1.5, "mel_range": 8, "speech_level": null};
+                                          the released models need none
+    the picture that latentsync.json names as "face", if any
 
 All but the last may also lie in its folder `checkpoints`, as the reference and its ComfyUI wrappers have it, and the
 autoencoder in the Hugging Face cache. `python -m latentsync.checkpoints` fetches the released ones, see `store`.
@@ -22,6 +24,8 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
@@ -73,7 +77,14 @@ class Checkpoint:
     ends_only: bool = False  # it sees a window's first and last faces alone; see `sampling.between_ends`
     guidance_scale: float = GUIDANCE_SCALE  # what suits it, where nothing else is asked for
     mel_range: float = MEL_RANGE  # decades under the loudest sound that its audio encoder has learnt to hear
+    speech_level: float | None = None  # dB to which quieter speech is raised for it; see `audio.raise_quiet_speech`
+    face: Path | None = None  # picture of the face that it paints instead of the film's; see `retarget`
     remark: str | None = None  # a sentence for the user, where something about the files is not as expected
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        files = self.unet, self.whisper, self.vae, self.vae_config, self.face
+        return tuple(file for file in files if file is not None)
 
 
 @dataclass
@@ -89,6 +100,8 @@ class Models:
     ends_only: bool = False
     guidance_scale: float = GUIDANCE_SCALE
     mel_range: float = MEL_RANGE
+    speech_level: float | None = None
+    face: np.ndarray | None = None  # uint8 (R, R, 3), aligned: what it paints instead of the film's; see `retarget`
     files: tuple[Path, ...] = ()  # that it was loaded from
     denoise: Callable[..., Tensor] = denoise  # or what does the same faster
 
@@ -141,6 +154,16 @@ def _number(config: Mapping[str, Any], name: str, default: float, most: float, p
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
         raise UserError(f"'{path}' has a {name} that is no number above 0 and up to {most:g}; {REMEDY}.")
+    return float(value)
+
+
+def _level(config: Mapping[str, Any], name: str, path: Path) -> float | None:
+    """A level of sound, −100 to 0 dB, None where there is none. Raises UserError."""
+    value = config.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 0:
+        raise UserError(f"'{path}' has a {name} that is no number from -100 to 0; {REMEDY}.")
     return float(value)
 
 
@@ -219,6 +242,9 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
     except (ValueError, TypeError, AttributeError) as error:
         problem = str(error)[:200]  # it quotes the file
         raise UserError(f"'{path}' asks for a network that this program is not: {problem}; {REMEDY}.") from error
+    face = config.get("face")
+    if face is not None and not (isinstance(face, str) and face and Path(face).name == face):
+        raise UserError(f"'{path}' has a face that is no name of a file in its folder; {REMEDY}.")
     return Checkpoint(
         name=name,
         resolution=resolution,
@@ -227,6 +253,8 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
         ends_only=_flag(config, "ends_only", path),
         guidance_scale=_number(config, "guidance_scale", GUIDANCE_SCALE, MOST_GUIDANCE, path),
         mel_range=_number(config, "mel_range", MEL_RANGE, MOST_DECADES, path),
+        speech_level=_level(config, "speech_level", path),
+        face=folder / face if face else None,
         remark=remark,
         **found,
     )
@@ -469,6 +497,17 @@ def load_vae(
     return vae.eval()
 
 
+def load_face(path: Path, resolution: int) -> np.ndarray:
+    """The picture of an aligned face, uint8 RGB (R, R, 3). Raises UserError where it is none of that size."""
+    try:
+        picture = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB)
+    except (OSError, cv2.error):
+        picture = None
+    if picture is None or picture.shape != (resolution, resolution, 3):
+        raise UserError(f"'{path}' is no picture of {resolution} × {resolution} pixels; fetch the checkpoint again.")
+    return picture
+
+
 def working_dtype(device: torch.device) -> torch.dtype:
     """What U-Net and autoencoder compute in on a device: half precision on a GPU, as the reference does."""
     return torch.float16 if device.type == "cuda" else torch.float32
@@ -499,7 +538,9 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     return Models(
         checkpoint.name, checkpoint.resolution, unet, encoder, vae,
         checkpoint.match_colours, checkpoint.ends_only, checkpoint.guidance_scale, checkpoint.mel_range,
-        files=(checkpoint.unet, checkpoint.whisper, checkpoint.vae, checkpoint.vae_config),
+        checkpoint.speech_level,
+        face=None if checkpoint.face is None else load_face(checkpoint.face, checkpoint.resolution),
+        files=checkpoint.files,
     )  # fmt: skip
 
 

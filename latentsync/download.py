@@ -183,7 +183,7 @@ def _download_part(part: Part, partial: Path, transfer: _Transfer, stop: Event) 
         except OfflineModeIsEnabled as error:
             raise UserError(
                 f"'{part.file}' of {part.repository} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it: "
-                "unset that variable, or put the file there by hand (see the README)."
+                "unset that variable, or put the file there by hand (see docs/models.md)."
             ) from error
         except HfHubHTTPError as error:
             status = error.response.status_code

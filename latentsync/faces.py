@@ -21,17 +21,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
-import mediapipe
 import numpy as np
-from mediapipe.tasks.python import BaseOptions
-from mediapipe.tasks.python.vision import FaceLandmarker, FaceLandmarkerOptions
 
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
+
+if TYPE_CHECKING:  # MediaPipe takes a second to load
+    import mediapipe
+    from mediapipe.tasks.python.vision import FaceLandmarker
 
 MODEL_FILE = Path(__file__).parent.parent / "assets" / "face_landmarker.task"
 
@@ -65,6 +68,12 @@ CUT_CORRELATION = 0.5  # of grey values before and after; less is a different pi
 CUT_ALIKE = 0.25  # share of the blocks that are the same picture still; with less, a new shot begins
 CHANGED = 2  # blocks that are another picture from one frame to the next: something has come in, or moves fast
 FLAT = 2.0  # grey levels of deviation; a block with less says nothing
+CUT_CHANGE = 2.5  # grey levels by which the picture changes at a cut, at least, apart from its brightness and contrast
+CUT_RATIO = 3.5  # times the change between other frames near it: motion lasts, a cut does not
+CUT_RETURN = 0.5  # of the change at a cut; a picture that comes back nearer than that was hidden by a flash
+CUT_UNLIKE = 0.3  # share of the blocks with texture before and after that differ: another picture, not a flash
+CUT_REACH = 5  # frames to either side that a cut is told from motion and flashes by
+REMEMBERED = 32  # thumbnails: those of the frames that wait, and CUT_REACH on both sides of them
 MIN_FACING = 0.5  # cosine of the angle between the face and the camera: 60 degrees
 FADE = 5  # frames in which the opacity rises after a gap and falls before one
 SMOOTHING = 4  # frames that are looked at to either side
@@ -83,7 +92,8 @@ class Face:
     landmarks: (478, 2) float64, the mesh as it was seen, not smoothed.
     box: x0, y0, x1, y1 around the mesh.
     opacity: over 0 to 1; it fades before and after frames without a usable face.
-    first: nothing to continue from: start of the clip, of a shot, or after a gap or a jump.
+    first: nothing to continue from: start of the clip, of a scene, or after a gap or a jump.
+    scene: the number of the stretch between two cuts that the frame lies in, rising from 0.
     """
 
     points: np.ndarray
@@ -91,6 +101,7 @@ class Face:
     box: tuple[float, float, float, float]
     opacity: float
     first: bool
+    scene: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,11 +137,51 @@ class _Sighting:
 
 
 @dataclass
+class _Pictures:
+    """Thumbnails of the last frames, and how much each frame's picture differs from the one before it."""
+
+    last: int = -1  # the number of the newest frame
+    thumbnails: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    changes: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+    def add(self, thumbnail: np.ndarray) -> np.ndarray:
+        """Add the next frame's thumbnail and return the one before it (its own for the first frame)."""
+        before = self.thumbnails[-1] if self.thumbnails else thumbnail
+        self.last += 1
+        self.thumbnails.append(thumbnail)
+        self.changes.append(_change(before, thumbnail))
+        return before
+
+    def is_cut(self, number: int) -> bool:
+        """Whether a scene begins with this frame, judged by up to CUT_REACH frames to either side.
+
+        Unlike `_is_cut` it also finds cuts between pictures that are much alike, as those of one camera are. A cut
+        changes the picture once: motion goes on, and after a flash the picture from before it returns. Where it is
+        clearly another picture it may return, too, and another cut may be near, but not in the very next frame.
+        """
+        at = number - self.last + len(self.changes) - 1
+        first = max(at - CUT_REACH, 0)
+        pictures, changes = (list(islice(all_, first, at + CUT_REACH + 1)) for all_ in (self.thumbnails, self.changes))
+        change, at = changes.pop(at - first), at - first
+        if change < CUT_CHANGE:
+            return False
+        beside, further = changes[max(at - 1, 0) : at + 1], sorted(changes[: max(at - 1, 0)] + changes[at + 1 :])
+        old, new = pictures[:at], pictures[at:]
+        spread = np.stack([old[-1].std(1), new[0].std(1)])
+        unlike = (spread.min(0) > FLAT) & (_correlate(old[-1], new[0]) <= CUT_CORRELATION)
+        if unlike.sum() > CUT_UNLIKE * (spread.max(0) > FLAT).sum():
+            return change > CUT_RATIO * max(beside + further[:-1], default=0.0)
+        returned = [_change(old[-1], later) for later in new[1:]] + [_change(earlier, new[0]) for earlier in old[:-1]]
+        return change > CUT_RATIO * max(changes, default=0.0) and change < min(returned, default=np.inf) / CUT_RETURN
+
+
+@dataclass
 class _Slot:
     """One frame on its way through the tracker; the frame is let go when it has left."""
 
     frame: np.ndarray | None
-    shot: int
+    number: int
+    scene: int
     sighting: _Sighting | None = None
 
     @property
@@ -142,7 +193,7 @@ class _Slot:
         return (
             self.usable
             and other.usable
-            and self.shot == other.shot
+            and self.scene == other.scene
             and self.sighting.distance(other.sighting) < JUMP
         )
 
@@ -171,12 +222,13 @@ def track_faces(
     line: deque[_Slot] = deque()  # up to `reach` slots behind the current one, and `reach` ahead
     current = 0
     if landmarkers is None:
-        landmarkers = min(max((os.cpu_count() or 1) // CORES_PER_LANDMARKER, 1), MOST_LANDMARKERS)
+        landmarkers = min(max(usable_cores() // CORES_PER_LANDMARKER, 1), MOST_LANDMARKERS)
     with ExitStack() as open_now:
         landmarker = open_now.enter_context(_landmarker())
         others = [open_now.enter_context(_landmarker()) for _ in range(landmarkers if landmarkers > 1 else 0)]
         searched = open_now.enter_context(closing(_SearchedAhead(frames, landmarker, others)))
-        for slot in _follow(searched, landmarker, which):
+        pictures = _Pictures()
+        for slot in _split_at_cuts(_follow(searched, landmarker, which, pictures), pictures):
             line.append(slot)
             if len(line) - current > reach:
                 yield _finish(line, current)
@@ -201,16 +253,17 @@ def _finish(line: deque[_Slot], index: int) -> tuple[np.ndarray, Face | None]:
         box=(float(x0), float(y0), float(x1), float(y1)),
         opacity=_opacity(line, index),
         first=index == 0 or not slot.continues(line[index - 1]),
+        scene=slot.scene,
     )
 
 
 def _opacity(line: deque[_Slot], index: int) -> float:
-    """1, or less near a frame of the same shot that has no usable face. A cut needs no fade."""
+    """1, or less near a frame of the same scene that has no usable face. A cut needs no fade."""
     opacity = 1.0
     for step in (-1, 1):
         for distance in range(1, FADE + 1):
             other = index + step * distance
-            if not 0 <= other < len(line) or line[other].shot != line[index].shot:
+            if not 0 <= other < len(line) or line[other].scene != line[index].scene:
                 break
             if not line[other].usable:
                 opacity = min(opacity, distance / (FADE + 1))
@@ -254,7 +307,7 @@ class _SearchedAhead:
     `own` is that of the caller's thread, which does what none of them has done.
     """
 
-    def __init__(self, frames: Iterable[np.ndarray], own: FaceLandmarker, landmarkers: list[FaceLandmarker]):
+    def __init__(self, frames: Iterable[np.ndarray], own: "FaceLandmarker", landmarkers: list["FaceLandmarker"]):
         self.region: tuple[int, int, int] | None = None  # where to look in the frames to come, None: nowhere
         self._frames = iter(frames)
         self._own = own
@@ -328,26 +381,55 @@ class _Rounds:
         return due
 
 
-def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> Iterator[_Slot]:
-    """Every frame with the sighting of the followed face.
+def _split_at_cuts(slots: Iterable[list[_Slot]], pictures: _Pictures) -> Iterator[_Slot]:
+    """Number the scenes anew, with the cuts between two sightings of a face that `_follow` did not need to know of.
+
+    slots: what `_follow` yields. A slot is held back until CUT_REACH frames more have been read. Those that waited in
+    `_follow` are not, so that together they hold no more than either does.
+    """
+    held: deque[_Slot] = deque()
+    previous: tuple[int, bool] | None = None  # scene and usability of the slot before, as `_follow` has them
+    added = 0
+
+    def numbered() -> _Slot:
+        nonlocal previous, added
+        slot = held.popleft()
+        added += slot.usable and previous == (slot.scene, True) and pictures.is_cut(slot.number)
+        previous = slot.scene, slot.usable
+        slot.scene += added
+        return slot
+
+    for settled in slots:
+        held += settled
+        while held and held[0].number + CUT_REACH <= pictures.last:
+            yield numbered()
+    while held:
+        yield numbered()
+
+
+def _follow(
+    frames: _SearchedAhead, landmarker: "FaceLandmarker", which: str, pictures: _Pictures
+) -> Iterator[list[_Slot]]:
+    """Every frame with the sighting of the followed face: for each that is read, those that are settled by then.
 
     Frames without a face wait up to SEARCH_INTERVAL frames: a face that the next search finds was often
     there before, and is followed back to them. A face that is not usable is followed too, as it may turn to the
-    camera, but when PATIENCE has ended, its frames wait and are searched as if they had none.
+    camera, but when PATIENCE has ended, its frames wait and are searched as if they had none. The thumbnail of every
+    frame is added to `pictures` when the frame is read.
     """
     waiting: deque[_Slot] = deque()
     followed: _Sighting | None = None  # as last seen
-    region = thumbnail = None
-    shot = missing = 0
+    region = None
+    scene = missing = 0
     unusable = PATIENCE  # frames since the followed face was usable; at first there is none to wait for
     rounds = _Rounds()
-    for frame in frames:
-        before, thumbnail = thumbnail, _thumbnail(frame)
-        before = thumbnail if before is None else before
+    for number, frame in enumerate(frames):
+        thumbnail = _thumbnail(frame)
+        before = pictures.add(thumbnail)
         if _is_cut(before, thumbnail):
-            shot, missing, unusable, followed, region = shot + 1, 0, PATIENCE, None, None
+            scene, missing, unusable, followed, region = scene + 1, 0, PATIENCE, None, None
             rounds = _Rounds()
-        slot = _Slot(frame, shot)
+        slot = _Slot(frame, number, scene)
         if followed is not None and missing == 0:
             region = _region(followed, region)
             seen = frames.seen(region)
@@ -373,18 +455,16 @@ def _follow(frames: _SearchedAhead, landmarker: FaceLandmarker, which: str) -> I
             unusable, rounds = 0, _Rounds()
         if slot.sighting is not None and unusable <= PATIENCE:
             _follow_back(landmarker, waiting, slot)
-            yield from waiting
+            yield [*waiting, slot]
             waiting.clear()
-            yield slot
         else:
             waiting.append(slot)
-            if len(waiting) > SEARCH_INTERVAL:
-                yield waiting.popleft()
-    yield from waiting
+            yield [waiting.popleft()] if len(waiting) > SEARCH_INTERVAL else []
+    yield [*waiting]
 
 
 def _better(
-    landmarker: FaceLandmarker,
+    landmarker: "FaceLandmarker",
     frame: np.ndarray,
     candidates: Iterable[_Sighting],
     seen: _Sighting | None,
@@ -407,10 +487,10 @@ def _better(
     return seen, region
 
 
-def _follow_back(landmarker: FaceLandmarker, waiting: deque[_Slot], found: _Slot) -> None:
+def _follow_back(landmarker: "FaceLandmarker", waiting: deque[_Slot], found: _Slot) -> None:
     """Fill in the frames just before `found` that show the same face."""
     for slot in reversed(waiting):
-        if slot.shot != found.shot:
+        if slot.scene != found.scene:
             return
         seen = _detect_in(landmarker, slot.frame, _region(found.sighting, None))
         sighting = _nearest(seen, found.sighting)
@@ -430,7 +510,7 @@ def _thumbnail(frame: np.ndarray) -> np.ndarray:
 
 
 def _is_cut(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether a new shot begins between two thumbnails: neither the whole nor most of the blocks correlate.
+    """Whether another scene surely begins between two thumbnails: neither the whole nor most of the blocks correlate.
 
     Brightness and contrast do not matter, so that a flash is no cut; nor is a person who steps in, who
     leaves the other blocks as they were.
@@ -439,6 +519,13 @@ def _is_cut(before: np.ndarray, after: np.ndarray) -> bool:
         return False
     unlike = _unlike(before, after)
     return len(unlike) > 0 and bool(unlike.mean() > 1 - CUT_ALIKE)
+
+
+def _change(before: np.ndarray, after: np.ndarray) -> float:
+    """Mean difference of two thumbnails in grey levels, apart from brightness and, up to a factor of 4, contrast."""
+    before, after = before - before.mean(), after - after.mean()
+    gain = np.clip((before * after).mean() / max((before**2).mean(), FLAT**2), 0.25, 4)
+    return float(np.abs(after - gain * before).mean())
 
 
 def _unlike(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -464,7 +551,7 @@ def _region(face: _Sighting, last: tuple[int, int, int] | None) -> tuple[int, in
     return round(face.centre[0]), round(face.centre[1]), max(round(side), 2)
 
 
-def _detect_in(landmarker: FaceLandmarker, frame: np.ndarray, region: tuple[int, int, int]) -> list[_Sighting]:
+def _detect_in(landmarker: "FaceLandmarker", frame: np.ndarray, region: tuple[int, int, int]) -> list[_Sighting]:
     """The faces in a region of the frame: centre x, y and side."""
     x, y, side = region
     x0, y0 = x - side // 2, y - side // 2
@@ -545,7 +632,7 @@ def _starts(length: int, side: int) -> list[int]:
 
 
 def _detect(
-    landmarker: FaceLandmarker, frame: np.ndarray, x0: int, y0: int, x1: int, y1: int, pixels: int
+    landmarker: "FaceLandmarker", frame: np.ndarray, x0: int, y0: int, x1: int, y1: int, pixels: int
 ) -> list[_Sighting]:
     """The faces in a rectangle of the frame, which is clipped to it and shrunk to `pixels` first."""
     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, frame.shape[1]), min(y1, frame.shape[0])
@@ -557,8 +644,7 @@ def _detect(
         scale = pixels / max(width, height)
         size = max(1, round(width * scale)), max(1, round(height * scale))
         crop = cv2.resize(crop, size, interpolation=cv2.INTER_AREA)
-    image = mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(crop))
-    result = landmarker.detect(image)
+    result = landmarker.detect(_as_image(crop))
     seen = []
     for mesh, pose in zip(result.face_landmarks, result.facial_transformation_matrixes, strict=True):
         # The landmarker's 0 to 1 runs over the pixels' edges.
@@ -569,13 +655,22 @@ def _detect(
     return seen
 
 
+def _as_image(pixels: np.ndarray) -> "mediapipe.Image":
+    import mediapipe
+
+    return mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(pixels))
+
+
 @contextmanager
-def _landmarker() -> Iterator[FaceLandmarker]:
+def _landmarker() -> Iterator["FaceLandmarker"]:
     """MediaPipe's landmarker, open for as long as the context."""
     try:
         model = MODEL_FILE.read_bytes()  # read here: MediaPipe does not open every path that Python does
     except OSError:
         raise UserError(f"Cannot read the face model {MODEL_FILE}: restore it from the repository.") from None
+    from mediapipe.tasks.python import BaseOptions
+    from mediapipe.tasks.python.vision import FaceLandmarker, FaceLandmarkerOptions
+
     options = FaceLandmarkerOptions(
         base_options=BaseOptions(model_asset_buffer=model),
         num_faces=MAX_FACES,
@@ -584,11 +679,26 @@ def _landmarker() -> Iterator[FaceLandmarker]:
     with _without_chatter():
         landmarker = FaceLandmarker.create_from_options(options)
         blank = np.zeros((64, 64, 3), np.uint8)
-        landmarker.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=blank))
+        landmarker.detect(_as_image(blank))
     try:
         yield landmarker
     finally:
         landmarker.close()
+
+
+@contextmanager
+def face_reader() -> Iterator[Callable[[np.ndarray], np.ndarray | None]]:
+    """A function that gives the mesh (478, 2) of the face that fills a picture, uint8 RGB (H, W, 3), or None.
+
+    Raises UserError if the landmarker's model file is missing.
+    """
+    with _landmarker() as landmarker:
+
+        def read(picture: np.ndarray) -> np.ndarray | None:
+            sightings = _detect(landmarker, picture, 0, 0, picture.shape[1], picture.shape[0], REGION_PIXELS)
+            return max(sightings, key=lambda sighting: sighting.size).landmarks if sightings else None
+
+        yield read
 
 
 CHATTER = re.compile(rb"[IW]\d{4} \d\d:\d\d|INFO: Created TensorFlow|WARNING: (All log|Logging before)")

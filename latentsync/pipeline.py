@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import chain, islice
@@ -20,7 +20,6 @@ from math import inf
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -29,7 +28,8 @@ from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints import Checkpoint, Models
 from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
 from latentsync.errors import UserError, short_of_memory
-from latentsync.faces import WHICH, Face, track_faces
+from latentsync.faces import WHICH, Face, face_reader, track_faces
+from latentsync.machine import available_memory
 from latentsync.media import (
     CRF,
     VideoInfo,
@@ -37,9 +37,11 @@ from latentsync.media import (
     check_output,
     probe_video,
     read_audio,
+    read_frames,
     read_frames_looped,
 )
-from latentsync.overlap import Behind, ahead, close
+from latentsync.overlap import Behind, OnWait, ahead, close
+from latentsync.retarget import CHUNK, CONTEXT, HELD_FRAMES, MouthBank, mouth_points, retarget
 from latentsync.sampling import (
     GUIDANCE_SCALE,
     INFERENCE_STEPS,
@@ -52,7 +54,7 @@ from latentsync.sampling import (
     ddim_schedule,
     initial_noise,
 )
-from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, work_folder
+from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.soundness import WIDER, unusable, widened
 from latentsync.vae import condition, decode, to_pixels
 
@@ -61,6 +63,7 @@ DECODED_AHEAD = 8  # frames that wait for the face tracker
 TRACKED_AHEAD = 8  # frames that wait for their faces to be cut out
 HELD_SHARE = 0.8  # of the free main memory, for the frames that are held at a time
 STEPS_AHEAD = 3  # denoising steps that the GPU may be behind: shallow ones take it a millisecond
+OWN_FACE = -1  # the place of the model's own face among the frames of a video
 END = object()
 
 Progress = Callable[[str, int, int], None]
@@ -128,6 +131,7 @@ class Report:
     frames_without_face: int = 0
     frames_computed_again: int = 0  # in a wider type, see `latentsync.soundness`
     ended_early: bool = False  # by `Enough`
+    remarks: list[str] = field(default_factory=list)  # sentences for the user on what was left out
     seconds: dict[str, float] = field(default_factory=dict)  # each stage was busy; they overlap
     waiting: dict[str, float] = field(default_factory=dict)  # seconds that others waited for this stage's thread
     total_seconds: float = 0.0
@@ -142,7 +146,9 @@ class Shot:
 
     frame: uint8 (H, W, 3), changed in place when its face is put back; tokens: audio (50, d);
     crop: uint8 (R, R, 3), None without a usable face; matrix (2, 3) and opacity: how it goes back;
-    source: the frame's number in a video that is shown more than once, else None; again: painted in a wider type.
+    source: the frame's number in a video that is shown more than once, else None; again: painted in a wider type;
+    scene: `Face.scene`, the number of the stretch between two cuts that the frame lies in; position: the frame's
+    number; points: `mouth_points` of the face; generated: uint8 (R, R, 3), the model's own face as it was painted.
     """
 
     frame: np.ndarray
@@ -152,6 +158,10 @@ class Shot:
     opacity: float = 0.0
     source: int | None = None
     again: bool = False
+    scene: int = 0
+    position: int = 0
+    points: np.ndarray | None = None
+    generated: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -194,21 +204,24 @@ def align(
     """
     known: list[Shot] = []  # of the first time, without their frames
     bias = None
+    count = 0
     for frame, face in tracked:
-        shot = Shot(frame, next(tokens))
+        shot = Shot(frame, next(tokens), position=count)
+        count += 1
         if face is None:
             bias = None
         else:
             shot.matrix, bias = estimate_matrix(face.points, resolution, None if face.first else bias)
             shot.crop = crop_face(frame, shot.matrix, resolution)
-            shot.opacity = face.opacity
+            shot.opacity, shot.scene = face.opacity, face.scene
+            shot.points = mouth_points(face.landmarks)
         if most is not None:
             keeps = len(known) < most
             shot.source = len(known) if keeps else None
             known.append(replace(shot, frame=None, tokens=None, crop=shot.crop if keeps else None))
         yield shot
-    for number, frame in again:
-        shot = replace(known[number], frame=frame, tokens=next(tokens))
+    for position, (number, frame) in enumerate(again, count):
+        shot = replace(known[number], frame=frame, tokens=next(tokens), position=position)
         if shot.matrix is not None and shot.crop is None:
             shot.crop = crop_face(frame, shot.matrix, resolution)
         yield shot
@@ -217,8 +230,9 @@ def align(
 def windows(shots: Iterable[Shot]) -> Iterator[Window | Shot]:
     """Cut runs of shots with a face into windows; shots without one come through between them, in order.
 
-    A run's last window is slid back so that it is full: norms and temporal attention see every frame of a
-    window, so a padded one would change the real frames. A run shorter than a window is one at its true length.
+    A run ends at a frame without a face and at a cut. Its last window is slid back so that it is full: norms and
+    temporal attention see every frame of a window, so a padded one would change the real frames, and one that held
+    two scenes would mix their colours. A run shorter than a window is one at its true length.
     """
     painted: list[Shot] = []  # the run's last window, for context
     waiting: list[Shot] = []
@@ -234,6 +248,9 @@ def windows(shots: Iterable[Shot]) -> Iterator[Window | Shot]:
             painted, waiting = [], []
             yield shot
             continue
+        if (waiting or painted) and (waiting or painted)[-1].scene != shot.scene:
+            yield from rest()
+            painted, waiting = [], []
         waiting.append(shot)
         if len(waiting) == WINDOW:
             yield Window(waiting)
@@ -279,6 +296,7 @@ class Painter:
         self.conditions: dict[int, Tensor] = {}  # of the frames of a video that is shown more than once
         mask = fixed_mask(models.resolution)
         self.mask = torch.from_numpy(mask.copy()).to(device, dtype)
+        self.face = None if models.face is None else torch.from_numpy(models.face).to(device)  # painted for all shots
         rows, columns = np.nonzero(mask < 1)
         self.hidden = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
         self.schedule: Schedule = ddim_schedule(settings.steps)
@@ -297,7 +315,7 @@ class Painter:
         models, settings = self.models, self.settings
         b, f = len(windows), len(windows[0].shots)
         shots = [shot for window in windows for shot in window.shots]
-        crops = self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots])))
+        crops = self.crops(shots)
         tokens = self.upload(torch.stack([shot.tokens for shot in shots])).to(models.dtype)
         latents = models.denoise(
             models.unet,
@@ -324,7 +342,8 @@ class Painter:
         bad = torch.cat([part.any().expand(len(part)) for part in bad.split(counts)])
         # Pasting is many small kernels, for which the GPU would wait if it had nothing else to do. So they are queued
         # behind the first step of the next pass, or when they are needed.
-        paste = cache(torch.inference_mode()(lambda: self.paste(faces, [s for w in windows for s in w.new], bad)))
+        put = self.paste if self.face is None else self.keep
+        paste = cache(torch.inference_mode()(lambda: put(faces, [s for w in windows for s in w.new], bad)))
         self.unpasted = paste
 
         def finish() -> list[Window]:
@@ -343,8 +362,14 @@ class Painter:
         it would be if they were painted, so that later windows get the same, to the bit.
         """
         shots = [shot for window in windows for shot in window.shots]
-        if any(shot.source is not None for shot in shots):
-            self.told(windows, self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots]))))
+        if self.face is None and any(shot.source is not None for shot in shots):
+            self.told(windows, self.crops(shots))
+
+    def crops(self, shots: list[Shot]) -> Tensor:
+        """What is to be painted on: uint8 (n, R, R, 3), the shots' faces or, for each of them, the model's own."""
+        if self.face is not None:
+            return self.face.expand(len(shots), *self.face.shape)
+        return self.upload(torch.from_numpy(np.stack([shot.crop for shot in shots])))
 
     def told(self, windows: list[Window], crops: Tensor) -> Tensor:
         """What the network is told of b windows of f faces besides the noise, (b, f, 1 + 2c, h, w).
@@ -352,6 +377,11 @@ class Painter:
         crops: uint8 (b·f, R, R, 3). Where the ends of a window say it all, only they are encoded.
         """
         b, f = len(windows), len(windows[0].shots)
+        if self.face is not None:
+            if OWN_FACE not in self.conditions:
+                pixels = to_pixels(self.face[None], self.models.dtype)
+                self.conditions[OWN_FACE] = condition(self.models.vae, pixels, self.mask)[0]
+            return self.conditions[OWN_FACE].expand(b, f, *self.conditions[OWN_FACE].shape)
         if not self.models.ends_only:
             return self.condition([shot for window in windows for shot in window.shots], crops).unflatten(0, (b, f))
         crops = crops.unflatten(0, (b, f))
@@ -405,6 +435,27 @@ class Painter:
             for region, part, left_out in zip(regions, cut(pasted), flags := bad.tolist(), strict=True):
                 if not left_out:
                     region[...] = part.numpy()
+            return flags
+
+        return complete
+
+    def keep(self, faces: Tensor, shots: list[Shot], bad: Tensor) -> Callable[[], list[bool]]:
+        """As `paste`, but give the faces (n, 3, R, R) to their shots as `generated`, for `retarget`."""
+        pixels = (faces.float() * 127.5 + 127.5).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        ready = None
+        if self.on_gpu:
+            pixels, bad = (
+                torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+                for values in (pixels.contiguous(), bad)
+            )
+            ready = self.event()
+
+        def complete() -> list[bool]:
+            if ready is not None:
+                ready.synchronize()
+            for shot, face, left_out in zip(shots, pixels, flags := bad.tolist(), strict=True):
+                if not left_out:
+                    shot.generated = face.numpy().copy()
             return flags
 
         return complete
@@ -548,19 +599,21 @@ def beside(items: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
         yield item
 
 
-def fitting(settings: Settings, info: VideoInfo) -> Settings:
+def fitting(settings: Settings, info: VideoInfo, held: int = 0) -> Settings:
     """The settings, with so many windows a pass that the frames held at a time fit into the main memory that is free.
 
-    A frame of 4K is 25 MB, of 8K 100 MB. Raises UserError where not even those of one window a pass fit.
+    held: frames that are held besides `Settings.most_frames`. A frame of 4K is 25 MB, of 8K 100 MB. Raises UserError
+    where not even those of one window a pass fit.
     """
-    size, free = 3 * info.width * info.height, HELD_SHARE * psutil.virtual_memory().available
+    size, free = 3 * info.width * info.height, HELD_SHARE * available_memory()
     for windows in range(settings.windows_per_pass, 0, -1):
         fewer = replace(settings, windows_per_pass=windows)
-        if fewer.most_frames * size <= free:
+        most = fewer.most_frames + held
+        if most * size <= free:
             return fewer
     raise UserError(
-        f"'{info.path}' has pictures of {info.width} × {info.height}, of which up to {fewer.most_frames} are held at a "
-        f"time: {fewer.most_frames * size / 1e9:.1f} GB, and only {free / 1e9:.1f} GB of memory can be had. Close "
+        f"'{info.path}' has pictures of {info.width} × {info.height}, of which up to {most} are held at a "
+        f"time: {most * size / 1e9:.1f} GB, and only {free / 1e9:.1f} GB of memory can be had. Close "
         "other programs, or give a smaller version of the video."
     )
 
@@ -621,17 +674,25 @@ def lipsync(
     on_progress: Progress | None = None,
     relieve: Callable[[], Settings | None] | None = None,
     on_frame: Callable[[np.ndarray], None] | None = None,
+    on_wait: OnWait | None = None,
     say: Callable[[str], None] = lambda _: None,
     segment_frames: int | None = SEGMENT_FRAMES,
+    copy_audio: bool = False,
+    video_track: int | None = None,
+    audio_track: int | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
     It lasts as long as the sound, ceil(seconds × 25) frames; a shorter video is played forward and backward.
     on_progress(stage, frames done, frames in all) is called as the stages of `latentsync.STAGES` advance, and at every
-    denoising step, in the caller's thread; what it raises stops the run. relieve() is called when the device's memory
-    ran out, and gives settings to go on with that need less, or None to give up. on_frame(frame) is called with every
-    finished frame, uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a run
-    early, no part of the output is left, and no thread; but after `Enough` the finished frames are, with their sound.
+    denoising step, in the caller's thread; what it raises stops the run. So does what on_wait() raises, which is called
+    several times a second while that thread waits for others or for ffmpeg. relieve() is called when the device's
+    memory ran out, and gives settings to go on with that need less, or None to give up. on_frame(frame) is called with
+    every finished frame, uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a
+    run early, no part of the output is left, and no thread; but after `Enough` the finished frames are, with their
+    sound.
+    copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
+    video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
 
     A job of more than `segment_frames` is written in segments of as many, see `latentsync.segments`. Whatever ends it
     early, but `Enough`, the same call goes on after the last finished one, to the same result; say(line) tells so. It
@@ -641,34 +702,56 @@ def lipsync(
     """
     settings = settings or Settings()
     began = time.perf_counter()
-    output = check_output(output, (video, audio))
-    info = probe_video(video)
-    settings = fitting(settings, info)
+    output = check_output(output, (video, audio, *models.files))
+    info = probe_video(video, video_track)
+    settings = fitting(settings, info, 0 if models.face is None else HELD_FRAMES)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):
-        wav = torch.from_numpy(read_audio(audio))
+        wav = torch.from_numpy(read_audio(audio, track=audio_track))
     total = frame_count(len(wav))
     report = Report(
         settings, models.name, models.resolution, str(models.device), str(models.dtype).removeprefix("torch.")
     )
-    frames, looped = read_frames_looped(info, total), total > info.n_frames
+    stop_reading = threading.Event()
+    frames, looped = read_frames_looped(info, total, stop_reading), total > info.n_frames
     counts = {"frames_without_face": 0, "frames_computed_again": 0}  # of what is written
+    complete = False  # all frames have been handed to the writer
+
+    def wait() -> None:
+        nonlocal on_wait
+        if on_wait:
+            try:
+                on_wait()
+            except Enough:
+                if not complete:
+                    raise
+                on_wait = None  # there is nothing to end early any more
+
     # Models that were not loaded from files cannot be known again.
     if segment_frames and total > segment_frames and models.files:
         # How much goes through the device at once is not part of the job, as it follows from the memory that is free.
         asked = asdict(replace(settings, windows_per_pass=1, frames_per_pass=1))
         asked |= {"segment": segment_frames, "device": models.device.type, "dtype": report.dtype}
         asked |= {"model": models.name, "resolution": models.resolution, "mel_range": models.mel_range}
+        asked |= {"speech_level": models.speech_level}
         asked |= {"match_colours": models.match_colours, "ends_only": models.ends_only}
+        asked |= {"video_track": video_track, "audio_track": audio_track}
         folder = work_folder(output, (video, audio, *models.files), asked)
         clean(output, folder)
         writer = SegmentWriter(
             output, info, audio, settings.crf,
             folder=folder, total=total, segment_frames=segment_frames, counts=counts, say=say,
+            copy_audio=copy_audio, audio_track=audio_track, on_wait=wait,
         )  # fmt: skip
     else:
+        folder = None
         clean(output)
-        writer = VideoWriter(output, info, audio, settings.crf)
+        writer = VideoWriter(
+            output, info, audio, settings.crf, copy_audio=copy_audio, audio_track=audio_track, on_wait=wait
+        )
+    for other in unfinished(output):
+        if other.folder != folder:
+            say(other.describe())
     written = 0
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -694,9 +777,13 @@ def lipsync(
 
     with (
         writer,
-        closing(Behind(write, settings.frames_behind, "writing")) as writing,
+        closing(Behind(write, settings.frames_behind, "writing", wait, writer.abort)) as writing,
         closing(
-            generate(frames, wav, models, settings, total, looped, clock, progress, relieve, writer.frames)
+            generate(
+                frames, wav, models, settings, total, looped, clock, progress, relieve, writer.frames,
+                film=None if models.face is None else read_frames(info, count=total, cancel=stop_reading),
+                on_wait=wait, stop_reading=stop_reading.set,
+            )  # fmt: skip
         ) as shots,
     ):
         done = report.frames = report.resumed_from = writer.frames
@@ -711,15 +798,17 @@ def lipsync(
                 if on_frame:
                     on_frame(shot.frame)
                 tell_written()
+            complete = True
         except Enough:
             if not report.frames:
                 raise
             shots.close()  # lets go of what is under way, while the encoder catches up
-            report.ended_early = writer.cut = True
-            on_progress = None
+            report.ended_early = writer.cut = report.frames < total
+            on_progress = on_wait = None
         with clock.charge(clock.waiting, "writing"):
             writing.finish()
-        tell_written()
+        with suppress(Enough):  # there is nothing left to end early
+            tell_written()
         report.frames_without_face = counts["frames_without_face"]
         report.frames_computed_again = counts["frames_computed_again"]
         if report.frames_without_face == report.frames and not report.ended_early:
@@ -729,6 +818,7 @@ def lipsync(
                 f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
                 "the front, with the whole mouth in the picture."
             )
+    report.remarks = list(writer.remarks)
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )
@@ -747,12 +837,18 @@ def generate(
     on_progress: Progress | None = None,
     relieve: Callable[[], Settings | None] | None = None,
     done: int = 0,
+    film: Iterator[np.ndarray] | None = None,
+    on_wait: OnWait | None = None,
+    stop_reading: Callable[[], None] = lambda: None,
 ) -> Iterator[Shot]:
     """The chain of stages between decoding and encoding: finished shots, in order.
 
     frames: numbered, uint8 (H, W, 3) at 25 fps, writable; they are made, and closed, in a thread of their own;
     wav: (samples,) float32 at 16 kHz; total: frames to expect; looped: whether they come again; done: of the first
-    frames, whose mouths need not be painted. Close it, if it is not taken to the end.
+    frames, whose mouths need not be painted; film: for a model with a face of its own, the frames until they come
+    again, a second time: they are followed up to CHUNK frames ahead; on_wait: called several times a second by the
+    thread that takes the shots while it waits for others; stop_reading: ends `frames` and `film` from another thread,
+    whatever they wait for. Close it, if it is not taken to the end.
     Between `frames` and what it yields are `settings.most_frames` and the tracker's at most.
     """
     painted = 0
@@ -770,21 +866,34 @@ def generate(
     def aligned() -> Iterator[Shot]:
         most = KNOWN_BYTES // (3 * models.resolution**2) if looped else None
         again: list[tuple[int, np.ndarray]] = []
-        chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range)
+        chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range, models.speech_level)
         heard = clock.time(beside(chunks, models.device), "sound")
         with (
             closing(ahead(heard, TRACKED_AHEAD, "sound")) as tokens,
             closing(ahead(clock.time(frames, "reading"), DECODED_AHEAD, "reading")) as decoded,
         ):
             shown = clock.wait(decoded, "reading")
-            followed = clock.time(track_faces(first_time(shown, again), which=settings.face), "faces")
-            with closing(ahead(followed, TRACKED_AHEAD, "faces")) as tracked:
+            if bank is None:
+                followed, depth = track_faces(first_time(shown, again), which=settings.face), TRACKED_AHEAD
+            else:
+                followed, depth = bank.collect(track_faces(film, which=settings.face)), CHUNK
+            with closing(ahead(clock.time(followed, "faces"), depth, "faces")) as tracked:
                 faces, tokens = clock.wait(tracked, "faces"), clock.wait(tokens, "sound")
+                if bank is not None:
+                    faces = zip(first_time(shown, again), faces, strict=False)
                 yield from clock.time(align(faces, tokens, models.resolution, most, chain(again, shown)), "crops")
 
+    def finished(groups: Iterable[list[Window | Shot]], read_face: Callable | None) -> Iterator[Shot]:
+        if bank is None:
+            return clock.time(paint(groups, painter, relieve, done), "mouths")
+        shots = clock.time(paint(groups, painter, relieve, done - CONTEXT), "mouths")
+        return clock.time(retarget(shots, bank, read_face), "retarget")
+
+    bank = None if film is None else MouthBank()
     painter = Painter(models, settings, still_painting)
-    with closing(ahead(aligned(), settings.shots_ahead, "crops")) as found:
+    with closing(ahead(aligned(), settings.shots_ahead, "crops", on_wait, stop_reading)) as found:
         groups = batches(windows(watched(clock.wait(found, "crops"), "faces")), settings.windows_per_pass)
-        for shot in watched(clock.time(paint(groups, painter, relieve, done), "mouths"), "mouths", done):
-            painted += 1
-            yield shot
+        with nullcontext() if bank is None else face_reader() as read_face:
+            for shot in watched(finished(groups, read_face), "mouths", done):
+                painted += 1
+                yield shot

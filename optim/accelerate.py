@@ -5,17 +5,18 @@
     lipsync(video, audio, output, models, plan.settings, relieve=reliever(models, plan))
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from latentsync.checkpoints import Models
+from latentsync.machine import total_memory
 from latentsync.pipeline import Settings
 from latentsync.sampling import WINDOW, denoise
 from optim import kernels
-from optim.compilation import compile_network, restore, say, use_cache_folder
+from optim.compilation import LONG_JOB, compile_unet, restore, use_cache_folder
 from optim.cores import denoise_side_by_side, windows_for
 from optim.fused import fuse, unfuse
 from optim.graphs import capture, ready_for, release
@@ -35,6 +36,11 @@ CPU_FRAMES = 4  # faces at a time were as fast as 16 on two cores, with 0.3 GB l
 CPU_SHARE = 0.25  # of the memory, for the windows that a processor computes side by side
 FLOAT32 = 2  # times what a window takes in half precision
 SAFE_VRAM_FRACTION = 0.75  # after memory ran out
+
+
+def say(line: str) -> None:
+    """One line on the console."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def make_plan(level: Level, asked: Settings, resolution: int, gpu: Gpu | None) -
 
 def processor_batch(resolution: int) -> BatchSizes:
     """The batches of a processor: as many windows as its cores are best used by, and its memory holds."""
-    fit = int(CPU_SHARE * psutil.virtual_memory().total // (FLOAT32 * RELEASED.window_at(resolution)))
+    fit = int(CPU_SHARE * total_memory() // (FLOAT32 * RELEASED.window_at(resolution)))
     windows = max(1, min(fit, windows_for(torch.get_num_threads())))
     return BatchSizes(CPU_FRAMES, windows, tiling=False, planned=0, allowed=0)
 
@@ -96,8 +102,8 @@ def accelerate(
 ) -> Models:
     """Make the networks run as the plan says, in place; another plan may follow, and undoes what it does not want.
 
-    frames: of the job, if it is known: a long one may be worth compiling for, see `optim.compilation`. Says in a line
-    what is done. Returns the same models.
+    frames: of the job, None if that is not known; see `should_compile`. Says in a line what is done. Returns the same
+    models.
     """
     level, settings, on_gpu = plan.level, plan.settings, models.device.type == "cuda"
     use_cache_folder()
@@ -112,25 +118,31 @@ def accelerate(
     # A job as the one before replays its graphs: fusing and capturing anew take 0.3 s (an H100, 2026-11-25).
     purpose = level, batch.frames, batch.windows, batch.tiling, settings.cache, settings.guidance_scale > 1
     if not ready_for(models.unet, purpose):
-        restore(models)
+        restore(models.unet)
         release(models.unet, models.vae)
-        for network in (models.unet, models.vae):
-            (fuse if level.fused else unfuse)(network)
-        compiled = level.compile and frames and compile_network(
-            models,
-            frames,
-            settings.steps,
-            settings.windows_per_pass,
-            settings.guidance_scale > 1,
-            settings.cache,
-            say=say,
-        )
+        (fuse if level.fused else unfuse)(models.vae)
+        if should_compile(plan, on_gpu, frames):
+            compiled = compile_unet(replace(models, unet=unfuse(models.unet)), settings, say)
+        if not compiled:
+            (fuse if level.fused else unfuse)(models.unet)
         if level.graphs and on_gpu and not compiled:
             # Graphs keep their memory, of which a card has little that does not take a window's faces at once.
             capture(models.unet, models.vae if batch.frames >= WINDOW else None, purpose)
     (models.vae.enable_tiling if batch.tiling else models.vae.disable_tiling)()
     say(describe(plan, models.device) + (", compiled" if compiled else ""))
     return models
+
+
+def should_compile(plan: Plan, on_gpu: bool, frames: int | None) -> bool:
+    """Whether a job of so many frames, None if that is not known, is to run with torch.compile.
+
+    As the level says; where it leaves that open, a job compiles that is long enough to win back the compiler's time
+    and for which nothing faster runs: fused kernels on a GPU, several windows at a time on a processor.
+    """
+    if plan.level.compile is not None:
+        return plan.level.compile
+    faster = plan.level.fused if on_gpu else plan.settings.windows_per_pass > 1
+    return not faster and frames is not None and frames >= LONG_JOB
 
 
 def describe(plan: Plan, device: torch.device) -> str:

@@ -1,12 +1,11 @@
 """How fast this machine is: the levels of optimization beside the reference's way of computing.
 
     python -m optim.benchmark                            windows from pixels to pixels, the default
-    python -m optim.benchmark --lengths 1 4 10 60        clips of so many seconds, from a cold and from a warm start
+    python -m optim.benchmark --start                    from built networks to the first pass, cold and warm
     python -m optim.benchmark --job VIDEO AUDIO          the whole pipeline, file to file
     python -m optim.benchmark --vram 8 12 24             what fits into smaller cards (GB)
-    python -m optim.benchmark --from FILE.json --chart FILE.html      only draws what was measured before
 
-Modes may be combined (--windows adds the first); --json FILE keeps all that was measured, --chart FILE.html draws it.
+Modes may be combined (--windows adds the first); --json FILE keeps all that was measured.
 The weights are random ones of the released architecture, float16, or with --model those of any model.
 
 A window is 16 frames: VAE encode of masked and whole faces, the steps of denoising at guidance 1.5, VAE decode. All
@@ -29,49 +28,43 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from latentsync.checkpoints import resolve
 from latentsync.errors import UserError
+from latentsync.options import choose_device
+from latentsync.paths import check_writable, write_text
 from latentsync.sampling import INFERENCE_STEPS
 from optim.levels import STOPS, find_level
 from optim.measure import (
-    Asked,
+    BenchmarkConfig,
     JobRow,
-    LengthRow,
     MemoryRow,
+    StartRow,
     WindowRow,
     job_rows,
-    length_rows,
     memory_row,
-    order_violations,
     problem,
-    run_clips,
+    start_rows,
+    start_seconds,
     window_rows,
 )
 from optim.passes import free_memory, matrix_throughput
 
 RESOLUTIONS = (512, 256)
-RUN_UP_TO = 10.0  # seconds of a clip that --quick still runs
-# What latentsync.pipeline imports to find faces and to read media.
-MEDIA_MODULES = (
-    "mediapipe", "mediapipe.tasks", "mediapipe.tasks.python", "mediapipe.tasks.python.vision", "imageio_ffmpeg",
-)  # fmt: skip
 
 
 # ---- processes of their own
 
 
-def launch(asked: Asked) -> Callable[[dict, dict], dict]:
+def launch(config: BenchmarkConfig) -> Callable[[dict, dict], dict]:
     """What runs a job in a fresh Python with more environment variables, and returns what it found."""
 
     def run(job: dict, environment: dict) -> dict:
         job = job | {
-            "device": str(asked.device), "model": asked.model, "steps": asked.steps, "repeats": asked.repeats,
+            "device": str(config.device), "model": config.model, "steps": config.steps, "repeats": config.repeats,
         }  # fmt: skip
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -83,7 +76,7 @@ def launch(asked: Asked) -> Callable[[dict, dict], dict]:
         if done.returncode or not lines:
             raise RuntimeError(f"the process of {job['what']} ended with code {done.returncode}")
         found = json.loads(lines[-1])
-        if "failed" in found and found["failed"] and job["what"] == "clips":
+        if job["what"] == "start" and "failed" in found:
             raise RuntimeError(found["failed"])
         return found
 
@@ -93,13 +86,13 @@ def launch(asked: Asked) -> Callable[[dict, dict], dict]:
 def work(job: dict) -> dict:
     """Do what `launch` was given, in this process."""
     device = torch.device(job["device"])
-    asked = Asked(device, job["model"], job["steps"], job["repeats"])
+    config = BenchmarkConfig(device, job["model"], job["steps"], job["repeats"])
     if job["what"] == "memory":
-        return asdict(memory_row(job["limit"], job["resolution"], asked))
+        return asdict(memory_row(job["limit"], job["resolution"], config))
     try:
-        models = asked.models(job["resolution"])
-        plan = asked.plan(find_level(str(job["level"])), models.resolution, asked.gpu())
-        return asdict(run_clips(models, plan, job["lengths"]))
+        models = config.models(job["resolution"])
+        plan = config.plan(find_level(str(job["level"])), models.resolution, config.gpu())
+        return {"seconds": start_seconds(models, plan)}
     except Exception as error:
         return {"failed": problem(error)}
 
@@ -130,15 +123,12 @@ def window_line(row: WindowRow) -> str:
     )
 
 
-LENGTH_HEAD = "side  level           clip  windows     cold     warm  first: cold  warm"
+START_HEAD = "side  level           cold    warm"
 
 
-def length_line(row: LengthRow) -> str:
-    head = f"{row.resolution:4}  {row.name:12}{row.length:6g} s{row.windows:9}"
-    if row.failed:
-        return f"{head}  failed: {row.failed}"
-    note = "  computed" if row.computed else ""
-    return f"{head}{row.cold:9.2f}{row.warm:9.2f}{row.cold_first:13.2f}{row.warm_first:6.2f}{note}"
+def start_line(row: StartRow) -> str:
+    head = f"{row.resolution:4}  {row.name:12}"
+    return f"{head}  failed: {row.failed}" if row.failed else f"{head}{row.cold:8.2f}{row.warm:8.2f}"
 
 
 JOB_HEAD = "side  level         frames    wall     GPU  ratio   GPU busy  stages (others waited)"
@@ -170,31 +160,9 @@ def memory_line(row: MemoryRow) -> str:
 # ---- the command
 
 
-def stand_in_for_media() -> None:
-    """Let the pipeline be imported where what finds faces or reads media is not installed.
-
-    All but --job use tensors alone; a server without a display often lacks these packages.
-    """
-    for name in MEDIA_MODULES:
-        top = name.partition(".")[0]
-        if name not in sys.modules and (isinstance(sys.modules.get(top), Absent) or find_spec(top) is None):
-            sys.modules[name] = Absent(name)
-
-
-class Absent(ModuleType):
-    """A package that is not installed: it can be imported, and anything be named in it."""
-
-    __path__ = ()
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-
-def machine(asked: Asked) -> dict:
+def machine(config: BenchmarkConfig) -> dict:
     """What was measured on."""
-    gpu = asked.gpu()
+    gpu = config.gpu()
     return {
         "device": gpu.name if gpu else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
         "memory": gpu.memory_total if gpu else None,
@@ -204,10 +172,10 @@ def machine(asked: Asked) -> dict:
         "python": platform.python_version(),
         "system": platform.platform(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "dtype": str(asked.dtype).removeprefix("torch."),
-        "weights": asked.model or "random, of the released architecture",
-        "steps": asked.steps,
-        "repeats": asked.repeats,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "weights": config.model or "random, of the released architecture",
+        "steps": config.steps,
+        "repeats": config.repeats,
         "matrix_flops": None,  # FLOP/s
     }
 
@@ -231,22 +199,12 @@ def plain_json(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def merge(results: list[dict]) -> dict:
-    """Several runs as one: the rows of all, the machine of the first."""
-    lists = {key for one in results for key, value in one.items() if isinstance(value, list)}
-    return {"machine": results[0]["machine"]} | {
-        key: [row for one in results for row in one.get(key, [])] for key in sorted(lists)
-    }
-
-
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m optim.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--windows", action="store_true", help="measure windows, also beside another mode")
-    found.add_argument("--lengths", type=float, nargs="+", default=[], metavar="SECONDS", help="clips to measure")
-    found.add_argument("--quick", action="store_true", help="compute clips longer than --run-up-to")
-    found.add_argument("--run-up-to", type=float, default=RUN_UP_TO, metavar="SECONDS", help="(default %(default)g)")
+    found.add_argument("--start", action="store_true", help="measure cold and warm starts")
     found.add_argument("--job", type=Path, nargs=2, metavar=("VIDEO", "AUDIO"), help="measure the whole pipeline")
     found.add_argument("--vram", type=float, nargs="+", default=[], metavar="GB", help="smaller cards to try")
     found.add_argument("--model", metavar="NAME|PATH", help="a model in place of random weights, at its resolution")
@@ -256,50 +214,43 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--steps", type=int, default=INFERENCE_STEPS, help="before a level's share (default 20)")
     found.add_argument("--repeats", type=int, default=3, help="passes that the median is of (default 3)")
     found.add_argument("--json", type=Path, metavar="FILE.json", help="write all that was measured")
-    found.add_argument("--chart", type=Path, metavar="FILE.html", help="draw it")
-    found.add_argument("--from", type=Path, nargs="+", dest="given", metavar="FILE.json", help="measure nothing")
     found.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     return found
 
 
-def measure(args: argparse.Namespace, asked: Asked, keep: Callable[[str, object], None], results: dict) -> None:
+def measure(
+    args: argparse.Namespace, config: BenchmarkConfig, keep: Callable[[str, object], None], results: dict
+) -> None:
     """All modes that were asked for; every row is printed and given to `keep` when it is there."""
 
-    def table(kind: str, title: str, head: str, rows: Iterable, line: Callable) -> list:
+    def table(kind: str, title: str, head: str, rows: Iterable, line: Callable) -> None:
         print(f"\n{title}\n{head}", flush=True)
-        found = []
         for row in rows:
             print(line(row), flush=True)
             keep(kind, row)
-            found.append(row)
-        return found
 
     resolutions = args.resolutions
-    if asked.model is not None:  # found before the long work, and its resolution is the one
-        resolutions = [resolve(asked.model, asked.device).resolution]
-    if args.windows or not (args.lengths or args.job or args.vram):
-        throughput = results["machine"]["matrix_flops"] = matrix_throughput(asked.device, asked.dtype)
-        models = asked.models(resolutions[0])
-        rows = window_rows(models, resolutions, asked, throughput)
+    if config.model is not None:  # found before the long work, and its resolution is the one
+        resolutions = [resolve(config.model, config.device).resolution]
+    if args.windows or not (args.start or args.job or args.vram):
+        throughput = results["machine"]["matrix_flops"] = matrix_throughput(config.device, config.dtype)
+        models = config.models(resolutions[0])
+        rows = window_rows(models, resolutions, config, throughput)
         title = "Seconds a window of 16 frames, x windows together; memory in GB"
         table("windows", title, WINDOW_HEAD, rows, window_line)
         del models, rows
         free_memory()
-    if args.lengths:
-        up_to = args.run_up_to if args.quick else math.inf
-        rows = []
+    if args.start:
         for resolution in resolutions:
-            found = length_rows(resolution, args.lengths, up_to, asked, launch(asked))
-            rows += table("lengths", "Seconds of a clip, from built networks on", LENGTH_HEAD, found, length_line)
-        wrong = order_violations(rows)
-        print("\n".join(wrong) or "Every level is at least as fast as the one nearer to quality, at every length.")
+            rows = start_rows(resolution, config, launch(config))
+            table("starts", "Seconds from built networks to the end of the first pass", START_HEAD, rows, start_line)
     if args.job:
         for resolution in resolutions:
-            found = job_rows(*args.job, resolution, asked)
-            table("jobs", "Seconds of a job, file to file", JOB_HEAD, found, job_line)
+            rows = job_rows(*args.job, resolution, config)
+            table("jobs", "Seconds of a job, file to file", JOB_HEAD, rows, job_line)
             free_memory()
     if args.vram:
-        run = launch(asked)
+        run = launch(config)
 
         def memory_rows() -> Iterator[MemoryRow]:
             for limit in args.vram:
@@ -309,7 +260,7 @@ def measure(args: argparse.Namespace, asked: Asked, keep: Callable[[str, object]
                     except Exception as error:
                         yield MemoryRow(limit, resolution, failed=problem(error))
 
-        if asked.device.type == "cuda":
+        if config.device.type == "cuda":
             table("memory", "Two passes on smaller cards; memory in GB", MEMORY_HEAD, memory_rows(), memory_line)
         else:
             print("\n--vram needs a GPU; it is left out.")
@@ -317,40 +268,26 @@ def measure(args: argparse.Namespace, asked: Asked, keep: Callable[[str, object]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 for what the user can put right."""
-    from latentsync.options import choose_device
-
     args = parser().parse_args(arguments)
-    stand_in_for_media()
     try:
         if args.worker:
             print(json.dumps(plain_json(work(args.worker))), flush=True)
             return 0
-        if args.chart and find_spec("plotly") is None:
-            raise UserError("--chart needs the package plotly; keep --json and draw it elsewhere with --from.")
-        if args.given:
-            results = merge([json.loads(path.read_text(encoding="utf-8")) for path in args.given])
-        else:
-            levels = tuple(find_level(text) for text in args.levels)
-            asked = Asked(choose_device(args.device), args.model, args.steps, args.repeats, levels)
-            if asked.device.type == "cpu" and asked.model is None:
-                raise UserError("The released architecture is too large for a processor: add --model demo.")
-            if args.job and (lacking := [name for name in MEDIA_MODULES if isinstance(sys.modules.get(name), Absent)]):
-                raise UserError(f"--job needs the packages {', '.join(n for n in lacking if '.' not in n)}.")
-            results = {"machine": machine(asked), "windows": [], "lengths": [], "jobs": [], "memory": []}
-
-            def keep(kind: str, row: object) -> None:
-                results[kind].append(plain_json(asdict(row)))
-                if args.json:
-                    args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-            measure(args, asked, keep, results)
-            print(f"\n{describe(results['machine'])}", flush=True)
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        if args.chart:
-            from optim import chart
+            check_writable(args.json, args.job or ())
+        levels = tuple(find_level(text) for text in args.levels)
+        config = BenchmarkConfig(choose_device(args.device), args.model, args.steps, args.repeats, levels)
+        if config.device.type == "cpu" and config.model is None:
+            raise UserError("The released architecture is too large for a processor: add --model demo.")
+        results = {"machine": machine(config), "windows": [], "starts": [], "jobs": [], "memory": []}
 
-            args.chart.write_text(chart.draw(results), encoding="utf-8")
+        def keep(kind: str, row: object) -> None:
+            results[kind].append(plain_json(asdict(row)))
+            if args.json:
+                write_text(args.json, json.dumps(results, indent=1) + "\n")
+
+        measure(args, config, keep, results)
+        print(f"\n{describe(results['machine'])}", flush=True)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

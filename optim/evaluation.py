@@ -16,10 +16,11 @@ from optim.levels import CONSERVATIVE, find_level, override
 
 
 def parser() -> argparse.ArgumentParser:
-    found, clips = plain.parsers()
+    found, dubbing = plain.parsers()
     found.prog = "python -m optim.evaluation"
-    clips.add_argument("--level", default=CONSERVATIVE.name, metavar="NAME|0…1", help="default: conservative")
-    clips.add_argument("--deepcache", metavar="INTERVAL[,BRANCH]|off", help="default: the level's")
+    for command in dubbing:
+        command.add_argument("--level", default=CONSERVATIVE.name, metavar="NAME|0…1", help="default: conservative")
+        command.add_argument("--deepcache", metavar="INTERVAL[,BRANCH]|off", help="default: the level's")
     return found
 
 

@@ -9,7 +9,7 @@ The autoencoder's kernels are large, and starting them takes less than their own
 other threads find faces and write frames meanwhile, and without graphs the GPU waited for the host at every window.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
@@ -23,7 +23,10 @@ from latentsync.unet import Context, UNet
 # x, timestep, context, and what a full pass left for a shallow one → epsilon, and what a full pass leaves.
 Run = Callable[[Tensor, Tensor | None, Context, Tensor | None], tuple[Tensor, Tensor | None]]
 
-MOST_GRAPHS = 12  # the least recently used are given up beyond; a run of full windows needs four to six
+MOST_GRAPHS = 12  # at a time; a run of full windows needs four to six
+# Eager runs of a shape before it takes the place of the least recently used graph. A film of many short scenes has
+# windows of every length: to capture each would take longer than to run it.
+RUNS_TO_REPLACE = 40
 
 
 @dataclass
@@ -44,62 +47,16 @@ class Pass:
 
 @dataclass
 class Graphs:
-    """The passes captured for a model's networks; those seen once are in `seen`.
+    """The passes captured for a model's networks; eager: how often others have run since they last were.
 
     purpose: what the networks were made ready for when they were to be captured, see `ready_for`.
     """
 
     purpose: Hashable = None
     passes: OrderedDict[tuple, Pass] = field(default_factory=OrderedDict)
-    seen: set[tuple] = field(default_factory=set)
+    eager: Counter[tuple] = field(default_factory=Counter)
     pool: tuple[int, int] | None = None
     stream: torch.cuda.Stream | None = None  # of captures; PyTorch's own is of the device that is current
-
-
-class GraphedUNet(UNet):
-    def full(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        context: Context,
-        frames: int,
-        branch: int | None = None,
-        guided: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        def run(x: Tensor, timestep: Tensor, context: Context, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return UNet.full(self, x, timestep, context, frames, branch, guided)
-
-        return replay(self.graphs, ("full", branch, guided, frames), run, x, timestep, context)
-
-    def shallow(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        context: Context,
-        frames: int,
-        branch: int,
-        cached: Tensor,
-        guided: bool = False,
-    ) -> Tensor:
-        def run(x: Tensor, timestep: Tensor, context: Context, cached: Tensor | None) -> tuple[Tensor, None]:
-            return UNet.shallow(self, x, timestep, context, frames, branch, cached, guided), None
-
-        return replay(self.graphs, ("shallow", branch, guided, frames), run, x, timestep, context, cached)[0]
-
-
-class GraphedEncoder(Encoder):
-    def forward(self, sample: Tensor) -> Tensor:
-        return replay_alone(self.graphs, "encode", super().forward, sample)
-
-
-class GraphedDecoder(Decoder):
-    def forward(self, sample: Tensor) -> Tensor:
-        return replay_alone(self.graphs, "decode", super().forward, sample)
-
-
-def replay_alone(graphs: Graphs, kind: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What `forward` makes of one tensor, the caller's own; see `replay`."""
-    return replay(graphs, (kind,), lambda x, *_: (forward(x), None), x)[0].clone()
 
 
 def replay(
@@ -111,18 +68,21 @@ def replay(
     context: Context = (),
     cached: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `run` makes of the inputs; at the second call of a kind with the same shapes it is captured.
+    """What `run` makes of the inputs; captured at the second call of a kind with the same shapes, if there is room.
 
     The first result is overwritten by the next pass of any kind, the second is the caller's.
     """
     key = kind, x.shape, () if timestep is None else timestep.shape, len(context[0][0]) if context else 0
-    if not can_capture(x) or (key not in graphs.passes and key not in graphs.seen):
-        graphs.seen.add(key)  # this run loads and plans what a capture must find ready
-        return run(x, timestep, context, cached)
+    full = len(graphs.passes) >= MOST_GRAPHS
     if key not in graphs.passes:
-        graphs.passes[key] = _capture(graphs, run, x, timestep, context, cached)
-        while len(graphs.passes) > MOST_GRAPHS:
+        # The first run loads and plans what a capture must find ready.
+        if not can_capture(x) or graphs.eager[key] < (RUNS_TO_REPLACE if full else 1):
+            graphs.eager[key] += 1
+            return run(x, timestep, context, cached)
+        if full:
             graphs.passes.popitem(last=False)
+        graphs.passes[key] = _capture(graphs, run, x, timestep, context, cached)
+        del graphs.eager[key]
     graphs.passes.move_to_end(key)
     found = graphs.passes[key]
     found.x.copy_(x)
@@ -163,30 +123,60 @@ def _capture(
     return Pass(graph, x, timestep, context, cached, out, kept)
 
 
-GRAPHED = {UNet: GraphedUNet, Encoder: GraphedEncoder, Decoder: GraphedDecoder}
-
-
-def _parts(unet: UNet, vae: AutoencoderKL | None) -> list[UNet | Encoder | Decoder]:
-    return [unet] if vae is None else [unet, vae.encoder, vae.decoder]
-
-
 def ready_for(unet: UNet, purpose: Hashable) -> bool:
     """Whether graphs are captured, or about to be, of networks that were made ready for just this purpose."""
-    return isinstance(unet, GraphedUNet) and unet.graphs.purpose == purpose
+    return "graphs" in vars(unet) and unet.graphs.purpose == purpose
 
 
 def capture(unet: UNet, vae: AutoencoderKL | None = None, purpose: Hashable = None) -> None:
-    """Let the networks capture their passes; on the CPU that changes nothing."""
-    graphs = getattr(unet, "graphs", None) or Graphs(purpose)
-    for part in _parts(unet, vae):
-        if type(part) in GRAPHED:
-            part.__class__, part.graphs = GRAPHED[type(part)], graphs
+    """Let the networks capture their passes; on the CPU that changes nothing. Once more, it changes nothing either."""
+    graphs = vars(unet).setdefault("graphs", Graphs(purpose))
+    if "full" not in vars(unet):
+        unet.full, unet.shallow = _replayed_full(unet.full, graphs), _replayed_shallow(unet.shallow, graphs)
+    for part in (vae.encoder, vae.decoder) if vae is not None else ():
+        if "forward" not in vars(part):
+            part.forward = _replayed(part.forward, graphs, part)
 
 
 def release(unet: UNet, vae: AutoencoderKL | None = None) -> None:
     """Take back what `capture` did, with the memory of the graphs."""
-    plain = {graphed: plain for plain, graphed in GRAPHED.items()}
-    for part in _parts(unet, vae):
-        if type(part) in plain:
-            part.__class__ = plain[type(part)]
-            del part.graphs
+    for name in ("graphs", "full", "shallow"):
+        vars(unet).pop(name, None)
+    for part in (vae.encoder, vae.decoder) if vae is not None else ():
+        vars(part).pop("forward", None)
+
+
+# ---- the passes that take the place of the networks' own, each with their arguments
+
+
+def _replayed_full(full: Callable, graphs: Graphs) -> Callable:
+    def replayed(
+        x: Tensor, timestep: Tensor, context: Context, frames: int, branch: int | None = None, guided: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        def run(x: Tensor, timestep: Tensor, context: Context, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return full(x, timestep, context, frames, branch, guided)
+
+        return replay(graphs, ("full", branch, guided, frames), run, x, timestep, context)
+
+    return replayed
+
+
+def _replayed_shallow(shallow: Callable, graphs: Graphs) -> Callable:
+    def replayed(
+        x: Tensor, timestep: Tensor, context: Context, frames: int, branch: int, cached: Tensor, guided: bool = False
+    ) -> Tensor:
+        def run(x: Tensor, timestep: Tensor, context: Context, cached: Tensor | None) -> tuple[Tensor, None]:
+            return shallow(x, timestep, context, frames, branch, cached, guided), None
+
+        return replay(graphs, ("shallow", branch, guided, frames), run, x, timestep, context, cached)[0]
+
+    return replayed
+
+
+def _replayed(forward: Callable[[Tensor], Tensor], graphs: Graphs, part: Encoder | Decoder) -> Callable:
+    """The whole result is the caller's own."""
+
+    def replayed(sample: Tensor) -> Tensor:
+        return replay(graphs, (type(part).__name__,), lambda x, *_: (forward(x), None), sample)[0].clone()
+
+    return replayed

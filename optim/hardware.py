@@ -5,9 +5,11 @@ is divided by the bytes that a frame and a window take.
 """
 
 import math
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pynvml
@@ -33,6 +35,15 @@ class Gpu:
     memory_free: int  # bytes that this process may still take, with what its allocator already holds
     capability: tuple[int, int]
     driver: str | None = None  # None where NVML cannot be read
+
+
+def processor_name() -> str:
+    """The processor's name, as its maker and the system give it."""
+    if (info := Path("/proc/cpuinfo")).is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @contextmanager

@@ -5,7 +5,8 @@
     default from      any memory     12 GiB         24 GiB
     inference steps   as asked       −20 %          −40 %
     DeepCache         off            (2, 0)         (3, 0), guidance in full passes only
-    TF32, compiler    off            on             on
+    TF32              off            on             on
+    torch.compile     off            off            for long jobs where nothing faster runs
     kernels, graphs   on             on             on
     batch             standard       larger         the most that is of use and fits
 
@@ -38,7 +39,7 @@ class Level:
     step_share: float  # of the inference steps asked for, 0.01 to 1
     cache: DeepCache | None  # full passes at every interval-th step only; None: at all
     tf32: bool  # float32 matrix products and convolutions in TensorFloat-32
-    compile: bool  # torch.compile
+    compile: bool | None  # torch.compile; None: for long jobs where nothing faster runs
     graphs: bool  # passes captured as CUDA graphs
     fused: bool  # hand-written kernels for norms and activations
     vae_tiling: bool  # a frame that does not fit into memory whole goes through the VAE in tiles
@@ -53,7 +54,7 @@ class Level:
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise UserError(f"The setting {name} is {value!r}: give a number from {low} to {high}.")
         for name in ("tf32", "compile", "graphs", "fused", "vae_tiling"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool) and not (name == "compile" and self.compile is None):
                 raise UserError(f"The setting {name} is {getattr(self, name)!r}: it is either True or False.")
         cache = self.cache
         if cache is not None and not (isinstance(cache, DeepCache) and cache.branch < BRANCHES):
@@ -68,11 +69,11 @@ CONSERVATIVE = Level(
 )  # fmt: skip
 BALANCED = Level(
     "balanced", position=0.5, card_gib=12, step_share=0.8, cache=DeepCache(2, 0), tf32=True,
-    compile=True, graphs=True, fused=True, vae_tiling=True, batch_share=0.8,
+    compile=False, graphs=True, fused=True, vae_tiling=True, batch_share=0.8,
 )  # fmt: skip
 AGGRESSIVE = Level(
     "aggressive", position=1.0, card_gib=24, step_share=0.6, cache=DeepCache(3, 0, guided=False), tf32=True,
-    compile=True, graphs=True, fused=True, vae_tiling=True, batch_share=1.0,
+    compile=None, graphs=True, fused=True, vae_tiling=True, batch_share=1.0,
 )  # fmt: skip
 STOPS = (CONSERVATIVE, BALANCED, AGGRESSIVE)  # by position and by memory
 SETTINGS = tuple(f.name for f in fields(Level) if f.name not in ("name", "position", "card_gib"))

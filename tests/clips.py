@@ -50,3 +50,9 @@ def make_sound(path: Path, *options: object, source="sine=f=440:r=16000", second
     """A sound file from a lavfi source; `options` are ffmpeg output options."""
     ffmpeg("-f", "lavfi", "-i", f"{source}:d={seconds}", *options, f"file:{path.absolute()}")
     return path
+
+
+def ffmpeg_messages(*arguments: object) -> str:
+    """Run ffmpeg and return all of its messages, however it ends."""
+    command = [get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-y", "-loglevel", "debug", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, timeout=60).stderr.decode(errors="replace")

@@ -495,11 +495,11 @@ def test_the_container_copies_and_runs_what_exists():
 
 
 def test_a_checkpoint_says_what_suits_it(folder):
-    config = {"resolution": 64, "unet": tiny.UNET, "guidance_scale": 2.25, "mel_range": 5}
+    config = {"resolution": 64, "unet": tiny.UNET, "guidance_scale": 2.25, "mel_range": 5, "speech_level": -21.5}
     config |= {"match_colours": True, "ends_only": True}
-    names = ("guidance_scale", "mel_range", "match_colours", "ends_only")
+    names = ("guidance_scale", "mel_range", "speech_level", "match_colours", "ends_only")
     plain = load(folder)
-    released = [1.5, 8.0, False, False]
+    released = [1.5, 8.0, None, False, False]
     assert [getattr(plain, name) for name in names] == released, "where nothing is said"
     (folder / "latentsync.json").write_text(json.dumps(config))
     own = load(folder)

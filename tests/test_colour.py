@@ -147,11 +147,11 @@ def test_hdr_that_says_little_of_itself_is_taken_for_the_usual_kind(tmp_path, si
 
 
 def test_an_ffmpeg_that_cannot_tone_map_is_a_sentence(tmp_path, monkeypatch):
-    from latentsync import media
     from latentsync.errors import UserError
+    from latentsync.media import reading
 
     info = probe_video(make_hdr(tmp_path / "in.mp4", "smpte2084"))
-    monkeypatch.setattr(media, "_to_standard_range", lambda _: ["zscale_of_another_build"])
+    monkeypatch.setattr(reading, "to_standard_range", lambda _: ["zscale_of_another_build"])
     with pytest.raises(UserError, match="in.mp4 is of high dynamic range .* convert the video to SDR first"):
         next(read_frames(info))
 

@@ -1,4 +1,4 @@
-"""When compiling pays, what is remembered of it, and that a compiled network is the eager one."""
+"""A compiled network is the eager one, and a job compiles only where that cannot make it slower."""
 
 import os
 from dataclasses import replace
@@ -11,27 +11,13 @@ import torch._inductor.config as inductor
 from torch._dynamo.utils import counters
 
 from latentsync.checkpoints import Models
+from latentsync.pipeline import Settings
 from latentsync.sampling import DeepCache
 from latentsync.unet import UNet, UNetConfig
 from optim import compilation
-from optim.compilation import (
-    DEFAULTS,
-    CompiledUNet,
-    Cost,
-    Record,
-    Shape,
-    cache_key,
-    compile_network,
-    expected_cost,
-    job_seconds,
-    missing_compiler,
-    read_record,
-    record_path,
-    restore,
-    use_cache_folder,
-    worth_compiling,
-    write_record,
-)
+from optim.accelerate import make_plan, should_compile
+from optim.compilation import LONG_JOB, compile_unet, is_compiled, missing_compiler, restore, use_cache_folder
+from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, override
 
 CONFIG = UNetConfig(
     in_channels=9,
@@ -44,8 +30,7 @@ CONFIG = UNetConfig(
     norm_num_groups=4,
 )
 SIDE = 4
-SHAPE = Shape(windows=1, side=SIDE, guided=True, cache=DeepCache(2, 0))
-LONG = {"frames": 10_000, "steps": 20, "cache": SHAPE.cache, "seconds_a_frame": 100.0}
+SETTINGS = Settings(cache=DeepCache(2, 0))
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
@@ -78,99 +63,41 @@ def passes(unet: UNet, frames: int) -> list[torch.Tensor]:
         return [out, unet.shallow(x, timestep, context, frames, 0, cached, True)]
 
 
-# ---- the cost model
+# ---- when
 
 
-def test_a_long_job_is_worth_it_and_a_second_is_not():
-    a_frame = 0.5
-    assert job_seconds(25, a_frame) == 32 * a_frame  # two windows
-    assert not worth_compiling(job_seconds(25, a_frame), 0.12, 100.0)
-    assert worth_compiling(job_seconds(25 * 3600, a_frame), 0.12, 100.0)
+def planned(level, windows=1):
+    plan = make_plan(level, SETTINGS, 128, None)
+    return replace(plan, settings=replace(plan.settings, windows_per_pass=windows))
 
 
-def test_what_is_saved_must_exceed_the_price_by_the_margin():
-    assert not worth_compiling(1000.0, 0.1, 100.0 / compilation.MARGIN * 1.01)
-    assert worth_compiling(1000.0, 0.1, 100.0 / compilation.MARGIN * 0.99)
-    assert not worth_compiling(1e9, -0.3, 1.0)
-    assert not worth_compiling(1e9, compilation.LEAST_SHARE / 2, 1.0)  # noise, however long the job
+def test_a_level_compiles_long_jobs_for_which_nothing_faster_runs():
+    assert should_compile(planned(AGGRESSIVE), False, LONG_JOB)
+    assert not should_compile(planned(AGGRESSIVE), False, LONG_JOB - 1)
+    assert not should_compile(planned(AGGRESSIVE), False, None)
+    assert not should_compile(planned(AGGRESSIVE, windows=2), False, LONG_JOB)  # side by side
+    assert not should_compile(planned(AGGRESSIVE), True, LONG_JOB)  # the fused kernels
+    assert should_compile(planned(override(AGGRESSIVE, fused=False)), True, LONG_JOB)
+    assert not any(should_compile(planned(level), False, LONG_JOB) for level in (CONSERVATIVE, BALANCED))
 
 
-def test_measured_defaults_are_sane():
-    for cost in DEFAULTS.values():
-        assert 0 < cost.warm < cost.cold and compilation.LEAST_SHARE < cost.share_saved < 1
-
-
-def test_a_filled_cache_changes_the_decision(home, monkeypatch):
-    monkeypatch.setitem(DEFAULTS, "cpu", Cost(cold=1.0, warm=0.1, share_saved=0.1))
-    artifacts = use_cache_folder() / "inductor"
-    empty = Record(artifacts=str(artifacts))
-
-    def decision() -> bool:
-        cost, share = expected_cost(empty, "cpu", modules=100)
-        return worth_compiling(600.0, share, cost)
-
-    assert not decision()  # 60 s to be saved, 100 s to compile
-    artifacts.mkdir(parents=True)
-    (artifacts / "kernel.so").touch()
-    assert decision()  # 10 s
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(home))  # the artifacts are in another folder
-    assert not decision()
-
-
-def test_this_machines_numbers_override_the_defaults():
-    assert expected_cost(Record(), "cpu", 100) == (DEFAULTS["cpu"].cold * 100, DEFAULTS["cpu"].share_saved)
-    cost, share = expected_cost(Record(eager=2.0, compiled=1.0, cold=7.0), "cpu", 100)
-    assert (cost, share) == (7.0, 0.5)
-    assert expected_cost(Record(eager=1.0, compiled=1.5), "cpu", 100)[1] == pytest.approx(-0.5)
-
-
-# ---- the records
+@pytest.mark.parametrize("asked", [True, False])
+def test_an_explicit_choice_goes_before_the_rule(asked):
+    plan = planned(override(AGGRESSIVE, compile=asked), windows=2)
+    assert should_compile(plan, True, 25) is should_compile(plan, False, 10 * LONG_JOB) is asked
 
 
 def test_the_cache_folder_is_the_users_unless_they_set_another(home, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
-    assert use_cache_folder() == home / "compiled"
+    use_cache_folder()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(home / "compiled" / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
-
-
-def test_another_version_network_or_shape_is_another_key(models, monkeypatch):
-    keys = [cache_key(models, SHAPE)]
-    assert cache_key(models, SHAPE) == keys[0]
-    keys += [cache_key(models, replace(SHAPE, **change)) for change in (
-        {"windows": 2}, {"side": 8}, {"guided": False}, {"cache": None}, {"cache": DeepCache(3, 0)},
-    )]  # fmt: skip
-    models.unet.config = replace(CONFIG, heads=4)
-    keys.append(cache_key(models, SHAPE))
-    models.unet.config = CONFIG
-    monkeypatch.setattr(compilation.torch, "__version__", "2.0.0")
-    keys.append(cache_key(models, SHAPE))
-    assert len(set(keys)) == len(keys)
-
-
-def test_records_come_back_and_damaged_ones_are_none():
-    record = Record(eager=2.0, compiled=1.5, cold=30.0, artifacts="there")
-    write_record("key", record)
-    assert read_record("key") == record
-    for text in ("{", '{"unknown": 1}', "[]"):
-        record_path("key").write_text(text)
-        assert read_record("key") == Record()
 
 
 # ---- the network
 
 
-def test_a_short_job_leaves_the_network_alone_and_says_nothing(models, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
-    said = []
-    assert not compile_network(models, frames=25, steps=20, say=said.append)
-    assert not compile_network(models, frames=25, steps=20, seconds_a_frame=0.5, say=said.append)
-    monkeypatch.setattr(compilation, "_round", lambda *_: (None, 0.005))
-    assert not compile_network(models, frames=10_000, steps=20, say=said.append)  # tried for its time: too quick
-    assert type(models.unet) is UNet and not said
-
-
-def test_failure_leaves_it_eager_with_one_line_and_is_remembered(models, monkeypatch):
+def test_failure_leaves_it_eager_with_one_line(models, monkeypatch):
     def fail(*_, **__):
         def run(*_):
             raise RuntimeError("no such compiler\nand much more")
@@ -180,51 +107,34 @@ def test_failure_leaves_it_eager_with_one_line_and_is_remembered(models, monkeyp
     expected = passes(models.unet, 16)
     monkeypatch.setattr(torch, "compile", fail)
     monkeypatch.setattr(compilation, "missing_compiler", lambda _: None)
-    said = []
-    assert not compile_network(models, **LONG, say=said.append)
-    assert len(said) == 1 and "no such compiler" in said[0] and "much more" not in said[0]
-    assert type(models.unet) is UNet and not hasattr(models.unet, "compiled")
+    lines = []
+    assert not compile_unet(models, SETTINGS, lines.append)
+    assert len(lines) == 1 and "no such compiler" in lines[0] and "much more" not in lines[0]
+    assert not is_compiled(models.unet)
     assert all(torch.equal(a, b) for a, b in zip(passes(models.unet, 16), expected, strict=True))
-    assert not compile_network(models, **LONG, say=said.append)
-    assert len(said) == 1
 
 
-@pytest.mark.parametrize(("factor", "word"), [(1.1, "off by"), (1.0, "gains nothing")])
-def test_a_wrong_or_slow_result_is_turned_down(models, monkeypatch, factor, word):
+def test_a_wrong_result_is_turned_down(models, monkeypatch):
     def compiled(function, **_):
         def run(*arguments):
             out = function(*arguments)
-            return (out[0] * factor, out[1]) if isinstance(out, tuple) else out * factor
+            return (out[0] * 1.1, out[1]) if isinstance(out, tuple) else out * 1.1
 
         return run
 
     monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(compilation, "LEAST_SHARE", 0.05)
-    rounds = iter([1.0, 1.0, 9.0, 0.99, 0.99])  # eager twice, the compiler, compiled twice
-    whole = compilation._round
-    monkeypatch.setattr(compilation, "_round", lambda *given: (whole(*given)[0], next(rounds)))
     monkeypatch.setattr(compilation, "missing_compiler", lambda _: None)
-    said = []
-    assert not compile_network(models, **LONG, say=said.append)
-    assert len(said) == 1 and word in said[0] and type(models.unet) is UNet
-    record = read_record(cache_key(models, SHAPE))
-    assert (record.eager, record.compiled, record.cold) == (1.0, 0.99, pytest.approx(9.0 - 0.99))
-    assert not compile_network(models, **LONG, say=said.append) and len(said) == 1
+    lines = []
+    assert not compile_unet(models, SETTINGS, lines.append)
+    assert len(lines) == 1 and "off by" in lines[0] and not is_compiled(models.unet)
 
 
-def test_no_compiler_is_said_before_anything_is_tried(models, monkeypatch):
+def test_a_missing_compiler_is_named_before_anything_is_tried(models, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    said = []
-    assert not compile_network(models, **LONG, say=said.append)
-    assert len(said) == 1 and "no-such-compiler" in said[0] and type(models.unet) is UNet
-
-
-@pytest.fixture
-def eager_is_slower(monkeypatch):
-    """So small a network gains nothing: have it taken all the same."""
-    monkeypatch.setattr(compilation, "LEAST_SHARE", float("-inf"))
-    monkeypatch.setattr(compilation, "worth_compiling", lambda *_: True)
+    lines = []
+    assert not compile_unet(models, SETTINGS, lines.append)
+    assert len(lines) == 1 and "no-such-compiler" in lines[0] and not is_compiled(models.unet)
 
 
 def graphs() -> int:
@@ -232,38 +142,38 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def test_one_shape_is_compiled_and_nothing_later(models, monkeypatch, eager_is_slower):
+def test_one_shape_is_compiled_and_nothing_later(models, monkeypatch):
     ran = []
 
     def backend(graph, _):  # traced as always, but run without C++
-        return lambda *given: ran.append(None) or graph(*given)
+        return lambda *inputs: ran.append(None) or graph(*inputs)
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     monkeypatch.setattr(compilation, "missing_compiler", lambda _: None)
     expected = {frames: passes(models.unet, frames) for frames in (16, 5)}
-    said, before = [], graphs()
-    assert compile_network(models, **LONG, say=said.append), said
-    assert type(models.unet) is CompiledUNet and not said
+    lines, before = [], graphs()
+    assert compile_unet(models, SETTINGS, lines.append), lines
+    assert is_compiled(models.unet) and not lines
     made = graphs()
     assert made == before + 2  # a full and a shallow pass
-    assert len(ran) == 2 * (1 + compilation.TRIALS)  # what `denoise` passes is what was compiled: none ran eager
+    assert len(ran) == 2 * 2  # what `denoise` passes is what was compiled: none ran eager
     ran.clear()
-    for found, wanted in zip(passes(models.unet, 16), expected[16], strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    for result, wanted in zip(passes(models.unet, 16), expected[16], strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
     assert len(ran) == 2
     assert all(torch.equal(*pair) for pair in zip(passes(models.unet, 5), expected[5], strict=True))
     assert len(ran) == 2
     torch.set_num_threads(2)  # compiled code is for one number of threads, but this must not compile it anew
     passes(models.unet, 16)
     assert len(ran) == 2 and graphs() == made
-    restore(models)
-    assert type(models.unet) is UNet
+    restore(models.unet)
+    assert not is_compiled(models.unet)
     torch.set_num_threads(1)
     assert all(torch.equal(*pair) for pair in zip(passes(models.unet, 16), expected[16], strict=True))
 
 
 @pytest.mark.skipif(missing_compiler("cpu") is not None, reason=str(missing_compiler("cpu")))
-def test_compiled_is_eager(models, monkeypatch, eager_is_slower):
+def test_compiled_is_eager(models, monkeypatch):
     def full(unet, x, timestep, context, frames, branch=None, guided=False):
         # A network of these lines takes seconds to compile, the whole one minutes.
         out = unet.conv_out(unet.conv_norm_out(unet.conv_in(x), frames))
@@ -280,10 +190,8 @@ def test_compiled_is_eager(models, monkeypatch, eager_is_slower):
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # starting workers takes longer than the work
     monkeypatch.setattr(inductor.cpp, "simdlen", 1)  # as does reading the headers of vector instructions
     expected = full_pass()
-    said, before = [], graphs()
-    assert compile_network(models, **LONG | {"cache": DeepCache(1, 0)}, say=said.append), said
-    assert graphs() == before + 1 and not said
-    assert type(models.unet) is CompiledUNet
+    lines, before = [], graphs()
+    assert compile_unet(models, Settings(cache=DeepCache(1, 0)), lines.append), lines
+    assert graphs() == before + 1 and not lines
+    assert is_compiled(models.unet)
     torch.testing.assert_close(full_pass(), expected, rtol=1e-4, atol=1e-4)
-    record = read_record(cache_key(models, replace(SHAPE, cache=DeepCache(1, 0))))
-    assert record.filled and record.cold > 0 and record.eager > 0 and record.compiled > 0

@@ -152,8 +152,5 @@ def test_a_plan_for_a_processor_has_windows_side_by_side(checkpoint, three_threa
 
 
 def test_large_pictures_are_not_computed_side_by_side_where_memory_is_short(three_threads, monkeypatch):
-    class Memory:
-        total = 8 * 2**30
-
-    monkeypatch.setattr("optim.accelerate.psutil.virtual_memory", Memory)
+    monkeypatch.setattr("optim.accelerate.total_memory", lambda: 8 * 2**30)
     assert [plan_as_asked(CPU, side, Settings()).settings.windows_per_pass for side in (128, 256, 512)] == [3, 1, 1]

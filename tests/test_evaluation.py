@@ -1,6 +1,7 @@
 """The measures: known answers on made-up curves and faces, and a whole run on a tiny checkpoint."""
 
 import json
+import math
 
 import cv2
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import torch
 from clips import ffmpeg, make_sound
 from conftest import portrait, save_video
+from skimage.color import deltaE_ciede2000
 
 from latentsync.checkpoints import load_models, resolve
 from latentsync.evaluation import judge as judging
 from latentsync.evaluation.__main__ import main
+from latentsync.evaluation.appearance import NEAR, ciede2000, keeps, mouth_hulls
 from latentsync.evaluation.clips import held_out, look
 from latentsync.evaluation.dubbing import ElsewherePainter, elsewhere
 from latentsync.evaluation.measures import (
@@ -26,6 +29,7 @@ from latentsync.evaluation.measures import (
     pauses,
     peak,
 )
+from latentsync.evaluation.people import people_table
 from latentsync.evaluation.report import Result, pause_variance, summary, table
 from latentsync.pipeline import Painter, Settings, Shot
 from latentsync.training.prepare import prepare
@@ -313,3 +317,59 @@ def test_a_level_gives_the_settings_that_are_measured(checkpoint):
         _, found = levels.prepare(args, models, Settings(args.steps))
         assert found.steps == steps
         assert cache == (found.cache and (found.cache.interval, found.cache.branch))
+
+
+# What a result keeps of a person.
+
+
+def mouths_of(n: int, side: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Textured faces (n, side, side, 3), and the points (n, 4, 2) of a square hull in their lower half."""
+    faces = np.random.default_rng(0).integers(60, 200, (n, side, side, 3), np.uint8)
+    square = np.array([(24, 38), (40, 38), (40, 50), (24, 50)], float)
+    return faces, np.tile(square, (n, 1, 1))
+
+
+def test_a_person_that_stays_keeps_everything():
+    faces, points = mouths_of(4)
+    found = keeps(faces, faces, points)
+    assert found == {"outside": math.inf, "detail": 1, "colour": 0, "seam": 1, "flicker": 1}
+
+
+def test_what_changes_inside_the_hull_is_told_from_what_changes_beside_it():
+    faces, points = mouths_of(4)
+    hulls = mouth_hulls(points, 64, NEAR * 64 / 256)
+    inside = faces.copy()
+    inside[hulls] = np.clip(inside[hulls].astype(int) + (30, 0, 0), 0, 255)
+    found = keeps(inside, faces, points)
+    assert found["outside"] == math.inf
+    assert found["colour"] > 3
+    below = np.zeros_like(hulls)
+    below[:, 32:] = True
+    beside = faces.copy()
+    beside[below & ~hulls] += 5
+    assert keeps(beside, faces, points)["outside"] == pytest.approx(20 * math.log10(255 / 5))
+    above = faces.copy()
+    above[:, :32] = 0
+    assert keeps(above, faces, points)["outside"] == math.inf
+
+
+def test_a_blurred_mouth_keeps_less_detail():
+    faces, points = mouths_of(4)
+    soft = np.stack([cv2.GaussianBlur(face, (0, 0), 2) for face in faces])
+    assert keeps(soft, faces, points)["detail"] < 0.3
+
+
+def test_ciede2000_is_that_of_scikit_image():
+    some = np.random.default_rng(1)
+    for one, other in some.uniform((0, -80, -80), (100, 80, 80), (200, 2, 3)):
+        assert ciede2000(one, other) == pytest.approx(float(deltaE_ciede2000(one, other)), abs=1e-6)
+    assert ciede2000([50, 0, 0], [50, 0, 0]) == 0
+
+
+def test_the_table_of_people_has_a_row_for_each_and_their_means():
+    row = {"person": "a", "voice": "v", "detail": 1.0, "colour": 1.0, "correlation": 0.8, "lag": 0, "old": 0.1,
+           "seam": 1.0, "flicker": 1.0, "outside": math.inf}  # fmt: skip
+    lines = people_table([row, row | {"person": "b", "outside": 50.0, "correlation": 0.6, "lag": None}]).splitlines()
+    assert len(lines) == 5
+    assert "| b | v | 50 |" in lines[3] and "| – |" in lines[3]
+    assert lines[4].startswith("| mean |  | 50 | 1.00 | 1.0 | 0.70 |")

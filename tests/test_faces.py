@@ -1,11 +1,13 @@
 """Finding and following a face, on the public-domain portrait that scikit-image carries."""
 
+import itertools
 import threading
 import time
 
 import cv2
 import numpy as np
 import pytest
+from mediapipe.tasks.python.vision import FaceLandmarker
 from skimage.data import astronaut
 
 from latentsync import faces
@@ -159,6 +161,84 @@ def test_a_flash_is_no_cut(portrait):
     scene = put(room(), portrait, 200, 50)
     flash = (scene * 0.4 + 150).astype(np.uint8)
     assert [face.first for face in track([scene, scene, flash, scene])] == [True, False, False, False]
+
+
+def other(portrait: np.ndarray) -> np.ndarray:
+    """Another person in the same place: looking the other way, in other colours."""
+    return np.ascontiguousarray(255 - (255 - portrait[:, ::-1, ::-1]) * 0.6).astype(np.uint8)
+
+
+def scenes(frames: list[np.ndarray]) -> list[int]:
+    found = track(frames)
+    assert all(found), "a frame without a face proves nothing"
+    assert all(face.first == (i == 0 or face.scene != found[i - 1].scene) for i, face in enumerate(found))
+    return [face.scene for face in found]
+
+
+@pytest.mark.parametrize("lengths", [[9, 9], [9, 2, 9], [3, 9, 4, 3]])
+def test_a_cut_is_found_though_much_of_the_room_and_the_place_of_the_face_stay(portrait, lengths):
+    elsewhere = room()
+    elsewhere[:, :160] = room(140)[:, :160]
+    views = [(room(), portrait), (elsewhere, other(portrait))]
+    wanted = [scene for scene, length in enumerate(lengths) for _ in range(length)]
+    frames = [
+        put(here, person, 200 + 0.5 * t, 20, 1.3) for t, (here, person) in enumerate(views[n % 2] for n in wanted)
+    ]
+    assert not any(faces._is_cut(*map(faces._thumbnail, pair)) for pair in itertools.pairwise(frames))
+    assert scenes(frames) == wanted
+
+
+def test_a_cut_between_two_takes_of_one_person_is_found_and_points_are_not_smoothed_across_it(portrait):
+    frames = [put(room(), portrait, 200 + (20 * (t >= 8)), 50) for t in range(16)]
+    assert scenes(frames) == [0] * 8 + [1] * 8
+    assert max(np.abs(face.points - unsmoothed(face)).max() for face in track(frames)) < 0.5
+
+
+def still(portrait: np.ndarray) -> list[np.ndarray]:
+    return [put(room(), portrait, 200, 50)] * 24
+
+
+def flashes(portrait: np.ndarray, *at: int) -> list[np.ndarray]:
+    """Half of the picture is white, and the rest of it brighter, in these frames."""
+    frames = [frame.astype(np.float32) for frame in still(portrait)]
+    for t in at:
+        frames[t] = frames[t] * 0.6 + np.linspace(0, 400, WIDTH, dtype=np.float32)[:, None]
+    return [np.clip(frame, 0, 255).astype(np.uint8) for frame in frames]
+
+
+def dimmed(portrait: np.ndarray, light: np.ndarray) -> list[np.ndarray]:
+    return [(frame * share).astype(np.uint8) for frame, share in zip(still(portrait), light, strict=True)]
+
+
+def panned(portrait: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
+    wide = np.concatenate([room(), room(120), room(140)], 1)
+    return [put(wide[:, round(x) : round(x) + WIDTH].copy(), portrait, 200 - x / 4, 50) for x in offsets]
+
+
+UNCUT = {
+    "a flash": lambda portrait: flashes(portrait, 8),
+    "a flash of three frames": lambda portrait: flashes(portrait, 8, 9, 10),
+    "a stroboscope": lambda portrait: flashes(portrait, *range(3, 24, 4)),
+    "the light is switched off": lambda portrait: dimmed(portrait, np.repeat([1, 0.4], 12)),
+    "the picture fades in": lambda portrait: dimmed(portrait, np.linspace(0.3, 1, 24)),
+    "the camera starts to pan": lambda portrait: panned(portrait, np.maximum(np.arange(24) - 8, 0) * 16),
+    "the camera is knocked": lambda portrait: panned(portrait, 40.0 * (np.arange(24) == 8)),
+    "the person turns up close": lambda portrait: [put(room(), portrait, 150, 20, 1 + t / 60) for t in range(24)],
+    "12.5 frames a second": lambda portrait: panned(portrait, np.arange(24) // 2 * 12),
+    "5 frames a second": lambda portrait: panned(portrait, np.arange(24) // 5 * 12),
+}
+
+
+@pytest.mark.parametrize("name", UNCUT)
+def test_no_cut_is_seen_where_there_is_none(portrait, name):
+    assert set(scenes(UNCUT[name](portrait))) == {0}
+
+
+def test_a_dissolve_is_no_cut(portrait):
+    people = still(portrait), still(other(portrait))
+    share = np.clip((np.arange(24) - 6) / 12, 0, 1)
+    frames = [cv2.addWeighted(a, 1 - s, b, s, 0) for a, b, s in zip(*people, share, strict=True)]
+    assert set(scenes(frames)) == {0}
 
 
 def test_a_face_that_leaves_and_comes_back_fades(portrait):
@@ -360,8 +440,8 @@ def test_a_face_that_looks_away_is_not_usable(portrait, monkeypatch):
 
 def test_stopping_early_closes_the_landmarker(portrait, monkeypatch):
     closed = []
-    close = faces.FaceLandmarker.close
-    monkeypatch.setattr(faces.FaceLandmarker, "close", lambda self: (closed.append(True), close(self)))
+    close = FaceLandmarker.close
+    monkeypatch.setattr(FaceLandmarker, "close", lambda self: (closed.append(True), close(self)))
     tracked = track_faces(iter([put(room(), portrait, 200, 50)] * 20))
     next(tracked)
     assert not closed

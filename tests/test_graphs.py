@@ -3,14 +3,13 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor
 
 from latentsync.sampling import DeepCache, ddim_schedule, denoise
 from latentsync.unet import Context, UNet, UNetConfig
 from latentsync.vae import condition, decode
 from optim import graphs
-from optim.graphs import MOST_GRAPHS, GraphedUNet, Graphs, Pass, capture, release
+from optim.graphs import MOST_GRAPHS, RUNS_TO_REPLACE, Graphs, Pass, capture, release
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,7 +81,7 @@ def test_loops_over_replayed_passes_equal_eager_ones_window_after_window(on_a_gp
     assert sum(each.graph.replays for each in on_a_gpu) == 3 * 7 - len(on_a_gpu), "all but the first of each kind"
 
 
-def test_other_shapes_are_captured_on_their_own_and_the_oldest_given_up(on_a_gpu):
+def test_other_shapes_are_captured_on_their_own_as_long_as_there_is_room(on_a_gpu):
     unet = small_unet()
     for frames in range(1, MOST_GRAPHS + 3):
         inputs = window(frames)
@@ -91,7 +90,28 @@ def test_other_shapes_are_captured_on_their_own_and_the_oldest_given_up(on_a_gpu
         ours = denoise(unet, *inputs, ddim_schedule(3))
         if wanted is not None:
             assert torch.allclose(ours, wanted, **ROUNDING)
-    assert len(unet.graphs.passes) == MOST_GRAPHS and len(on_a_gpu) == MOST_GRAPHS + 2
+    assert len(unet.graphs.passes) == len(on_a_gpu) == MOST_GRAPHS
+
+
+def test_a_film_of_scenes_of_every_length_captures_few_graphs(on_a_gpu):
+    unet, runs = small_unet(), 0
+    capture(unet)
+    for _ in range(3):
+        for frames in range(1, 17):
+            denoise(unet, *window(frames), ddim_schedule(7), 1.5, DeepCache(3, 0))
+            runs += 7
+    assert len(on_a_gpu) <= MOST_GRAPHS + runs / RUNS_TO_REPLACE
+
+
+def test_a_shape_that_comes_to_stay_takes_the_place_of_the_graph_that_was_used_least_recently(on_a_gpu):
+    unet = small_unet()
+    capture(unet)
+    for frames in range(1, MOST_GRAPHS + 1):
+        denoise(unet, *window(frames), ddim_schedule(3))
+    oldest = next(iter(unet.graphs.passes))
+    denoise(unet, *window(16), ddim_schedule(RUNS_TO_REPLACE + 2))
+    assert len(unet.graphs.passes) == MOST_GRAPHS and oldest not in unet.graphs.passes
+    assert on_a_gpu[-1].x.shape[0] == 16 and on_a_gpu[-1].graph.replays == 2
 
 
 def test_what_stays_the_same_from_step_to_step_is_copied_once(on_a_gpu, monkeypatch):
@@ -121,11 +141,11 @@ def test_on_the_processor_nothing_is_captured():
     unet = small_unet()
     wanted = denoise(unet, *(inputs := window()), ddim_schedule(4))
     capture(unet)
-    assert type(unet) is GraphedUNet
+    assert "full" in vars(unet)
     assert torch.equal(denoise(unet, *inputs, ddim_schedule(4)), wanted)
     assert not unet.graphs.passes
     release(unet)
-    assert type(unet) is UNet and not hasattr(unet, "graphs")
+    assert not {"full", "shallow", "graphs"} & set(vars(unet))
 
 
 def small_vae() -> AutoencoderKL:
@@ -157,9 +177,9 @@ def test_the_autoencoder_is_captured_with_the_unet_and_released_with_it(on_a_gpu
     assert torch.allclose(denoise(unet, *windows, ddim_schedule(3)), latents, **ROUNDING)
     shapes = [tuple(each.x.shape) for each in on_a_gpu[:3]]
     assert shapes == [(3, 3, 32, 32), (2, 3, 32, 32), (3, 4, 16, 16)], "two faces are decoded but once"
-    assert len(on_a_gpu) == 4 and unet.graphs is vae.encoder.graphs is vae.decoder.graphs
+    assert len(on_a_gpu) == len(unet.graphs.passes) == 4
     release(unet, vae)
-    assert (type(unet), type(vae.encoder), type(vae.decoder)) == (UNet, Encoder, Decoder)
+    assert not any("full" in vars(part) or "forward" in vars(part) for part in (unet, vae.encoder, vae.decoder))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

@@ -1,5 +1,6 @@
 """The chain of stages: what is cut into windows, what is painted where, what a run reports and leaves behind."""
 
+import itertools
 import math
 import os
 import random
@@ -7,7 +8,6 @@ import threading
 import time
 import weakref
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints import load_models, resolve
 from latentsync.compositing import match_colours, paste_face
 from latentsync.errors import UserError
+from latentsync.faces import track_faces
 from latentsync.media import COMMENT, VideoWriter, probe_audio, probe_video, read_frames
 from latentsync.overlap import ahead
 from latentsync.pipeline import (
@@ -108,6 +109,52 @@ def test_windows_are_full_and_give_every_frame_once_in_order(gap):
 def test_only_the_last_window_of_a_run_slides_back():
     parts = list(windows(shots_of([40], gap=0)))
     assert [(numbers(w.shots)[0], w.done) for w in parts] == [(0, 0), (16, 0), (24, 8)]
+
+
+@pytest.mark.parametrize("lengths", [[10, 30], [1, 2, 3, 16, 17, 1], [16, 16, 40], [5] * 6])
+def test_windows_end_at_cuts(lengths):
+    """Each scene has the windows that it would have as a clip of its own."""
+    shots, wanted, start = [], [], 0
+    for scene, length in enumerate(lengths):
+        alone = shots_of([length], gap=0)
+        wanted += [([start + n for n in numbers(w.shots)], w.done) for w in windows(alone)]
+        shots += [replace(shot, frame=shot.frame + start, scene=scene) for shot in alone]
+        start += length
+    assert [(numbers(w.shots), w.done) for w in windows(shots)] == wanted
+
+
+def scenes_of(frames, *, cuts, scenes=True, **_):
+    """A tracker to whom scenes begin at these positions; `scenes`: whether it tells the pipeline so."""
+    frames = list(frames)
+    for scene, (start, end) in enumerate(itertools.pairwise([0, *cuts, len(frames)])):
+        for frame, face in track_faces(frames[start:end]):
+            yield frame, replace(face, scene=scene * scenes)
+
+
+def test_a_looped_video_is_cut_at_the_same_places_backward_and_not_where_it_turns(models, wav, monkeypatch):
+    monkeypatch.setattr(pipeline, "track_faces", lambda frames, **_: scenes_of(frames, cuts=(7, 9)))
+    cut, painted = [], pipeline.windows
+
+    def watched(shots):
+        for part in painted(shots):
+            cut.append([shot.source for shot in part.new])
+            yield part
+
+    monkeypatch.setattr(pipeline, "windows", watched)
+    list(generate(there_and_back(12, 30), wav, models, Settings(steps=1), 30, True, StageClock()))
+    assert cut == [[*range(7)], [7, 8], [9, 10, 11, 11, 10, 9], [8, 7], [*range(6, -1, -1), *range(6)]]
+
+
+@pytest.mark.parametrize("scenes", [False, True])
+def test_what_lies_behind_a_cut_does_not_change_the_frames_before_it(models, wav, monkeypatch, scenes):
+    """Within a window frames do depend on one another, so that without scenes the test fails."""
+    monkeypatch.setattr(pipeline, "track_faces", lambda frames, **_: scenes_of(frames, cuts=(10,), scenes=scenes))
+
+    def painted(shade: int) -> np.ndarray:
+        frames = [portrait(t) if t < 10 else portrait(t) // shade for t in range(20)]
+        return stacked(list(generate(enumerate(frames), wav, models, Settings(steps=2), 20, False, StageClock())))
+
+    assert np.array_equal(painted(1)[:10], painted(2)[:10]) == scenes
 
 
 def test_windows_are_emitted_as_soon_as_they_are_full():
@@ -691,7 +738,7 @@ def test_large_pictures_go_through_in_fewer_windows_or_are_refused_with_a_senten
     settings = Settings(windows_per_pass=4)
 
     def free(gigabytes: float) -> None:
-        monkeypatch.setattr(pipeline.psutil, "virtual_memory", lambda: SimpleNamespace(available=gigabytes * 1e9))
+        monkeypatch.setattr(pipeline, "available_memory", lambda: int(gigabytes * 1e9))
 
     found = []
     for gigabytes in (16, 8, 5):

@@ -22,10 +22,9 @@ import torch
 from clips import ffmpeg, make_sound, make_video
 from conftest import FACE_FRAMES, portrait, save_video
 
-from latentsync import media
 from latentsync.checkpoints import load_models, resolve
 from latentsync.errors import UserError
-from latentsync.media import VideoWriter, probe_video, read_frames
+from latentsync.media import VideoWriter, probe_video, process, read_frames, reading
 from latentsync.pipeline import Settings, lipsync
 from optim.serving import jobs
 from optim.serving.jobs import CANCELLED, DONE, FAILED, Request, Worker
@@ -114,10 +113,10 @@ def run_and_spoil(models, talking, voice, output: Path, spoil: Callable[[], obje
 def limited(folder: Path, monkeypatch, kilobytes: int) -> None:
     """Let every ffmpeg fail as on a file system whose files end there."""
     wrapper = folder / "ffmpeg"
-    exe = media.get_ffmpeg_exe()
+    exe = process.get_ffmpeg_exe()
     wrapper.write_text(f'#!/bin/bash\ntrap "" XFSZ\nulimit -f {kilobytes}\nexec "{exe}" "$@"\n')
     wrapper.chmod(0o755)
-    monkeypatch.setattr(media, "get_ffmpeg_exe", lambda: str(wrapper))
+    monkeypatch.setattr(process, "get_ffmpeg_exe", lambda: str(wrapper))
 
 
 def test_a_file_system_that_takes_no_more_is_a_sentence(models, talking, voice, tmp_path, monkeypatch):
@@ -207,7 +206,7 @@ def test_a_decoder_that_is_killed_is_a_sentence(long_clip):
 
 
 def test_a_decoder_that_stops_delivering_is_ended(long_clip, monkeypatch):
-    monkeypatch.setattr(media, "FRAME_SECONDS", 2.0)
+    monkeypatch.setattr(reading, "FRAME_SECONDS", 2.0)
     frames = read_frames(probe_video(long_clip))
     next(frames)
     children()[0].send_signal(signal.SIGSTOP)
@@ -221,7 +220,7 @@ def test_a_decoder_that_is_waited_for_by_nobody_may_take_its_time(long_clip, mon
     """A slow network behind the decoder is no stall of it; nor is a pause that ends in time."""
     info = probe_video(long_clip)
     wanted = sum(int(frame.sum()) for frame in read_frames(info))
-    monkeypatch.setattr(media, "FRAME_SECONDS", 2.0)
+    monkeypatch.setattr(reading, "FRAME_SECONDS", 2.0)
     found = 0
     for i, frame in enumerate(read_frames(info)):
         found += int(frame.sum())
@@ -246,7 +245,7 @@ def test_sound_shorter_than_a_frame_gives_a_frame(models, talking, tmp_path, sam
 # ---- memory
 
 PLACES = {
-    "decoding": (media, "_fill"),
+    "decoding": (reading, "_fill"),
     "sound": ("latentsync.pipeline", "read_audio"),
     "faces": ("latentsync.faces", "_detect_in"),
     "smoothing": ("latentsync.faces", "_smoothed_points"),
@@ -259,8 +258,8 @@ PLACES = {
     "soundness": ("latentsync.pipeline", "unusable"),
     "merging": ("latentsync.pipeline", "merge_faces"),
     "compositing": ("latentsync.pipeline", "paste_into_rectangle"),
-    "opening": (media, "VideoWriter._encoding"),
-    "writing": (media, "VideoWriter.write"),
+    "opening": (VideoWriter, "_encoding"),
+    "writing": (VideoWriter, "write"),
     "loading": ("latentsync.checkpoints", "load_models"),
     "preparing": ("optim.accelerate", "accelerate"),
     "preview": ("optim.serving.preview", "Preview._show"),

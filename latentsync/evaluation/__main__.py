@@ -1,6 +1,7 @@
 """How well mouths follow the sound: on real clips, and in one finished video.
 
 python -m latentsync.evaluation clips CLIPS OUT         # CLIPS/SPEAKER/CLIP.mp4, those that training holds out
+python -m latentsync.evaluation people FILMS VOICES OUT # FILMS/PERSON.mp4, each with the voice of a held-out clip
 python -m latentsync.evaluation video RESULT            # mouth and sound of one file
 python -m latentsync.evaluation strip VIDEO AUDIO RESULT PICTURE.png
 python -m latentsync.evaluation judge PREPARED          # train the judge of sync
@@ -21,19 +22,22 @@ from latentsync.errors import UserError
 from latentsync.evaluation.clips import TRACKS, held_out, read_clip
 from latentsync.evaluation.judge import WEIGHTS, Judge, judge_clip, load_judge, train, verdict
 from latentsync.evaluation.measures import correlation, loudness, peak
+from latentsync.evaluation.people import measure_people, people_table
 from latentsync.evaluation.report import check_on, groups, measure, plain, table
 from latentsync.evaluation.sheet import contact, save_picture, strip
-from latentsync.options import between, choose_device
+from latentsync.options import between, choose_device, interrupt_on_signals
+from latentsync.paths import check_writable, write_text
 from latentsync.pipeline import Settings
 
+FILMS = (".mp4", ".mkv", ".mov", ".webm")
 SHEET_CLIPS = 2  # of every speaker, on the contact sheet
 
 # Arguments, models, settings: those that are to be measured.
 Prepare = Callable[[argparse.Namespace, Models, Settings], tuple[Models, Settings]]
 
 
-def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The whole command line, and that of `clips` in it, to which more can be added."""
+def parsers() -> tuple[argparse.ArgumentParser, tuple[argparse.ArgumentParser, ...]]:
+    """The whole command line, and the commands of it that dub, to which more can be added."""
     found = argparse.ArgumentParser(
         prog="python -m latentsync.evaluation",
         description=__doc__,
@@ -47,10 +51,16 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "--speakers", nargs="+", metavar="NAME", help="folders of CLIPS (default: all with held-out clips)"
     )
     clips.add_argument("--limit", type=between(int, 1, 1000), help="clips of every speaker (default: all held out)")
-    clips.add_argument("--model", default="demo", metavar="NAME|PATH")
-    clips.add_argument("--steps", type=between(int, 1, 999), default=20)
-    clips.add_argument("--guidance", type=between(float, 0, 10), help="default: what suits the model")
-    clips.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=1247)
+    people = commands.add_parser("people", help="dub films of people and measure what each keeps of them")
+    people.add_argument("films", type=Path, help="folder of PERSON.mp4")
+    people.add_argument("voices", type=Path, help="folder of SPEAKER/CLIP.mp4, with sound")
+    people.add_argument("out", type=Path, help="folder for people.md and people.png")
+    people.add_argument("--speakers", nargs="+", metavar="NAME", help="folders of VOICES (default: all held out)")
+    for command in (clips, people):
+        command.add_argument("--model", default="demo", metavar="NAME|PATH")
+        command.add_argument("--steps", type=between(int, 1, 999), default=20)
+        command.add_argument("--guidance", type=between(float, 0, 10), help="default: what suits the model")
+        command.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=1247)
     video = commands.add_parser("video", help="mouth and sound of one file")
     video.add_argument("result", type=Path)
     picture = commands.add_parser("strip", help="frames of a video and of its result, and the sound")
@@ -60,11 +70,11 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     judge.add_argument("prepared", type=Path, help="folder that `python -m latentsync.training prepare` wrote")
     judge.add_argument("--seconds", type=between(float, 0, 1e6), default=240.0, help="time to train for (default 240)")
     judge.add_argument("--output", type=Path, default=WEIGHTS, help="what to write (default: where it is looked for)")
-    for command in (clips, video, judge):
+    for command in (clips, people, video, judge):
         command.add_argument("--device", default="auto")
     for command in (clips, video):
         command.add_argument("--judge", type=Path, default=WEIGHTS, help="weights of the judge of sync")
-    return found, clips
+    return found, (clips, people)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,6 +109,9 @@ def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"'{args.out}' cannot be made ({error.strerror}); choose another folder.") from error
+    inputs = [*(path for paths in files.values() for path in paths), *models.files, args.judge]
+    for name in ("measures.json", *(f"{speaker}.png" for speaker in files)):
+        check_writable(args.out / name, inputs)
     # Those that are not dubbed are tracks among which the true one is to be found.
     say("following the faces of the real clips")
     most = None if args.limit is None else max(args.limit, TRACKS)
@@ -125,12 +138,37 @@ def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
         # Written anew with every clip, so that what is done stays when a run is stopped.
         save_picture(args.out / f"{result.speaker}.png", np.vstack(sheet))
         found = groups(results)
-        (args.out / "measures.json").write_text(json.dumps(plain({
+        write_text(args.out / "measures.json", json.dumps(plain({
             "model": models.name, "resolution": models.resolution, "device": str(device), "settings": asdict(settings),
             "judge": None if checked is None else asdict(checked) | {"passed": checked.passed}, "groups": found,
             "clips": [{"speaker": r.speaker, "name": r.name, "voice": r.voice} | r.measures for r in results],
-        }), indent=1) + "\n", encoding="utf-8")  # fmt: skip
+        }), indent=1) + "\n")  # fmt: skip
     print(table(found))
+
+
+def evaluate_people(args: argparse.Namespace, prepare: Prepare) -> None:
+    """Dub films of people, and write people.md and the contact sheet into the folder `out`."""
+    films = sorted(path for path in args.films.glob("*") if path.suffix in FILMS)
+    if not films:
+        raise UserError(f"'{args.films}' has no films; they are expected as PERSON.mp4.")
+    device = choose_device(args.device)
+    models = load_models(resolve(args.model, device), device)
+    settings = Settings.suiting(models, args.guidance, steps=args.steps, seed=args.seed)
+    models, settings = prepare(args, models, settings)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{args.out}' cannot be made ({error.strerror}); choose another folder.") from error
+    files = [(speaker, path) for speaker, paths in held_out(args.voices, args.speakers).items() for path in paths]
+    voices = [read_clip(speaker, path) for speaker, path in files[: len(films)]]
+    found, blocks = [], []
+    for measures, before, after in measure_people(films, voices, models, settings):
+        found.append(measures)
+        say(f"{measures['person']}: {measures['outside']:.0f} dB, correlation {measures['correlation']:.2f}")
+        blocks.append(contact(measures["person"], (before, after)))
+        save_picture(args.out / "people.png", np.vstack(blocks))
+        (args.out / "people.md").write_text(people_table(found) + "\n", encoding="utf-8")
+    print(people_table(found))
 
 
 def evaluate_video(args: argparse.Namespace) -> None:
@@ -154,14 +192,20 @@ def main(
 ) -> int:
     """Run a command; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
     args = parser().parse_args(arguments)
+    interrupt_on_signals()
     try:
         if args.command == "clips":
             evaluate_clips(args, prepare)
+        elif args.command == "people":
+            evaluate_people(args, prepare)
         elif args.command == "video":
             evaluate_video(args)
         elif args.command == "strip":
+            check_writable(args.picture, (args.video, args.audio, args.result), "The picture")
             save_picture(args.picture, strip(args.video, args.audio, args.result))
         else:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(args.output, (args.prepared / "crops.mp4", args.prepared / "clips.npz"))
             train(args.prepared, args.output, args.seconds, choose_device(args.device))
     except UserError as error:
         say(str(error))

@@ -10,7 +10,9 @@ from torch import Tensor
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints import Models
 from latentsync.evaluation.clips import Clip
+from latentsync.faces import face_reader
 from latentsync.pipeline import Painter, Settings, Shot, align, batches, beside, paint, windows
+from latentsync.retarget import MouthBank, retarget
 
 
 class ElsewherePainter(Painter):
@@ -45,7 +47,7 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own: bo
     def tracked() -> Iterator:
         yield from zip(clip.seen.frames[:n].copy(), clip.seen.faces[:n], strict=True)
 
-    chunks = audio_chunks(models.audio_encoder, torch.from_numpy(wav), n, models.mel_range)
+    chunks = audio_chunks(models.audio_encoder, torch.from_numpy(wav), n, models.mel_range, models.speech_level)
     heard = beside(chunks, models.device)
     shots = list(align(tracked(), heard, models.resolution, most=n))
     painter = Painter(models, settings)
@@ -53,4 +55,10 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own: bo
         others = [shots[i] if shots[i].crop is not None else shots[k] for k, i in enumerate(elsewhere(n))]
         painter = ElsewherePainter(models, settings, others)
     with closing(paint(batches(windows(shots), settings.windows_per_pass), painter)) as painted:
-        return np.stack([shot.frame for shot in painted])
+        if models.face is None:
+            return np.stack([shot.frame for shot in painted])
+        bank = MouthBank()
+        for _ in bank.collect(zip(clip.seen.frames, clip.seen.faces, strict=True)):
+            pass
+        with face_reader() as read_face:
+            return np.stack([shot.frame for shot in retarget(painted, bank, read_face)])

@@ -1,14 +1,19 @@
 """What can be seen of a video that was given, and of a job's result before it is done."""
 
 import queue
+import subprocess
 import threading
 import time
 import traceback
+from collections.abc import Generator
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentsync import FPS
 from latentsync.media import VideoInfo, read_frames
+from latentsync.media.process import file_url, input_arguments, run_ffmpeg
+from latentsync.media.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +48,32 @@ def first_picture(info: VideoInfo) -> bytes:
     return as_jpeg(cv2.resize(frame, preview_size(info.width, info.height), interpolation=cv2.INTER_AREA))
 
 
+def write_fragments(path: Path, size: tuple[int, int], audio: Path) -> Generator[None, "np.ndarray", None]:
+    """Write the frames that are sent, with the sound, to an MP4 file that is playable while it grows.
+
+    size: (width, height) of the frames, uint8 (height, width, 3) RGB. Send None first; close it at the end.
+    """
+    arguments = [
+        *("-loglevel", "error", "-nostats", "-y", "-f", "rawvideo", "-pixel_format", "rgb24"),
+        *("-video_size", f"{size[0]}x{size[1]}", "-framerate", str(FPS), "-i", "pipe:0", *input_arguments(audio)),
+        *("-map", "0:v:0", "-map", "1:a:0", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "ultrafast"),
+        *("-crf", "23", "-g", str(FPS), "-c:a", "aac", "-shortest", "-map_metadata", "-1", "-map_chapters", "-1"),
+        *("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"),
+        *("-f", "mp4", file_url(path)),
+    ]
+    with run_ffmpeg(arguments, stdin=subprocess.PIPE) as (process, _), Watchdog(process) as watchdog:
+        try:
+            while True:
+                watchdog.write(memoryview((yield)).cast("B"))
+        except BrokenPipeError:  # the sound has ended, and with it the video
+            while True:
+                yield
+        finally:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                process.stdin.close()
+                process.wait(STUCK_SECONDS)
+
+
 class Preview:
     """Looks at finished frames in a thread of its own: a picture now and then, and the first seconds as a video.
 
@@ -62,7 +93,9 @@ class Preview:
         """Take a frame, if it is wanted; costs the run no more than that. frame: uint8 (H, W, 3)."""
         self._taken += 1
         now = time.monotonic()
-        in_video, in_picture = self._taken <= PREVIEW_SECONDS * FPS, now >= self._due
+        # Of a run that resumes, the first seconds do not come here.
+        in_video = not self._job.resumed_from and self._taken <= PREVIEW_SECONDS * FPS
+        in_picture = now >= self._due
         if in_picture:
             self._due = now + PICTURE_INTERVAL
         if in_video or in_picture:
@@ -93,7 +126,6 @@ class Preview:
 
     def _show(self) -> Any:
         import cv2
-        import imageio_ffmpeg
 
         job, writer, written = self._job, None, 0
         size = None
@@ -101,15 +133,11 @@ class Preview:
             frame, number, in_picture = item  # from 1, of those in the video; 0: not in it
             if size is None:
                 size = preview_size(frame.shape[1], frame.shape[0])
-                writer = imageio_ffmpeg.write_frames(
-                    str(job.first), size, fps=FPS, quality=None, macro_block_size=2, codec="libx264",
-                    audio_path=str(job.request.audio), audio_codec="aac", ffmpeg_log_level="error",
-                    output_params=["-preset", "ultrafast", "-crf", "23", "-g", str(FPS), "-shortest",
-                                   "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"],
-                )  # fmt: skip
-                writer.send(None)
             small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
             if number:
+                if writer is None:
+                    writer = write_fragments(job.first, size, job.request.audio)
+                    writer.send(None)
                 while written < number:
                     writer.send(small)
                     written += 1

@@ -1,0 +1,120 @@
+"""What is known of a video or sound file: plain data."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+HDR_TRANSFERS = {"smpte2084", "arib-std-b67"}  # PQ (HDR10, Dolby Vision 8.1) and HLG (Dolby Vision 8.4)
+OPACITY_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # by codec: what keeps the opacity, unlike ffmpeg's
+INTERLACED_REMARK = "The video is interlaced (a frame's odd and even lines show different times); the result is not."
+TRANSPARENT_REMARK = "Transparent parts of the picture become white."
+HDR_REMARK = "The video is of high dynamic range (HDR); the result is of standard range (SDR)."
+
+
+def is_transparent(pixel_format: str) -> bool:
+    """Whether the pixels of ffmpeg's `pixel_format` have an opacity."""
+    return bool(re.match(r"rgba|bgra|argb|abgr|gbrap|yuva|ya\d|pal8|ayuv|vuya|uyva", pixel_format))
+
+
+@dataclass(frozen=True)
+class Track:
+    """One of a file's tracks of pictures or of sound, by what the file says of it. Texts are cleaned for one line."""
+
+    number: int  # among the file's tracks of its kind, from 1
+    index: int  # ffmpeg's, among all streams
+    codec: str
+    default: bool  # the file asks players for it
+    language: str = ""  # mostly three letters
+    title: str = ""
+    width: int = 0  # pixels as stored; 0 for sound
+    height: int = 0
+    channels: str = ""  # ffmpeg's name of the layout, "" for pictures
+
+    def __str__(self) -> str:
+        size = f"{self.width} × {self.height}" if self.width else self.channels
+        title = f"“{self.title}”" if self.title else ""
+        words = self.codec, size, self.language, title, "default" if self.default else ""
+        return f"{self.number} ({', '.join(filter(None, words))})"
+
+
+def _choice(kind: str, number: int, tracks: tuple[Track, ...]) -> tuple[str, ...]:
+    """A sentence on which track is used, where there are several."""
+    if len(tracks) < 2:
+        return ()
+    return (f"The file has {len(tracks)} {kind} tracks, number {number} is used: {'; '.join(map(str, tracks))}.",)
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What `probe_video` found. Sizes are those of the frames that `read_frames` yields."""
+
+    path: Path
+    width: int  # as displayed: rotated, square pixels
+    height: int
+    fps: float  # mean rate of the file
+    duration: float  # seconds of picture
+    n_frames: int  # expected on the 25 fps grid; decoding decides
+    color_range: str  # "tv" (limited) or "pc" (full), "unknown" where the file does not say
+    color_matrix: str  # ffmpeg's names, "gbr" for RGB files, "unknown" where the file does not say
+    color_primaries: str
+    color_transfer: str
+    pixel_format: str  # ffmpeg's name
+    bit_depth: int
+    codec: str
+    container: str  # ffmpeg's demuxer names, comma separated
+    still: bool  # a picture, not a video
+    stored_width: int  # of the file's first frame, rotated, in its own pixels
+    stored_height: int
+    pixel_aspect: Fraction  # width of its pixels over their height; 1 where the file gives none that can be used
+    scaled: bool  # the file's pixels are not square, or too many for a picture, and are rescaled
+    interlaced: bool  # its first frame consists of two fields of different times
+    start_pts: int  # timestamp of the first frame in units of time_base, after ffmpeg's shift to zero
+    time_base: Fraction  # seconds
+    select: str = "V:0"  # ffmpeg's specifier of the stream or group of tiles that is read, without the file's number
+    track: int = 1  # the number of the one that is read
+    tracks: tuple[Track, ...] = ()  # all that can be chosen; none of a picture
+
+    @property
+    def hdr(self) -> bool:
+        """Whether the file is of high dynamic range. Its frames are not: they are BT.709."""
+        return self.color_transfer in HDR_TRANSFERS
+
+    @property
+    def transparent(self) -> bool:
+        """Whether the file's pixels have an opacity. Its frames have none: they lie on white."""
+        return is_transparent(self.pixel_format)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences for the user on what the result has otherwise than the file."""
+        shrunk = f"So large a picture is made smaller: the result has {self.width} × {self.height} pixels."
+        remarks = {
+            HDR_REMARK: self.hdr,
+            INTERLACED_REMARK: self.interlaced,
+            TRANSPARENT_REMARK: self.transparent,
+            shrunk: self.still and self.scaled,
+        }
+        texts = tuple(remark for remark, applies in remarks.items() if applies)
+        return texts + _choice("video", self.track, self.tracks)
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What `probe_audio` found about a sound track of a file."""
+
+    path: Path
+    codec: str
+    sample_rate: int
+    channels: int
+    sample_format: str  # ffmpeg's name of what the decoder gives: "s16", "fltp", ...
+    duration: float  # seconds, counted in decoded samples
+    start: float  # seconds from the start of the file to the first sample
+    select: str = "a:0"  # ffmpeg's specifier of the stream, without the file's number
+    track: int = 1  # the number of the one that is described
+    tracks: tuple[Track, ...] = ()  # all that can be chosen
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences for the user on what of the file is used."""
+        return _choice("sound", self.track, self.tracks)

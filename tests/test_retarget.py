@@ -1,0 +1,463 @@
+"""Mouth shapes on the film's own pixels: what changes in a frame, what is chosen, what is held, and how it goes on."""
+
+import json
+import shutil
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from clips import make_sound
+from conftest import SIDE, portrait, save_video
+from test_resume import X264, hashes, interrupted
+from tiny import RESOLUTION
+
+from latentsync import pipeline
+from latentsync.checkpoints import load_models, resolve
+from latentsync.errors import UserError
+from latentsync.faces import Face, face_reader, track_faces
+from latentsync.media import probe_video, read_frames
+from latentsync.pipeline import Painter, Settings, lipsync
+from latentsync.retarget import CONTEXT, HELD_FRAMES, MouthBank, bank, mouth_points, retarget, stage
+from latentsync.retarget.bank import choose_mouths, cut_mouth, limit_mouths
+from latentsync.retarget.drawing import HULL_OUTSIDE, GeneratedMouth, Layer, show_mouth, soft_hull, warp_map
+from latentsync.retarget.geometry import (
+    CHIN,
+    INNER_LIPS,
+    LEFT,
+    LIPS,
+    OUTER,
+    OUTER_LIPS,
+    RIGHT,
+    anchor,
+    apply,
+    head_similarity,
+    opening,
+    pixels_per_unit,
+    reshape_lips,
+    width,
+)
+
+CPU = torch.device("cpu")
+COUNT = 60  # frames of the film that is computed with
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def still() -> tuple[np.ndarray, np.ndarray]:
+    """A portrait, uint8 (2 · SIDE, 2 · SIDE, 3), and the mesh of its face (478, 2)."""
+    frame = cv2.resize(portrait(0), (2 * SIDE, 2 * SIDE), interpolation=cv2.INTER_CUBIC)
+    ((_, face),) = track_faces(iter([frame]))
+    return frame, face.landmarks
+
+
+def moved(landmarks: np.ndarray, wanted_opening: float) -> np.ndarray:
+    """The mesh with its lips brought to another opening."""
+    points = mouth_points(landmarks)
+    head = head_similarity(points)
+    lips = apply(head, points[LIPS])
+    shaped = anchor(lips) + reshape_lips(lips - anchor(lips), wanted_opening, width(lips))
+    out = landmarks.copy()
+    out[[*OUTER_LIPS, *INNER_LIPS]] = apply(cv2.invertAffineTransform(head), shaped)
+    return out
+
+
+def face(landmarks: np.ndarray, **others) -> Face:
+    return Face(np.zeros((3, 2)), landmarks, (0, 0, 1, 1), 1.0, **({"first": False} | others))
+
+
+def film(still, count: int = COUNT) -> list[tuple[np.ndarray, Face]]:
+    """A face whose mouth says something, by its landmarks; its pixels are told apart by their brightness."""
+    frame, landmarks = still
+    return [
+        (np.clip(frame.astype(int) + i % 7, 0, 255).astype(np.uint8), face(moved(landmarks, said(i)), first=i == 0))
+        for i in range(count)
+    ]
+
+
+def said(i: int) -> float:
+    return 0.06 + 0.05 * np.sin(i * 0.9)
+
+
+def wanted(i: int) -> float:
+    return 0.08 + 0.06 * np.sin(i * 0.6 + 1)
+
+
+def shots_of(frames: list[tuple[np.ndarray, Face]], painted: int = 0) -> list[SimpleNamespace]:
+    """Shots of a film; the generated faces of those from `painted` on are their own numbers."""
+    return [
+        SimpleNamespace(
+            frame=frame.copy(), points=mouth_points(seen.landmarks), position=i, scene=0, opacity=seen.opacity,
+            generated=np.full((8, 8, 3), i, np.uint8) if i >= painted else None,
+        )
+        for i, (frame, seen) in enumerate(frames)
+    ]  # fmt: skip
+
+
+def reader(landmarks: np.ndarray):
+    """In place of the landmarker: the wanted opening of the face whose number the picture shows."""
+    return lambda picture: moved(landmarks, wanted(int(picture[0, 0, 0])))
+
+
+def collected(frames) -> MouthBank:
+    mouths = MouthBank()
+    list(mouths.collect(frames))
+    return mouths
+
+
+def run(still, frames, painted: int = 0) -> list[np.ndarray]:
+    shots = retarget(iter(shots_of(frames, painted)), collected(frames), reader(still[1]))
+    return [shot.frame for shot in shots]
+
+
+def test_beyond_the_hull_of_lips_and_chin_every_pixel_stays(still):
+    frames = film(still)
+    for (before, seen), after in zip(frames, run(still, frames), strict=True):
+        points = mouth_points(seen.landmarks)
+        scale = pixels_per_unit(head_similarity(points))
+        # Lips that open further reach a little lower than those that are there.
+        hull = soft_hull(np.vstack([points[OUTER], points[[CHIN]]]), before.shape[:2], scale)
+        outside = cv2.erode((hull == 0).astype(np.uint8), np.ones((9, 9))) > 0
+        assert np.array_equal(before[outside], after[outside])
+        assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("target", [0.02, 0.05, 0.15])
+def test_a_mouth_opens_as_far_as_is_wanted(target):
+    """Seen by the landmarker, on a face that it has not been told of."""
+    frame = cv2.resize(portrait(3), (3 * SIDE, 3 * SIDE), interpolation=cv2.INTER_CUBIC)
+    with face_reader() as read:
+        points = mouth_points(read(frame))
+        head = head_similarity(points)
+        mouth = cut_mouth(frame, points, 0)
+        lips = apply(head, points[LIPS])
+        goal = apply(cv2.invertAffineTransform(head), anchor(lips) + reshape_lips(mouth.lips, target, width(lips)))
+        layer = Layer(mouth, goal, 1.0, 0.0)
+        show_mouth(frame, points, pixels_per_unit(head), [layer], GeneratedMouth(frame, points[LIPS]))
+        shown = mouth_points(read(frame))
+    assert opening(apply(head_similarity(shown), shown[LIPS])) == pytest.approx(target, abs=0.025)
+
+
+def test_reshaped_lips_have_the_opening_and_the_width_and_never_cross(still):
+    points = mouth_points(still[1])
+    lips = apply(head_similarity(points), points[LIPS])
+    for target in (0.0, 0.03, 0.2):
+        shaped = reshape_lips(lips, target, 0.5)
+        assert opening(shaped) == pytest.approx(max(target, 0.004), abs=0.01)
+        assert width(shaped) == pytest.approx(0.5, abs=0.01)
+        assert (shaped[39:30:-1, 1] >= shaped[21:30, 1]).all()
+        assert np.allclose(shaped[[LEFT, RIGHT], 1], lips[[LEFT, RIGHT], 1])
+
+
+def test_a_face_in_the_frame_it_was_filmed_in_stays_nearly_as_it_is(still):
+    frame, landmarks = still
+    after = frame.copy()
+    points = mouth_points(landmarks)
+    layer = Layer(cut_mouth(frame, points, 0), points[LIPS].astype(float), 1.0, 0.0)
+    show_mouth(after, points, pixels_per_unit(head_similarity(points)), [layer], GeneratedMouth(frame, points[LIPS]))
+    assert np.abs(after.astype(int) - frame).mean() < 0.2
+    untouched = frame.copy()
+    show_mouth(untouched, points, 100.0, [layer], GeneratedMouth(frame, points[LIPS]), opacity=0.0)
+    assert np.array_equal(untouched, frame)
+
+
+def test_a_patch_takes_on_the_light_of_the_frame_that_it_is_laid_into(still):
+    frame, landmarks = still
+    points = mouth_points(landmarks)
+    mouth = cut_mouth((frame * 0.8).astype(np.uint8), points, 0)
+    after = frame.copy()
+    layer = Layer(mouth, points[LIPS].astype(float), 1.0, 0.0)
+    show_mouth(after, points, pixels_per_unit(head_similarity(points)), [layer], GeneratedMouth(frame, points[LIPS]))
+    changed = (after != frame).any(-1)
+    assert np.abs(after[changed].astype(float).mean(0) - frame[changed].mean(0)).max() < 4
+
+
+def test_what_was_never_filmed_inside_a_mouth_is_generated_there_and_nowhere_else(still):
+    frame, landmarks = still
+    closed = moved(landmarks, 0.0)
+    points = mouth_points(closed)
+    scale = pixels_per_unit(head_similarity(points))
+    goal = mouth_points(moved(landmarks, 0.2))[LIPS].astype(float)
+    shown = []
+    for missing in (0.0, 1.0):
+        after = frame.copy()
+        generated = GeneratedMouth(np.full_like(frame, (0, 255, 0)), mouth_points(landmarks)[LIPS])
+        show_mouth(after, points, scale, [Layer(cut_mouth(frame, points, 0), goal, 1.0, missing)], generated)
+        shown.append(after.astype(int))
+    differs = np.abs(shown[1] - shown[0]).max(-1) > 8
+    inside = np.zeros(frame.shape[:2], np.uint8)
+    cv2.fillPoly(inside, [np.round(goal[20:]).astype(np.int32)], 1)
+    assert differs[inside > 0].mean() > 0.5
+    assert not differs[cv2.dilate(inside, np.ones((5, 5))) == 0].any()
+
+
+def test_a_warp_takes_every_point_to_its_place():
+    some = np.random.default_rng(0)
+    points = some.uniform(10, 90, (20, 2))
+    values = points + some.normal(0, 3, points.shape)
+    places = warp_map(points, values, (100, 100), 80.0)
+    found = cv2.remap(places, points[:, 0].astype(np.float32), points[:, 1].astype(np.float32), cv2.INTER_LINEAR)
+    assert np.abs(found.reshape(-1, 2) - values).max() < 1
+
+
+def test_a_path_takes_mouths_like_those_wanted_and_goes_on_where_it_can(still):
+    mouths = tuple(cut_mouth(frame, mouth_points(seen.landmarks), i) for i, (frame, seen) in enumerate(film(still)))
+    features = np.stack([mouth.features for mouth in mouths])
+    assert np.array_equal(choose_mouths(mouths, features), np.arange(COUNT))
+    turned = features[::-1].copy()
+    turned[:, 0] += 0.01
+    assert (np.abs(np.diff(choose_mouths(mouths, turned))) <= 1).all()
+    wide = np.tile(features[[int(features[:, 0].argmax())]], (8, 1))
+    assert features[choose_mouths(mouths, wide), 0].min() > features[:, 0].mean()
+
+
+def test_a_bank_is_bounded_in_number_and_in_bytes_and_keeps_what_differs(still, monkeypatch):
+    frames = film(still)
+    size = cut_mouth(frames[0][0], mouth_points(frames[0][1].landmarks), 0).pixels.nbytes
+    for limits in ({"BANK_MOUTHS": 12}, {"BANK_BYTES": int(12.5 * size)}):
+        with monkeypatch.context() as patched:
+            for name, value in limits.items():
+                patched.setattr(bank, name, value)
+            kept = collected(frames).mouths_for(0)
+        assert 10 <= len(kept) <= 13
+        openings = [mouth.features[0] for mouth in kept]
+        assert max(openings) - min(openings) > 0.08
+    alone = [cut_mouth(frames[0][0], mouth_points(frames[0][1].landmarks), 0)]
+    monkeypatch.setattr(bank, "BANK_BYTES", 1)
+    limit_mouths(alone)
+    assert len(alone) == 1
+
+
+def test_frames_take_mouths_of_their_chunk_and_before_and_beyond_the_end_of_all(still, monkeypatch):
+    monkeypatch.setattr(bank, "CHUNK", 20)
+    mouths = collected(film(still, 50))
+    for position, count in ((0, 20), (19, 20), (20, 40), (45, 50), (1000, 50)):
+        assert [mouth.position for mouth in mouths.mouths_for(position)] == list(range(count))
+
+
+def test_a_bank_that_is_waited_for_comes_or_says_what_went_wrong(still, monkeypatch):
+    monkeypatch.setattr(bank, "CHUNK", 20)
+    frames = film(still, 30)
+
+    def damaged():
+        yield from frames[:25]
+        raise UserError("The film is damaged.")
+
+    mouths = MouthBank()
+    faces, asked = mouths.collect(damaged()), threading.Event()
+    got = []
+
+    def wait():
+        asked.set()
+        got.append(len(mouths.mouths_for(0)))
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    asked.wait()
+    with pytest.raises(UserError, match="damaged"):
+        list(faces)
+    thread.join(60)
+    assert got == [20]
+    with pytest.raises(UserError, match="damaged"):
+        mouths.mouths_for(25)
+
+
+def test_the_result_is_the_same_again_and_where_earlier_frames_were_finished_before(still):
+    frames = film(still)
+    whole = run(still, frames)
+    assert all(map(np.array_equal, whole, run(still, frames)))
+    for done in (20, 33, 48, 59):
+        resumed = run(still, frames, painted=max(done - CONTEXT, 0))
+        assert all(map(np.array_equal, whole[done:], resumed[done:]))
+
+
+def test_shots_come_in_order_few_wait_and_gaps_and_cuts_end_a_run(still):
+    frames = film(still)
+    shots = shots_of(frames)
+    shots[10].points = shots[10].generated = None
+    for shot in shots[30:]:
+        shot.scene = 1
+    taken = 0
+
+    def counted():
+        nonlocal taken
+        for shot in shots:
+            taken += 1
+            yield shot
+
+    for i, shot in enumerate(retarget(counted(), collected(frames), reader(still[1]))):
+        assert shot.position == i
+        assert taken - i <= HELD_FRAMES
+    assert np.array_equal(shots[10].frame, frames[10][0])
+
+
+def test_a_shot_without_a_generated_face_or_one_that_cannot_be_read_does_no_harm(still):
+    frames = film(still, 40)
+    shots = shots_of(frames)
+    shots[5].generated = None
+    blind = {7, 8}
+
+    def read(picture):
+        return None if int(picture[0, 0, 0]) in blind else reader(still[1])(picture)
+
+    after = [shot.frame for shot in retarget(iter(shots), collected(frames), read)]
+    assert np.array_equal(after[5], frames[5][0])
+    assert not np.array_equal(after[6], frames[6][0])
+    none = [shot.frame for shot in retarget(iter(shots_of(frames)), collected(frames), lambda _: None)]
+    assert all(np.array_equal(one, frame) for one, (frame, _) in zip(none, frames, strict=True))
+
+
+def test_jumps_are_faded(still):
+    """A film of two pictures, between which the mouth that is wanted changes: no frame changes by all of it."""
+    frame, landmarks = still
+    frames = [
+        (np.clip(frame.astype(int) + 30 * (i >= 30), 0, 255).astype(np.uint8), face(moved(landmarks, o), first=i == 0))
+        for i, o in enumerate([0.01] * 30 + [0.12] * 30)
+    ]
+    mouths = [cut_mouth(f, mouth_points(seen.landmarks), i) for i, (f, seen) in enumerate(frames)]
+    shown = None
+    shares = []
+    for mouth in [mouths[0], mouths[1], *mouths[40:46]]:
+        shown = stage._next_shown(shown, mouth)
+        shares.append((shown.age + 1) / (stage.FADE_FRAMES + 1) if shown.replaced else 1.0)
+    assert shares == [1, 1, 0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_what_covers_a_mouth_is_not_taken_and_nothing_is_shown_there(still):
+    frames = film(still, 50)
+    hand = (210, 60, 40)
+    for i in range(25, 32):
+        x, y = mouth_points(frames[i][1].landmarks)[LIPS].mean(0).astype(int)
+        cv2.rectangle(frames[i][0], (x - 60, y - 30), (x + 60, y + 60), hand, -1)
+    mouths = MouthBank()
+    faces = list(mouths.collect(frames))
+    assert not {mouth.position for mouth in mouths.mouths_for(0)} & set(range(25, 32))
+    opacities = [seen.opacity for seen in faces]
+    assert opacities[25:32] == [0] * 7
+    assert min(opacities[:21] + opacities[36:]) == 1
+    assert all(0 <= b - a <= 0.5 or b < a for a, b in pairwise(opacities[31:36]))
+
+
+def test_light_that_changes_covers_nothing(still):
+    frames = film(still, 50)
+    dimmed = [((f * (1 - 0.5 * i / 50)).astype(np.uint8), seen) for i, (f, seen) in enumerate(frames)]
+    assert all(seen.opacity == 1 for seen in MouthBank().collect(dimmed))
+
+
+def test_a_turned_head_lends_no_mouth(still):
+    frame, landmarks = still
+    turned = landmarks.copy()
+    scale = pixels_per_unit(head_similarity(mouth_points(landmarks)))
+    turned[[4, 5, 195, 197], 0] += np.array([0.8, 0.6, 0.4, 0.2]) * scale
+    mouths = collected([(frame, face(landmarks, first=True)), (frame, face(turned))])
+    assert [mouth.position for mouth in mouths.mouths_for(0)] == [0]
+
+
+# The whole pipeline, with a small network that paints a face of its own.
+
+
+@pytest.fixture(scope="module")
+def with_face(checkpoint, tmp_path_factory):
+    """The small checkpoint with a picture of a face."""
+    folder = tmp_path_factory.mktemp("own") / "own"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "latentsync.json").read_text())
+    (folder / "latentsync.json").write_text(json.dumps(config | {"face": "face.png"}))
+    cv2.imwrite(str(folder / "face.png"), cv2.resize(portrait(0), (RESOLUTION, RESOLUTION))[:, :, ::-1])
+    return folder
+
+
+@pytest.fixture
+def own_face(with_face, still, monkeypatch):
+    """Its models; what it paints is read as an opening that depends on the picture, as no landmarker finds a mouth."""
+    @contextmanager
+    def reading():
+        yield lambda picture: moved(still[1], 0.02 + 0.1 * float(picture.mean()) / 255)
+
+    monkeypatch.setattr(pipeline, "face_reader", reading)
+    return load_models(resolve(str(with_face), CPU), CPU, torch.float32)
+
+
+def test_a_model_names_its_face_and_a_wrong_one_is_refused(with_face, tmp_path):
+    found = resolve(str(with_face), CPU)
+    models = load_models(found, CPU, torch.float32)
+    assert models.face.shape == (RESOLUTION, RESOLUTION, 3)
+    assert found.face in models.files
+    (tmp_path / "face.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="face.png' is no picture of 64 × 64"):
+        load_models(replace(found, face=tmp_path / "face.png"), CPU, torch.float32)
+    with pytest.raises(UserError, match="missing.png"):
+        load_models(replace(found, face=tmp_path / "missing.png"), CPU, torch.float32)
+
+
+def test_released_models_have_no_face(checkpoint):
+    assert resolve(str(checkpoint), CPU).face is None
+    assert resolve("demo", CPU).face is not None
+
+
+def test_what_the_model_paints_depends_on_the_sound_alone(own_face):
+    """Whoever is filmed: the same latents, as the model sees its own face."""
+    painter = Painter(own_face, Settings(steps=2))
+    some = np.random.default_rng(0)
+    painted = []
+    for _ in range(2):
+        crops = some.integers(0, 256, (16, 64, 64, 3), np.uint8)
+        shots = [pipeline.Shot(crop.copy(), torch.full((50, 32), i / 16), crop) for i, crop in enumerate(crops)]
+        assert painter.paint([pipeline.Window(shots)])() == []
+        painted.append(np.stack([shot.generated for shot in shots]))
+    assert np.array_equal(*painted)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return save_video(tmp_path_factory.mktemp("film") / "film.mp4", [portrait(t) for t in range(72)], *X264)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return make_sound(tmp_path_factory.mktemp("sound") / "sound.wav", seconds=68 / 25)
+
+
+def test_a_run_that_goes_on_gives_the_same_film(own_face, clip, sound, tmp_path):
+    settings = Settings(steps=2)
+    whole = tmp_path / "whole.mp4"
+    lipsync(clip, sound, whole, own_face, settings, segment_frames=20)
+    resumed = tmp_path / "resumed.mp4"
+    interrupted(clip, sound, resumed, own_face, settings, at=50)
+    report = lipsync(clip, sound, resumed, own_face, settings, segment_frames=20)
+    assert report.resumed_from > 0
+    assert hashes(resumed) == hashes(whole)
+
+
+def test_a_film_that_comes_again_and_a_picture_get_mouths(own_face, sound, tmp_path):
+    short = save_video(tmp_path / "short.mp4", [portrait(t) for t in range(24)], *X264)
+    picture = tmp_path / "picture.png"
+    cv2.imwrite(str(picture), portrait(0)[:, :, ::-1])
+    for source in (short, picture):
+        output = tmp_path / f"{source.stem}_out.mp4"
+        report = lipsync(source, sound, output, own_face, Settings(steps=2))
+        assert (report.frames, report.frames_without_face) == (68, 0)
+        frames = list(read_frames(probe_video(output)))
+        assert len(frames) == 68
+        upper = np.abs(frames[40][: SIDE // 3].astype(int) - frames[0][: SIDE // 3]).mean()
+        assert upper < 12 if source is short else upper < 1  # the picture stands still but for its mouth
+
+
+def test_the_released_way_is_untouched_by_it(checkpoint, clip, sound, tmp_path, monkeypatch):
+    models = load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    monkeypatch.setattr(pipeline, "retarget", lambda *_: pytest.fail("retargeted"))
+    monkeypatch.setattr(pipeline, "MouthBank", lambda *_: pytest.fail("collected"))
+    report = lipsync(clip, sound, tmp_path / "out.mp4", models, Settings(steps=1))
+    assert report.frames == 68
+
+
+def test_hull_ends_within_the_promised_distance():
+    hull = soft_hull(np.array([(80, 80), (120, 80), (100, 120)], float), (200, 200), 100.0)
+    far = cv2.distanceTransform((hull < 1).astype(np.uint8), cv2.DIST_L2, 5)
+    assert far[hull > 0].max() <= HULL_OUTSIDE * 100 + 1
+    assert hull.max() == 1
