@@ -159,7 +159,7 @@ runpy.run_module("optim", run_name="__main__", alter_sys=True)'
 run_tests() {
     local first=0 second=0
     "$python" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@" || first=$?
-    say "" "The fused kernels, in Triton's interpreter:"
+    say $'\n'"The fused kernels, in Triton's interpreter:"
     TRITON_INTERPRET=1 "$python" -m pytest -n logical --maxprocesses 4 "$@" || second=$?
     if [ $first = 5 ] && [ $second != 5 ]; then first=0; fi
     if [ $second = 5 ] && [ $first != 5 ]; then second=0; fi
