@@ -6,7 +6,10 @@ Every action is an endpoint with a name, for `gradio_client` as for the page's o
 
 import argparse
 import atexit
+import functools
 import html
+import inspect
+import math
 import mimetypes
 import os
 import re
@@ -14,36 +17,47 @@ import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from base64 import b64encode
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
-from ipaddress import ip_address
+from ipaddress import IPv6Address
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from optim.serving.uploads import Limits, Refused, Uploads, make_folder, remove_orphans
 
 ROOT = Path(__file__).resolve().parent
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no file and no word leaves the machine
 # Uploads lie in a folder of this server alone, and go with it.
-OWN_TEMP = None if "GRADIO_TEMP_DIR" in os.environ else tempfile.mkdtemp(prefix="latentsync-page-")
+OWN_TEMP = None if "GRADIO_TEMP_DIR" in os.environ else str(make_folder())
 if OWN_TEMP:
     os.environ["GRADIO_TEMP_DIR"] = OWN_TEMP
     atexit.register(shutil.rmtree, OWN_TEMP, ignore_errors=True)
 
+import anyio  # noqa: E402
 import gradio as gr  # noqa: E402
+from gradio.data_classes import FileData  # noqa: E402
+from gradio.routes import file_upload_statuses  # noqa: E402
+from starlette.requests import ClientDisconnect  # noqa: E402
 from starlette.requests import Request as WebRequest  # noqa: E402
-from starlette.responses import FileResponse, PlainTextResponse, Response  # noqa: E402
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response  # noqa: E402
 from starlette.routing import Route  # noqa: E402
 
 from latentsync import __version__  # noqa: E402
 from latentsync.errors import UserError  # noqa: E402
 from latentsync.media import probe_audio, probe_video  # noqa: E402
+from latentsync.options import between  # noqa: E402
 from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
+from optim.serving.guard import Guard, Policy, as_address, is_text, policy_for, shorten, split_host  # noqa: E402
 from optim.serving.job import Job, Request  # noqa: E402
-from optim.serving.jobs import Worker, log, run_alone, said, unwritten  # noqa: E402
+from optim.serving.jobs import Worker, log, said, unwritten  # noqa: E402
+from optim.serving.limits import NO_LIMITS, SHARED_LIMITS  # noqa: E402
+from optim.serving.login import Throttle, checker, parse_accounts, read_accounts  # noqa: E402
 from optim.serving.preview import first_picture  # noqa: E402
+from optim.serving.run import run_alone  # noqa: E402
 from optim.serving.stock import Fetcher  # noqa: E402
 
 try:
@@ -57,11 +71,19 @@ LEVELS = {"auto": 0.0} | {name.lower(): position for name, position in STOPS}  #
 MODELS = ("auto", "demo", *sorted(RELEASES))
 AS_LEVEL = "as the level says"
 CACHES = {AS_LEVEL: "level", "off": None, "every 2nd step": 2, "every 3rd step": 3, "every 4th step": 4}
+# Names of a request's settings for endpoints, in the order of `Page.settings`.
+SETTINGS = ("level", "model", "steps", "seed", "vram_fraction", "batch", "deepcache", "compile", "face", "crf",
+            "guidance")  # fmt: skip
 SWITCHES = {AS_LEVEL: None, "on": True, "off": False}
 FACES = [("the largest", "largest"), ("on the left", "left"), ("on the right", "right"), ("in the centre", "centre")]
 QUALITIES = [("highest (CRF 12)", 12), ("high (CRF 16)", 16), ("good (CRF 20)", 20), ("small file (CRF 26)", 26)]
 PUBLIC_SECONDS, PUBLIC_UPLOAD, PUBLIC_HOURS = 120.0, "200mb", 24.0  # limits of a public server, unless given
+PUBLIC_STORED = 20  # uploads of the largest size that a public server holds before they are jobs
+PUBLIC_UNUSED_SECONDS = 3600.0  # until an upload to a public server is deleted that no job has used
 GPU_SECONDS = 240  # of ZeroGPU that a job may ask for
+# Files that are looked at in the same moment, and requests that may wait for that; polling goes on meanwhile.
+PROBES, PROBES_WAITING = 4, 24
+CLEANING_SECONDS = 30.0  # between two looks for uploads and results that nobody needs any more
 
 
 def released(repository: str) -> tuple[str, str, str]:
@@ -116,20 +138,41 @@ MODELS_BOX = "<section id='models' aria-label='The released models'>Looking at t
 
 def own(visitor: str) -> str:
     """A visitor's token, or a new one; short ones could be guessed. Raises UserError."""
-    visitor = (visitor or "").strip()
+    visitor = visitor or ""
+    if not isinstance(visitor, str) or not is_text(visitor):
+        raise UserError("A visitor's token is text: leave it empty to get one.")
+    visitor = visitor.strip()
     if visitor and not 22 <= len(visitor) <= 100:
         raise UserError("A visitor's token has 22 to 100 letters: leave it empty to get one.")
     return visitor or secrets.token_urlsafe(24)
 
 
-def uploaded(path: str | None, kind: str) -> Path:
-    """The file that an upload has become. Raises UserError for none, and for what no upload is."""
+def short_text(value: Any, what: str) -> str:
+    """A visitor's value that must be a short text. Raises UserError."""
+    if isinstance(value, str) and len(value) <= 200 and is_text(value):
+        return value
+    raise UserError(f"The {what} is {shorten(value)}: give a short text.")
+
+
+def finite(value: Any, what: str) -> float:
+    """A visitor's value that must be a number of at least 0, or None for 0. Raises UserError."""
+    with suppress(TypeError, ValueError, OverflowError):
+        if 0 <= (number := float(value or 0)) < math.inf:
+            return number
+    raise UserError(f"{what} is {shorten(value)}: give a number.")
+
+
+def uploaded(file: dict[str, Any] | str | None, kind: str) -> Path:
+    """The file that an upload has become; file: its path, or what Gradio knows of it.
+
+    Raises UserError for none, and for what no upload is.
+    """
+    path = file.get("path") if isinstance(file, dict) else file
     if not path:
         raise UserError(f"There is no {kind} yet: drop one, or record it.")
-    real = Path(os.path.realpath(path))
-    if not real.is_relative_to(os.path.realpath(os.environ["GRADIO_TEMP_DIR"])) or not real.is_file():
-        raise UserError(f"This is no uploaded {kind}: upload it first.")
-    return real
+    if not isinstance(path, str) or not Uploads().holds(path):
+        raise UserError(f"This is no uploaded {kind}, or it is gone: upload it first.")
+    return Path(os.path.realpath(path))
 
 
 def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Request:
@@ -138,15 +181,15 @@ def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Re
 
     def number(name: str, value: Any, low: float, high: float, kind: type = int, otherwise: str = "") -> Any:
         try:
-            if low <= (found := kind(value)) <= high:
+            if not isinstance(value, bool) and low <= (found := kind(value)) <= high:
                 return found
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
-        raise UserError(f"{name} is {value!r}: give a number from {low} to {high}{otherwise}.")
+        raise UserError(f"{name} is {shorten(value)}: give a number from {low} to {high}{otherwise}.")
 
     def one_of(name: str, value: Any, known: Any) -> Any:
-        if value not in known:
-            raise UserError(f"There is no {name} '{value}': give one of {', '.join(map(str, known))}.")
+        if not isinstance(value, str) or value not in known:
+            raise UserError(f"There is no {name} {shorten(value)}: give one of {', '.join(map(str, known))}.")
         return value
 
     named = level.strip().lower() if isinstance(level, str) else None
@@ -167,17 +210,37 @@ def asked(models: Sequence[str], video: Path, audio: Path, *settings: Any) -> Re
     )
 
 
-def as_settings(request: dict[str, Any]) -> list[Any]:
-    """The page's settings for a request's, in the order of `Page.settings`."""
+def as_settings(request: dict[str, Any], recommended: float) -> list[Any]:
+    """The page's settings for a request's, in the order of `Page.settings`; recommended: where the level `auto` is."""
     level = request["level"]
     return [
-        LEVELS[level] if level in LEVELS else float(level),
+        recommended if level == "auto" else LEVELS[level] if level in LEVELS else float(level),
         request["model"], request["steps"], request["seed"],
         request["vram_fraction"] or 0.85, request["batch"] or 0,
         next(words for words, value in CACHES.items() if value == request["cache"]),
         next(words for words, value in SWITCHES.items() if value is request["compile"]),
         request["face"], request["crf"], request["guidance"],
     ]  # fmt: skip
+
+
+def changed(models: Sequence[str], old: Request, changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `changes`, checked as those of a new request are; models: the names that are known.
+
+    changes: settings by their names for /submit, or as /watch tells them. Raises UserError.
+    """
+    form = dict(zip(SETTINGS, as_settings(old.settings(), 0.0), strict=True)) | {"level": old.level}
+    neutral = {"vram_fraction": form["vram_fraction"], "batch": 0}
+    fields = set()
+    for name, value in changes.items():
+        fields.add(field := "cache" if name == "deepcache" else name)
+        name = "deepcache" if name == "cache" else name
+        if name not in form:
+            raise UserError(f"There is no setting '{name}' to change: give some of {', '.join(SETTINGS)}.")
+        words = {"cache": CACHES, "compile": SWITCHES}.get(field, {})
+        value = next((each for each, known in words.items() if type(known) is type(value) and known == value), value)
+        form[name] = neutral[name] if value is None and name in neutral else value
+    checked = asked(models, old.video, old.audio, *form.values())
+    return {field: getattr(checked, field) for field in fields}
 
 
 def answer(act: Any) -> dict[str, Any]:
@@ -216,7 +279,9 @@ class Page:
     """The Blocks, and the endpoints under their names."""
 
     def __init__(self, worker: Worker, fetcher: Fetcher):
-        self.worker, self.fetcher = worker, fetcher
+        self.worker, self.fetcher, self.uploads = worker, fetcher, Uploads()
+        self._probing = anyio.CapacityLimiter(PROBES)
+        self._probes_here = 0  # that run or wait
         with gr.Blocks(title="LatentSync", analytics_enabled=False, delete_cache=(3600, 86400)) as self.blocks:
             self._build()
 
@@ -308,11 +373,12 @@ class Page:
         since = gr.Number(visible=False, label="since", value=0)
         known = gr.JSON(visible=False, label="known")
         file = gr.File(visible=False, label="file")
-        quiet = {"queue": False, "show_progress": "hidden"}
+        # Values come as they were sent, to functions that refuse wrong ones with a sentence, as Gradio would not.
+        quiet = {"queue": False, "show_progress": "hidden", "preprocess": False}
         as_visitor = "(...given) => [...given.slice(0, -1), window.lipsync.visitor]"
         submitting = {
-            "fn": self.submit, "inputs": [self.video, self.audio, *self.settings, visitor], "outputs": reply,
-            "js": as_visitor, "api_visibility": "private", "api_name": "press", **quiet,
+            "fn": self._probes(self.submit), "inputs": [self.video, self.audio, *self.settings, visitor],
+            "outputs": reply, "js": as_visitor, "api_visibility": "private", "api_name": "press", **quiet,
         }  # fmt: skip
         told = {"fn": None, "inputs": reply, "outputs": None, "js": "(reply) => window.lipsync.told(reply)"}
         self.start.click(**submitting).then(**told)
@@ -321,14 +387,16 @@ class Page:
         ).then(**submitting).then(**told)
 
         meaning = {
-            "fn": self.describe, "inputs": [*self.settings, seconds], "outputs": [self.line, self.details], **quiet,
-            "api_visibility": "private", "api_name": "meaning",
+            "fn": self._waits(self.describe), "inputs": [*self.settings, seconds],
+            "outputs": [self.line, self.details], "api_visibility": "private", "api_name": "meaning", **quiet,
         }  # fmt: skip
         gr.on([setting.change for setting in self.settings], **meaning, trigger_mode="always_last")
-        self.audio.change(self.measure, self.audio, [seconds, reply], **quiet, api_name="measure").then(**told).then(
-            **meaning
+        self.audio.change(self._probes(self.measure), self.audio, [seconds, reply], **quiet, api_name="measure").then(
+            **told
+        ).then(**meaning)
+        self.video.change(self._probes(self.check_video), self.video, reply, **quiet, api_name="check_video").then(
+            **told
         )
-        self.video.change(self.check_video, self.video, reply, **quiet, api_name="check_video").then(**told)
         for button, (_, position) in zip(self.stops, STOPS, strict=True):
             button.click(None, None, self.level, js=f"() => {position}")
         positions = [position for _, position in STOPS]
@@ -347,15 +415,15 @@ class Page:
             live.clear(None, files, files, js="(...files) => window.lipsync.lost(files)")
 
         self.blocks.load(
-            self.greet, None, [*self.stops, self.level, self.model, self.guidance, advice, foot], **quiet,
+            self._waits(self.greet), None, [*self.stops, self.level, self.model, self.guidance, advice, foot], **quiet,
             api_visibility="private",
         ).then(**choosing).then(**meaning)  # fmt: skip
 
         # The page always says how strong; who asks by an endpoint may leave that to the model.
         guidance = gr.Number(visible=False, label="guidance")
         settings = [*self.settings[:-1], guidance]
-        self._endpoint(self.submit, [self.video, self.audio, *settings, visitor], reply, "submit")
-        self._endpoint(self.describe, [*settings, seconds], [self.line, self.details], "describe")
+        self._endpoint(self._probes(self.submit), [self.video, self.audio, *settings, visitor], reply, "submit")
+        self._endpoint(self._waits(self.describe), [*settings, seconds], [self.line, self.details], "describe")
         self._endpoint(self.watch, [visitor, since, known], reply, "watch")
         self._endpoint(self.cancel, [job, keep, visitor], reply, "cancel")
         self._endpoint(self.again, [job, changes, visitor], reply, "again")
@@ -363,21 +431,101 @@ class Page:
         compared = gr.Checkbox(False, visible=False, label="compared")
         self._endpoint(self.compare, [job, visitor], reply, "compare")
         self._endpoint(self.result, [job, visitor, compared], file, "result")
-        self._endpoint(self.about, [], reply, "machine")
+        self._endpoint(self._waits(self.about), [], reply, "machine")
         name, task = gr.Textbox(visible=False, label="name"), gr.Textbox("get", visible=False, label="task")
         pickle_only = gr.Checkbox(visible=False, label="pickle_only")
-        self._endpoint(self.models, [], reply, "models")
+        self._endpoint(self._waits(self.models), [], reply, "models")
         self._endpoint(self.fetch, [name, task], reply, "fetch")
         self._endpoint(self.stop_fetching, [], reply, "stop_fetching")
         self._endpoint(self.remove_model, [name, pickle_only], reply, "remove_model")
 
     @staticmethod
     def _endpoint(fn: Any, inputs: list, outputs: Any, name: str) -> None:
-        gr.Button(visible=False).click(fn, inputs, outputs, api_name=name, queue=False, show_progress="hidden")
+        gr.Button(visible=False).click(
+            fn, inputs, outputs, api_name=name, queue=False, show_progress="hidden", preprocess=False
+        )
+
+    def _waits(self, fn: Callable) -> Callable:
+        """A function that is not called before the machine was looked at; until then it holds no thread."""
+
+        @functools.wraps(fn)
+        async def call(*given: Any) -> Any:
+            while not self.worker.ready.is_set():
+                await anyio.sleep(0.05)
+            return await anyio.to_thread.run_sync(fn, *given)
+
+        return call
+
+    def _probes(self, fn: Callable) -> Callable:
+        """A function that looks at files: few run at once, and who waits for them holds no thread."""
+
+        @functools.wraps(fn)
+        async def call(*given: Any) -> Any:
+            if self._probes_here >= PROBES + PROBES_WAITING:
+                busy = {"error": "This server looks at as many files as it can now: try again in a minute."}
+                return (None, busy) if fn == self.measure else busy
+            self._probes_here += 1
+            try:
+                return await anyio.to_thread.run_sync(fn, *given, limiter=self._probing)
+            finally:
+                self._probes_here -= 1
+
+        return call
+
+    @functools.cached_property
+    def _api(self) -> dict[str, Any]:
+        """The endpoints that everybody may call, by name, as /gradio_api/info has them."""
+        return self.blocks.get_api_info()["named_endpoints"]
+
+    def check_call(self, name: str | None, body: dict[str, Any], by_name: bool = False) -> None:
+        """Refuse a call that Gradio would answer with a traceback: of no function, with too few or unfit arguments.
+
+        name: the endpoint's, None: its number is in the body; by_name: the body holds the arguments by their names.
+        Raises UserError, and KeyError for an unknown endpoint.
+        """
+        number = body.get("fn_index") if not by_name else None
+        if number is None:
+            found = next((fn for fn in self.blocks.fns.values() if name is not None and fn.api_name == name), None)
+        else:
+            found = self.blocks.fns.get(number) if isinstance(number, int) else None
+        if found is None or found.fn is None:
+            raise KeyError(name if number is None else number)
+        parameters = list(inspect.signature(found.fn).parameters.values())[: len(found.inputs)]
+        if by_name:
+            known = self._api[f"/{name}"]["parameters"]
+            if unknown := set(body) - {each["parameter_name"] for each in known}:
+                raise UserError(
+                    f"There is no argument {shorten(min(unknown))} of /{name}: /gradio_api/info lists them."
+                )
+            if missing := [
+                each["parameter_name"] for each in known
+                if not each["parameter_has_default"] and each["parameter_name"] not in body
+            ]:  # fmt: skip
+                raise UserError(f"The argument '{missing[0]}' of /{name} is missing: give it.")
+            data = [body.get(parameter.name) for parameter in parameters]
+        else:
+            data = body.get("data")
+            if not isinstance(data, list) or len(data) > len(parameters):
+                raise UserError(f"The data are no list of {len(parameters)} arguments: /gradio_api/info lists them.")
+            if missing := [p.name for p in parameters[len(data) :] if p.default is p.empty]:
+                raise UserError(f"The argument '{missing[0]}' is missing in the data: give it.")
+            data += [parameter.default for parameter in parameters[len(data) :]]
+            short_text(body.get("session_hash") or "", "session_hash")
+        for component, value in zip(found.inputs, data, strict=True):
+            if isinstance(component, (gr.Video, gr.Audio, gr.File)) and value is not None:
+                try:
+                    file = FileData.model_validate(value, context={"validate_meta": True})
+                except ValueError:
+                    file = None
+                if file is None or file.is_stream:
+                    raise UserError(f"The {component.label or 'file'} is no uploaded file: upload it first.")
+
+    def _models(self) -> tuple[str, ...]:
+        machine = self.worker.machine
+        return *MODELS, *([machine.chosen] if machine else [])
 
     def _asked(self, *given: Any) -> Request:
-        machine = self.worker.machine
-        return asked((*MODELS, *([machine.chosen] if machine else [])), *given)
+        return asked(self._models(), *given)
 
     # ---- endpoints
 
@@ -391,7 +539,9 @@ class Page:
             who = own(visitor)
             files = uploaded(video, "video"), uploaded(audio, "voice")
             settings = level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance
-            job = self.worker.submit(self._asked(*files, *settings), who)
+            job = self.worker.submit(self._asked(*files, *settings), who)  # it has names of its own for them now
+            for path in files:
+                self.uploads.use(path, job.key)
             return {"job": job.id, "visitor": who, "error": None}
 
         return answer(act)
@@ -406,16 +556,19 @@ class Page:
         """
 
         def act() -> dict[str, Any]:
+            versions, after = known or {}, finite(since, "The time since when")
+            if not isinstance(versions, dict):
+                raise UserError(f"The versions that are known are {shorten(known)}: give them by the jobs' ids.")
             running, waiting = self.worker.load()
             jobs = []
             for job in self.worker.jobs_of(own(visitor)):
                 told = {"id": job.id, "version": job.version()}
-                if told["version"] is None or told["version"] != (known or {}).get(job.id):
+                if told["version"] is None or told["version"] != versions.get(job.id):
                     told |= self.worker.view(job)
                 jobs.append(told)
             return {
                 "server": self.worker.server,
-                "jobs": jobs, "running": running, "waiting": waiting, "live": self.worker.live(since or 0.0),
+                "jobs": jobs, "running": running, "waiting": waiting, "live": self.worker.live(after),
                 "models": self.fetcher.version if self.worker.ready.is_set() else None,
                 "fetching": self.fetcher.view(), "measured": self.worker.speeds.jobs if self.worker.speeds else 0,
             }  # fmt: skip
@@ -424,29 +577,43 @@ class Page:
 
     def cancel(self, job: str, keep: bool, visitor: str) -> dict[str, Any]:
         """End a job; keep: what is finished of it stays as a result."""
-        return answer(lambda: {"job": self.worker.cancel(job, visitor, bool(keep)).id, "error": None})
+
+        def act() -> dict[str, Any]:
+            return {"job": self.worker.cancel(short_text(job, "job"), own(visitor), bool(keep)).id, "error": None}
+
+        return answer(act)
 
     def again(self, job: str, changes: dict | None, visitor: str) -> dict[str, Any]:
         """The files of a job of one's own once more, with some settings changed, as {"level": "balanced"}."""
 
         def act() -> dict[str, Any]:
-            old = self.worker.find(job, visitor)
-            merged = old.request.settings() | {k: v for k, v in (changes or {}).items() if k in ("level", "model")}
-            request = self._asked(old.request.video, old.request.audio, merged["level"], *as_settings(merged)[1:])
-            new = self.worker.again(job, visitor, **{name: getattr(request, name) for name in ("level", "model")})
+            if changes is not None and not isinstance(changes, dict):
+                raise UserError(f"The changes are {shorten(changes)}: give settings by their names.")
+            old = self.worker.find(short_text(job, "job"), own(visitor))
+            new = self.worker.again(job, visitor, **changed(self._models(), old.request, changes or {}))
             return {"job": new.id, "visitor": visitor, "error": None}
 
         return answer(act)
 
     def remove(self, job: str, visitor: str) -> dict[str, Any]:
         """Forget a job that has ended, and delete its files."""
-        return answer(lambda: {"removed": self.worker.remove(job, visitor) or job, "error": None})
+
+        def act() -> dict[str, Any]:
+            self.worker.remove(short_text(job, "job"), own(visitor))
+            self.uploads.forget(self.has_job)
+            return {"removed": job, "error": None}
+
+        return answer(act)
+
+    def has_job(self, key: str) -> bool:
+        """Whether there is a job whose files that key opens."""
+        return self.worker.by_key(key) is not None
 
     def compare(self, job: str, visitor: str) -> dict[str, Any]:
         """Put original and result side by side, in the background; /watch says how far it is, /cancel ends it."""
 
         def act() -> dict[str, Any]:
-            found = self.worker.compare(job, visitor)
+            found = self.worker.compare(short_text(job, "job"), own(visitor))
             return {"job": found.id, "comparison": found.comparison.view(), "error": None}
 
         return answer(act)
@@ -454,7 +621,7 @@ class Page:
     def result(self, job: str, visitor: str, compared: bool = False) -> str:
         """The finished video of a job of one's own, as a file; compared: beside the original, see /compare."""
         try:
-            found = self.worker.find(job, visitor)
+            found = self.worker.find(short_text(job, "job"), own(visitor))
             if found.output is None:
                 raise UserError("There is no result yet: watch the job until it is done.")
             path = found.files().get("compared") if compared else found.output
@@ -462,11 +629,8 @@ class Page:
                 raise UserError("There is no side-by-side video yet: ask for it by /compare, and watch until it is.")
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        # Gradio serves what lies in its own folder; nobody else can know this name.
-        folder = Path(os.environ["GRADIO_TEMP_DIR"]) / found.key
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-            return str(shutil.copyfile(path, folder / path.name))
+            return str(self.uploads.offer(path, found.key))
         except OSError as error:
             log(f"A result cannot be given away: {error}")
             sentence = (
@@ -485,7 +649,8 @@ class Page:
 
         def act() -> dict[str, Any]:
             settings = level, model, steps, seed, vram_fraction, batch, deepcache, compile, face, crf, guidance
-            return {"said": self.worker.describe(self._asked(Path(), Path(), *settings), seconds or None)}
+            length = finite(seconds, "The length of the sound")
+            return {"said": self.worker.describe(self._asked(Path(), Path(), *settings), length or None)}
 
         found = answer(act)
         kind = "problem" if "error" in found else ""
@@ -495,7 +660,7 @@ class Page:
             f"<p id='details'>{html.escape(details and 'In detail: ' + details)}</p>",
         )
 
-    def measure(self, audio: str | None) -> tuple[float | None, dict[str, Any]]:
+    def measure(self, audio: dict[str, Any] | str | None) -> tuple[float | None, dict[str, Any]]:
         """The seconds of a sound, or the sentence that says what is wrong with it."""
         if not audio:
             return None, {}
@@ -505,18 +670,15 @@ class Page:
             nonlocal seconds
             path = uploaded(audio, "voice")
             try:
-                seconds = probe_audio(path).duration
+                seconds = probe_audio(path, max_seconds=self.worker.max_seconds).duration  # no more of it is decoded
             except UserError as error:
                 raise UserError(said(error, {path: path.name})) from None
-            most = self.worker.max_seconds
-            if most and seconds > most:
-                raise UserError(f"'{path.name}' lasts {seconds:.0f} s, and this server takes {most:.0f} s at most.")
             return {"checked": "audio"}
 
         found = answer(act)
         return seconds, found
 
-    def check_video(self, video: str | None) -> dict[str, Any]:
+    def check_video(self, video: dict[str, Any] | str | None) -> dict[str, Any]:
         """The first frame of a video as a data URI, since browsers know few formats, or the sentence that says what is
         wrong with it."""
         if not video:
@@ -550,7 +712,8 @@ class Page:
 
         def act() -> dict[str, Any]:
             self.fetcher.check_allowed()
-            return {"fetching": self.fetcher.start(name, task or "get").view(), "error": None}
+            name_, task_ = short_text(name, "model"), short_text(task or "get", "task")
+            return {"fetching": self.fetcher.start(name_, task_).view(), "error": None}
 
         return answer(act)
 
@@ -569,7 +732,7 @@ class Page:
 
         def act() -> dict[str, Any]:
             self.fetcher.check_allowed()
-            return {"removed": self.fetcher.remove(name, bool(pickle_only)), "error": None}
+            return {"removed": self.fetcher.remove(short_text(name, "model"), bool(pickle_only)), "error": None}
 
         return answer(act)
 
@@ -607,10 +770,14 @@ class Page:
 
     def take_settings(self, event: gr.EventData) -> list[Any]:
         """Set the page to the settings of a job."""
-        found = event._data["settings"]
-        settings = as_settings(found)
-        if found["guidance"] is None:
-            settings[-1] = self.strength(found["model"])
+        machine = self.worker.machine
+        try:
+            found = event._data["settings"]
+            settings = as_settings(found, machine.recommended if machine else 0.0)
+            if found["guidance"] is None:
+                settings[-1] = self.strength(found["model"])
+        except (TypeError, ValueError, KeyError, StopIteration):  # sent by something else than the page
+            raise gr.Error("These are no settings of a job.", print_exception=False) from None
         return settings
 
 
@@ -628,32 +795,40 @@ def served_as(path: Path) -> tuple[str, str]:
     return "application/octet-stream", "attachment"
 
 
-def routes(worker: Worker) -> list[Route]:
-    """Results, previews and the library that draws: what Gradio is not to serve."""
+def logged_in(request: WebRequest) -> bool:
+    """Whether a request comes from somebody who has logged in, or the page asks for no login."""
+    app = request.app
+    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
+    return app.auth is None or any(app.tokens.get(request.cookies.get(name)) is not None for name in names)
+
+
+def routes(worker: Worker, uploads: Uploads | None = None) -> list[Route]:
+    """Results, previews and the library that draws, and what is done here in place of Gradio: taking and serving
+    uploads, which it would leave behind, and answering /watch, which costs it many times more."""
+    uploads = uploads or Uploads()
+    watching = anyio.CapacityLimiter(4)  # threads of their own: whatever else goes on, the page moves
     headers = {
         "Cache-Control": "private, no-store",
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "sandbox; default-src 'none'",  # of the file, if it is opened as a page
     }
 
-    def allowed(request: WebRequest) -> bool:
-        app = request.app
-        names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
-        return app.auth is None or any(app.tokens.get(request.cookies.get(name)) is not None for name in names)
-
-    def job_file(request: WebRequest) -> Response:
-        """A file of a job, for who knows its key; no name that is asked for ever becomes a path."""
-        job: Job | None = worker.by_key(request.path_params["key"]) if allowed(request) else None
-        path = job and job.files().get(request.path_params["name"])
-        if not path or not path.is_file() or path.is_symlink():
-            return PlainTextResponse("There is no such file.", 404)
+    def give(path: Path) -> Response:
         kind, disposition = served_as(path)
         return FileResponse(
             path, headers=headers, media_type=kind, filename=path.name, content_disposition_type=disposition
         )
 
+    def job_file(request: WebRequest) -> Response:
+        """A file of a job, for who knows its key; no name that is asked for ever becomes a path."""
+        job: Job | None = worker.by_key(request.path_params["key"]) if logged_in(request) else None
+        path = job and job.files().get(request.path_params["name"])
+        if not path or not path.is_file() or path.is_symlink():
+            return PlainTextResponse("There is no such file.", 404)
+        return give(path)
+
     def picture(request: WebRequest) -> Response:
-        job = worker.by_key(request.path_params["key"]) if allowed(request) else None
+        job = worker.by_key(request.path_params["key"]) if logged_in(request) else None
         if job is None or job.picture is None:
             return PlainTextResponse("There is no such picture.", 404)
         return Response(job.picture, media_type="image/jpeg", headers=headers)
@@ -664,11 +839,90 @@ def routes(worker: Worker) -> list[Route]:
         path = Path(find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"
         return FileResponse(path, headers={"Cache-Control": "public, max-age=604800"})
 
+    def file(request: WebRequest) -> Response:
+        """An upload, a result or the example, for who knows its path; nothing else of this machine, or of another."""
+        if not logged_in(request):
+            return PlainTextResponse("Log in first.", 401)
+        uploads.forget(lambda key: worker.by_key(key) is not None)
+        if not uploads.holds(path := request.path_params["path"]):
+            return PlainTextResponse("There is no such file.", 404)
+        return give(Path(os.path.realpath(path)))
+
+    async def upload(request: WebRequest) -> Response:
+        """Store files; answers with their paths, as Gradio does."""
+        if not logged_in(request):
+            return JSONResponse({"detail": "Log in first."}, 401, {"Connection": "close"})
+        progress_id, length = request.query_params.get("upload_id"), request.headers.get("content-length", "")
+
+        def progress(name: str, part: bytes) -> None:
+            file_upload_statuses.append(progress_id, name, part)
+
+        if progress_id:
+            file_upload_statuses.track(progress_id)
+        try:
+            declared = int(length) if length.isascii() and length.isdigit() else None
+            paths = await uploads.receive(
+                request.headers.get("content-type"), declared, request.stream(),
+                request.client.host if request.client else "", progress if progress_id else None,
+            )  # fmt: skip
+            return JSONResponse([str(path) for path in paths])
+        except Refused as refusal:
+            return PlainTextResponse(str(refusal), refusal.status, {"Connection": "close"})
+        except ClientDisconnect:
+            return PlainTextResponse("The upload was given up.", 400)
+        finally:
+            if progress_id:
+                file_upload_statuses.set_done(progress_id)
+
+    async def watch(request: WebRequest) -> Response:
+        """The endpoint /watch, as Gradio would answer it."""
+        if not logged_in(request):
+            return JSONResponse({"detail": "Log in first."}, 401)
+        act = next(fn.fn for fn in request.app.get_blocks().fns.values() if fn.api_name == "watch")
+        try:
+            data = (await request.json())["data"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            data = None
+        if not isinstance(data, list) or not 1 <= len(data) <= 3:
+            return JSONResponse({"error": "Give the data: a visitor, a time, and the versions that are known."}, 400)
+        found = await anyio.to_thread.run_sync(act, *data, limiter=watching)
+        return JSONResponse({"data": [found], "is_generating": False})
+
     return [
         Route("/lipsync/plotly.min.js", plotly),
         Route("/lipsync/{key}/picture", picture),
         Route("/lipsync/{key}/{name}/{file}", job_file),
+        Route("/gradio_api/file={path:path}", file),
+        Route("/gradio_api/file/{path:path}", file),
+        Route("/gradio_api/upload", upload, methods=["POST"]),
+        Route("/gradio_api/run/watch", watch, methods=["POST"]),
     ]
+
+
+def guarded(page: Page, policy: Policy) -> Callable:
+    """The part of the server's life that puts the guard around all of it, and cleans up while it lasts."""
+
+    @asynccontextmanager
+    async def lifespan(server: Any) -> AsyncIterator[None]:
+        policy.is_upload, policy.check_call = page.uploads.holds, page.check_call
+        policy.logged_in = lambda scope: logged_in(WebRequest(scope | {"app": server}))
+        server.middleware_stack = Guard(server.middleware_stack, policy)
+
+        async def clean() -> None:
+            while True:
+                await anyio.sleep(CLEANING_SECONDS)
+                try:
+                    await anyio.to_thread.run_sync(page.uploads.forget, page.has_job)
+                    await anyio.to_thread.run_sync(page.uploads.sweep)
+                except OSError as error:
+                    log(f"Old uploads cannot be removed: {error}")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(clean)
+            yield
+            tasks.cancel_scope.cancel()
+
+    return lifespan
 
 
 # ---- serving
@@ -696,29 +950,68 @@ def theme() -> gr.themes.Base:
     )  # fmt: skip
 
 
+class Parser(argparse.ArgumentParser):
+    """One that says what is wrong with an option in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{message[0].upper()}{message[1:]}: see --help.\n")
+
+
+def byte_size(text: str) -> int:
+    """Bytes of a size as 500mb. Raises ArgumentTypeError."""
+    found = re.fullmatch(r"([0-9]{1,12})\s*(b|kb|mb|gb|tb)?", text.strip().lower(), re.ASCII)
+    if not found or int(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size, as 500mb or 2gb are")
+    return int(found[1]) * 1024 ** ("b", "kb", "mb", "gb", "tb").index(found[2] or "b")
+
+
+def host(text: str) -> str:
+    """A host, as gpu.example or gpu.example:8443. Raises ArgumentTypeError."""
+    if split_host(text)[0] is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is no host, as gpu.example or gpu.example:8443 are")
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     def from_environment(name: str) -> str | None:
         return os.environ.get(name) or None
 
     yes = (from_environment("GRADIO_SHARE") or "").lower() in ("1", "true", "yes")
-    port = from_environment("GRADIO_SERVER_PORT")
-    found = argparse.ArgumentParser(prog="app.py", description="Open the page.")
+    found = Parser(prog="app.py", description="Open the page.")
     found.add_argument("--share", action="store_true", default=yes, help="a public link; asks for a login, see --auth")
     found.add_argument(
-        "--auth", metavar="NAME:PASSWORD[,…]", help="who may log in; with --share and without this, a login is made up"
-    )
+        "--auth", metavar="NAME:PASSWORD[,…]", help="who may log in, which lists of processes show: see --auth-file; "
+        "with --share and without either, a login is made up",
+    )  # fmt: skip
+    found.add_argument(
+        "--auth-file", type=Path, metavar="FILE", help="who may log in, a line NAME:PASSWORD each; the variable "
+        "LATENTSYNC_AUTH takes NAME:PASSWORD, too",
+    )  # fmt: skip
     found.add_argument("--no-auth", action="store_true", help="no login, even with --share")
     found.add_argument("--server-name", default=from_environment("GRADIO_SERVER_NAME"), help="default 127.0.0.1")
-    found.add_argument("--server-port", type=int, default=int(port) if port else None, help="default: from 7860 on")
+    found.add_argument(
+        "--server-port", type=between(int, 1, 65535), default=from_environment("GRADIO_SERVER_PORT"), metavar="PORT",
+        help="default: from 7860 on",
+    )  # fmt: skip
     found.add_argument("--root-path", default=from_environment("GRADIO_ROOT_PATH"), help="where a proxy has the page")
-    found.add_argument("--queue-size", type=int, default=20, metavar="JOBS", help="that may wait (default 20)")
     found.add_argument(
-        "--max-seconds", type=float, metavar="S", help=f"of sound a job ({PUBLIC_SECONDS:.0f} with --share)"
-    )
-    found.add_argument("--max-upload", metavar="SIZE", help=f"of a file, as 500mb ({PUBLIC_UPLOAD} with --share)")
+        "--allow-host", type=host, action="append", metavar="NAME[:PORT]", help="another name of this server, as that "
+        "of a proxy in front of it; can be given several times (or the variable LATENTSYNC_ALLOW_HOST, with commas)",
+    )  # fmt: skip
     found.add_argument(
-        "--keep-hours", type=float, metavar="H", help=f"then results are deleted ({PUBLIC_HOURS:.0f} with --share)"
+        "--queue-size", type=between(int, 1, 10_000), default=20, metavar="JOBS", help="that may wait (default 20)"
     )
+    found.add_argument(
+        "--max-seconds", type=between(float, 0.1, 1e6), metavar="S",
+        help=f"of sound a job ({PUBLIC_SECONDS:.0f} with --share)",
+    )  # fmt: skip
+    found.add_argument(
+        "--max-upload", type=byte_size, metavar="SIZE", help=f"of a file, as 500mb ({PUBLIC_UPLOAD} with --share)"
+    )
+    found.add_argument(
+        "--keep-hours", type=between(float, 0, 1e6), metavar="H",
+        help=f"then results are deleted ({PUBLIC_HOURS:.0f} with --share)",
+    )  # fmt: skip
     found.add_argument("--outputs", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="of the results")
     found.add_argument("--model", default="auto", help="what 'auto' means on the page: a name, or a checkpoint folder")
     found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
@@ -727,10 +1020,14 @@ def parser() -> argparse.ArgumentParser:
         help="fetch this released model while the page is served, unless it is there (or the variable LATENTSYNC_GET)",
     )  # fmt: skip
     found.add_argument(
-        "--allow-download", action="store_true", help="let visitors fetch and remove models, even with --share, or "
-        "without a login beyond this machine",
+        "--allow-download",
+        action="store_true",
+        help="let visitors fetch and remove models, even with --share, or without a login beyond this machine",
     )
-    found.add_argument("--idle-minutes", type=float, default=10, help="until the model is let go (default 10)")
+    found.add_argument(
+        "--idle-minutes", type=between(float, 0, 1e6), default=10, metavar="M",
+        help="until the model is unloaded (default 10)",
+    )  # fmt: skip
     found.add_argument("--no-open", action="store_true", help="do not open the page in a browser")
     found.add_argument("--version", action="version", version=__version__)
     return found
@@ -745,12 +1042,13 @@ def has_desktop() -> bool:
 
 def on_loopback(name: str | None) -> bool:
     """Whether a server of that name can be reached from its own machine alone."""
-    if name in (None, "localhost"):
-        return True
-    try:
-        return ip_address(name.strip("[]")).is_loopback
-    except ValueError:  # another name, of whatever address
-        return False
+    address = as_address((name or "").strip("[]"))
+    return name in (None, "localhost") or (address is not None and address.is_loopback)
+
+
+def bracketed(name: str | None) -> str | None:
+    """A name to serve at as addresses of pages have it: IPv6 in brackets."""
+    return f"[{name}]" if name and isinstance(as_address(name), IPv6Address) else name
 
 
 def logins(args: argparse.Namespace, public: bool) -> list[tuple[str, str]] | None:
@@ -758,10 +1056,11 @@ def logins(args: argparse.Namespace, public: bool) -> list[tuple[str, str]] | No
     if args.no_auth:
         return None
     if args.auth:
-        found = [tuple(part.split(":", 1)) for part in args.auth.split(",")]
-        if any(len(part) != 2 or not all(part) for part in found):
-            raise UserError("--auth is not understood: give NAME:PASSWORD, several with commas between them.")
-        return found
+        return parse_accounts(args.auth, "--auth")
+    if args.auth_file:
+        return read_accounts(args.auth_file)
+    if (found := os.environ.get("LATENTSYNC_AUTH")) is not None:
+        return parse_accounts(found, "The variable LATENTSYNC_AUTH")
     if public:
         login = ("lipsync", secrets.token_urlsafe(9))
         print(f"Log in as '{login[0]}', password '{login[1]}' (--auth sets another, --no-auth none).", flush=True)
@@ -780,6 +1079,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         auth = logins(args, args.share)
+        allowed = [*(args.allow_host or []), *filter(None, os.environ.get("LATENTSYNC_ALLOW_HOST", "").split(","))]
+        policy = policy_for(args.server_name, [each.strip() for each in allowed], dict(os.environ), args.root_path)
         if args.get and args.get not in RELEASES:
             raise UserError(f"There is no model '{args.get}' to fetch: give --get one of {', '.join(RELEASES)}.")
     except UserError as error:
@@ -802,23 +1103,35 @@ def main(arguments: list[str] | None = None) -> int:
         60 * args.idle_minutes,
         unless_given(args.keep_hours, PUBLIC_HOURS),
         spaces.GPU(duration=GPU_SECONDS)(run_alone) if on_zero_gpu else None,
+        SHARED_LIMITS if public or open_to_all else NO_LIMITS,
     )
     fetcher = Fetcher(worker, args.allow_download or not (public or open_to_all))
+    most = unless_given(args.max_upload, byte_size(PUBLIC_UPLOAD))
+    limits = Limits(most)
+    if public or open_to_all:
+        limits = Limits(most, 16, 8, most and PUBLIC_STORED * most, PUBLIC_UNUSED_SECONDS)
     page = Page(worker, fetcher)
+    page.uploads = uploads = Uploads(limits=limits)
+    policy.throttle = Throttle() if auth else None
+    remove_orphans()
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)  # so that a terminated server cleans up as an interrupted one does
+    for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):  # so that a server that is ended so cleans up as an interrupted one
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
+            signal.signal(number, stop)
     try:
-        page.blocks.launch(
-            share=args.share, auth=auth, server_name=args.server_name, server_port=args.server_port,
-            root_path=args.root_path, max_file_size=unless_given(args.max_upload, PUBLIC_UPLOAD),
+        launched = page.blocks.launch(
+            share=args.share, auth=checker(auth) if auth else None, server_name=bracketed(args.server_name),
+            server_port=args.server_port, root_path=args.root_path, max_file_size=most, enable_monitoring=False,
             allowed_paths=[str(path) for path in EXAMPLE], blocked_paths=[str(args.outputs.absolute())],
-            app_kwargs={"routes": routes(worker)},
+            app_kwargs={"routes": routes(worker, uploads), "lifespan": guarded(page, policy)},
             theme=theme(), css_paths=[ROOT / "assets" / "page.css"], footer_links=["api"], run_history=False,
             inbrowser=not args.no_open and has_desktop(), prevent_thread_lock=True, show_error=True, ssr_mode=False,
         )  # fmt: skip
+        if args.share and launched[2]:
+            policy.add(urlsplit(launched[2]).netloc)
         # As Gradio has it on Windows; its loop of 1 ms elsewhere takes 5 % of a core from the jobs.
         page.blocks._queue.sleep_when_free = 0.05
         try:

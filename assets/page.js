@@ -20,8 +20,26 @@ try {
   visitor = visitor || token(); // a browser that stores nothing: the jobs are found until the tab is closed
 }
 
+// Where Gradio finds no server for a request of its own, it ignores whatever follows, and opens the page anew once there
+// is one: what was typed would be lost. So its requests wait here until a server answers; that of a job is not sent a
+// second time, as the first may have arrived.
+const send = window.fetch.bind(window), NO_ANSWER = "The server did not answer: see whether it still runs, and try again.";
+const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+window.fetch = async (input, init) => {
+  if (!String(input?.url ?? input).includes("/gradio_api/run/")) return send(input, init);
+  for (;;) {
+    try {
+      return await send(input, init);
+    } catch (error) {
+      if (init?.signal?.aborted) throw error;
+      if (String(init?.body).includes(visitor)) return Response.json({ data: [{ error: NO_ANSWER }] });
+      await pause(SECOND);
+    }
+  }
+};
+
 async function call(name, ...data) {
-  const answer = await fetch(`${root}/gradio_api/run/${name}`, {
+  const answer = await send(`${root}/gradio_api/run/${name}`, {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ data }),
@@ -264,7 +282,7 @@ async function act(name, ...data) {
     }
     told(await call(name, ...data, ...(OWNERLESS.has(name) ? [] : [visitor])));
   } catch {
-    notice("The server did not answer: see whether it still runs, and try again.");
+    notice(NO_ANSWER);
   }
 }
 async function remove(id) {

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +15,15 @@ from typing import TYPE_CHECKING
 
 from latentsync import STAGES, __version__
 from latentsync.errors import UserError, short_of_memory
-from latentsync.options import between, choose_device
+from latentsync.options import between, choose_device, interrupt_on_signals
+from latentsync.paths import check_writable, write_text
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from latentsync.checkpoints import Models
     from latentsync.pipeline import Report, Settings
 
 LINE_SECONDS = 10  # between two lines of progress where there is no terminal
+REPORT = "The report"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,8 +49,21 @@ def parser() -> argparse.ArgumentParser:
         "--face", choices=("largest", "left", "right", "centre"), default="largest",
         help="which one, where several are seen (default largest)",
     )  # fmt: skip
+    for kind in ("video", "audio"):
+        found.add_argument(
+            f"--{kind}-track", type=between(int, 1, 1000), metavar="N",
+            help=f"which track of {kind.upper()}, from 1 (default: the one with the default flag, else the first)",
+        )  # fmt: skip
+    found.add_argument(
+        "--copy-audio", action="store_true",
+        help="keep the sound of .mp4 and .mov bit for bit, which not every player knows (default: AAC; .mkv keeps it)",
+    )  # fmt: skip
     found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     found.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
+    found.add_argument(
+        "--discard-unfinished", action="store_true",
+        help="first remove what interrupted runs with this output have kept, and begin anew",
+    )  # fmt: skip
     found.add_argument("--version", action="version", version=__version__)
     return found
 
@@ -135,25 +149,6 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def check_report(path: Path, others: tuple[str, ...]) -> None:
-    """Raise UserError, before the long work, where a report cannot be written to `path`."""
-    try:
-        if path.is_dir():
-            raise UserError(f"The report '{path}' is a folder; give the name of a file to write.")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"The folder of the report '{path}' does not exist; create it first.")
-        was_there = path.exists()
-        open(path, "ab").close()
-        if not was_there:
-            path.unlink()
-    except OSError as error:
-        raise UserError(
-            f"The report '{path}' cannot be written ({error.strerror}); choose another name for it."
-        ) from error
-    if any(os.path.realpath(path) == os.path.realpath(other) for other in others):
-        raise UserError(f"The report '{path}' would overwrite a file of this run; choose another name for it.")
-
-
 @dataclass
 class Job:
     """What a run is to be given, and what is to be said of it afterwards."""
@@ -179,21 +174,27 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     # Imported here, so that --help is answered at once, and mistakes in the files before torch is there.
     from latentsync.media import check_output, probe_audio, probe_video
 
-    info = probe_video(args.video)
-    sound = probe_audio(args.audio)
+    info = probe_video(args.video, args.video_track)
+    sound = probe_audio(args.audio, args.audio_track)
     check_output(args.output, (args.video, args.audio))
     if args.report:
-        check_report(args.report, (args.video, args.audio, args.output))
-    for remark in info.remarks:
+        check_writable(args.report, (args.video, args.audio, args.output), REPORT)
+    for remark in (*info.remarks, *sound.remarks):
         print(remark, file=sys.stderr)
 
     import torch
 
     from latentsync.checkpoints import load_models, resolve
     from latentsync.pipeline import Settings, lipsync
+    from latentsync.segments import discard
 
+    if args.discard_unfinished:
+        discard(Path(args.output))
     device = choose_device(args.device)
     checkpoint = resolve(args.model, device)
+    check_output(args.output, checkpoint.files)
+    if args.report:
+        check_writable(args.report, checkpoint.files, REPORT)
     settings = Settings.suiting(checkpoint, args.guidance, steps=args.steps, seed=args.seed, face=args.face)
     bars = Bars() if sys.stderr.isatty() else Lines()
 
@@ -207,8 +208,13 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
         if checkpoint.remark:
             say(checkpoint.remark)
         with prepare(args, models, settings, sound.duration) as job:
-            report = lipsync(args.video, args.audio, args.output, models, job.settings, bars, job.relieve, say=say)
+            report = lipsync(
+                args.video, args.audio, args.output, models, job.settings, bars, job.relieve, say=say,
+                video_track=args.video_track, audio_track=args.audio_track, copy_audio=args.copy_audio,
+            )  # fmt: skip
             bars.close()
+            for remark in report.remarks:
+                say(remark)
             job.finished(report)
     except Exception as error:
         if not short_of_memory(error):
@@ -226,12 +232,9 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
         if device.type == "cuda":
             found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         try:
-            args.report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"'{args.output}' is done, but the report '{args.report}' cannot be written ({error.strerror}); "
-                "choose another name for it."
-            ) from error
+            write_text(args.report, json.dumps(found, indent=2) + "\n", REPORT)
+        except UserError as error:
+            raise UserError(f"'{args.output}' is done. {error}") from error
     print(args.output)
 
 
@@ -246,10 +249,7 @@ def main(
     """
     args = parser().parse_args(shield_dashes(sys.argv[1:] if arguments is None else arguments))
 
-    def stop(*_) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)  # so that a terminated run cleans up as an interrupted one does
+    interrupt_on_signals()
     try:
         run(args, prepare)
     except UserError as error:

@@ -23,6 +23,13 @@ MEL_FLOOR = 1e-10  # power
 MEL_RANGE = 8.0  # decades kept under the loudest point of the clip
 PADDING = -4.0  # decades of power: the normalised 0.0 that segments are padded with
 ROWS_BEFORE, ROWS_AFTER = 4, 6  # a frame hears rows c − 4 … c + 5
+LEVEL_BLOCK = SAMPLE_RATE // 50  # samples whose power is one level, 20 ms
+LEVEL_STEP, LEVEL_REACH = 25, 75  # blocks: a gain every 0.5 s, from the sound up to 1.5 s to either side
+SPEECH_PERCENTILE, PAUSE_PERCENTILE = 95, 10  # of the levels there: of speech, and of what is heard between sounds
+# Decibels from pauses to speech: of noise and hum at most the first, of speech that is raised in full the second.
+NOISE_RANGE, SPEECH_RANGE = 8.0, 14.0
+QUIETEST_SPEECH = -80.0  # dB relative to full scale; what is quieter is not raised
+DIGITAL_SILENCE = -100.0  # dB: quieter than 16 bits can tell; nothing was recorded there
 
 
 @cache
@@ -92,6 +99,43 @@ def log_mel(wav: Tensor, n_mels: int = 80) -> Tensor:
     return torch.cat(list(mel_segments(wav, n_mels)), dim=1)
 
 
+def speech_gains(wav: Tensor, level: float) -> np.ndarray:
+    """Gains in decibels, one every LEVEL_STEP blocks, that raise speech quieter than `level` to it; others are 0.
+
+    wav: (samples,) at 16 kHz; level: dB relative to full scale, of the louder blocks (SPEECH_PERCENTILE). Speech is
+    told from noise and hum, which are not raised, by its pauses.
+    """
+    count = len(wav) // LEVEL_BLOCK
+    parts = wav[: count * LEVEL_BLOCK].split(SEGMENT_SAMPLES)  # whole blocks each
+    power = [part.unflatten(0, (-1, LEVEL_BLOCK)).double().square().mean(1).cpu().numpy() for part in parts]
+    levels = 10 * np.log10(np.maximum(np.concatenate(power), 1e-20))
+    gains = np.zeros(-(-count // LEVEL_STEP))
+    for i, at in enumerate(range(0, count, LEVEL_STEP)):
+        near = levels[max(at - LEVEL_REACH, 0) : at + LEVEL_REACH]
+        near = near[near > DIGITAL_SILENCE]
+        if len(near) == 0:
+            continue
+        speech, pause = np.percentile(near, [SPEECH_PERCENTILE, PAUSE_PERCENTILE])
+        if speech > QUIETEST_SPEECH:
+            share = np.clip((speech - pause - NOISE_RANGE) / (SPEECH_RANGE - NOISE_RANGE), 0, 1)
+            gains[i] = share * max(level - speech, 0)
+    return gains
+
+
+def raise_quiet_speech(wav: Tensor, level: float) -> Tensor:
+    """The sound with speech quieter than `level` raised to it, see `speech_gains`; `wav` itself where none is."""
+    gains = speech_gains(wav, level)
+    if not gains.any():
+        return wav
+    raised = wav.clone()
+    places = np.arange(len(gains)) * LEVEL_STEP * LEVEL_BLOCK
+    for start in range(0, len(wav), SEGMENT_SAMPLES):
+        part = raised[start : start + SEGMENT_SAMPLES]
+        decibels = np.interp(np.arange(start, start + len(part)), places, gains)
+        part *= torch.from_numpy(10 ** (decibels / 20)).to(part)
+    return raised
+
+
 @torch.inference_mode()
 def feature_segments(encoder: AudioEncoder, wav: Tensor, mel_range: float = MEL_RANGE) -> Iterator[Tensor]:
     """Whisper features, 50 rows a second, in segments of 30 s: (rows, layers, width) each.
@@ -111,13 +155,20 @@ def frame_count(samples: int) -> int:
 
 
 def audio_chunks(
-    encoder: AudioEncoder, wav: Tensor, frames: int, mel_range: float = MEL_RANGE
+    encoder: AudioEncoder,
+    wav: Tensor,
+    frames: int,
+    mel_range: float = MEL_RANGE,
+    speech_level: float | None = None,
 ) -> Iterator[Tensor]:
     """The audio tokens of video frames 0 … frames − 1 at 25 fps.
 
-    wav: (samples,) float32 at 16 kHz. Yields (10 · layers, width) on the host, row-major (row, layer): rows c − 4 …
-    c + 5 around the frame's row c, each clamped to the clip.
+    wav: (samples,) float32 at 16 kHz; speech_level: dB relative to full scale, to which quieter speech is raised for an
+    encoder that has learnt from none; None: the sound stays as it is. Yields (10 · layers, width) on the host,
+    row-major (row, layer): rows c − 4 … c + 5 around the frame's row c, each clamped to the clip.
     """
+    if speech_level is not None:
+        wav = raise_quiet_speech(wav, speech_level)
     total = max(len(wav), N_FFT) // HOP_LENGTH // 2  # every segment but the last has an even number of frames
     # A segment at once: a copy for every frame would be as many waits for the device.
     segments = (features.cpu() for features in feature_segments(encoder, wav, mel_range))

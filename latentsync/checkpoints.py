@@ -6,7 +6,8 @@ A checkpoint is a folder:
     whisper/tiny.safetensors or .pt       an OpenAI-format Whisper, of which the encoder is used
     vae/config.json, vae/diffusion_pytorch_model.safetensors    a diffusers AutoencoderKL
     latentsync.json                       {"resolution": 256, "unet": {…}, "match_colours": false, "ends_only": false,
-                                          "guidance_scale": 1.5, "mel_range": 8}; the released models need none
+                                          "guidance_scale": 1.5, "mel_range": 8, "speech_level": null};
+                                          the released models need none
     the picture that latentsync.json names as "face", if any
 
 All but the last may also lie in its folder `checkpoints`, as the reference and its ComfyUI wrappers have it, and the
@@ -48,6 +49,16 @@ CONFIG = "latentsync.json"
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "demo"
 
 
+# Limits of what a description may ask for: enough for every network of this kind, and built at once.
+MOST_SIZE = 1 << 16  # of a number: widths, heads, positions
+MOST_LAYERS = 64  # of a block, and entries of a list
+MOST_NESTED = 8  # levels of lists and objects
+MOST_GUIDANCE, MOST_DECADES = 100.0, 100.0
+VAE_SCALE, VAE_SIDE = 0.18215, 32  # what diffusers takes where a configuration does not say
+# What a damaged pickle may raise, besides its own errors.
+DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError)
+REMEDY = "correct it, or fetch the checkpoint again"
+
 NAMES = ("auto", "demo", *sorted(RELEASES))
 
 
@@ -66,8 +77,14 @@ class Checkpoint:
     ends_only: bool = False  # it sees a window's first and last faces alone; see `sampling.between_ends`
     guidance_scale: float = GUIDANCE_SCALE  # what suits it, where nothing else is asked for
     mel_range: float = MEL_RANGE  # decades under the loudest sound that its audio encoder has learnt to hear
+    speech_level: float | None = None  # dB to which quieter speech is raised for it; see `audio.raise_quiet_speech`
     face: Path | None = None  # picture of the face that it paints instead of the film's; see `retarget`
     remark: str | None = None  # a sentence for the user, where something about the files is not as expected
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        files = self.unet, self.whisper, self.vae, self.vae_config, self.face
+        return tuple(file for file in files if file is not None)
 
 
 @dataclass
@@ -83,6 +100,7 @@ class Models:
     ends_only: bool = False
     guidance_scale: float = GUIDANCE_SCALE
     mel_range: float = MEL_RANGE
+    speech_level: float | None = None
     face: np.ndarray | None = None  # uint8 (R, R, 3), aligned: what it paints instead of the film's; see `retarget`
     files: tuple[Path, ...] = ()  # that it was loaded from
     denoise: Callable[..., Tensor] = denoise  # or what does the same faster
@@ -103,11 +121,57 @@ def _first(folders: Iterable[Path], names: Iterable[str]) -> Path | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # nested without end
         raise UserError(f"'{path}' cannot be read as JSON; fetch the checkpoint again.") from error
     if not isinstance(found, dict):
         raise UserError(f"'{path}' must hold a JSON object; fetch the checkpoint again.")
     return found
+
+
+def _check_sizes(sizes: Any, path: Path, name: str = "", depth: int = 0) -> None:
+    """Check every number in a description of a network, before anything of that size is built.
+
+    sizes: what JSON can hold; path: the file to name; name: of this value in it. Raises UserError.
+    """
+    if isinstance(sizes, Mapping | list | tuple):
+        problem = len(sizes) > MOST_LAYERS or depth == MOST_NESTED
+    elif isinstance(sizes, int):
+        problem = not 0 <= sizes <= (MOST_LAYERS if "layer" in name else MOST_SIZE)
+    else:
+        problem = isinstance(sizes, float) and not abs(sizes) <= MOST_SIZE  # nor is it with what is no number
+    if problem:
+        raise UserError(f"'{path}' has a {name or 'description'} beyond what a network can have; {REMEDY}.")
+    if isinstance(sizes, Mapping):
+        for key, value in sizes.items():
+            _check_sizes(value, path, str(key)[:40], depth + 1)
+    elif isinstance(sizes, list | tuple):
+        for value in sizes:
+            _check_sizes(value, path, name, depth + 1)
+
+
+def _number(config: Mapping[str, Any], name: str, default: float, most: float, path: Path) -> float:
+    """A number above 0 and up to `most` of a configuration. Raises UserError."""
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        raise UserError(f"'{path}' has a {name} that is no number above 0 and up to {most:g}; {REMEDY}.")
+    return float(value)
+
+
+def _level(config: Mapping[str, Any], name: str, path: Path) -> float | None:
+    """A level of sound, −100 to 0 dB, None where there is none. Raises UserError."""
+    value = config.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 0:
+        raise UserError(f"'{path}' has a {name} that is no number from -100 to 0; {REMEDY}.")
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], name: str, path: Path) -> bool:
+    value = config.get(name, False)
+    if not isinstance(value, bool):
+        raise UserError(f"'{path}' has a {name} that is neither true nor false; {REMEDY}.")
+    return value
 
 
 def recognise(unet: Path) -> str | None:
@@ -171,27 +235,25 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
         if found[part] is None:
             raise UserError(f"The checkpoint folder '{folder}' lacks {' or '.join(names)}; add that file.")
     resolution, remark = _resolution(folder, found["unet"], config.get("resolution"), expected)
+    path = folder / CONFIG
+    _check_sizes(config.get("unet", {}), path, "unet")
     try:
         unet_config = UNetConfig.from_dict(config.get("unet", {}))
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"'{folder / CONFIG}' asks for a network that this program is not: {error}.") from error
-    match_colours, ends_only = (config.get(name, False) is True for name in ("match_colours", "ends_only"))
-    try:
-        guidance_scale = float(config.get("guidance_scale", GUIDANCE_SCALE))
-        mel_range = float(config.get("mel_range", MEL_RANGE))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"'{folder / CONFIG}' has a guidance_scale or a mel_range that is no number.") from error
+        problem = str(error)[:200]  # it quotes the file
+        raise UserError(f"'{path}' asks for a network that this program is not: {problem}; {REMEDY}.") from error
     face = config.get("face")
-    if face is not None and not isinstance(face, str):
-        raise UserError(f"'{folder / CONFIG}' has a face that is no file name.")
+    if face is not None and not (isinstance(face, str) and face and Path(face).name == face):
+        raise UserError(f"'{path}' has a face that is no name of a file in its folder; {REMEDY}.")
     return Checkpoint(
         name=name,
         resolution=resolution,
         unet_config=unet_config,
-        match_colours=match_colours,
-        ends_only=ends_only,
-        guidance_scale=guidance_scale,
-        mel_range=mel_range,
+        match_colours=_flag(config, "match_colours", path),
+        ends_only=_flag(config, "ends_only", path),
+        guidance_scale=_number(config, "guidance_scale", GUIDANCE_SCALE, MOST_GUIDANCE, path),
+        mel_range=_number(config, "mel_range", MEL_RANGE, MOST_DECADES, path),
+        speech_level=_level(config, "speech_level", path),
         face=folder / face if face else None,
         remark=remark,
         **found,
@@ -260,7 +322,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # noqa: TID251
     except FileNotFoundError as error:
         raise UserError(f"The checkpoint file '{path}' is missing; fetch it again.") from error
-    except (SafetensorError, RuntimeError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (SafetensorError, zipfile.BadZipFile, *DAMAGED) as error:
         raise UserError(f"The checkpoint file '{path}' is damaged or incomplete; fetch it again.") from error
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -279,14 +341,16 @@ def _check_exactly(module: nn.Module, tensors: Mapping[str, Any], path: Path) ->
     """
     wanted = module.state_dict()
     wrong = [f"lacks the tensor '{name}'" for name in wanted if name not in tensors]
-    wrong += [f"has a tensor '{name}' that this model does not know" for name in tensors if name not in wanted]
-    for name, tensor in wanted.items():
-        given = tensors.get(name)
-        if given is not None and (not isinstance(given, Tensor) or given.shape != tensor.shape):
-            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-            wrong.append(f"has '{name}' of shape {shape} instead of {tuple(tensor.shape)}")
-        elif given is not None and not (given.is_floating_point() and given.layout == torch.strided):
-            wrong.append(f"has '{name}' as {given.dtype}, {given.layout} instead of plain floating-point numbers")
+    wrong += [f"has a tensor {name!r:.80} that this model does not know" for name in tensors if name not in wanted]
+    for name in wanted.keys() & tensors.keys():
+        found, shape = tensors[name], tuple(wanted[name].shape)
+        if not isinstance(found, Tensor):
+            wrong.append(f"has '{name}' as {type(found).__name__} instead of a tensor")
+        elif not (found.is_floating_point() and found.layout == torch.strided) or found.is_meta or found.is_nested:
+            kind = "without numbers" if found.is_meta else f"{found.dtype}, {found.layout}"
+            wrong.append(f"has '{name}' as {kind} instead of plain floating-point numbers")
+        elif found.shape != shape:
+            wrong.append(f"has '{name}' of shape {tuple(found.shape)} instead of {shape}")
     if wrong:
         more = f" ({len(wrong) - 1} more differences)" if len(wrong) > 1 else ""
         raise UserError(f"The checkpoint file '{path}' {wrong[0]}{more}; it is of another model or version.")
@@ -334,7 +398,7 @@ def _building(path: Path) -> Iterator[None]:
     try:
         with torch.device("meta"):
             yield
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise UserError(
             f"The sizes given for '{path}' do not describe a network that can be built; fetch the checkpoint again."
         ) from error
@@ -354,7 +418,7 @@ def reader(path: Path, pick: Callable[[dict[str, Any]], Any] = lambda found: fou
 
     def read() -> dict[str, Tensor]:
         tensors = pick(read_tensors(path)[0])
-        if not isinstance(tensors, Mapping):
+        if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
             raise UserError(f"The checkpoint file '{path}' does not hold named tensors; fetch it again.")
         return dict(tensors)
 
@@ -393,19 +457,21 @@ def load_audio_encoder(path: Path, device: torch.device | None = None) -> AudioE
     tensors, metadata = read_tensors(path)
     try:
         dims = json.loads(metadata["dims"]) if "dims" in metadata else tensors.get("dims")
-        tensors = tensors.get("model_state_dict", tensors)
-        dims = WhisperDims(**{field.name: int(dims[field.name]) for field in fields(WhisperDims)})
+        tensors = dict(tensors.get("model_state_dict", tensors))
+        dims = {field.name: int(dims[field.name]) for field in fields(WhisperDims)}
         tensors = {
-            name.removeprefix("encoder."): tensor.float()
+            name.removeprefix("encoder."): tensor
             for name, tensor in tensors.items()
             if name.startswith("encoder.")
         }
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except DAMAGED as error:
         raise UserError(f"'{path}' is not a Whisper file in OpenAI's format; fetch it again.") from error
+    _check_sizes(dims, path)
+    dims = WhisperDims(**dims)
     with _building(path):
         _check_heads((dims.n_audio_state,), dims.n_audio_head)
         encoder = AudioEncoder(dims)
-    load_exactly(encoder, lambda: tensors, path, device)
+    load_exactly(encoder, lambda: tensors, path, device, torch.float32)
     return encoder.eval()
 
 
@@ -422,6 +488,9 @@ def load_vae(
 
     read = reader(path, lambda found: {today(name): tensor for name, tensor in found.items()})
     config = _read_json(config_path)
+    _check_sizes(config, config_path)
+    for name, default in (("scaling_factor", VAE_SCALE), ("sample_size", VAE_SIDE)):
+        _number(config, name, default, MOST_SIZE, config_path)
     with _building(config_path):
         vae = AutoencoderKL.from_config(config)
     load_exactly(vae, read, path, device, dtype)
@@ -469,10 +538,9 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     return Models(
         checkpoint.name, checkpoint.resolution, unet, encoder, vae,
         checkpoint.match_colours, checkpoint.ends_only, checkpoint.guidance_scale, checkpoint.mel_range,
+        checkpoint.speech_level,
         face=None if checkpoint.face is None else load_face(checkpoint.face, checkpoint.resolution),
-        files=tuple(filter(None, (
-            checkpoint.unet, checkpoint.whisper, checkpoint.vae, checkpoint.vae_config, checkpoint.face,
-        ))),
+        files=checkpoint.files,
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ import cv2
 import numpy as np
 
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
 
 if TYPE_CHECKING:  # MediaPipe takes a second to load
     import mediapipe
@@ -221,7 +222,7 @@ def track_faces(
     line: deque[_Slot] = deque()  # up to `reach` slots behind the current one, and `reach` ahead
     current = 0
     if landmarkers is None:
-        landmarkers = min(max((os.cpu_count() or 1) // CORES_PER_LANDMARKER, 1), MOST_LANDMARKERS)
+        landmarkers = min(max(usable_cores() // CORES_PER_LANDMARKER, 1), MOST_LANDMARKERS)
     with ExitStack() as open_now:
         landmarker = open_now.enter_context(_landmarker())
         others = [open_now.enter_context(_landmarker()) for _ in range(landmarkers if landmarkers > 1 else 0)]

@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 POLL = 0.1  # seconds; on Windows Ctrl-C does not interrupt a longer wait for another thread
+GRACE = 1.0  # seconds that an item may still take when its thread is to end, before it is interrupted
+OnWait = Callable[[], None]  # called every POLL seconds by a thread that waits for another; may raise to end the wait
 END = object()
 
 
@@ -20,12 +22,19 @@ def close(items: Any) -> None:
         items.close()
 
 
-def ahead(items: Iterable[T], depth: int, name: str) -> Iterator[T]:
+def ahead(
+    items: Iterable[T],
+    depth: int,
+    name: str,
+    on_wait: OnWait | None = None,
+    interrupt: Callable[[], None] = lambda: None,
+) -> Iterator[T]:
     """The same items, made by a thread called `name` up to `depth` (from 1) of them ahead, and one in its hand.
 
     The thread starts with the first item that is asked for. What the items raise is raised here, after the items
     before it. Closing this iterator stops the thread as soon as the item in its hand is done, even if nobody takes
-    any; it closes `items` itself, and has ended when `close` returns.
+    any; it closes `items` itself, and has ended when `close` returns. on_wait: called by the thread that takes items
+    while it waits; interrupt: called at the end, to make the item in the other's hand be done soon.
     """
     made: queue.Queue = queue.Queue(depth)
     stop = threading.Event()
@@ -36,6 +45,8 @@ def ahead(items: Iterable[T], depth: int, name: str) -> Iterator[T]:
             try:
                 item, error = made.get(timeout=POLL)
             except queue.Empty:
+                if on_wait:
+                    on_wait()
                 continue
             if error is not None:
                 raise error
@@ -45,6 +56,7 @@ def ahead(items: Iterable[T], depth: int, name: str) -> Iterator[T]:
             del item  # not held while waiting for the next
     finally:
         stop.set()
+        interrupt()
         _empty(made)  # room for the one item that the thread may be holding out
         _join(thread)
 
@@ -72,12 +84,20 @@ def _make(items: Iterable[T], made: queue.Queue, stop: threading.Event) -> None:
 class Behind(Generic[T]):
     """Does `work` on the items it is given in a thread called `name`, in order, up to `depth` (from 1) behind.
 
-    `done` counts the items that are finished. Use it in `contextlib.closing`.
+    `done` counts the items that are finished. on_wait: called by the thread that hands items over while it waits;
+    interrupt: makes `work` end soon, whatever it is waiting for. Use it in `contextlib.closing`.
     """
 
-    def __init__(self, work: Callable[[T], None], depth: int, name: str):
+    def __init__(
+        self,
+        work: Callable[[T], None],
+        depth: int,
+        name: str,
+        on_wait: OnWait | None = None,
+        interrupt: Callable[[], None] = lambda: None,
+    ):
         self.done = 0
-        self._work = work
+        self._work, self._on_wait, self._interrupt = work, on_wait, interrupt
         self._given: queue.Queue = queue.Queue(depth)
         self._stopped = False
         self._error: BaseException | None = None
@@ -100,7 +120,8 @@ class Behind(Generic[T]):
             try:
                 return self._given.put(item, timeout=POLL)
             except queue.Full:
-                pass
+                if self._on_wait:
+                    self._on_wait()
 
     def check(self) -> None:
         """Raise what `work` has raised, if it has."""
@@ -110,15 +131,18 @@ class Behind(Generic[T]):
     def finish(self) -> None:
         """Wait until all items are done; raises what `work` raised. No item can be given afterwards."""
         self.give(END)
-        _join(self._thread)
+        _join(self._thread, self._on_wait)
         self.check()
 
     def close(self) -> None:
-        """End the thread as soon as the item in its hand is done; those that wait are dropped."""
+        """End the thread, and drop what waits: the item in its hand is finished, or interrupted after GRACE seconds."""
         self._stopped = True
         _empty(self._given)
         self._given.put(END)
-        _join(self._thread)
+        self._thread.join(GRACE)
+        while self._thread.is_alive():
+            self._interrupt()
+            self._thread.join(POLL)
 
 
 def _empty(items: queue.Queue) -> None:
@@ -129,6 +153,8 @@ def _empty(items: queue.Queue) -> None:
         pass
 
 
-def _join(thread: threading.Thread) -> None:
+def _join(thread: threading.Thread, on_wait: OnWait | None = None) -> None:
     while thread.is_alive():
         thread.join(POLL)
+        if on_wait:
+            on_wait()

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import chain, islice
@@ -20,7 +20,6 @@ from math import inf
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from latentsync.checkpoints import Checkpoint, Models
 from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
 from latentsync.errors import UserError, short_of_memory
 from latentsync.faces import WHICH, Face, face_reader, track_faces
+from latentsync.machine import available_memory
 from latentsync.media import (
     CRF,
     VideoInfo,
@@ -40,7 +40,7 @@ from latentsync.media import (
     read_frames,
     read_frames_looped,
 )
-from latentsync.overlap import Behind, ahead, close
+from latentsync.overlap import Behind, OnWait, ahead, close
 from latentsync.retarget import CHUNK, CONTEXT, HELD_FRAMES, MouthBank, mouth_points, retarget
 from latentsync.sampling import (
     GUIDANCE_SCALE,
@@ -54,7 +54,7 @@ from latentsync.sampling import (
     ddim_schedule,
     initial_noise,
 )
-from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, work_folder
+from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.soundness import WIDER, unusable, widened
 from latentsync.vae import condition, decode, to_pixels
 
@@ -131,6 +131,7 @@ class Report:
     frames_without_face: int = 0
     frames_computed_again: int = 0  # in a wider type, see `latentsync.soundness`
     ended_early: bool = False  # by `Enough`
+    remarks: list[str] = field(default_factory=list)  # sentences for the user on what was left out
     seconds: dict[str, float] = field(default_factory=dict)  # each stage was busy; they overlap
     waiting: dict[str, float] = field(default_factory=dict)  # seconds that others waited for this stage's thread
     total_seconds: float = 0.0
@@ -604,7 +605,7 @@ def fitting(settings: Settings, info: VideoInfo, held: int = 0) -> Settings:
     held: frames that are held besides `Settings.most_frames`. A frame of 4K is 25 MB, of 8K 100 MB. Raises UserError
     where not even those of one window a pass fit.
     """
-    size, free = 3 * info.width * info.height, HELD_SHARE * psutil.virtual_memory().available
+    size, free = 3 * info.width * info.height, HELD_SHARE * available_memory()
     for windows in range(settings.windows_per_pass, 0, -1):
         fewer = replace(settings, windows_per_pass=windows)
         most = fewer.most_frames + held
@@ -673,17 +674,25 @@ def lipsync(
     on_progress: Progress | None = None,
     relieve: Callable[[], Settings | None] | None = None,
     on_frame: Callable[[np.ndarray], None] | None = None,
+    on_wait: OnWait | None = None,
     say: Callable[[str], None] = lambda _: None,
     segment_frames: int | None = SEGMENT_FRAMES,
+    copy_audio: bool = False,
+    video_track: int | None = None,
+    audio_track: int | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
     It lasts as long as the sound, ceil(seconds × 25) frames; a shorter video is played forward and backward.
     on_progress(stage, frames done, frames in all) is called as the stages of `latentsync.STAGES` advance, and at every
-    denoising step, in the caller's thread; what it raises stops the run. relieve() is called when the device's memory
-    ran out, and gives settings to go on with that need less, or None to give up. on_frame(frame) is called with every
-    finished frame, uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a run
-    early, no part of the output is left, and no thread; but after `Enough` the finished frames are, with their sound.
+    denoising step, in the caller's thread; what it raises stops the run. So does what on_wait() raises, which is called
+    several times a second while that thread waits for others or for ffmpeg. relieve() is called when the device's
+    memory ran out, and gives settings to go on with that need less, or None to give up. on_frame(frame) is called with
+    every finished frame, uint8 (H, W, 3), in order and in the caller's thread; it must not change it. Whatever ends a
+    run early, no part of the output is left, and no thread; but after `Enough` the finished frames are, with their
+    sound.
+    copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
+    video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
 
     A job of more than `segment_frames` is written in segments of as many, see `latentsync.segments`. Whatever ends it
     early, but `Enough`, the same call goes on after the last finished one, to the same result; say(line) tells so. It
@@ -693,34 +702,56 @@ def lipsync(
     """
     settings = settings or Settings()
     began = time.perf_counter()
-    output = check_output(output, (video, audio))
-    info = probe_video(video)
+    output = check_output(output, (video, audio, *models.files))
+    info = probe_video(video, video_track)
     settings = fitting(settings, info, 0 if models.face is None else HELD_FRAMES)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):
-        wav = torch.from_numpy(read_audio(audio))
+        wav = torch.from_numpy(read_audio(audio, track=audio_track))
     total = frame_count(len(wav))
     report = Report(
         settings, models.name, models.resolution, str(models.device), str(models.dtype).removeprefix("torch.")
     )
-    frames, looped = read_frames_looped(info, total), total > info.n_frames
+    stop_reading = threading.Event()
+    frames, looped = read_frames_looped(info, total, stop_reading), total > info.n_frames
     counts = {"frames_without_face": 0, "frames_computed_again": 0}  # of what is written
+    complete = False  # all frames have been handed to the writer
+
+    def wait() -> None:
+        nonlocal on_wait
+        if on_wait:
+            try:
+                on_wait()
+            except Enough:
+                if not complete:
+                    raise
+                on_wait = None  # there is nothing to end early any more
+
     # Models that were not loaded from files cannot be known again.
     if segment_frames and total > segment_frames and models.files:
         # How much goes through the device at once is not part of the job, as it follows from the memory that is free.
         asked = asdict(replace(settings, windows_per_pass=1, frames_per_pass=1))
         asked |= {"segment": segment_frames, "device": models.device.type, "dtype": report.dtype}
         asked |= {"model": models.name, "resolution": models.resolution, "mel_range": models.mel_range}
+        asked |= {"speech_level": models.speech_level}
         asked |= {"match_colours": models.match_colours, "ends_only": models.ends_only}
+        asked |= {"video_track": video_track, "audio_track": audio_track}
         folder = work_folder(output, (video, audio, *models.files), asked)
         clean(output, folder)
         writer = SegmentWriter(
             output, info, audio, settings.crf,
             folder=folder, total=total, segment_frames=segment_frames, counts=counts, say=say,
+            copy_audio=copy_audio, audio_track=audio_track, on_wait=wait,
         )  # fmt: skip
     else:
+        folder = None
         clean(output)
-        writer = VideoWriter(output, info, audio, settings.crf)
+        writer = VideoWriter(
+            output, info, audio, settings.crf, copy_audio=copy_audio, audio_track=audio_track, on_wait=wait
+        )
+    for other in unfinished(output):
+        if other.folder != folder:
+            say(other.describe())
     written = 0
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -746,12 +777,13 @@ def lipsync(
 
     with (
         writer,
-        closing(Behind(write, settings.frames_behind, "writing")) as writing,
+        closing(Behind(write, settings.frames_behind, "writing", wait, writer.abort)) as writing,
         closing(
             generate(
                 frames, wav, models, settings, total, looped, clock, progress, relieve, writer.frames,
-                film=None if models.face is None else read_frames(info, count=total),
-            )
+                film=None if models.face is None else read_frames(info, count=total, cancel=stop_reading),
+                on_wait=wait, stop_reading=stop_reading.set,
+            )  # fmt: skip
         ) as shots,
     ):
         done = report.frames = report.resumed_from = writer.frames
@@ -766,15 +798,17 @@ def lipsync(
                 if on_frame:
                     on_frame(shot.frame)
                 tell_written()
+            complete = True
         except Enough:
             if not report.frames:
                 raise
             shots.close()  # lets go of what is under way, while the encoder catches up
-            report.ended_early = writer.cut = True
-            on_progress = None
+            report.ended_early = writer.cut = report.frames < total
+            on_progress = on_wait = None
         with clock.charge(clock.waiting, "writing"):
             writing.finish()
-        tell_written()
+        with suppress(Enough):  # there is nothing left to end early
+            tell_written()
         report.frames_without_face = counts["frames_without_face"]
         report.frames_computed_again = counts["frames_computed_again"]
         if report.frames_without_face == report.frames and not report.ended_early:
@@ -784,6 +818,7 @@ def lipsync(
                 f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
                 "the front, with the whole mouth in the picture."
             )
+    report.remarks = list(writer.remarks)
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )
@@ -803,13 +838,17 @@ def generate(
     relieve: Callable[[], Settings | None] | None = None,
     done: int = 0,
     film: Iterator[np.ndarray] | None = None,
+    on_wait: OnWait | None = None,
+    stop_reading: Callable[[], None] = lambda: None,
 ) -> Iterator[Shot]:
     """The chain of stages between decoding and encoding: finished shots, in order.
 
     frames: numbered, uint8 (H, W, 3) at 25 fps, writable; they are made, and closed, in a thread of their own;
     wav: (samples,) float32 at 16 kHz; total: frames to expect; looped: whether they come again; done: of the first
     frames, whose mouths need not be painted; film: for a model with a face of its own, the frames until they come
-    again, a second time: they are followed up to CHUNK frames ahead. Close it, if it is not taken to the end.
+    again, a second time: they are followed up to CHUNK frames ahead; on_wait: called several times a second by the
+    thread that takes the shots while it waits for others; stop_reading: ends `frames` and `film` from another thread,
+    whatever they wait for. Close it, if it is not taken to the end.
     Between `frames` and what it yields are `settings.most_frames` and the tracker's at most.
     """
     painted = 0
@@ -827,7 +866,7 @@ def generate(
     def aligned() -> Iterator[Shot]:
         most = KNOWN_BYTES // (3 * models.resolution**2) if looped else None
         again: list[tuple[int, np.ndarray]] = []
-        chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range)
+        chunks = audio_chunks(models.audio_encoder, wav, total, models.mel_range, models.speech_level)
         heard = clock.time(beside(chunks, models.device), "sound")
         with (
             closing(ahead(heard, TRACKED_AHEAD, "sound")) as tokens,
@@ -852,7 +891,7 @@ def generate(
 
     bank = None if film is None else MouthBank()
     painter = Painter(models, settings, still_painting)
-    with closing(ahead(aligned(), settings.shots_ahead, "crops")) as found:
+    with closing(ahead(aligned(), settings.shots_ahead, "crops", on_wait, stop_reading)) as found:
         groups = batches(windows(watched(clock.wait(found, "crops"), "faces")), settings.windows_per_pass)
         with nullcontext() if bank is None else face_reader() as read_face:
             for shot in watched(finished(groups, read_face), "mouths", done):

@@ -139,7 +139,7 @@ def verify(name: str, progress: Progress = no_progress, cancel: Event | None = N
             wrong.append(f"'{path}' is missing: run `python -m latentsync.checkpoints get {name}`.")
     if converted.is_file():
         wanted = ""
-        with suppress(OSError, IndexError):
+        with suppress(OSError, IndexError, ValueError):  # a file of no text, too
             wanted = (folder / SUMS).read_text(encoding="utf-8").split()[0]
         if sha256_of(converted, f"checking {converted.name}", progress, cancel) != wanted:
             wrong.append(

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from latentsync.checkpoints import Models
+from latentsync.machine import total_memory
 from latentsync.pipeline import Settings
 from latentsync.sampling import WINDOW, denoise
 from optim import kernels
@@ -63,7 +63,7 @@ def make_plan(level: Level, asked: Settings, resolution: int, gpu: Gpu | None) -
 
 def processor_batch(resolution: int) -> BatchSizes:
     """The batches of a processor: as many windows as its cores are best used by, and its memory holds."""
-    fit = int(CPU_SHARE * psutil.virtual_memory().total // (FLOAT32 * RELEASED.window_at(resolution)))
+    fit = int(CPU_SHARE * total_memory() // (FLOAT32 * RELEASED.window_at(resolution)))
     windows = max(1, min(fit, windows_for(torch.get_num_threads())))
     return BatchSizes(CPU_FRAMES, windows, tiling=False, planned=0, allowed=0)
 

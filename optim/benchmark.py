@@ -35,6 +35,7 @@ import torch
 from latentsync.checkpoints import resolve
 from latentsync.errors import UserError
 from latentsync.options import choose_device
+from latentsync.paths import check_writable, write_text
 from latentsync.sampling import INFERENCE_STEPS
 from optim.levels import STOPS, find_level
 from optim.measure import (
@@ -272,6 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.worker:
             print(json.dumps(plain_json(work(args.worker))), flush=True)
             return 0
+        if args.json:
+            check_writable(args.json, args.job or ())
         levels = tuple(find_level(text) for text in args.levels)
         config = BenchmarkConfig(choose_device(args.device), args.model, args.steps, args.repeats, levels)
         if config.device.type == "cpu" and config.model is None:
@@ -281,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
         def keep(kind: str, row: object) -> None:
             results[kind].append(plain_json(asdict(row)))
             if args.json:
-                args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                write_text(args.json, json.dumps(results, indent=1) + "\n")
 
         measure(args, config, keep, results)
         print(f"\n{describe(results['machine'])}", flush=True)

@@ -1,4 +1,4 @@
-"""On a processor: the same operations on the same numbers, to the bit the same, with less memory on the way.
+"""On a processor: the same operations on the same numbers, with less memory on the way.
 
 What a feed-forward layer holds between its two products is eight times its input. Whole, that is too large for the
 caches, and where the allocator has given it back, the operating system clears it anew, page by page: at 8192 tokens of

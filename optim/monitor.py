@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pynvml
 
+from latentsync.machine import available_memory, total_memory
 from optim.hardware import ask, nvml_gpus, nvml_session
 
 SLOWEST, FASTEST = 0.1, 10.0  # samples a second
@@ -109,7 +110,7 @@ class Monitor:
         rows = rows if last is None else rows[-last:]
         columns = np.array(rows, dtype=np.float64).reshape(len(rows), 3 + SERIES * len(gpus)).T.copy()
         histories = [GpuHistory(*gpu, *columns[3 + SERIES * i :][:SERIES]) for i, gpu in enumerate(gpus)]
-        return History(*columns[:3], psutil.virtual_memory().total, tuple(histories), marks)
+        return History(*columns[:3], total_memory(), tuple(histories), marks)
 
     def _watch(self) -> None:
         with nvml_session(self._nvml) as nvml:
@@ -120,7 +121,8 @@ class Monitor:
                 due = max(due + 1 / self._rate, time.monotonic())
                 if self._stop.wait(due - time.monotonic()):
                     return
-                row = [time.monotonic() - self._began, psutil.cpu_percent(), float(psutil.virtual_memory().used)]
+                used = total_memory() - available_memory()
+                row = [time.monotonic() - self._began, psutil.cpu_percent(), float(used)]
                 for handle in handles:
                     row += read_series(nvml, handle)
                 with self._lock:

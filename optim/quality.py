@@ -25,6 +25,7 @@ from latentsync.errors import UserError
 from latentsync.evaluation.measures import psnr, ssim
 from latentsync.media import probe_video, read_audio, read_frames_looped
 from latentsync.options import between, choose_device
+from latentsync.paths import check_writable, write_text
 from latentsync.pipeline import Settings, StageClock, generate
 from optim.accelerate import accelerate, make_plan
 from optim.hardware import read_gpus
@@ -83,7 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         levels = [find_level(name) for name in args.levels]
         device = choose_device(args.device)
-        models = load_models(resolve(args.model, device), device)
+        checkpoint = resolve(args.model, device)
+        if args.json:
+            check_writable(args.json, (args.video, args.audio, *checkpoint.files))
+        models = load_models(checkpoint, device)
         wav = torch.from_numpy(read_audio(args.audio))[: round(args.seconds * SAMPLE_RATE)]
         print("level         steps  cache  frames    to the plain pipeline    to conservative")
         rows = []
@@ -97,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             rows.append(row)
         if args.json:
-            args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            write_text(args.json, json.dumps(rows, indent=2) + "\n")
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

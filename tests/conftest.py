@@ -1,6 +1,9 @@
 """What several test files share: a checkpoint, a talking face, a voice, and one thread for small networks."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -44,6 +47,34 @@ def pytest_report_header() -> str | None:
     if INTERPRETED:
         return f"TRITON_INTERPRET=1: only {' and '.join(KERNEL_TESTS)}"
     return None if torch.cuda.is_available() else f"without a GPU, {' and '.join(KERNEL_TESTS)} need TRITON_INTERPRET=1"
+
+
+PASSING_OVER = 0b110  # the bits of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH in Linux' masks of capabilities
+
+
+def passes_over_permissions() -> bool:
+    """Whether permissions of files do not hold this process, as they do not hold root."""
+    if sys.platform != "linux":
+        return False
+    with open("/proc/self/status") as status:
+        mask = next(line.split()[1] for line in status if line.startswith("CapEff:"))
+    return bool(int(mask, 16) & PASSING_OVER)
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test marked `permissions` in a process of its own, without root's rights, where this process has them."""
+    if pyfuncitem.get_closest_marker("permissions") is None or not passes_over_permissions():
+        return None
+    if shutil.which("setpriv") is None:
+        pytest.skip("permissions do not hold root, and there is no setpriv to give up its rights")
+    command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", sys.executable, "-m", "pytest", "-q"]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run(
+        [*command, "-p", "no:cacheprovider", pyfuncitem.nodeid], cwd=pyfuncitem.config.rootpath, env=variables,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout
+    return True
 
 
 SIDE = 192  # pixels of the face clip

@@ -55,7 +55,7 @@ def small_release(originals: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 60)
     monkeypatch.setattr(download, "PAUSES", (0.02, 0.02))
     monkeypatch.setattr(download, "CHUNK", 1 << 16)
     card = tmp_path / "card.md"

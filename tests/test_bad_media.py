@@ -5,6 +5,8 @@ A seeded generator changes a few real clips; the ordinary run tries MUTANTS of t
 
 import random
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import pytest
 from clips import ffmpeg, make_sound, make_video
 
 from latentsync.errors import UserError
-from latentsync.media import probe, probe_audio, probe_video, process, read_audio, read_frames
+from latentsync.media import probe, probe_audio, probe_video, process, read_audio, read_frames, reading, tracks
 
 MUTANTS, ALL_MUTANTS = 40, 320
 SECONDS = 20  # for each of probing and reading
@@ -189,12 +191,130 @@ def test_all_damaged_files_give_a_result_or_a_sentence(clips, tmp_path):
     use_all(mutants(clips, ALL_MUTANTS, tmp_path))
 
 
-def test_a_picture_that_unpacks_to_gigabytes_is_refused(tmp_path):
-    bomb = tmp_path / "bomb.png"
-    ffmpeg("-f", "lavfi", "-i", "color=s=9000x9000", "-frames:v", 1, "-pix_fmt", "gray", bomb)
-    assert bomb.stat().st_size < 200_000
-    with pytest.raises(UserError, match="bomb.png has more than 67 million pixels"):
+def make_bomb(path: Path, kind: str) -> None:
+    """A small file of a picture that is 9000 pixels wide and high, or 65535."""
+    if kind in {"png", "mjpeg"}:
+        gray = "-pix_fmt", "gray", "-c:v", kind, "-f", "image2"
+        ffmpeg("-f", "lavfi", "-i", "color=s=9000x9000", "-frames:v", 1, *gray, path)
+        return
+    if kind == "gif":  # of whose canvas one pixel is painted
+        head = b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0) + bytes(3) + b"\xff" * 3
+        path.write_bytes(head + b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\0\x3b")
+        return
+    ffmpeg("-f", "lavfi", "-i", "color=s=64x64", "-frames:v", 1, "-update", 1, path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\x9d\x01\x2a") + 3  # the size in the first frame of VP8
+    data[at : at + 4] = struct.pack("<HH", 9000, 9000)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["bomb.png", "bomb.webp", "bomb.gif", "photo"])
+def test_a_picture_that_unpacks_to_gigabytes_is_refused(tmp_path, name):
+    bomb = tmp_path / name
+    make_bomb(bomb, bomb.suffix[1:] or "mjpeg")
+    assert bomb.stat().st_size < 2_000_000
+    with pytest.raises(UserError, match=f"{name} has more than 67 million pixels"):
         probe_video(bomb)
+
+
+def test_drawings_are_programs_and_refused(tmp_path):
+    """A few kB of SVG took gigabytes, and minutes."""
+    uses = "".join(f'<g id="g{i}">' + f'<use href="#g{i - 1}"/>' * 10 + "</g>" for i in range(1, 9))
+    path = tmp_path / "drawing.svg"
+    path.write_text(
+        '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="8000" height="8000">'
+        f'<defs><g id="g0"><circle r="9"/></g>{uses}</defs><use href="#g8"/></svg>'
+    )
+    for name in ("drawing.svg", "drawing.png", "drawing"):
+        with pytest.raises(UserError, match=f"{name} is not a video that ffmpeg can read"):
+            probe_video(path.rename(tmp_path / name) if name != path.name else path)
+        path = tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["a.flac", "a.wav", "a.mka"])
+def test_sound_that_is_too_long_is_refused_without_decoding_all_of_it(tmp_path, monkeypatch, name):
+    path = make_sound(tmp_path / name, "-c:a", "flac" if name != "a.wav" else "adpcm_ima_wav",
+                      source="anullsrc=r=8000", seconds=1800)  # fmt: skip
+    packets, decoded = probe._packets, []
+
+    def counted(process):
+        for packet in packets(process):
+            decoded.append(packet[3] / 8000)
+            yield packet
+
+    monkeypatch.setattr(probe, "_packets", counted)
+    with pytest.raises(UserError, match=f"The sound in .*{name} lasts more than 60 s; cut it into shorter pieces"):
+        probe_audio(path, max_seconds=60)
+    assert 60 < sum(decoded) < 62
+    decoded.clear()
+    monkeypatch.setattr(probe, "check_sound_length", lambda *_: None)
+    probe_audio(path, max_seconds=60)
+    assert sum(decoded) == pytest.approx(61, abs=1), "ffmpeg itself ends there"
+
+
+def test_sound_of_just_the_length_is_taken(tmp_path):
+    path = make_sound(tmp_path / "a.wav", seconds=2)
+    assert probe_audio(path, max_seconds=2).duration == 2
+    for limit in (1.999, 0, -1):
+        with pytest.raises(UserError, match="lasts more than"):
+            probe_audio(path, max_seconds=limit)
+
+
+needs_limits = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process that runs")
+
+
+def limits_of(process) -> dict[str, str]:
+    lines = Path(f"/proc/{process.pid}/limits").read_text().splitlines()
+    return {line[:26].strip(): line[26:47].strip() for line in lines}
+
+
+@needs_limits
+def test_the_system_holds_ffmpeg_to_its_limits():
+    waiting = ["-f", "rawvideo", "-video_size", "16x16", "-i", "pipe:0", "-f", "null", "-"]
+    limits = process.Limits(memory=1 << 30, cpu_seconds=7, written=1 << 20)
+    with process.run_ffmpeg(waiting, stdin=subprocess.PIPE, limits=limits) as (running, _):
+        held = limits_of(running)
+    assert (held["Max data size"], held["Max cpu time"], held["Max file size"]) == (str(1 << 30), "7", str(1 << 20))
+    assert (held["Max core file size"], held["Max open files"]) == ("0", str(process.MOST_FILES))
+    with process.run_ffmpeg(waiting, stdin=subprocess.PIPE) as (running, _):
+        assert limits_of(running)["Max data size"] == "unlimited", "an encoder of our own frames"
+
+
+@needs_limits
+def test_every_look_at_a_file_is_limited(clips, monkeypatch):
+    seen, limit = [], process._limit
+    monkeypatch.setattr(process, "_limit", lambda running, limits: (seen.append(limits), limit(running, limits)))
+    probe_audio(clips[0])
+    read_audio(clips[0])
+    list(read_frames(probe_video(clips[0])))
+    assert len(seen) > 1 and all(limits.memory and limits.written for limits in seen)
+
+
+@needs_limits
+def test_a_file_that_takes_too_much_memory_is_a_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    ffmpeg("-f", "lavfi", "-i", "color=s=6000x6000", "-frames:v", 1, "-pix_fmt", "gray", path)
+    video = make_video(tmp_path / "a.mp4", *H264, size="1920x1080", seconds=0.4)
+    info = probe_video(video)
+    little = process.Limits(memory=50 << 20)
+    monkeypatch.setattr(probe, "PROBE_LIMITS", little)
+    with pytest.raises(UserError, match="large.png takes more memory than a file of its kind should"):
+        probe_video(path)
+    monkeypatch.setattr(reading, "read_limits", lambda *_: little)
+    with pytest.raises(UserError, match="a.mp4 takes more memory than a file of its kind should"):
+        list(read_frames(info))
+
+
+@needs_limits
+def test_a_file_that_takes_too_much_time_of_the_processor_is_a_sentence(clips, tmp_path, monkeypatch):
+    busy = tmp_path / "ffmpeg"
+    busy.write_text("#!/bin/sh\nwhile :; do :; done\n")
+    busy.chmod(0o755)
+    monkeypatch.setattr(process, "get_ffmpeg_exe", lambda: str(busy))
+    monkeypatch.setattr(tracks, "PROBE_LIMITS", process.Limits(cpu_seconds=1))
+    monkeypatch.setattr(process, "STALL_SECONDS", 300)
+    with pytest.raises(UserError, match="a.mp4 takes more processor time than a file of its kind should"):
+        probe_video(clips[0])
 
 
 def test_thousands_of_streams_are_not_set_up(tmp_path):

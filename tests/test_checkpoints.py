@@ -221,6 +221,118 @@ def test_a_broken_configuration_is_refused(folder, text):
     assert "latentsync.json" in refusal(folder)
 
 
+NONSENSE = [None, -1, 10**30, 1e308, math.nan, math.inf, "x", [], [1], {"a": 1}]
+
+
+def configure(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "mel_range", "match_colours", "ends_only", "unet"])
+def test_values_of_another_kind_or_beyond_reason_are_refused(folder, name):
+    for value in NONSENSE:
+        configure(folder / "latentsync.json", **{name: value})
+        assert len(refusal(folder)) < 300 + 2 * len(str(folder)), value
+
+
+@pytest.mark.parametrize("name", ["layers_per_block", "norm_num_groups", "attention_head_dim", "block_out_channels"])
+def test_sizes_beyond_reason_are_refused_before_anything_is_built(folder, name):
+    """10**9 layers would fill the memory; a negative number of groups divides every width."""
+    for value in (10**9, -1, 1e308, math.nan, "x", {"a": 1}):
+        configure(folder / "latentsync.json", unet=tiny.UNET | {name: [value, value] if "out" in name else value})
+        assert "latentsync" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "vae",
+    [
+        {"layers_per_block": 10**6}, {"layers_per_block": -1}, {"block_out_channels": [8, 8, 16, 10**30]},
+        {"act_fn": None}, {"act_fn": [1]}, {"down_block_types": [1]}, {"up_block_types": {"a": 1}},
+        {"scaling_factor": math.nan}, {"scaling_factor": "x"}, {"scaling_factor": 0}, {"scaling_factor": None},
+        {"sample_size": [1]}, {"sample_size": -1}, {"norm_num_groups": -1}, {"latent_channels": 10**12},
+    ],
+)  # fmt: skip
+def test_odd_values_of_an_autoencoder_are_refused(folder, vae):
+    configure(folder / "vae/config.json", **vae)
+    assert "vae" in refusal(folder)
+
+
+@pytest.mark.parametrize("file", ["latentsync.json", "vae/config.json"])
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"\0", b"NaN", b'{"resolution": 64' + b"0" * 5000 + b"}"]
+)
+def test_json_that_is_none_or_has_no_end_is_refused(folder, file, text):
+    (folder / file).write_bytes(text)
+    assert file in refusal(folder)
+
+
+DIMS = json.dumps(tiny.DIMS)
+
+
+@pytest.mark.parametrize(
+    "dims",
+    ["[" * 100_000, "null", "9" * 5000, *(DIMS.replace("1500", size) for size in ("1e999", "NaN", "-1", "1000000000"))],
+    ids=lambda text: text[:20],
+)
+def test_odd_sizes_of_an_audio_encoder_are_refused(folder, dims):
+    save_file(load_file(folder / WHISPER), folder / WHISPER, {"dims": dims})
+    assert WHISPER in refusal(folder)
+
+
+def odd_torch_files(tensors: dict) -> dict:
+    """Torch files of odd structure, made of the tensors of a network."""
+    name = next(iter(tensors))
+    tensor = tensors[name]
+    other = {
+        "nothing": None, "a dictionary": {}, "a word": "x", "a number": 3, "whole numbers": tensor.to(torch.int8),
+        "truth values": tensor.bool(), "complex numbers": tensor.to(torch.complex64), "no numbers": tensor.to("meta"),
+        "a sparse tensor": tensor.to_sparse(), "another shape": tensor[..., :1],
+        "tensors of several sizes": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    }  # fmt: skip
+    files = {kind: tensors | {name: value} for kind, value in other.items()}
+    files |= {"a number as name": tensors | {3: tensor}, "numbers as names": {3: tensor}, "a pair": {(1, 2): tensor}}
+    return files | {"a list": [1], "a tensor": tensor, "none": None, "text": "abc", "empty": {}}
+
+
+KINDS = list(odd_torch_files({"a": torch.ones(2, 2)}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_files_of_odd_structure_are_refused(folder, kind):
+    tensors = {"latentsync_unet.pt": load_file(folder / UNET), "whisper/tiny.pt": load_file(folder / WHISPER)}
+    for file in tensors:
+        whole, odd = (folder / file).with_suffix(".safetensors"), odd_torch_files(tensors[file])[kind]
+        for content in ({"state_dict": odd, "model_state_dict": odd, "dims": tiny.DIMS}, odd):
+            torch.save(content, folder / file)
+            whole.rename(aside := whole.with_suffix(".aside"))
+            assert file in refusal(folder)
+            aside.rename(whole)
+            (folder / file).unlink()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"PK\x03\x04" + bytes(100), b"\x80\x02.", b"\x80\x02N.", b"\x80\x02" + b"]" * 100_000 + b".",
+        b"\x80\x02X\xff\xff\xff\x7f", b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f", b"<html>" * 50, bytes(1000),
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n",
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_bytes_that_are_no_checkpoint_are_refused(folder, data):
+    for file in (UNET, VAE):
+        saved = (folder / file).read_bytes()
+        (folder / file).write_bytes(data)
+        assert file in refusal(folder)
+        (folder / file).write_bytes(saved)
+    for file in ("latentsync_unet.pt", "whisper/tiny.pt"):
+        (folder / file).with_suffix(".safetensors").rename(folder / "aside")
+        (folder / file).write_bytes(data)
+        assert file in refusal(folder)
+        (folder / "aside").rename((folder / file).with_suffix(".safetensors"))
+        (folder / file).unlink()
+
+
 @pytest.mark.parametrize("file", [UNET, WHISPER, VAE, "vae/config.json"])
 def test_a_missing_part_is_named(folder, file):
     (folder / file).unlink()
@@ -383,11 +495,11 @@ def test_the_container_copies_and_runs_what_exists():
 
 
 def test_a_checkpoint_says_what_suits_it(folder):
-    config = {"resolution": 64, "unet": tiny.UNET, "guidance_scale": 2.25, "mel_range": 5}
+    config = {"resolution": 64, "unet": tiny.UNET, "guidance_scale": 2.25, "mel_range": 5, "speech_level": -21.5}
     config |= {"match_colours": True, "ends_only": True}
-    names = ("guidance_scale", "mel_range", "match_colours", "ends_only")
+    names = ("guidance_scale", "mel_range", "speech_level", "match_colours", "ends_only")
     plain = load(folder)
-    released = [1.5, 8.0, False, False]
+    released = [1.5, 8.0, None, False, False]
     assert [getattr(plain, name) for name in names] == released, "where nothing is said"
     (folder / "latentsync.json").write_text(json.dumps(config))
     own = load(folder)

@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import wave
 from pathlib import Path
@@ -143,11 +145,50 @@ def test_an_output_that_is_an_input_is_refused(talking, voice, tmp_path, capfd, 
 
 
 @pytest.mark.parametrize(
-    "report, words", [("nowhere/r.json", "does not exist"), (".", "is a folder"), ("out.mp4", "would overwrite")]
+    "report, words", [("nowhere/r.json", "does not exist"), (".", "is a folder"), ("out.mp4", "would be overwritten")]
 )
 def test_an_unwritable_report_is_refused_before_any_work(talking, voice, tmp_path, capfd, report, words):
     assert words in refuse(capfd, [talking, voice, "-o", tmp_path / "out.mp4", "--report", tmp_path / report])
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+@pytest.mark.parametrize("which", ["video", "sound", "model", "output"])
+@pytest.mark.parametrize("option", ["--report", "-o"])
+def test_no_file_of_a_run_is_overwritten_under_another_name(
+    talking, voice, checkpoint, tmp_path, capfd, option, which, link
+):
+    if option == "-o" and which == "output":
+        pytest.skip("it is the output")
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    files = {
+        "video": tmp_path / "a.mp4", "sound": tmp_path / "a.wav", "output": tmp_path / "earlier.mp4",
+        "model": model / "vae" / "config.json",
+    }  # fmt: skip
+    for source, name in ((talking, "video"), (voice, "sound"), (talking, "output")):
+        shutil.copy(source, files[name])
+    before, other = files[which].read_bytes(), tmp_path / f"other{'.mp4' if option == '-o' else '.json'}"
+    link(files[which], other)
+    outputs = {"-o": files["output"], "--report": tmp_path / "report.json"} | {option: other}
+    arguments = [files["video"], files["sound"], "--model", model, "--steps", 1]
+    sentence = refuse(capfd, [*arguments, *(part for pair in outputs.items() for part in pair)])
+    assert f"'{other}'" in sentence and f"'{files[which]}'" in sentence and "would be overwritten" in sentence
+    assert files[which].read_bytes() == before and not outputs["--report"].exists() or option == "--report"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps pipes and devices elsewhere")
+@pytest.mark.parametrize("option", ["--report", "-o"])
+def test_a_pipe_or_a_device_is_no_output_and_no_report(talking, voice, tmp_path, capfd, option):
+    """Opening a pipe that nobody reads would block for ever."""
+    pipe, device, socket_ = (tmp_path / f"{name}.mp4" for name in ("pipe", "device", "socket"))
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(socket_))  # such names are short
+        for path in (pipe, device, socket_):
+            outputs = {"-o": tmp_path / "out.mp4"} | {option: path}
+            sentence = refuse(capfd, [talking, voice, *(part for pair in outputs.items() for part in pair)])
+            assert f"'{path}' is a pipe or a device" in sentence
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "meta", ""])
@@ -388,7 +429,10 @@ def test_a_piped_run_says_little_and_warns_of_nothing(talking, voice, checkpoint
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
-@pytest.mark.parametrize("when, number", [("generating", signal.SIGINT), ("writing", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "when, number",
+    [("generating", "SIGINT"), ("writing", "SIGTERM"), ("writing", "SIGHUP"), ("generating", "SIGQUIT")],
+)
 def test_a_run_stops_at_once_and_leaves_nothing(talking, checkpoint, tmp_path, when, number):
     sound = make_sound(tmp_path / "long.wav", seconds=600)
     out = tmp_path / "out"
@@ -403,13 +447,58 @@ def test_a_run_stops_at_once_and_leaves_nothing(talking, checkpoint, tmp_path, w
         while not any(path.stat().st_size for path in out.rglob("*.mp4")):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, number))
     began = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - began < 3  # a second on an idle machine
     assert process.returncode == 130
     assert err.splitlines()[-1] == f"stopped; {out / 'a.mp4'} was not written" and "Traceback" not in err
     assert os.listdir(out) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="makes a terminal as Linux has it")
+def test_a_run_whose_terminal_is_closed_stops_and_leaves_nothing(talking, checkpoint, tmp_path):
+    sound = make_sound(tmp_path / "long.wav", seconds=600)
+    (out := tmp_path / "out").mkdir()
+    ours, terminal = os.openpty()
+    code = "import fcntl, runpy, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); sys.argv[0] = 'latentsync'; "
+    code += "runpy.run_module('latentsync', run_name='__main__')"
+    arguments = [talking, sound, "-o", out / "a.mp4", "--model", checkpoint, "--steps", 1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, start_new_session=True,
+        stdin=terminal, stdout=terminal, stderr=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    reading = threading.Thread(target=lambda: [None for _ in iter(lambda: drain(ours), b"")], daemon=True)
+    reading.start()
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size for path in out.rglob("*.mp4")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.close(ours)
+    assert process.wait(timeout=60) == 130
+    assert os.listdir(out) == []
+
+
+def drain(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        return b""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+def test_a_run_that_ignores_hangups_goes_on(talking, checkpoint, tmp_path):
+    """As nohup starts it."""
+    sound = make_sound(tmp_path / "sound.wav", seconds=2)
+    process = start(
+        talking, sound, "-o", tmp_path / "a.mp4", "--model", checkpoint, "--steps", 1,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    assert process.stderr.readline().startswith("model ")
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=120)
+    assert process.returncode == 0 and len(frames_of(tmp_path / "a.mp4")) == 50
 
 
 # What it costs

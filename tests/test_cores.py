@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from threading import Thread, current_thread
+from threading import Event, Thread, current_thread
 from time import sleep
 
 import pytest
@@ -82,14 +82,19 @@ def test_each_window_is_computed_by_a_thread_with_its_share_of_the_cores(unet, t
     assert later == [3] and torch.get_num_threads() == 3, "the rest of the program keeps its cores"
 
 
-def late_window(monkeypatch, act) -> Counter:
-    """Let `act` be called before every pass but those of the first thread to begin; returns passes by thread."""
+def late_window(monkeypatch, act, before_second=lambda: None) -> Counter:
+    """Let `act` be called before every pass but those of the first thread to begin; returns passes by thread.
+
+    before_second: called in the first thread, before its second pass.
+    """
     passes, full = Counter(), UNet.full
 
     def watched(self, *rest):
         thread = current_thread().name
         if passes and thread != next(iter(passes)):
             act()
+        elif passes[thread] == 1:
+            before_second()
         passes[thread] += 1
         return full(self, *rest)
 
@@ -114,22 +119,26 @@ def test_what_a_step_raises_ends_every_window(unet, three_threads, monkeypatch):
     def cancelled(i):
         raise KeyboardInterrupt
 
+    steps = 400  # of which the late window would take 20 s
     with pytest.raises(KeyboardInterrupt):
-        denoised(denoise_side_by_side, unet, 2, on_step=cancelled)
+        denoised(denoise_side_by_side, unet, 2, steps=steps, on_step=cancelled)
     done = dict(passes)
-    assert min(done.values()) < STEPS
+    assert min(done.values()) < steps
     sleep(0.2)
     assert passes == done, "no thread computes on"
 
 
 def test_a_failure_in_one_window_is_the_callers_and_ends_the_others(unet, three_threads, monkeypatch):
+    failed = Event()
+
     def fail():
+        failed.set()
         raise torch.OutOfMemoryError("no room")
 
-    passes = late_window(monkeypatch, fail)
+    passes = late_window(monkeypatch, fail, lambda: failed.wait(60))
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
-        denoised(denoise_side_by_side, unet, 3, steps=40)
-    assert sum(passes.values()) < 40
+        denoised(denoise_side_by_side, unet, 3, steps=400)
+    assert sum(passes.values()) < 400
 
 
 def test_a_plan_for_a_processor_has_windows_side_by_side(checkpoint, three_threads):
@@ -143,8 +152,5 @@ def test_a_plan_for_a_processor_has_windows_side_by_side(checkpoint, three_threa
 
 
 def test_large_pictures_are_not_computed_side_by_side_where_memory_is_short(three_threads, monkeypatch):
-    class Memory:
-        total = 8 * 2**30
-
-    monkeypatch.setattr("optim.accelerate.psutil.virtual_memory", Memory)
+    monkeypatch.setattr("optim.accelerate.total_memory", lambda: 8 * 2**30)
     assert [plan_as_asked(CPU, side, Settings()).settings.windows_per_pass for side in (128, 256, 512)] == [3, 1, 1]

@@ -131,13 +131,14 @@ def test_answers_that_end_too_early_are_not_asked_for_for_ever(hub):
     assert partial() == 1000
 
 
-def test_a_slow_connection_that_stalls_is_taken_up_again(hub):
+def test_a_slow_connection_that_stalls_is_taken_up_again(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     hub.rate = 4e7
-    hub.faults = [("none",), ("none",), ("stall", unet_size() // 2, 3)]
+    hub.faults = [("none",), ("none",), ("stall", unet_size() // 2, 120)]
     began = time.monotonic()
     store.get(NAME)
-    assert time.monotonic() - began < 3  # it did not wait for the stalled one
-    assert hub.sent(UNET)[1].begin >= unet_size() // 2 - download.CHUNK
+    assert time.monotonic() - began < 60  # it did not wait for the stalled one
+    assert hub.sent(UNET)[-1].begin >= unet_size() // 2 - download.CHUNK
 
 
 def test_a_connection_that_stays_away_is_one_sentence_and_loses_nothing(hub):
@@ -155,8 +156,8 @@ def test_no_connection_at_all_is_one_sentence(hub, monkeypatch):
 
 
 def test_cancelling_a_stalled_download_is_answered_at_once_and_it_goes_on_later(hub, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 30)
-    hub.faults = [("none",), ("none",), ("stall", unet_size() // 2, 8)]
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 120)
+    hub.faults = [("none",), ("none",), ("stall", unet_size() // 2, 120)]
     cancel, answered = Event(), []
 
     def work() -> None:
@@ -172,7 +173,7 @@ def test_cancelling_a_stalled_download_is_answered_at_once_and_it_goes_on_later(
     began = time.monotonic()
     cancel.set()
     thread.join()
-    assert answered and answered[0] - began < 2
+    assert answered and answered[0] - began < 20  # a second on an idle machine
     store.get(NAME)
     assert hub.sent(UNET)[1].begin > 0 and store.verify(NAME) == []
 
@@ -305,6 +306,16 @@ def test_verify_names_what_is_missing_and_what_is_damaged(hub):
     assert "config.json' is missing" in missing and "tiny.pt" in damaged and "as it was converted" in converted
 
 
+@pytest.mark.parametrize("sums", [b"", b"\xff\xfe\0", b"\n\n", b"x" * 10**6, None])
+def test_a_list_of_hashes_that_is_damaged_or_gone_is_a_sentence(hub, sums):
+    folder = store.get(NAME)
+    (folder / store.SUMS).unlink()
+    if sums is not None:
+        (folder / store.SUMS).write_bytes(sums)
+    (sentence,) = store.verify(NAME)
+    assert "as it was converted" in sentence and str(folder) in sentence
+
+
 def test_numbers_that_float16_cannot_hold_are_not_converted(hub, originals, tmp_path, monkeypatch):
     other = tmp_path / "others"
     for part in RELEASES[NAME].parts:
@@ -381,7 +392,7 @@ def test_a_proxy_is_asked_for_what_the_hub_has(hub, tmp_path):
 
 def test_an_interrupted_command_keeps_what_was_fetched(hub, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    hub.faults = [("none",), ("none",), ("stall", unet_size() // 2, 3)]
+    hub.faults = [("none",), ("none",), ("stall", unet_size() // 2, 120)]
 
     def interrupt() -> None:
         while partial() < unet_size() // 2 - download.CHUNK:

@@ -13,6 +13,9 @@ from optim.graphs import MOST_GRAPHS, RUNS_TO_REPLACE, Graphs, Pass, capture, re
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+# Float32 rounds to 1e-7 and a loop multiplies that by tens; values of another pass or window are off by 1e-2 and more.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
+
 
 class Recorded:
     """A graph of the processor: what was recorded is run again on the tensors that it was recorded with."""
@@ -73,7 +76,7 @@ def test_loops_over_replayed_passes_equal_eager_ones_window_after_window(on_a_gp
     wanted = [denoise(unet, *each, ddim_schedule(7), 1.5, cache) for each in windows]
     capture(unet)
     for each, theirs in zip(windows, wanted, strict=True):
-        assert torch.allclose(denoise(unet, *each, ddim_schedule(7), 1.5, cache), theirs, atol=1e-6)
+        assert torch.allclose(denoise(unet, *each, ddim_schedule(7), 1.5, cache), theirs, **ROUNDING)
     assert len(on_a_gpu) == (1 if cache is None else 2)
     assert sum(each.graph.replays for each in on_a_gpu) == 3 * 7 - len(on_a_gpu), "all but the first of each kind"
 
@@ -86,7 +89,7 @@ def test_other_shapes_are_captured_on_their_own_as_long_as_there_is_room(on_a_gp
         capture(unet)
         ours = denoise(unet, *inputs, ddim_schedule(3))
         if wanted is not None:
-            assert torch.allclose(ours, wanted, atol=1e-6)
+            assert torch.allclose(ours, wanted, **ROUNDING)
     assert len(unet.graphs.passes) == len(on_a_gpu) == MOST_GRAPHS
 
 
@@ -170,8 +173,8 @@ def test_the_autoencoder_is_captured_with_the_unet_and_released_with_it(on_a_gpu
     latents = denoise(unet, *windows, ddim_schedule(3))
     capture(unet, vae)
     for ours, theirs in zip(there_and_back(vae, faces), wanted, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
-    assert torch.allclose(denoise(unet, *windows, ddim_schedule(3)), latents, atol=1e-6)
+        assert torch.allclose(ours, theirs, **ROUNDING)
+    assert torch.allclose(denoise(unet, *windows, ddim_schedule(3)), latents, **ROUNDING)
     shapes = [tuple(each.x.shape) for each in on_a_gpu[:3]]
     assert shapes == [(3, 3, 32, 32), (2, 3, 32, 32), (3, 4, 16, 16)], "two faces are decoded but once"
     assert len(on_a_gpu) == len(unet.graphs.passes) == 4

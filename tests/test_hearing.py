@@ -4,8 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from clips import ffmpeg
 
+from latentsync.audio import audio_chunks, raise_quiet_speech, speech_gains
+from latentsync.checkpoints import load_audio_encoder, resolve
 from latentsync.media import read_audio
 from latentsync.media.mixing import mix_down
 
@@ -145,3 +148,120 @@ def test_a_sound_of_a_few_samples_is_mixed(samples):
     heard = list(mix_down([np.full((samples, 3), (1, 0, 0.5), np.float32)], RATE))
     assert [len(piece) for piece in heard] == ([samples] if samples else [])
     assert all((piece == 1).all() for piece in heard)
+
+
+LEVEL = -20.0
+ROOT = Path(__file__).parent.parent
+
+
+def quieter(wav: np.ndarray, decibels: float) -> torch.Tensor:
+    return torch.from_numpy((wav * 10 ** (decibels / 20)).astype(np.float32))
+
+
+def loud_level(wav: torch.Tensor | np.ndarray) -> float:
+    """dB of the 95th percentile of 20 ms blocks, as `speech_gains` has it."""
+    blocks = np.asarray(wav, np.float64)[: len(wav) // 320 * 320].reshape(-1, 320)
+    return float(10 * np.log10(np.percentile((blocks**2).mean(1), 95) + 1e-20))
+
+
+@pytest.mark.parametrize("decibels", [-12, -20, -28, -36, -48])
+def test_quiet_speech_is_raised_to_the_level_that_the_encoder_has_learnt(decibels):
+    raised = raise_quiet_speech(quieter(VOICE, decibels), LEVEL)
+    assert loud_level(raised) == pytest.approx(LEVEL, abs=1.5)
+    assert likeness(raised.numpy(), VOICE) > 0.98
+
+
+@pytest.mark.parametrize("decibels", [0, -3, 6])
+def test_speech_that_is_loud_enough_is_heard_to_the_bit(decibels):
+    wav = quieter(VOICE, decibels)
+    assert raise_quiet_speech(wav, LEVEL) is wav
+
+
+def test_the_examples_speech_is_heard_to_the_bit():
+    wav = torch.from_numpy(read_audio(ROOT / "assets" / "example" / "speech.wav"))
+    assert raise_quiet_speech(wav, LEVEL) is wav
+
+
+def hum(samples: int, decibels: float) -> np.ndarray:
+    t = np.arange(samples) / RATE
+    wave = sum(np.sin(2 * np.pi * 50 * k * t) / k for k in range(1, 9))
+    return wave / np.sqrt(np.mean(wave**2)) * 10 ** (decibels / 20)
+
+
+def room(samples: int, decibels: float) -> np.ndarray:
+    """Noise as of a ventilation: little above 300 Hz."""
+    wave = np.convolve(noise(samples + 200, 0), np.exp(-np.arange(201) / 30), "valid")
+    return wave / wave.std() * 10 ** (decibels / 20)
+
+
+PAUSE = np.zeros(2 * RATE)
+NOT_SPEECH = {
+    **{f"noise at {level} dB": noise(5 * RATE, level) for level in (-60, -50, -40)},
+    **{f"hum at {level} dB": hum(5 * RATE, level) for level in (-60, -40)},
+    **{f"ventilation at {level} dB": room(5 * RATE, level) for level in (-60, -40)},
+    "noise between stretches of digital silence": np.concatenate([PAUSE, noise(3 * RATE, -50), PAUSE]),
+    "digital silence": np.zeros(3 * RATE),
+    "the last bit of 16": np.random.default_rng(0).integers(-1, 2, 3 * RATE) / 32768,
+    "a knock in noise": noise(5 * RATE, -60) + 0.05 * np.exp(-np.maximum(np.arange(5 * RATE) - 40_000, 0) / 200.0)
+    * (np.arange(5 * RATE) >= 40_000) * noise(5 * RATE, 0, seed=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_SPEECH)
+def test_what_is_no_speech_is_not_raised(name):
+    wav = torch.from_numpy(NOT_SPEECH[name].astype(np.float32))
+    assert raise_quiet_speech(wav, LEVEL) is wav
+
+
+def test_noise_in_a_long_pause_is_not_raised_with_the_quiet_speech_around_it():
+    parts = [VOICE * 0.03, np.zeros(8 * RATE), VOICE * 0.03]
+    wav = torch.from_numpy((np.concatenate(parts) + noise(14 * RATE, -70)).astype(np.float32))
+    raised = raise_quiet_speech(wav, LEVEL)
+    pause = slice(5 * RATE, 9 * RATE)
+    assert torch.equal(raised[pause], wav[pause])
+    assert min(loud_level(raised[: 2 * RATE]), loud_level(raised[-2 * RATE :])) > LEVEL - 3
+
+
+def test_speech_that_becomes_quieter_is_raised_where_it_is_quiet_and_without_a_step():
+    long = np.tile(VOICE, 4)
+    fall = 10 ** (np.linspace(0, -40, len(long)) / 20)
+    raised = raise_quiet_speech(torch.from_numpy((long * fall).astype(np.float32)), LEVEL).numpy()
+    assert np.array_equal(raised[: 2 * RATE], (long * fall).astype(np.float32)[: 2 * RATE])
+    assert loud_level(raised[-3 * RATE :]) > LEVEL - 5 > loud_level((long * fall)[-3 * RATE :]) + 10
+    gains = speech_gains(torch.from_numpy((long * fall).astype(np.float32)), LEVEL)
+    assert np.abs(np.diff(gains)).max() < 10
+
+
+def test_the_gain_changes_without_a_step(monkeypatch):
+    """Also where the sound is worked through in segments."""
+    monkeypatch.setattr("latentsync.audio.SEGMENT_SAMPLES", 4800)
+    monkeypatch.setattr("latentsync.audio.speech_gains", lambda *_: np.array([0.0, 20.0, 0.0, 10.0]))
+    raised = raise_quiet_speech(torch.full((4 * 8000,), 0.01), LEVEL)
+    assert raised.diff().abs().max() < 1e-4
+    assert raised[[0, 8000, 16000, 24000, 31999]].tolist() == pytest.approx([0.01, 0.1, 0.01, 0.0316, 0.0316], rel=1e-2)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 319, 320, 5000])
+def test_a_quiet_sound_of_a_few_samples_is_left_alone(samples):
+    wav = torch.full((samples,), 1e-3)
+    assert raise_quiet_speech(wav, LEVEL) is wav
+
+
+def test_only_a_model_that_asks_for_it_hears_quiet_speech_raised(checkpoint):
+    """The released models' numbers stay; the demo model hears quiet speech as it hears loud speech."""
+    plain, demo = (resolve(name, torch.device("cpu")) for name in (str(checkpoint), "demo"))
+    assert plain.speech_level is None and demo.speech_level == LEVEL
+    encoder = load_audio_encoder(demo.whisper)
+    heard = {
+        (decibels, level): torch.stack(
+            list(audio_chunks(encoder, quieter(VOICE, decibels), 50, demo.mel_range, level))
+        )
+        for decibels in (0, -28)
+        for level in (None, demo.speech_level)
+    }
+    assert torch.equal(heard[0, None], heard[0, LEVEL])
+
+    def difference(level: float | None) -> float:
+        return float((heard[-28, level] - heard[0, level]).norm() / heard[0, level].norm())
+
+    assert difference(LEVEL) < 0.5 * difference(None)

@@ -5,6 +5,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,19 +19,23 @@ import torch
 from clips import make_sound, make_video
 from small_release import NAME
 
-from latentsync import STAGES, pipeline, store
+from latentsync import STAGES, pipeline, segments, store
 from latentsync.checkpoints import resolve
 from latentsync.errors import UserError
-from latentsync.media import COMMENT, probe_video, read_audio, read_frames, read_frames_looped
+from latentsync.media import COMMENT, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped
 from latentsync.pipeline import Settings
 from latentsync.sampling import DeepCache
-from optim.serving import jobs, preview
+from optim.monitor import History
+from optim.serving import inputs, jobs, preview
 from optim.serving.job import CANCELLED, DONE, FAILED, Request, kept
-from optim.serving.jobs import Worker, interruptible, run_alone
+from optim.serving.jobs import Worker
+from optim.serving.limits import Limits
+from optim.serving.run import interruptible, make_plan, out_of_memory, run_alone
 from optim.serving.speeds import Speeds
 
 ME, OTHER = "m" * 24, "o" * 24
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -95,15 +102,15 @@ def test_a_job_is_done_and_told(worker, talking, voice):
 def test_who_asks_for_no_lip_strength_gets_the_model_s_own(checkpoint, tmp_path):
     model = replace(resolve(str(checkpoint), CPU), guidance_scale=2.25)
     request = Request(tmp_path, tmp_path)
-    assert jobs.make_plan(request, model, CPU).settings.guidance_scale == 2.25
-    assert jobs.make_plan(replace(request, guidance=1.0), model, CPU).settings.guidance_scale == 1.0
+    assert make_plan(request, model, CPU).settings.guidance_scale == 2.25
+    assert make_plan(replace(request, guidance=1.0), model, CPU).settings.guidance_scale == 1.0
 
 
 def test_the_curves_are_given_point_by_point(worker):
     until(lambda: len(worker.live()["time"]) >= 3)
     times, since = [], 0.0
     for _ in range(5):
-        worker._seen_at = 0  # ask the monitor anew
+        worker._recent = None  # ask the monitor anew
         live = worker.live(since)
         assert all(len(values) == len(live["time"]) for values in live["curves"].values())
         times += live["time"]
@@ -240,7 +247,7 @@ def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, mon
     for asked in ("auto", worker.machine.chosen):
         job = run(model=asked)
         assert job.remedy == {"label": "Run again with small", "settings": {"model": "small"}}
-    assert jobs.out_of_memory(smaller, replace(worker._ran, resolution=512))[1]["settings"] == {"model": "middle"}
+    assert out_of_memory(smaller, replace(worker._ran, resolution=512))[1]["settings"] == {"model": "middle"}
     assert ended(worker, worker.again(job.id, ME, steps=1)).state == DONE
 
 
@@ -305,9 +312,7 @@ def test_original_and_result_go_side_by_side_once(worker, talking, tmp_path):
     assert not list(job.folder.glob("*partial*"))
 
 
-def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voice, monkeypatch):
-    import moviepy
-
+def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voice):
     waiting = Worker(worker.folder / "other").submit(Request(talking, voice), ME)
     worker._jobs[waiting.id] = waiting
     with pytest.raises(UserError, match="no result yet"):
@@ -323,13 +328,9 @@ def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voi
         until(lambda: compared(job))
     assert job.comparison.state == CANCELLED and job.state == DONE and sorted(os.listdir(job.folder)) == before
 
-    def full(*_, **__):
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(moviepy.VideoClip, "write_videofile", full)
-        worker.compare(job.id, ME)
-        until(lambda: compared(job))
+    job.compared.with_suffix(".partial.mp4").symlink_to("/dev/full")
+    worker.compare(job.id, ME)
+    until(lambda: compared(job))
     assert "No space left on device" in job.comparison.error and sorted(os.listdir(job.folder)) == before
     worker.compare(job.id, ME)
     worker.remove(job.id, ME)  # in the middle of it
@@ -358,25 +359,10 @@ def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice,
     assert found.key != done.key and after.by_key(found.key) is found and after.jobs_of(OTHER) == []
     then, now = worker.view(done), after.view(found)
     assert {k: v for k, v in now.items() if k != "files"} == {k: json_of(v) for k, v in then.items() if k != "files"}
-    assert (again.state, again.id) == (FAILED, waiting.id) and "ended before this job did" in again.error
-    assert sorted(os.listdir(again.folder)) == ["job.json", "video.mp4", "voice.wav"]
+    assert again.id == waiting.id and ended(after, again).state == DONE, "it waited, and waited again"
+    assert sorted(os.listdir(again.folder)) == sorted(["job.json", again.output.name, "video.mp4", "voice.wav"])
     assert not half.folder.exists() and all((tmp_path / name).is_dir() for name in "abc")
-    assert ended(after, after.again(again.id, ME)).state == DONE
     after.close()
-
-
-def test_a_job_that_the_end_of_its_server_ended_can_be_run_again(
-    checkpoint, talking, long_voice, tmp_path, home, monkeypatch
-):
-    worker = Worker(tmp_path, model=str(checkpoint), device="cpu")
-    worker.start()
-    job = worker.submit(Request(talking, long_voice, steps=4), ME)
-    until(lambda: job.part > 0)
-    worker.close()
-    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
-    (found,) = kept(tmp_path)
-    assert (found.id, found.state) == (job.id, FAILED) and "run it again" in found.error
-    assert sorted(os.listdir(found.folder)) == ["job.json", "video.mp4", "voice.wav"]
 
 
 @pytest.mark.parametrize("which", ["video", "audio"])
@@ -391,16 +377,16 @@ def test_files_that_cannot_be_used_are_refused_by_the_user_s_name_for_them(worke
 
 def test_a_full_disk_is_said_and_leaves_nothing(talking, voice, tmp_path, monkeypatch, capfd):
     worker = Worker(tmp_path / "outputs")  # not started: what is put in waits
-    copyfile = shutil.copyfile
+    store = inputs.store
 
-    def full(source, target, **options):
+    def full(source, target, stored):
         if Path(target).stem == "voice":
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
-        return copyfile(source, target, **options)
+        return store(source, target, stored)
 
     kept = worker.submit(Request(talking, voice), ME)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", full)
+        patch.setattr(inputs, "store", full)
         for submit in (lambda: worker.submit(Request(talking, voice), ME), lambda: worker.again(kept.id, ME)):
             with pytest.raises(UserError, match="the disk is full.*: remove jobs") as caught:
                 submit()
@@ -415,13 +401,332 @@ def test_a_full_disk_is_said_and_leaves_nothing(talking, voice, tmp_path, monkey
         worker.submit(Request(talking, voice), ME)
 
 
+def test_inputs_are_stored_once_and_belong_to_their_jobs(talking, voice, tmp_path):
+    upload = Path(shutil.copy(talking, tmp_path / "upload.mp4"))
+    sent_again = Path(shutil.copy(talking, tmp_path / "upload too.mp4"))
+    same_size = tmp_path / "other.mp4"
+    content = bytearray(talking.read_bytes())
+    content[-1] ^= 1  # in its last box, which nothing needs
+    same_size.write_bytes(content)
+    worker = Worker(tmp_path / "outputs")
+    first = worker.submit(Request(upload, voice), ME)
+    others = [worker.submit(Request(upload, voice), ME), worker.submit(Request(sent_again, voice), OTHER)]
+    others.append(worker.again(first.id, ME, steps=4))
+    other = worker.submit(Request(same_size, voice), ME)
+    for upload_ in (upload, sent_again, same_size):
+        upload_.unlink()  # their names are not needed any more
+    for job in others:
+        assert job.request.video.samefile(first.request.video) and job.request.audio.samefile(first.request.audio)
+    assert other.request.video.read_bytes() == content and first.request.video.read_bytes() == talking.read_bytes()
+    folders = [job.folder for job in (first, *others, other)]
+    records = sum((folder / "job.json").stat().st_size for folder in folders)
+    assert inputs.stored_bytes(folders) == records + 2 * len(content) + voice.stat().st_size
+    for job in (first, *others[:2]):
+        worker.cancel(job.id, OTHER if job is others[1] else ME)
+        worker.remove(job.id, OTHER if job is others[1] else ME)
+    assert others[2].request.video.read_bytes() == talking.read_bytes()
+
+
+def test_where_there_are_no_hard_links_inputs_are_copied(talking, voice, tmp_path, monkeypatch):
+    def another_file_system(*_, **__):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", another_file_system)
+    job = Worker(tmp_path / "outputs").submit(Request(talking, voice), ME)
+    assert not job.request.video.samefile(talking) and job.request.video.read_bytes() == talking.read_bytes()
+
+
 def test_limits_are_said(talking, long_voice, voice, tmp_path):
     worker = Worker(tmp_path, queue_size=1, max_seconds=20)  # not started: what is put in waits
-    with pytest.raises(UserError, match="lasts 30 s, and this server takes 20 s"):
+    with pytest.raises(UserError, match="sound in 'long.wav' lasts more than 20 s; cut it"):
         worker.submit(Request(talking, long_voice), ME)
     worker.submit(Request(talking, voice), ME)
     with pytest.raises(UserError, match="queue is full"):
         worker.submit(Request(talking, voice), ME)
+
+
+def test_a_visitor_has_limits_that_others_do_not_feel(talking, voice, tmp_path):
+    request, size = Request(talking, voice), talking.stat().st_size + voice.stat().st_size
+    worker = Worker(tmp_path / "a", limits=Limits(unfinished=2, kept=3))
+    first, second = (worker.submit(request, ME) for _ in range(2))
+    with pytest.raises(UserError, match="You have 2 jobs that wait or run, .* 2 of a visitor: wait until"):
+        worker.submit(request, ME)
+    worker.submit(request, OTHER)
+    worker.cancel(first.id, ME), worker.cancel(second.id, ME)
+    worker.cancel(worker.submit(request, ME).id, ME)
+    for submit in (lambda: worker.submit(request, ME), lambda: worker.again(first.id, ME)):
+        with pytest.raises(UserError, match="You have 3 jobs here, .* keeps 3 of a visitor: remove those"):
+            submit()
+    worker.remove(first.id, ME)
+    assert worker.submit(request, ME)
+    worker = Worker(tmp_path / "b", limits=Limits(stored=size + 20_000))
+    for _ in range(3):  # they share their inputs
+        worker.submit(request, ME)
+    louder = make_sound(tmp_path / "louder.wav", seconds=3)
+    before = sorted(os.listdir(tmp_path / "b"))
+    with pytest.raises(UserError, match=r"Your files here take [\d.e-]+ GB, .* of a visitor: remove jobs"):
+        worker.submit(Request(talking, louder), ME)
+    assert sorted(os.listdir(tmp_path / "b")) == before
+    worker.submit(request, OTHER)
+    worker = Worker(tmp_path / "c", limits=Limits(stored_by_all=size))
+    with pytest.raises(UserError, match="The jobs of this server take"):  # with what is written of it
+        worker.submit(request, ME), worker.submit(request, OTHER)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"queue_size": -3}, {"queue_size": 0}, {"queue_size": 2.5}, {"queue_size": True}, {"max_seconds": float("nan")},
+     {"max_seconds": 0}, {"max_seconds": "60"}, {"keep_hours": -1}, {"keep_hours": float("inf")},
+     {"idle_seconds": float("nan")}, {"idle_seconds": -1}, {"idle_seconds": None}],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(tmp_path, options):
+    with pytest.raises(UserError, match=r"^The .* cannot be .*: give a (whole )?number of at least .*\.$"):
+        Worker(tmp_path, **options)
+
+
+@pytest.mark.parametrize("limits", [{"kept": 0}, {"unfinished": -1}, {"stored": float("nan")}, {"stored_by_all": 1e9}])
+def test_limits_out_of_range_are_refused(limits):
+    with pytest.raises(UserError, match="The limit .* give a whole number of at least 1"):
+        Limits(**limits)
+
+
+# ---- jobs that go on
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Segments of five frames in place of a minute's."""
+    lipsync = pipeline.lipsync
+    monkeypatch.setattr(pipeline, "lipsync", lambda *args, **options: lipsync(*args, segment_frames=5, **options))
+
+
+@pytest.fixture
+def next_server(tmp_path, checkpoint, home, monkeypatch):
+    """Starts a server on the outputs of those before it, which this process has been, too."""
+    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
+    started = []
+
+    def start():
+        started.append(Worker(tmp_path / "outputs", model=str(checkpoint), device="cpu"))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.close()
+
+
+def states(folder: Path) -> list[str]:
+    return [json.loads((path / "job.json").read_text())["state"] for path in sorted(folder.iterdir())]
+
+
+def test_jobs_go_on_with_the_next_server_in_their_order(talking, long_voice, voice, next_server, short_segments):
+    before = next_server()
+    job = before.submit(Request(talking, long_voice, steps=1), ME, ("long.mp4", "v.wav"))
+    waiting = [before.submit(Request(talking, voice, steps=steps), ME) for steps in (3, 2, 1)]
+    until(lambda: job.progress.get("writing", 0) > 12)
+    before.close()
+    assert job.state == "waiting" and sorted(states(before.folder)) == ["waiting"] * 4
+    assert len(list(job.folder.glob(".latentsync-*/0000*.mp4"))) >= 2
+    after = next_server()
+    found = {each.id: each for each in after.jobs_of(ME)}
+    again = found[job.id]
+    assert [after.place(found[each.id]) for each in waiting] in ([1, 2, 3], [0, 1, 2])  # the first may have begun
+    until(lambda: again.progress.get("writing", 0) > again.resumed_from + 5)
+    assert again.resumed_from >= 10 and again.resumed_from % 5 == 0 and again.starts == 1
+    assert f"Resumed after 0:0{again.resumed_from // 25} of 0:30." in after.view(again)["messages"]
+    assert again.playable == 0 and not again.first.exists(), "the first seconds were shown before"
+    rate = again.frames_per_second()
+    assert rate is None or rate < 750, "what an earlier run has done says nothing of the speed"
+    after.cancel(again.id, ME, keep=True)
+    assert ended(after, again).report["resumed_from"] == again.resumed_from
+    assert probe_video(again.output).n_frames == again.report["frames"] > again.resumed_from
+    ends = [ended(after, found[each.id]) for each in waiting]
+    assert [each.state for each in ends] == [DONE] * 3
+    assert [each.started for each in ends] == sorted(each.started for each in ends)
+    assert not list(again.folder.glob(".latentsync-*"))
+
+
+# A server that ends itself in the middle of a job.
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from latentsync import pipeline
+from latentsync.media import VideoWriter
+from optim.serving.jobs import Request, Worker
+
+outputs, model, video, voice, frames = *map(Path, sys.argv[1:5]), int(sys.argv[5])
+lipsync, write, written = pipeline.lipsync, VideoWriter.write, []
+pipeline.lipsync = lambda *args, **options: lipsync(*args, segment_frames=5, **options)
+
+def killing(self, frame):
+    written.append(0)
+    if len(written) == frames:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, frame)
+
+VideoWriter.write = killing
+worker = Worker(outputs, model=str(model), device="cpu")
+worker.start()
+if str(video) != ".":
+    for steps in (2, 1):
+        worker.submit(Request(video, voice, steps=steps), "m" * 24)
+time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+def test_a_job_goes_on_when_its_server_was_killed_but_not_for_ever(
+    talking, voice, checkpoint, tmp_path, next_server, short_segments
+):
+    def serve_until_killed(*arguments):
+        command = [sys.executable, "-c", KILLED, tmp_path / "outputs", checkpoint, *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run([*map(str, command)], env=environment, capture_output=True, timeout=300)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+
+    serve_until_killed(talking, voice, 8)  # in the second segment
+    assert sorted(states(tmp_path / "outputs")) == ["running", "waiting"]
+    serve_until_killed(".", ".", 8)  # in the third: a segment more, so the first start does not count
+    serve_until_killed(".", ".", 3)  # in the third again
+    record = tmp_path / "record.json"
+    [running] = [path for path in (tmp_path / "outputs").iterdir() if "running" in (path / "job.json").read_text()]
+    shutil.copy(running / "job.json", record)
+    assert json.loads(record.read_text())["starts"] == 2
+    worker = next_server()
+    failed, done = sorted(worker.jobs_of(ME), key=lambda job: -job.request.steps)
+    assert failed.state == FAILED and "both times" in failed.error and "run it again" in failed.error
+    assert ended(worker, done).state == DONE
+    # What is finished is not lost: who wants it tries once more.
+    assert worker.again(failed.id, ME) is failed and failed.error is None
+    assert ended(worker, failed).state == DONE and failed.report["resumed_from"] == 10
+    assert probe_video(failed.output).n_frames == 20
+
+
+def test_a_failed_job_goes_on_if_nothing_is_changed_and_is_another_one_otherwise(
+    worker, talking, long_voice, voice, short_segments, monkeypatch
+):
+    write, written = VideoWriter.write, []
+
+    def broken(*args):
+        written.append(None)
+        if len(written) == 18:
+            raise ZeroDivisionError("by a test")
+        write(*args)
+
+    def failing(request):
+        written.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(VideoWriter, "write", broken)
+            job = ended(worker, worker.submit(request, ME))
+        assert job.state == FAILED and "ZeroDivisionError" in job.error
+        return job
+
+    sound = make_sound(long_voice.with_name("one.wav"), seconds=1)
+    job = failing(Request(talking, sound, steps=1))
+    other = worker.again(job.id, ME, seed=5)
+    assert other is not job and other.request.seed == 5 and ended(worker, other).report["resumed_from"] == 0
+    assert worker.again(job.id, ME) is job
+    assert ended(worker, job).state == DONE and job.report["resumed_from"] == 15 and job.report["frames"] == 25
+    assert worker.again(job.id, ME) is not job, "what is done is done again"
+    with pytest.raises(UserError, match="no setting 'cost' to change: give some of level, model"):
+        worker.again(job.id, ME, cost=3)
+
+
+def test_a_job_that_waits_to_go_on_and_is_cancelled_keeps_nothing(talking, voice, tmp_path, monkeypatch):
+    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
+    job = Worker(tmp_path / "outputs").submit(Request(talking, voice), ME)
+    work = segments.work_folder(job.planned, [], "its request")
+    work.mkdir()
+    (work / "00000.mp4").touch()
+    listed = {"frames": 5, "bytes": 0, "sha256": "", "counts": {}}
+    (work / segments.MANIFEST).write_text(json.dumps([listed]))
+    worker = Worker(tmp_path / "outputs")
+    worker._thread = threading.Thread()  # nothing is run
+    worker.start()
+    assert [found.frames_at_start for found in worker.jobs_of(ME)] == [5] and work.exists()
+    worker.cancel(job.id, ME)
+    assert sorted(os.listdir(job.folder)) == ["job.json", "video.mp4", "voice.wav"]
+
+
+def test_records_of_jobs_that_are_not_as_they_were_written_are_left_alone(talking, voice, tmp_path, monkeypatch):
+    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
+    job = Worker(tmp_path / "outputs").submit(Request(talking, voice), ME)
+    path, about = job.folder / "job.json", json.loads((job.folder / "job.json").read_text())
+    spoilt = [about | {name: value} for name, value in (
+        ("created", float("nan")), ("created", "now"), ("names", [1, 2]), ("size", [1]), ("messages", None),
+        ("progress", []), ("error", 5), ("settings", None), ("settings", {"what": 1}), ("video", None),
+        ("starts", "2"), ("seconds", float("inf")),
+    )]  # fmt: skip
+    texts = [*map(json.dumps, spoilt), "", "[" * 100_000, "null", "[]", json.dumps(about)[:-30], "\udcff"]
+    for text in texts:
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        assert list(kept(tmp_path / "outputs")) == [], text[:300]
+        assert job.request.video.is_file()
+    del about["queued"], about["starts"], about["frames_at_start"], about["remarks"]  # of an earlier version
+    path.write_text(json.dumps(about))
+    if os.name != "nt":
+        (tmp_path / "outputs" / "link").symlink_to(job.folder, target_is_directory=True)
+    assert [found.id for found in kept(tmp_path / "outputs")] == [job.id]
+
+
+# ---- what must not take the others with it
+
+
+def test_the_curves_are_taken_once_for_all_who_look_in_the_same_moment(tmp_path):
+    class Watching:
+        def __init__(self):
+            self.taken, self.look = 0, threading.Event()
+
+        def snapshot(self, _):
+            self.taken += 1
+            self.look.wait(60)
+            return empty
+
+    empty = History(*[np.zeros(0)] * 3, 1, (), ())
+    worker, shown = Worker(tmp_path), []
+    worker.monitor = Watching()
+    threads = [threading.Thread(target=lambda: shown.append(worker.live())) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    until(lambda: worker.monitor.taken)
+    worker.monitor.look.set()
+    for thread in threads:
+        thread.join()
+    assert worker.monitor.taken == 1 and len(shown) == 5 and all(each["time"] == [] for each in shown)
+
+
+def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeypatch, capfd):
+    def ends_the_thread(*_, **__):
+        raise SystemExit(1)
+
+    def fault(*_, **__):
+        raise KeyError("by a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentsync.pipeline.lipsync", ends_the_thread)
+        job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    assert job.state == FAILED and "SystemExit" in job.error
+    with monkeypatch.context() as patch:  # in what says why a job has failed
+        patch.setattr("latentsync.pipeline.lipsync", fault)
+        patch.setattr(jobs, "short_of_memory", fault)
+        job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+    assert job.state == FAILED and "Something inside the program failed" in job.error
+    with monkeypatch.context() as patch:  # between two jobs
+        swept = []
+        patch.setattr(worker, "_sweep", lambda: swept.append(None) or fault())
+        worker._wake.set()
+        until(lambda: swept)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "optim.serving.compare", None)  # its import fails
+        job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
+        assert job.state == DONE, job.error
+        worker.compare(job.id, ME)
+        until(lambda: compared(job))
+        assert job.comparison.state == FAILED and "could not be made" in job.comparison.error
+    assert "by a test" in capfd.readouterr().err and worker._thread.is_alive()
 
 
 def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, talking, voice, tmp_path, home):
@@ -539,8 +844,10 @@ def test_speeds_are_remembered_and_scaled_by_the_work(tmp_path):
     assert again.estimate("demo, there", full, 100) is None
     cached = Settings(steps=20, cache=DeepCache(2, 0))
     assert Speeds.work(half) < Speeds.work(cached) < Speeds.work(full)
-    (tmp_path / "broken").write_text("[")
-    assert Speeds(tmp_path / "broken").estimate("demo, here", full, 1) is None
+    odd = '{"demo, here": {"20": "fast", "x": 1, "0": 1, "1": NaN, "2": -1}}'
+    for text in ("[", "[" * 100_000, "[1]", '{"demo, here": 5}', odd):
+        (tmp_path / "broken").write_text(text)
+        assert Speeds(tmp_path / "broken").estimate("demo, here", full, 1) is None
 
 
 def test_a_gpu_that_is_lent_runs_the_job_in_one_call(checkpoint, talking, voice, tmp_path, home):

@@ -191,6 +191,33 @@ def test_a_link_to_the_script_finds_its_folder(with_python, tmp_path):
     assert json.loads(result.stdout)[1] == ["a"]
 
 
+def audited(folder: Path, report: str, log: str = "") -> tuple[int, str]:
+    (folder / "report").write_text(report)
+    (folder / "log").write_text(log)
+    command = [sys.executable, str(ROOT / ".ci" / "audit.py"), str(folder / "report"), str(folder / "log")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return result.returncode, result.stdout
+
+
+def test_the_audit_says_what_it_did_not_audit(tmp_path):
+    clean, unknown = {"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "not on PyPI"}
+    bad = {"name": "c", "version": "2", "vulns": [{"id": "CVE-1"}]}
+
+    def report(*packages: dict) -> str:
+        return json.dumps({"dependencies": packages, "fixes": []})
+
+    assert audited(tmp_path, report(clean)) == (0, "Known vulnerabilities: 0 of 1 audited packages have one.\n")
+    code, text = audited(tmp_path, report(unknown, clean, unknown))
+    assert code == 0 and "0 of 1 audited" in text and "NOT AUDITED: 2 of 3 pinned packages (b, b)" in text
+    code, text = audited(tmp_path, report(unknown))
+    assert code == 0 and "0 of 0 audited" in text and "NOT AUDITED: 1 of 1" in text
+    code, text = audited(tmp_path, report(clean, bad, unknown))
+    assert code == 1 and "c 2: CVE-1" in text and "NOT AUDITED: 1" in text
+    for nothing in ("", "{", "[]"):
+        code, text = audited(tmp_path, nothing, "first\nno connection\n")
+        assert code == 0 and text.startswith("NOT AUDITED") and "no connection" in text and "vulnerabilit" not in text
+
+
 INDEX = "https://download.pytorch.org/whl"
 
 

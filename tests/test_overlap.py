@@ -22,7 +22,7 @@ def no_thread_stays():
 
 
 def until(true) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -81,7 +81,7 @@ def test_closing_stops_a_blocked_producer_in_its_own_thread(depth):
     until(lambda: len(taken) == depth + 2)
     began = time.monotonic()
     items.close()
-    assert time.monotonic() - began < 0.5  # next to nothing on an idle machine
+    assert time.monotonic() - began < 10  # next to nothing on an idle machine
     assert closed == ["numbers"]
     assert len(taken) == depth + 2
 
@@ -180,17 +180,16 @@ def test_closing_drops_what_waits():
 
 
 def test_stages_overlap():
-    """Three of 20 ms take the time of one, not of three."""
+    """Three meet at every item from the third on, each with another one in its hand."""
+    at_once = threading.Barrier(3)
 
-    def slow(items):
-        for item in items:
-            time.sleep(0.02)
-            yield item
+    def meet(item: int, first: int) -> int:
+        if first <= item < first + 28:
+            at_once.wait(60)
+        return item
 
-    began = time.monotonic()
-    with closing(Behind(lambda _: time.sleep(0.02), 4, "third")) as third:
-        for item in slow(ahead(slow(range(30)), 4, "first")):
-            third.give(item)
+    with closing(Behind(lambda item: meet(item, 0), 4, "third")) as third:
+        for item in ahead((meet(item, 2) for item in range(30)), 4, "first"):
+            third.give(meet(item, 1))
         third.finish()
     assert third.done == 30
-    assert time.monotonic() - began < 0.75 * 3 * 30 * 0.02

@@ -14,7 +14,7 @@ from serving import serve
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-SLOW = 60_000  # milliseconds that something may take on a busy machine
+SLOW = 240_000  # milliseconds that something may take on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,18 @@ def state(page, wanted):
     page.wait_for_selector(f".card[data-state={wanted}]")
 
 
+def elapsed(page) -> float:
+    """Seconds that the newest job has run, by the server's clock."""
+    return page.evaluate(
+        """async () => {
+            const answer = await fetch("gradio_api/run/watch", { method: "POST",
+                headers: { "Content-Type": "application/json" },
+                body: JSON.stringify({ data: [window.lipsync.visitor, 0, null] }) });
+            return (await answer.json()).data[0].jobs[0].elapsed;
+        }"""
+    )
+
+
 def test_from_the_first_visit_to_the_result_of_the_example(visit):
     page = visit()
     page.click("#advanced > button")
@@ -98,7 +110,7 @@ def test_from_the_first_visit_to_the_result_of_the_example(visit):
     page.click("#example")
     page.wait_for_selector(".card")
     playwright.expect(page.locator("#video video")).to_be_visible()
-    page.wait_for_selector(".card[data-state=done]", timeout=3 * SLOW)
+    state(page, "done")
     page.wait_for_function("document.querySelector('.made').readyState > 0")
     assert page.evaluate("document.querySelector('.made').duration") > 1
     page.click(".card summary")
@@ -133,8 +145,7 @@ def test_own_files_give_a_result_beside_the_original(visit, clips, server):
     asked = []
     page.once("dialog", lambda box: (asked.append(box.message), box.dismiss()))
     page.click("text=Remove")
-    page.evaluate("window.lipsync.refresh()")
-    page.wait_for_timeout(500)
+    page.evaluate("window.lipsync.refresh().then(window.lipsync.refresh)")  # the second begins when the box is gone
     assert page.locator(".card").count() == 1 and "Remove talking-synced.mp4" in asked[0]
     page.once("dialog", lambda box: box.accept())
     page.click("text=Remove")
@@ -157,7 +168,6 @@ def test_the_slider_changes_the_line_and_the_settings_that_are_used(visit, clips
     state(page, "done")
     page.click(".card summary")
     assert re.search(r"level\s+balanced", page.inner_text(".card .tables"))
-    page.wait_for_timeout(500)
     page.press("#level input[type=range]", "ArrowRight")
     page.wait_for_function("document.querySelector('#line').textContent.includes('etween balanced')")
     assert page.locator("#stops [aria-pressed=true]").count() == 0
@@ -176,11 +186,13 @@ def test_a_job_shows_progress_survives_a_reload_and_is_cancelled_within_a_second
     page.wait_for_selector(".card video:not([hidden])")  # the first seconds can be played
     page.evaluate("void document.querySelector('.card figure video').play()")
     page.wait_for_function("document.querySelector('.card figure video').currentTime > 0.1")
-    began = time.monotonic()
-    page.evaluate("window.lipsync.refresh()")
-    page.click("text=Cancel")
+    before, seen = elapsed(page), time.monotonic()
+    with page.expect_response("**/run/cancel"):
+        page.click("text=Cancel")
+    told = time.monotonic()
     state(page, "cancelled")
-    assert time.monotonic() - began < 1 + 1 + 1  # a second, until the page asks again, and a busy machine
+    # By the server's own clock, as far as it ran on after it was told: what the browser takes is the machine's affair.
+    assert elapsed(page) - before - (told - seen) < 3
 
 
 def test_a_cancelled_job_may_keep_what_is_finished(visit, clips):
@@ -223,8 +235,8 @@ def test_a_tab_goes_on_with_the_server_that_comes_after(chromium, clips, checkpo
         give(page, clips)
         start(page)
         state(page, "done")
-        page.wait_for_selector("#plot .trace", state="attached")
-        page.wait_for_timeout(5000)  # its curves are longer than those of the next server at first
+        # Its curves are longer than those of the next server at first.
+        page.wait_for_function("Number(document.querySelector('#plot').dataset.points) > 5")
         page.evaluate("window.unchanged = true")
     with serve(tmp_path, "--model", checkpoint, port=before.port) as after:
         after.wait_until_ready()
@@ -240,6 +252,26 @@ def test_a_tab_goes_on_with_the_server_that_comes_after(chromium, clips, checkpo
         page.click("#start")
         page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 2")
         assert page.inner_text("#notice") == ""
+    page.close()
+
+
+def test_what_is_changed_while_no_server_answers_is_kept_and_takes_effect(chromium, checkpoint, tmp_path):
+    with serve(tmp_path, "--model", checkpoint) as before:
+        before.wait_until_ready()
+        page = chromium.new_page()
+        page.set_default_timeout(SLOW)
+        page.goto(before.url)
+        page.wait_for_function("document.querySelector('#line')?.textContent.includes('20 steps')")
+        page.evaluate("window.unchanged = true")
+    page.wait_for_function("document.querySelector('#load').textContent.includes('does not answer')")
+    page.click("#stop-2")
+    page.click("#start")
+    page.wait_for_function("document.querySelector('#notice').textContent.includes('did not answer')")
+    with serve(tmp_path, "--model", checkpoint, port=before.port) as after:
+        after.wait_until_ready()
+        page.wait_for_function("document.querySelector('#line').textContent.includes('12 steps')")
+        assert page.input_value("#level input[type=number]") == "1" and page.evaluate("window.unchanged")
+        assert page.locator(".card").count() == 0, "no job was sent a second time"
     page.close()
 
 
@@ -319,11 +351,11 @@ def test_the_curves_get_a_point_every_second_and_do_not_flicker(visit):
     page.wait_for_selector("#plot .trace", state="attached")
     points = "Number(document.querySelector('#plot').dataset.points)"
     page.evaluate("document.querySelector('#plot svg').dataset.kept = 'yes'")
-    page.wait_for_timeout(4000)  # the drawing library took its time, in which points gathered
+    # The drawing library took its time, in which points gathered; a busy server may be late with some, never early.
+    page.evaluate("window.lipsync.refresh().then(window.lipsync.refresh)")
     before, began = page.evaluate(points), time.monotonic()
-    page.wait_for_timeout(4000)
-    more, seconds = page.evaluate(points) - before, time.monotonic() - began
-    assert seconds - 3 <= more <= seconds + 3
+    page.wait_for_function(f"{points} >= {before + 8}")
+    assert page.evaluate(points) - before <= time.monotonic() - began + 3
     assert page.evaluate("document.querySelector('#plot svg').dataset.kept") == "yes"  # the same drawing, not a new one
     assert page.locator("#plot .trace").count() >= 2
 

@@ -56,7 +56,7 @@ def job(client, reply) -> dict:
     return next(job for job in seen["jobs"] if job["id"] == reply["job"])
 
 
-def until(client, reply, *states, seconds=120) -> dict:
+def until(client, reply, *states, seconds=300) -> dict:
     began = time.monotonic()
     while (seen := job(client, reply))["state"] not in states:
         assert time.monotonic() - began < seconds, seen
@@ -95,10 +95,13 @@ def test_a_client_runs_a_job_follows_it_and_cancels_another(server, clips, tmp_p
     running = until(client, other, "running")
     while not running["mouths"]:
         running = job(client, other)
-    began = time.monotonic()
+    running = job(client, other)
+    seen = time.monotonic()
     client.predict(other["job"], False, other["visitor"], api_name="/cancel")
-    until(client, other, "cancelled")
-    assert time.monotonic() - began < 2  # 1 s, and the way there and back on a busy machine
+    told = time.monotonic()
+    ended = until(client, other, "cancelled")
+    # By the server's own clock, as far as it ran on after it was told: the way there and back is the machine's affair.
+    assert ended["elapsed"] - running["elapsed"] - (told - seen) < 3
     path = client.predict(first["job"], first["visitor"], api_name="/result")
     assert probe_video(path).n_frames == 8
     assert COMMENT.encode() in Path(path).read_bytes()
@@ -136,9 +139,13 @@ def test_results_are_compared_and_found_again_after_the_server_was_killed(tmp_pa
         assert client.predict(done["visitor"], 0, api_name="/watch")["server"] != before
         assert found["state"] == "done" and set(found["files"]) == {"original", "result", "compared"}
         assert httpx.get(f"{server.url}/lipsync/{found['files']['result']}").status_code == 200
-        assert lost["state"] == "failed" and "The server ended before this job did" in lost["error"]
-        again = client.predict(cut["job"], {}, cut["visitor"], api_name="/again")
-        until(client, again, "running")
+        assert lost["state"] in ("waiting", "running") and lost["error"] is None, "it goes on by itself"
+        again = client.predict(cut["job"], {"steps": 2, "deepcache": "off"}, cut["visitor"], api_name="/again")
+        client.predict(cut["job"], False, cut["visitor"], api_name="/cancel")
+        settings = until(client, again, "running")["settings"]
+        assert (settings["steps"], settings["cache"], settings["level"]) == (2, None, lost["settings"]["level"])
+        refused = client.predict(cut["job"], {"costs": 2}, cut["visitor"], api_name="/again")
+        assert "no setting 'costs' to change: give some of level, model, steps" in refused["error"]
 
 
 def test_ten_jobs_at_once_are_all_done_and_more_are_refused(server, clips):
@@ -239,7 +246,7 @@ def test_a_file_that_calls_itself_a_page_is_never_opened_as_one(server, clips, t
 
 def test_the_limits_hold(server, clips):
     client, visitor = connect(server), browser(server)
-    assert "lasts 31 s, and this server takes 30 s" in submit(client, clips, "too long.wav")["error"]
+    assert "lasts more than 30 s" in submit(client, clips, "too long.wav")["error"]
     large = visitor.post("/gradio_api/upload", files={"files": ("large.mp4", b"0" * (UPLOAD_LIMIT + 1000))})
     assert large.status_code == 413
     for name, value in (("level", 2), ("guidance", -1), ("seed", -1), ("batch", 1000), ("vram_fraction", 2)):
@@ -278,13 +285,32 @@ def test_a_level_is_known_or_refused_at_once_and_can_be_shown_again():
         rest = ["auto", 4, 1, 0.85, 0, app.AS_LEVEL, app.AS_LEVEL, "largest", 16, None]
         return app.asked(app.MODELS, Path("video"), Path("voice"), level, *rest)
 
-    for given, position in (("Balanced", 0.5), (" aggressive ", 1.0), ("auto", 0.0), (0.25, 0.25), ("0.25", 0.25)):
+    for given, position in (("Balanced", 0.5), (" aggressive ", 1.0), ("auto", 0.7), (0.25, 0.25), ("0.25", 0.25)):
         request = asked(given)
         assert request.level == "auto" or find_level(request.level).position == position
-        assert app.as_settings(request.settings())[0] == position, "as the page's slider has it"
+        assert app.as_settings(request.settings(), 0.7)[0] == position, "as the page's slider has it"
     for given in ("fast", "", "nan", 1.5, None, "-1", []):
         with pytest.raises(app.UserError, match="The level is .* or auto, conservative, balanced, aggressive"):
             asked(given)
+
+
+def test_all_settings_of_a_job_can_be_changed_and_come_back_as_they_were_told():
+    import app
+
+    old = app.Request(Path("video"), Path("voice"), level="0.5", steps=30, cache=3, compile=True, face="left")
+    other = app.Request(Path("a"), Path("b"), level="auto", guidance=2.0, batch=8, vram_fraction=0.5, crf=20, seed=3)
+    assert app.changed(app.MODELS, old, {}) == {}
+    assert app.changed(app.MODELS, old, other.settings()) == other.settings(), "as /watch tells them"
+    assert app.changed(app.MODELS, other, old.settings()) == old.settings() | {"vram_fraction": 0.85}
+    named = {"level": "Balanced", "deepcache": "every 2nd step", "compile": "off", "batch": 0, "face": "right"}
+    found = {"level": "balanced", "cache": 2, "compile": False, "batch": None, "face": "right"}
+    assert app.changed(app.MODELS, old, named) == found, "as /submit takes them"
+    for name, value in (("costs", 1), ("video", "/etc/passwd"), ("", 1)):
+        with pytest.raises(app.UserError, match=f"no setting '{name}' to change"):
+            app.changed(app.MODELS, old, {name: value})
+    for name, value in (("steps", 0), ("steps", "x"), ("seed", None), ("cache", 9), ("compile", 1), ("model", "none")):
+        with pytest.raises(app.UserError, match="give"):
+            app.changed(app.MODELS, old, {name: value})
 
 
 def test_a_result_that_cannot_be_given_away_is_said(tmp_path, monkeypatch):

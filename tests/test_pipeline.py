@@ -8,7 +8,6 @@ import threading
 import time
 import weakref
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,19 +203,32 @@ def test_the_clock_charges_each_stage_its_own_time(monkeypatch):
 
 
 def test_the_clock_keeps_threads_apart():
+    wanted = threading.Semaphore(0)
+
     def slow():
         for i in range(10):
+            wanted.acquire()
             time.sleep(0.02)
             yield i
+
+    def asking(items):
+        """Let an item be made when it is waited for, and not before."""
+        while True:
+            wanted.release()
+            try:
+                yield next(items)
+            except StopIteration:
+                return
 
     clock = StageClock()
     began = time.perf_counter()
     made = ahead(clock.time(slow(), "slow"), 2, "slow")
-    assert list(clock.time(clock.wait(made, "slow"), "fast")) == list(range(10))
+    assert list(clock.time(clock.wait(asking(made), "slow"), "fast")) == list(range(10))
     spent = time.perf_counter() - began
-    assert 0.2 <= clock.seconds["slow"] <= spent
-    assert 0.1 < clock.waiting["slow"] <= spent  # the other thread's time is not the waiting one's own
-    assert clock.seconds["fast"] < spent / 2
+    slept = 10 * 0.02 - 0.01  # clocks are coarse
+    assert slept <= clock.seconds["slow"] <= spent
+    assert slept <= clock.waiting["slow"]  # the other thread's time is not the waiting one's own
+    assert clock.seconds["fast"] + clock.waiting["slow"] <= spent
 
 
 class Slate:
@@ -381,12 +393,11 @@ def test_a_frame_is_painted_once_and_then_left_alone(models, wav):
     assert all(np.array_equal(shot.frame, copy) for shot, copy in as_given)
 
 
-def still(models, monkeypatch, seconds: float = 0.0, face: bool = True) -> None:
-    """Let faces take `seconds` each, and painting nothing; with `groups_behind` as on a GPU."""
+def still(models, monkeypatch, face: bool = True) -> None:
+    """Let faces and painting take no time; with `groups_behind` as on a GPU."""
 
     def instead(tracked, tokens, *_):
         for frame, _ in tracked:
-            time.sleep(seconds)
             yield Shot(frame, next(tokens), CROP if face else None)
 
     monkeypatch.setattr(pipeline, "track_faces", lambda frames, **_: ((frame, None) for frame in frames))
@@ -409,28 +420,35 @@ def test_a_run_holds_few_frames(models, wav, monkeypatch, size):
             del frame
 
     settings = Settings(windows_per_pass=size)
-    most = 0
+    most, least = 0, settings.shots_ahead + DECODED_AHEAD
     for i, shot in enumerate(generate(enumerate(made()), wav, models, settings, 600, False, StageClock())):
         assert int(shot.frame) == i
-        if i % 7 == 0:
+        deadline = time.monotonic() + (60 if i == 100 else 0)
+        while True:
+            most = max(most, sum(frame() is not None for frame in list(frames)))
+            if most > least or time.monotonic() > deadline:
+                break
             time.sleep(0.01)  # the others fill their queues
-        most = max(most, sum(frame() is not None for frame in list(frames)))
     assert i == 599
-    assert settings.shots_ahead + DECODED_AHEAD < most <= settings.most_frames - settings.frames_behind
+    assert least < most <= settings.most_frames - settings.frames_behind
 
 
 def test_stages_work_at_the_same_time(models, wav, monkeypatch):
-    still(models, monkeypatch, seconds=0.05, face=False)
+    """Decoding, finding faces and writing meet ten times, each with another frame in its hand."""
+    at_once = threading.Barrier(3)
 
-    def frames():
-        for i in range(40):
-            time.sleep(0.05)
-            yield np.array(i)
+    def meet(items, first):
+        for i, item in enumerate(items):
+            if first <= i < first + 10:
+                at_once.wait(60)
+            yield item
 
-    began = time.perf_counter()
-    for _ in generate(enumerate(frames()), wav, models, Settings(), 40, False, StageClock()):
-        time.sleep(0.05)
-    assert time.perf_counter() - began < 0.75 * 3 * 40 * 0.05
+    still(models, monkeypatch, face=False)
+    align = pipeline.align
+    monkeypatch.setattr(pipeline, "align", lambda *given: meet(align(*given), 2 * WINDOW + 2))
+    frames = meet(map(np.array, range(80)), 2 * WINDOW + 4)  # writing begins behind a group of up to two windows
+    shots = generate(enumerate(frames), wav, models, Settings(), 80, False, StageClock())
+    assert len(list(meet(shots, 0))) == 80
 
 
 def test_what_decoding_raises_ends_the_run(models, wav, monkeypatch):
@@ -499,7 +517,7 @@ def test_an_exception_from_the_progress_stops_the_run_and_leaves_nothing(models,
 
     with pytest.raises(Stop):
         lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1), stop)
-    assert time.monotonic() - stopped[0] < 3  # a second on an idle machine
+    assert time.monotonic() - stopped[0] < 20  # a second on an idle machine
     assert os.listdir(tmp_path) == []
     assert threading.enumerate() == before
 
@@ -720,7 +738,7 @@ def test_large_pictures_go_through_in_fewer_windows_or_are_refused_with_a_senten
     settings = Settings(windows_per_pass=4)
 
     def free(gigabytes: float) -> None:
-        monkeypatch.setattr(pipeline.psutil, "virtual_memory", lambda: SimpleNamespace(available=gigabytes * 1e9))
+        monkeypatch.setattr(pipeline, "available_memory", lambda: int(gigabytes * 1e9))
 
     found = []
     for gigabytes in (16, 8, 5):
@@ -771,8 +789,8 @@ def test_a_model_that_reads_cheeks_and_jaw_is_told_of_a_windows_ends(models, wav
 
 
 def test_what_lies_between_the_ends_is_known_to_the_bit_there():
-    first, last = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    first, last = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     given = between_ends(first, last, 5)
     assert torch.equal(given[:, 0], first) and torch.equal(given[:, 4], last)
-    assert torch.allclose(given[:, 2], (first + last) / 2)
+    assert torch.allclose(given[:, 2], (first + last) / 2, atol=1e-6)  # rounding of values of about 1
     assert torch.equal(between_ends(first, last, 1), first[:, None]), "a window of one frame has one end"

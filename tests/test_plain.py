@@ -27,6 +27,10 @@ PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity")
 UNET_FILES = sorted(PARITY_DIR.glob("unet_*.safetensors"))
 WHISPER = sorted(PARITY_DIR.glob("audio_*.pt"))[0]
 BOUND = 5e-6
+# Float64 rounds to 2e-16. A group norm whose values hardly differ multiplies that by up to 1/√(its eps of 1e-5) = 316,
+# and these networks have dozens in a row, so what is left at the end depends on the order in which a processor adds:
+# 2e-13 to 1e-12 on three of them. A single step in float32 makes 1e-8, another computation 1e-6 and more.
+DOUBLE = 1e-10
 TOKENS = 50
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,7 +139,7 @@ def test_both_networks_agree_on_any_configuration(seed):
     audio = torch.randn(b, f, TOKENS, config["cross_attention_dim"], dtype=torch.float64)
     timestep = torch.randint(0, 1000, (b,))
     wanted = plain(sample, timestep, audio)
-    assert relative_error(ours(sample, timestep, audio), wanted) <= 1e-12
+    assert relative_error(ours(sample, timestep, audio), wanted) <= DOUBLE
     swapped = ours(sample, timestep, audio.flip(0, 1))
     assert relative_error(swapped, wanted) > 1e-6, "whose audio is whose was not tested"
 

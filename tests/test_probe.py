@@ -1,6 +1,7 @@
 """Which files ffmpeg may open, and what is believed of what a file says about itself."""
 
 import os
+import random
 import struct
 import threading
 from collections.abc import Iterator
@@ -10,10 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import ffmpeg, ffmpeg_messages, make_video
+import torch
+from clips import ffmpeg, ffmpeg_messages, make_sound, make_video
 
+from latentsync import pipeline
+from latentsync.__main__ import main
+from latentsync.checkpoints import load_models, resolve
 from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_audio, read_frames
+from latentsync.segments import work_folder
 from optim.serving.preview import write_fragments
 
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p")
@@ -146,3 +152,209 @@ def test_a_name_with_a_pattern_in_it_is_that_file_alone(tmp_path, name):
     info = probe_video(tmp_path / name)
     frames = list(read_frames(info))
     assert (info.width, info.height, len(frames)) == (96, 64, 1) and frames[0][32, 48, 0] > 200
+
+
+FRAME_LINE = "n:   0 pts:      0 pts_time:0 duration:1 fmt:rgb24 cl:left sar:1/1 s:16000x16000 i:T iskey:1 type:I"
+FORGERIES = {
+    "frame": "pts: 0 fmt:rgb24 sar:1/1 s:16000x16000 i:P",
+    "filter": f"x\n[Parsed_showinfo_0 @ 0x5581] {FRAME_LINE}\n[showinfo @ 0x5581] {FRAME_LINE}\n",
+    "input": "x\nInput #0, hls, from 'y':\n  Duration: 99:00:00.00, start: 0\n  Stream #0:0: Video: png, 9x9\n",
+    "tracks": "x\n  Stream #0:9: Audio: aac, 48000 Hz, stereo, fltp (attached pic) (default)\n[STREAM]\ntitle=y\n",
+    "colours": "config in time_base: 1/1 color_range:pc color_space:bt2020nc color_primaries:x color_trc:smpte2084",
+    "errors": "moov atom not found\nmax pixel count\nx: partial file\nCannot allocate memory\nNo such filter\n",
+}
+PLACES = {
+    "a.mp4": [("-metadata", "{}"), ("-metadata:s:v", "{}"), ("-metadata:s:a", "{}")],
+    "a.mov": [("-metadata", "{}"), ("-metadata:s:v", "{}"), ("-movflags", "use_metadata_tags", "-metadata", "{}")],
+    "a.mkv": [("-metadata", "{}"), ("-metadata:s:v", "{}"), ("-metadata:s:a", "{}"), ("-metadata:c:0", "{}")],
+}  # fmt: skip
+KEYS = "title", "comment", "handler_name", "language", "encoder", "x\nx\r{}"
+CHAPTER = ";FFMETADATA1\n[CHAPTER]\nTIMEBASE=1/1000\nSTART=0\nEND=400\ntitle=one\n"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict[str, Path]:
+    """Short videos with sound and a chapter, that say nothing of themselves."""
+    folder = tmp_path_factory.mktemp("plain")
+    (folder / "chapter.txt").write_text(CHAPTER)
+    make_video(folder / "source.mkv", *X264, "-c:a", "aac", sound="sine", seconds=0.4)
+    sources = "-i", folder / "source.mkv", "-i", folder / "chapter.txt"
+    for name in PLACES:
+        ffmpeg(*sources, "-map", 0, "-map_chapters", 1, "-map_metadata", -1, "-c", "copy", folder / name)
+    return {name: folder / name for name in PLACES}
+
+
+def described(path: Path) -> list[object]:
+    """All that is measured of a file."""
+    video, sound = probe_video(path), probe_audio(path)
+    frames = sum(int(frame.sum()) for frame in read_frames(video))
+    infos = [replace(info, path=Path("x"), track=1, tracks=()) for info in (video, sound)]
+    return [*infos, len(video.tracks), len(sound.tracks), frames, len(read_audio(path))]
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+@pytest.mark.parametrize("name", PLACES)
+def test_what_a_file_says_of_itself_changes_no_measurement(tmp_path, plain, name, forgery):
+    text, path = FORGERIES[forgery], tmp_path / name
+    options = []
+    for *before, place in PLACES[name]:
+        for key in KEYS:
+            options += [*before, place.format(f"{key.format(text)}={text}")]
+    ffmpeg("-i", plain[name], "-map", 0, "-c", "copy", *options, path)
+    assert path.read_bytes().count(text.split("\n")[0].encode()) > 1
+    assert described(path) == described(plain[name])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("forgery", ["filter", "input", "errors"])
+def test_nor_does_its_name(tmp_path, plain, forgery):
+    path = tmp_path / f"{FORGERIES[forgery].replace('/', ':')[-200:]}.mp4"
+    path.write_bytes(plain["a.mp4"].read_bytes())
+    assert described(path) == described(plain["a.mp4"])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nor_do_pieces_of_such_texts_in_any_order(tmp_path, plain, seed):
+    chance = random.Random(seed)
+    pieces = [*"\n\r\t\\;=#[]'\"\x1b", *(word for text in FORGERIES.values() for word in text.split())]
+    name, options = chance.choice(list(PLACES)), []
+    for _ in range(20):
+        *before, place = chance.choice(PLACES[name])
+        key, text = (" ".join(chance.choices(pieces, k=k)).replace("=", "") for k in (2, 40))
+        options += [*before, place.format(f"{chance.choice([*KEYS[:5], key])}={text}")]
+    ffmpeg("-i", plain[name], "-map", 0, "-c", "copy", *options, tmp_path / name)
+    assert described(tmp_path / name) == described(plain[name])
+
+
+def test_texts_of_a_file_are_shown_in_one_short_line_as_they_are(tmp_path):
+    title = "Ton; #1 = \\[gut]\n\r\x1b[31m\u202e" + "x" * 500
+    path = make_sound(tmp_path / "a.mkv", "-metadata:s:a", f"title={title}", "-metadata:s:a", "language=deu")
+    (track,) = probe_audio(path).tracks
+    assert track.title.startswith("Ton; #1 = \\[gut] ") and track.title.isprintable() and len(track.title) == 80
+    assert (track.language, track.codec, track.channels) == ("deu", "vorbis", "mono")
+    assert str(track).startswith("1 (vorbis, mono, deu, “Ton; ") and str(track).endswith("x…”)")
+
+
+def make_tracks(path: Path, *options: object) -> Path:
+    """Two videos, of 64 and 96 pixels, and three sounds, of 300, 600 and 900 Hz; `options` set their flags."""
+    sources = [f"color=c={colour}:s={side}x48:r=25:d=0.4" for colour, side in (("red", 64), ("blue", 96))]
+    sources += [f"sine=f={hertz}:r=16000:d=0.4" for hertz in (300, 600, 900)]
+    inputs = [word for source in sources for word in ("-f", "lavfi", "-i", source)]
+    maps = [word for i in range(5) for word in ("-map", i)]
+    ffmpeg(*inputs, *maps, *X264, "-c:a", "aac", *options, path)
+    return path
+
+
+def pitch(samples: np.ndarray) -> int:
+    """The loudest frequency in Hz."""
+    return round(np.abs(np.fft.rfft(samples)).argmax() * 16000 / len(samples) / 100) * 100
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.mov", "a.nut"])
+def test_the_track_with_the_default_flag_is_used_unless_another_is_named(tmp_path, name):
+    flags = [word for i, flag in enumerate((0, "default", 0, "default", 0)) for word in (f"-disposition:{i}", flag)]
+    path = make_tracks(tmp_path / name, *flags)
+    video, sound = probe_video(path), probe_audio(path)
+    assert (video.width, video.track, sound.track) == (96, 2, 2) and pitch(read_audio(path)) == 600
+    assert next(read_frames(video))[24, 48].argmax() == 2
+    assert [track.default for track in sound.tracks] == [False, True, False]
+    assert "has 2 video tracks, number 2 is used: 1 (" in video.remarks[0] and "3 sound tracks" in sound.remarks[0]
+    other = probe_video(path, track=1)
+    assert (other.width, other.track) == (64, 1) and next(read_frames(other))[24, 32].argmax() == 0
+    assert probe_audio(path, track=3).track == 3 and pitch(read_audio(path, track=3)) == 900
+    for use, words in [(probe_video, "2 video tracks"), (probe_audio, "3 sound tracks")]:
+        for number in (0, 9, -1):
+            with pytest.raises(UserError, match=f"has {words}, and none with the number {number}: choose among 1 "):
+                use(path, track=number)
+
+
+def test_without_a_flag_the_first_track_is_used(tmp_path):
+    flags = [word for i in range(5) for word in (f"-disposition:{i}", 0)]
+    path = make_tracks(tmp_path / "a.mkv", *flags)
+    assert (probe_video(path).track, pitch(read_audio(path))) == (1, 300)
+    assert (probe_video(make_tracks(tmp_path / "a.ts")).width, pitch(read_audio(tmp_path / "a.ts"))) == (64, 300)
+
+
+def test_cover_art_is_never_the_video(tmp_path):
+    cover = tmp_path / "cover.png"
+    ffmpeg("-f", "lavfi", "-i", "color=red:s=640x480", "-frames:v", 1, "-update", 1, cover)
+    clip = make_video(tmp_path / "clip.mp4", *X264, "-c:a", "aac", sound="sine", seconds=0.4)
+    in_front = "-i", cover, "-i", clip, "-map", 0, "-map", 1, "-disposition:v:0", "attached_pic", "-c", "copy"
+    ffmpeg(*in_front, tmp_path / "a.mp4")
+    ffmpeg("-i", clip, "-attach", cover, "-metadata:s:t", "mimetype=image/png", "-c", "copy", tmp_path / "a.mkv")
+    for name in ("a.mp4", "a.mkv"):
+        info = probe_video(tmp_path / name)
+        assert (info.width, info.n_frames, len(info.tracks)) == (160, 10, 1), name
+    for name in ("song.mp4", "song.mp3", "song.flac"):
+        song = "-i", cover, "-i", clip, "-map", 0, "-map", "1:a", "-c:v", "copy", "-disposition:v", "attached_pic"
+        ffmpeg(*song, tmp_path / name)
+        assert probe_audio(tmp_path / name).track == 1
+        with pytest.raises(UserError, match="holds no picture, only sound"):
+            probe_video(tmp_path / name)
+
+
+def test_the_sound_that_is_written_is_that_of_the_track(tmp_path):
+    path = make_tracks(tmp_path / "a.mkv", "-disposition:a:1", "default", "-disposition:a:0", 0)
+    info = probe_video(path)
+    with VideoWriter(tmp_path / "out.mkv", info, path) as writer:
+        for frame in read_frames(info):
+            writer.write(frame)
+    assert pitch(read_audio(tmp_path / "out.mkv")) == 600
+
+
+def test_the_command_line_takes_the_tracks_that_are_named(tmp_path, talking, checkpoint, capsys):
+    path = tmp_path / "both.mkv"
+    sounds = [word for hertz in (300, 600) for word in ("-f", "lavfi", "-i", f"sine=f={hertz}:r=16000:d=0.3")]
+    ffmpeg("-f", "lavfi", "-i", "color=s=64x48:r=25:d=1", "-i", talking, *sounds, "-map", 0, "-map", 1, "-map", 2,
+           "-map", 3, *X264, "-c:a", "aac", "-disposition:0", "default", "-disposition:2", "default", path)  # fmt: skip
+    out = tmp_path / "out.mp4"
+    arguments = [path, path, "-o", out, "--model", checkpoint, "--steps", 1, "--device", "cpu"]
+    assert main([*map(str, arguments), "--video-track", "2", "--audio-track", "2"]) == 0
+    assert "has 2 sound tracks, number 2 is used: 1 (" in capsys.readouterr().err
+    assert probe_video(out).width == probe_video(talking).width and pitch(read_audio(out)) == 600
+    assert main([*map(str, arguments), "--audio-track", "3"]) == 2
+    assert "none with the number 3" in capsys.readouterr().err
+
+
+def test_segments_of_other_tracks_are_not_gone_on_with(tmp_path, talking, voice, checkpoint, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    folders = []
+
+    def stop(*arguments):
+        folders.append(work_folder(*arguments))
+        raise Stop
+
+    monkeypatch.setattr(pipeline, "work_folder", stop)
+    models = load_models(resolve(str(checkpoint), torch.device("cpu")), torch.device("cpu"))
+    for tracks in ({}, {"video_track": 1}, {"audio_track": 1}, {}):
+        with pytest.raises(Stop):
+            pipeline.lipsync(talking, voice, tmp_path / "out.mp4", models, segment_frames=1, **tracks)
+    assert folders[0] == folders[3] and len(set(folders)) == 3
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("twotracks.mkv", "sound"), ("twovideos.mkv", "video"), ("grid.heic", "still"), ("u.jfif", "still")]
+)
+def test_the_cases_give_what_their_owner_expects(name, kind):
+    path = Path(__file__).parents[2] / "shared" / "cases" / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    if kind == "sound":
+        assert probe_audio(path).track == 2
+        return
+    info = probe_video(path)
+    size = {"grid.heic": (768, 1280)}.get(name, (360, 640))
+    assert (info.width, info.height, info.still) == (*size, kind == "still")
+    assert len(list(read_frames(info))) == info.n_frames
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7, 0.95])
+def test_a_recording_in_fragments_that_was_cut_off_is_used_as_far_as_it_goes(tmp_path, share):
+    options = *X264, "-g", 5, "-movflags", "frag_keyframe+empty_moov+default_base_moof"
+    path = make_video(tmp_path / "a.mp4", *options, size="320x240", seconds=2)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    info = probe_video(path)
+    frames = len(list(read_frames(info)))
+    assert 50 * share - 10 < frames < 50 and abs(info.n_frames - frames) <= 1

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -195,9 +196,12 @@ def test_a_looped_video_goes_on_to_the_same_result(models, talking, sound, tmp_p
     report = lipsync(*run, say=said.append, segment_frames=SEGMENT)
     assert report.resumed_from == 40
     assert encoded == wanted, "faces that come again are known from the same batches"
-    assert said == [
-        "0:01 of 0:02 are kept: the same command goes on from there", "going on from 0:01 of 0:02"
-    ]  # fmt: skip
+    kept, resumed = said
+    folder = re.escape(str(tmp_path / ".latentsync-"))
+    assert re.fullmatch(
+        rf"0:01 of 0:02 are kept in '{folder}\w+-\w+' \(\d\.\d MB\): the same command goes on from there", kept
+    )
+    assert resumed == "going on from 0:01 of 0:02"
     assert hashes(tmp_path / "out.mkv") == hashes(tmp_path / "whole.mkv")
     assert sorted(os.listdir(tmp_path)) == ["out.mkv", "whole.mkv"]
 
@@ -272,13 +276,13 @@ def test_an_encoder_that_dies_is_a_sentence_and_costs_no_segment(models, followe
 
 def test_a_segment_that_is_not_listed_yet_is_made_again(models, followed, sound, undisturbed, tmp_path, monkeypatch):
     run = (followed, sound, tmp_path / "out.mp4", models, Settings(steps=2))
-    replace, lists = os.replace, []
+    rename, lists = os.replace, []
 
     def stopping(old, new):
         lists.append(0) if Path(new).suffix == ".json" else None
         if len(lists) == 3:
             raise Stop
-        replace(old, new)
+        rename(old, new)
 
     with monkeypatch.context() as patched, pytest.raises(Stop):
         patched.setattr(os, "replace", stopping)
@@ -292,19 +296,182 @@ def test_a_segment_that_is_not_listed_yet_is_made_again(models, followed, sound,
 # Which job it is
 
 
-def test_what_is_asked_for_otherwise_begins_anew(models, followed, sound, tmp_path):
-    output = tmp_path / "out.mp4"
+def test_another_job_with_the_same_output_begins_anew_and_leaves_the_segments_of_the_first(
+    models, followed, sound, tmp_path
+):
+    """A mistyped option costs nothing of what is finished."""
+    output, first = tmp_path / "out.mp4", Settings(steps=1)
+    interrupted(followed, sound, output, models, first)
+    [kept] = work_folders(tmp_path)
     for change in ("settings", "input", "weights"):
-        settings = Settings(steps=1)
-        interrupted(followed, sound, output, models, settings)
-        if change == "settings":
-            settings = Settings(steps=1, seed=1)
-        elif change == "input":
-            os.utime(sound)
-        else:
-            os.utime(models.files[0])
-        assert interrupted(followed, sound, output, models, settings, at=5) == [], change
-        assert os.listdir(tmp_path) == [], change
+        settings = replace(first, seed=1) if change == "settings" else first
+        changed = {"input": sound, "weights": models.files[0]}.get(change)
+        before = changed and os.stat(changed)
+        if changed:
+            os.utime(changed)
+        said = interrupted(followed, sound, output, models, settings, at=5)
+        [line] = said
+        assert f"0:01 of another job with this output, which was interrupted, are kept in '{kept}'" in line
+        assert re.search(r"\(\d\.\d MB\).* 30 days", line)
+        assert work_folders(tmp_path) == [kept], change
+        if changed:
+            os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    short = lipsync(followed, sound, output, models, first, segment_frames=None)  # of any length
+    assert short.resumed_from == 0 and sorted(os.listdir(tmp_path)) == sorted([kept.name, "out.mp4"])
+    assert lipsync(followed, sound, output, models, first, segment_frames=SEGMENT).resumed_from == 40
+    assert os.listdir(tmp_path) == ["out.mp4"]
+
+
+def test_a_command_can_discard_what_interrupted_runs_have_kept(
+    models, followed, sound, checkpoint, tmp_path, monkeypatch, capsys
+):
+    for seed in (1, 2):
+        interrupted(followed, sound, tmp_path / "out.mp4", models, Settings(steps=1, seed=seed), at=25)
+    interrupted(followed, sound, tmp_path / "other.mp4", models, Settings(steps=1), at=25)
+    assert len(work_folders(tmp_path)) == 3
+    locked = next(segments.unfinished(tmp_path / "out.mp4")).folder
+    monkeypatch.setattr(pipeline, "lipsync", partial(lipsync, segment_frames=SEGMENT))
+    arguments = [*map(str, (followed, sound, "-o", tmp_path / "out.mp4", "--model", checkpoint, "--steps", 1))]
+    with FileLock(locked / segments.LOCK):  # of a process that works there
+        assert main([*arguments, "--discard-unfinished"]) == 0
+    capsys.readouterr()
+    others = [each.folder for each in segments.unfinished(tmp_path / "other.mp4")]
+    assert len(others) == 1 and sorted(work_folders(tmp_path)) == sorted([locked, *others])
+
+
+# What must not be trusted
+
+
+def spoilt(listed: list) -> dict[str, str]:
+    """Manifests that are not as they were written, by what is wrong with them: nothing of them holds."""
+
+    def changed(**values) -> str:
+        return json.dumps([listed[0] | values, *listed[1:]])
+
+    text = json.dumps(listed)
+    return {
+        "empty": "", "cut off": text[:-20], "no list": json.dumps({"0": listed[0]}), "null": "null",
+        "a number": "1e999", "numbers": "[1, 2]", "lists": json.dumps([[listed[0]]]), "deep": "[" * 100_000,
+        "text for a number": changed(frames="20"), "a fraction": changed(frames=20.0), "true": changed(frames=True),
+        "NaN": changed(bytes=float("nan")), "infinite": changed(bytes=float("inf")), "negative": changed(frames=-20),
+        "too many frames": changed(frames=10**30), "no frame": changed(frames=0), "short": changed(frames=19),
+        "counts of text": changed(counts={"frames_without_face": "1", "frames_computed_again": 0}),
+        "other counts": changed(counts={"frames": 1}), "no counts": changed(counts=None),
+        "more counted than there are": changed(counts={"frames_without_face": 21, "frames_computed_again": 0}),
+        "no hash": changed(sha256=None), "another hash": changed(sha256="0" * 64),
+        "a key less": json.dumps([{k: v for k, v in listed[0].items() if k != "sha256"}]),
+        "a key more": changed(path="/etc/passwd"), "no text": "\udcff\udcfe", "digits": f"[{'9' * 5000}]",
+    }  # fmt: skip
+
+
+def test_a_damaged_manifest_begins_anew(models, followed, sound, tmp_path):
+    interrupted(followed, sound, tmp_path / "out.mp4", models, Settings(steps=1))
+    [folder] = work_folders(tmp_path)
+    manifest, listed = folder / segments.MANIFEST, json.loads((folder / segments.MANIFEST).read_text())
+    assert [each["frames"] for each in listed] == [20, 20]
+    writer = segments.SegmentWriter(
+        tmp_path / "out.mp4", probe_video(followed), sound, folder=folder, total=FRAMES, segment_frames=SEGMENT,
+        counts={"frames_without_face": 0, "frames_computed_again": 0}, say=print,
+    )  # fmt: skip
+    assert len(writer._read()) == 2
+    for name, text in spoilt(listed).items():
+        manifest.write_bytes(text.encode("utf-8", "surrogateescape"))
+        assert writer._read() == [], name
+    manifest.write_text(json.dumps([listed[0], listed[1] | {"frames": None}]))
+    assert len(writer._read()) == 1, "what comes before the damage holds"
+    if os.name != "nt":
+        manifest.unlink()
+        os.mkfifo(manifest)  # reading it would block
+        assert writer._read() == []
+    manifest.unlink()
+    manifest.write_text('[{"frames": NaN}]')
+    run = (followed, sound, tmp_path / "out.mp4", models, Settings(steps=1))
+    assert lipsync(*run, segment_frames=SEGMENT).resumed_from == 0 and os.listdir(tmp_path) == ["out.mp4"]
+
+
+@pytest.mark.parametrize("number, whole", [(0, 0), (1, 20)])
+def test_a_segment_with_changed_bytes_of_the_same_size_is_made_again(
+    models, followed, sound, undisturbed, tmp_path, number, whole
+):
+    run = (followed, sound, tmp_path / "out.mp4", models, Settings(steps=2))
+    interrupted(*run)
+    [folder] = work_folders(tmp_path)
+    segment = folder / f"{number:05}.mp4"
+    content = bytearray(segment.read_bytes())
+    content[len(content) // 2] ^= 1
+    segment.write_bytes(content)
+    assert lipsync(*run, segment_frames=SEGMENT).resumed_from == whole
+    assert hashes(tmp_path / "out.mp4") == undisturbed
+
+
+@pytest.fixture
+def treasure(tmp_path) -> Path:
+    """A folder with files that are nobody else's business."""
+    folder = tmp_path / "treasure"
+    folder.mkdir()
+    for name in ("photo.jpg", segments.LOCK, segments.MANIFEST, "00000.mp4"):
+        (folder / name).write_text("irreplaceable")
+    return folder
+
+
+def untouched(folder: Path) -> bool:
+    return sorted(os.listdir(folder)) == ["00000.mp4", "lock", "manifest.json", "photo.jpg"] and all(
+        path.read_text() == "irreplaceable" for path in folder.iterdir()
+    )
+
+
+def test_a_work_folder_that_is_a_link_is_refused_and_never_followed(models, followed, sound, treasure, tmp_path):
+    (out := tmp_path / "out").mkdir()
+    run = (followed, sound, out / "out.mp4", models, Settings(steps=1))
+    interrupted(*run)
+    [folder] = work_folders(out)
+    for each in folder.iterdir():
+        each.unlink()
+    folder.rmdir()
+    folder.symlink_to(treasure, target_is_directory=True)
+    with pytest.raises(UserError, match="is a link or belongs to another user; remove it"):
+        lipsync(*run, segment_frames=SEGMENT)
+    segments.discard(out / "out.mp4")
+    os.utime(treasure, times=(0, 0))
+    segments.clean(out / "out.mp4")
+    assert list(segments.unfinished(out / "out.mp4")) == []
+    assert folder.is_symlink() and untouched(treasure)
+
+
+def test_links_inside_a_work_folder_are_removed_and_never_followed(models, followed, sound, treasure, tmp_path):
+    (out := tmp_path / "out").mkdir()
+    run = (followed, sound, out / "out.mp4", models, Settings(steps=1))
+    interrupted(*run)
+    [folder] = work_folders(out)
+    assert folder.stat().st_mode & 0o777 == 0o700 or os.name == "nt"
+    (folder / segments.LOCK).unlink(missing_ok=True)
+    (folder / segments.LOCK).symlink_to(treasure / "photo.jpg")
+    (folder / "00001.mp4").rename(tmp_path / "moved.mp4")
+    (folder / "00001.mp4").symlink_to(tmp_path / "moved.mp4")
+    (folder / "everything").symlink_to(treasure, target_is_directory=True)
+    (folder / f"{segments.PARTIAL}{segments.MANIFEST}").symlink_to(treasure / "photo.jpg")
+    assert lipsync(*run, segment_frames=SEGMENT).resumed_from == 20, "a link is no segment"
+    assert os.listdir(out) == ["out.mp4"] and untouched(treasure) and (tmp_path / "moved.mp4").is_file()
+    folder.mkdir()
+    for name, target in ((segments.LOCK, treasure / "photo.jpg"), ("everything", treasure)):
+        (folder / name).symlink_to(target)
+    segments.discard(out / "out.mp4")
+    assert not folder.exists() and untouched(treasure)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other owners")
+def test_a_work_folder_of_another_user_is_refused_and_not_cleaned(models, followed, sound, tmp_path, monkeypatch):
+    run = (followed, sound, tmp_path / "out.mp4", models, Settings(steps=1))
+    interrupted(*run)
+    [folder] = work_folders(tmp_path)
+    os.utime(folder, times=(0, 0))
+    before = sorted(os.listdir(folder))
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with pytest.raises(UserError, match="belongs to another user"):
+        lipsync(*run, segment_frames=SEGMENT)
+    segments.discard(tmp_path / "out.mp4")
+    assert sorted(os.listdir(folder)) == before
 
 
 def test_smaller_pieces_on_the_device_are_the_same_job(models, followed, sound, tmp_path):
@@ -317,19 +484,21 @@ def test_smaller_pieces_on_the_device_are_the_same_job(models, followed, sound, 
 def test_leftovers_are_removed_but_not_those_of_the_living(models, followed, sound, talking, voice, tmp_path):
     run = (followed, sound, tmp_path / "out.mp4", models, Settings(steps=1))
     interrupted(*run)
-    [dead] = work_folders(tmp_path)
-    living = dead.with_name(f"{dead.name}0")
+    [kept] = work_folders(tmp_path)
+    living, nothing = kept.with_name(f"{kept.name}0"), kept.with_name(f"{kept.name}1")
     names = ("0-old", "0-new", "1.mp4", "2.mp4")
     old, others, half, new = (tmp_path / f".latentsync-{name}" for name in names)
-    for folder in (living, old, others):
+    for folder in (living, nothing, old, others):
         folder.mkdir()
     half.touch(), new.touch()
     os.utime(old, times=(0, time.time() - 31 * segments.DAY))
     os.utime(half, times=(0, time.time() - 2 * segments.DAY))
     with FileLock(living / segments.LOCK):
         lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1))  # a short job
-        assert sorted(os.listdir(tmp_path)) == sorted(["out.mp4", living.name, others.name, new.name])
-    lipsync(*run, segment_frames=SEGMENT)
+        left = ["out.mp4", kept.name, living.name, others.name, new.name]
+        assert sorted(os.listdir(tmp_path)) == sorted(left)
+    os.utime(kept, times=(0, time.time() - 31 * segments.DAY))
+    lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1))
     assert sorted(os.listdir(tmp_path)) == sorted(["out.mp4", others.name, new.name])
 
 
@@ -383,11 +552,11 @@ def on_disk(folder: Path) -> int:
 
 def test_the_disk_holds_the_result_twice_at_most(models, followed, sound, tmp_path, monkeypatch):
     output, held = tmp_path / "out.mp4", []
-    replace = os.replace
+    rename = os.replace
 
     def watched(old, new):
         held.append(on_disk(tmp_path))
-        replace(old, new)
+        rename(old, new)
 
     monkeypatch.setattr(os, "replace", watched)
     lipsync(followed, sound, output, models, Settings(steps=1), segment_frames=SEGMENT)

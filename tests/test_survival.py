@@ -157,7 +157,7 @@ def test_a_folder_that_goes_away_meanwhile_is_a_sentence(models, talking, voice,
     assert os.listdir(tmp_path) == ["out"] * by_a_file
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() == 0, reason="permissions do not hold root")
+@pytest.mark.permissions
 def test_a_folder_made_read_only_meanwhile_is_a_sentence(models, talking, voice, tmp_path):
     (out := tmp_path / "out").mkdir()
     try:

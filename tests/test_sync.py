@@ -27,10 +27,13 @@ def clip(path: Path, rate: str, seconds: float) -> Path:
     return path
 
 
-def packets(path: Path, stream: str) -> list[tuple[float, float]]:
-    """(pts, duration) in seconds of all packets of a stream, in order of time and as players place them."""
+def packets(path: Path, stream: str, codec: str = "copy") -> list[tuple[float, float]]:
+    """(pts, duration) in seconds of all packets of a stream, in order of time and as players place them.
+
+    codec: what they are decoded to; without that, the first one of AAC is there, too, which no player plays.
+    """
     base, found = Fraction(1), []
-    for line in ffmpeg("-i", path, "-map", stream, "-c", "copy", "-f", "framecrc", "-").decode().splitlines():
+    for line in ffmpeg("-i", path, "-map", stream, "-c", codec, "-f", "framecrc", "-").decode().splitlines():
         if line.startswith("#tb 0:"):
             base = Fraction(line.split()[2])
         elif not line.startswith("#"):
@@ -46,8 +49,8 @@ def rises(level: np.ndarray, rate: float) -> np.ndarray:
 
 
 def offsets(path: Path) -> tuple[float, float]:
-    """Seconds by which the sound begins, and ends, later than the picture, by the packets."""
-    shown, heard = packets(path, "0:v:0"), packets(path, "0:a:0")
+    """Seconds by which the sound begins, and ends, later than the picture, by their times."""
+    shown, heard = packets(path, "0:v:0"), packets(path, "0:a:0", "pcm_s16le")
     return heard[0][0] - shown[0][0], sum(heard[-1]) - sum(shown[-1])
 
 

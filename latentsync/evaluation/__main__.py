@@ -25,7 +25,8 @@ from latentsync.evaluation.measures import correlation, loudness, peak
 from latentsync.evaluation.people import measure_people, people_table
 from latentsync.evaluation.report import check_on, groups, measure, plain, table
 from latentsync.evaluation.sheet import contact, save_picture, strip
-from latentsync.options import between, choose_device
+from latentsync.options import between, choose_device, interrupt_on_signals
+from latentsync.paths import check_writable, write_text
 from latentsync.pipeline import Settings
 
 FILMS = (".mp4", ".mkv", ".mov", ".webm")
@@ -108,6 +109,9 @@ def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"'{args.out}' cannot be made ({error.strerror}); choose another folder.") from error
+    inputs = [*(path for paths in files.values() for path in paths), *models.files, args.judge]
+    for name in ("measures.json", *(f"{speaker}.png" for speaker in files)):
+        check_writable(args.out / name, inputs)
     # Those that are not dubbed are tracks among which the true one is to be found.
     say("following the faces of the real clips")
     most = None if args.limit is None else max(args.limit, TRACKS)
@@ -134,11 +138,11 @@ def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
         # Written anew with every clip, so that what is done stays when a run is stopped.
         save_picture(args.out / f"{result.speaker}.png", np.vstack(sheet))
         found = groups(results)
-        (args.out / "measures.json").write_text(json.dumps(plain({
+        write_text(args.out / "measures.json", json.dumps(plain({
             "model": models.name, "resolution": models.resolution, "device": str(device), "settings": asdict(settings),
             "judge": None if checked is None else asdict(checked) | {"passed": checked.passed}, "groups": found,
             "clips": [{"speaker": r.speaker, "name": r.name, "voice": r.voice} | r.measures for r in results],
-        }), indent=1) + "\n", encoding="utf-8")  # fmt: skip
+        }), indent=1) + "\n")  # fmt: skip
     print(table(found))
 
 
@@ -188,6 +192,7 @@ def main(
 ) -> int:
     """Run a command; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted."""
     args = parser().parse_args(arguments)
+    interrupt_on_signals()
     try:
         if args.command == "clips":
             evaluate_clips(args, prepare)
@@ -196,8 +201,11 @@ def main(
         elif args.command == "video":
             evaluate_video(args)
         elif args.command == "strip":
+            check_writable(args.picture, (args.video, args.audio, args.result), "The picture")
             save_picture(args.picture, strip(args.video, args.audio, args.result))
         else:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(args.output, (args.prepared / "crops.mp4", args.prepared / "clips.npz"))
             train(args.prepared, args.output, args.seconds, choose_device(args.device))
     except UserError as error:
         say(str(error))

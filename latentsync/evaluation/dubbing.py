@@ -47,7 +47,7 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own: bo
     def tracked() -> Iterator:
         yield from zip(clip.seen.frames[:n].copy(), clip.seen.faces[:n], strict=True)
 
-    chunks = audio_chunks(models.audio_encoder, torch.from_numpy(wav), n, models.mel_range)
+    chunks = audio_chunks(models.audio_encoder, torch.from_numpy(wav), n, models.mel_range, models.speech_level)
     heard = beside(chunks, models.device)
     shots = list(align(tracked(), heard, models.resolution, most=n))
     painter = Painter(models, settings)

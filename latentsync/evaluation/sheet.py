@@ -9,6 +9,7 @@ import numpy as np
 from latentsync import FPS, SAMPLE_RATE
 from latentsync.errors import UserError
 from latentsync.media import probe_video, read_audio, read_frames_looped
+from latentsync.paths import write_bytes
 
 COLUMNS = 8
 CELL = 160  # pixels
@@ -45,10 +46,7 @@ def save_picture(path: Path, picture: np.ndarray) -> None:
     """Write RGB as PNG. Raises UserError where that is not possible."""
     if path.suffix.lower() != ".png":
         raise UserError(f"'{path}' does not end in .png: give the picture this ending.")
-    try:
-        path.write_bytes(cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes())
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written ({error.strerror}); choose another place.") from error
+    write_bytes(path, cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes(), "The picture")
 
 
 def waveform(wav: np.ndarray) -> np.ndarray:

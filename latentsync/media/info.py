@@ -38,6 +38,13 @@ class Track:
         return f"{self.number} ({', '.join(filter(None, words))})"
 
 
+def _choice(kind: str, number: int, tracks: tuple[Track, ...]) -> tuple[str, ...]:
+    """A sentence on which track is used, where there are several."""
+    if len(tracks) < 2:
+        return ()
+    return (f"The file has {len(tracks)} {kind} tracks, number {number} is used: {'; '.join(map(str, tracks))}.",)
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What `probe_video` found. Sizes are those of the frames that `read_frames` yields."""
@@ -88,7 +95,8 @@ class VideoInfo:
             TRANSPARENT_REMARK: self.transparent,
             shrunk: self.still and self.scaled,
         }
-        return tuple(remark for remark, applies in remarks.items() if applies)
+        texts = tuple(remark for remark, applies in remarks.items() if applies)
+        return texts + _choice("video", self.track, self.tracks)
 
 
 @dataclass(frozen=True)
@@ -105,3 +113,8 @@ class AudioInfo:
     select: str = "a:0"  # ffmpeg's specifier of the stream, without the file's number
     track: int = 1  # the number of the one that is described
     tracks: tuple[Track, ...] = ()  # all that can be chosen
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences for the user on what of the file is used."""
+        return _choice("sound", self.track, self.tracks)

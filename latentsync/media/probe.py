@@ -20,6 +20,7 @@ from latentsync.media.process import (
     MOST_PIXELS,
     PROBE_LIMITS,
     SCAN_LIMITS,
+    TOO_LARGE,
     check_ended,
     check_input,
     filter_arguments,
@@ -142,9 +143,9 @@ def _first_frame(path: Path, select: str, decoder: str | None = None) -> _Frame:
         r"^n: *0 pts: *(\S+) .*?\bfmt:(\w+) .*?\bsar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)", described, re.MULTILINE
     )
     if not frame:
-        check_ended(process, text, path)
-        if "max pixel count" in text:
+        if TOO_LARGE.search(text):
             raise UserError(too_many_pixels(path))
+        check_ended(process, text, path)
         raise UserError(f"{path} is cut off or damaged, no picture can be decoded; get a complete copy.")
     width, height = int(frame[5]), int(frame[6])
     if width * height > MOST_PIXELS:
@@ -218,7 +219,7 @@ def _tile_group(path: Path) -> str | None:
                 pass
             check_ended(process, read_log(log), path)
         try:
-            graphs = json.loads(graph.read_text("utf-8", "replace"))["graphs"]
+            graphs = json.loads(graph.read_bytes().decode("utf-8", "replace"))["graphs"]
         except (OSError, ValueError, KeyError):
             return None
     match = re.search(r"\[0:(g:\d+)\]$", graphs[0]["description"]) if graphs else None
@@ -237,8 +238,10 @@ def probe_audio(
     check_input(path, "sound")
     tracks, chosen = find_sound(path, track)
     name = f"ashowinfo@{secrets.token_hex(16)}"
+    # ffmpeg may be far ahead of what has been looked at.
+    limit = () if max_seconds is None else ("-t", f"{max(0.0, max_seconds) + 1:.3f}")
     arguments = [
-        *("-loglevel", "info", "-nostats", *input_arguments(path)),
+        *("-loglevel", "info", "-nostats", *limit, *input_arguments(path)),
         *("-map", f"0:{chosen.index}", "-af", "aresample=async=1", "-c:a", "pcm_s16le", "-f", "framecrc", "pipe:1"),
         *("-map", f"0:{chosen.index}", "-af", name, "-frames:a", "1", "-f", "null", "-"),
     ]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,8 +28,9 @@ MOST_BYTES = 1 << 30  # in one piece of ffmpeg's memory, for an index or a pictu
 MOST_PIXELS = 8192 * 8192  # of a picture; 8K video has half
 STALL_SECONDS = 15.0  # without anything from ffmpeg, while it looks at a file
 PROBE_MEMORY = 3 << 29  # bytes; the first frame of 10-bit 8K HEVC on one thread takes 0.7 GB
-READ_MEMORY_PER_PIXEL = 64  # bytes, beyond that; 8K HEVC on four threads, on its way to RGB, takes 2.0 GB in all
+READ_MEMORY_PER_PIXEL = 128  # bytes, beyond that; 10-bit 8K HEVC on four threads, on to RGB, takes 3.5 GB in all
 PROBE_CPU_SECONDS = 20
+TOO_LARGE = re.compile(r"Picture size \d+x\d+ (exceeds|is invalid)")  # what ffmpeg says of more than MOST_PIXELS
 MOST_LOG_BYTES = 1 << 28
 MOST_FILES = 256
 # The demuxers that may open a user's file: what phones, cameras, recorders, broadcasters, voice services and editors
@@ -131,9 +133,11 @@ def _limit(process: subprocess.Popen, limits: Limits) -> None:
     }
     for limit, value in values.items():
         if value is not None:
+            # At the second of the two a process is killed without a word of why.
+            hard = value + 1 if limit == resource.RLIMIT_CPU else value
             # It may have ended already, or a lower limit may hold for all of us.
             with suppress(OSError, ValueError):
-                resource.prlimit(process.pid, limit, (value, value))
+                resource.prlimit(process.pid, limit, (value, hard))
 
 
 def _widen(pipe) -> None:
@@ -162,7 +166,8 @@ def check_ended(process: subprocess.Popen, messages: str, path: Path) -> None:
     """
     if process.returncode < 0 and -process.returncode in {signal.SIGXCPU, signal.SIGXFSZ}:
         raise UserError(f"{path} takes more processor time than a file of its kind should; give another file.")
-    if "Cannot allocate memory" in messages or "get_buffer() failed" in messages:
+    no_buffer = "get_buffer() failed" in messages and not TOO_LARGE.search(messages)
+    if no_buffer or "Cannot allocate memory" in messages or "Resource temporarily unavailable" in messages:
         raise UserError(f"{path} takes more memory than a file of its kind should; give another or a smaller one.")
     if process.returncode < 0:
         raise ended_by_signal(process, f"read {path}")
@@ -224,7 +229,7 @@ def unreadable(path: Path, messages: str, kind: str) -> str:
             f"{path} is cut off: its index is missing, as after an unfinished download or recording; "
             "get a complete copy."
         )
-    if "max pixel count" in messages:
+    if TOO_LARGE.search(messages):
         return too_many_pixels(path)
     formats = "MP4, MOV, MKV or WebM" if kind == "video" else "WAV, MP3, M4A or FLAC"
     return f"{path} is not a {kind} that ffmpeg can read; give a {kind} file such as {formats}."
@@ -235,12 +240,18 @@ def too_many_pixels(path: Path) -> str:
 
 
 def with_watchdog(
-    process: subprocess.Popen, items: Iterator, path: Path, first: float | None = None, later: float | None = None
+    process: subprocess.Popen,
+    items: Iterator,
+    path: Path,
+    first: float | None = None,
+    later: float | None = None,
+    cancel: threading.Event | None = None,
 ) -> Iterator:
     """The items that come from ffmpeg, as long as each comes in time; then it is ended, and UserError raised.
 
     first, later: seconds that the first item and each of the others may take, STALL_SECONDS unless given; the end may
-    take as long as an item. What is done with an item takes no time of ffmpeg's.
+    take as long as an item. What is done with an item takes no time of ffmpeg's. cancel: ends ffmpeg when it is set,
+    within a second, and so the items.
     """
     later = STALL_SECONDS if later is None else later
     limit, due, ended, stalled = first or later, math.inf, threading.Event(), None
@@ -248,6 +259,8 @@ def with_watchdog(
     def watch() -> None:
         nonlocal stalled
         while not ended.wait(min(later / 20, 1.0)):
+            if cancel is not None and cancel.is_set():
+                return process.kill()
             if time.monotonic() > due:
                 stalled = limit
                 return process.kill()

@@ -3,6 +3,7 @@
 import itertools
 import os
 import subprocess
+import threading
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 from latentsync import FPS, SAMPLE_RATE
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
 from latentsync.media.colour import (
     RESCALE,
     TO_RGB,
@@ -31,7 +33,6 @@ from latentsync.media.process import (
     SCAN_LIMITS,
     check_ended,
     check_input,
-    filter_arguments,
     input_arguments,
     read_limits,
     read_log,
@@ -39,7 +40,7 @@ from latentsync.media.process import (
     with_watchdog,
 )
 
-DECODER_THREADS = min(4, os.cpu_count() or 1)  # every thread holds frames of its own
+DECODER_THREADS = min(4, usable_cores())  # every thread holds frames of its own
 SEGMENT_FRAMES = 32  # frames held at a time while playing backwards ...
 SEGMENT_BYTES = 256 << 20  # ... and their bytes at most
 SEEK_SECONDS = 1.0  # seek this much before the wanted frame: covers reordered and leading pictures
@@ -49,16 +50,21 @@ FRAME_SECONDS = 60.0
 SEEKABLE = {"mov", "matroska", "webm"}  # demuxers whose index leads to a whole picture at or before a time
 
 
-def read_frames(info: VideoInfo, start: int = 0, count: int | None = None) -> Iterator[np.ndarray]:
+def read_frames(
+    info: VideoInfo, start: int = 0, count: int | None = None, cancel: threading.Event | None = None
+) -> Iterator[np.ndarray]:
     """Yield frames start, start + 1, ... of the 25 fps grid: (height, width, 3) uint8 RGB, the caller's own.
 
     Every frame of the grid is the nearest one of the file. Frame i is the same whatever `start` is. 10-bit values
-    are rounded to 8 bits. HDR becomes BT.709: up to KNEE colours are those of a standard range master, above it
+    are rounded to 8 bits. Interlaced frames are deinterlaced, transparent parts become white. All frames have the
+    first one's size: where it changes, later pictures are fitted into it between black bars.
+    HDR becomes BT.709: up to KNEE colours are those of a standard range master, above it
     lights are pressed together. A damaged file yields what can be decoded; UserError where that is nothing, or where
-    ffmpeg takes FRAME_SECONDS for a frame. Closing the iterator ends ffmpeg.
+    ffmpeg takes FRAME_SECONDS for a frame. Closing the iterator ends ffmpeg; setting `cancel` ends it, and the frames,
+    while another thread waits for one.
     """
     margin = max(SEEK_SECONDS, 16 / info.fps) if SEEKABLE & set(info.container.split(",")) else None
-    frames = _decode(info, start, count, margin)
+    frames = _decode(info, start, count, margin, cancel)
     first = next(frames, None)
     if first is None:
         if start == 0 and count != 0:
@@ -70,7 +76,9 @@ def read_frames(info: VideoInfo, start: int = 0, count: int | None = None) -> It
         yield from frames
 
 
-def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None) -> Iterator[np.ndarray]:
+def _decode(
+    info: VideoInfo, start: int, count: int | None, margin: float | None, cancel: threading.Event | None = None
+) -> Iterator[np.ndarray]:
     """Decode, seeking to `margin` seconds before frame `start`; None decodes from the beginning."""
     if count == 0:
         return
@@ -85,29 +93,22 @@ def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None
     decoder = OPACITY_DECODERS.get(info.codec) if info.transparent else None
     decoder = [f"-c:{info.select}", decoder] if decoder else []
     # ffmpeg builds a filter graph anew where the size, the format or the colour tags of the frames change, and what
-    # the filters of the old one hold is lost. So the first graph, whose filters hold nothing, makes all frames alike
-    # and the second one, which looks at several frames at a time, never changes. Frames go from one to the other
-    # through a decoder of "encoded" frames, by reference.
+    # the filters of the old one hold is lost. So the first graph, whose filters hold nothing back, makes all frames
+    # alike, and the second one, which looks at several frames at a time, never changes.
     arguments = [
-        *("-loglevel", "error", "-nostats"),
-        *("-filter_threads", str(DECODER_THREADS), "-filter_complex_threads", str(DECODER_THREADS)),
+        *("-loglevel", "error", "-nostats", "-filter_complex_threads", str(DECODER_THREADS)),
         *(*seek, "-threads", str(1 if info.still else DECODER_THREADS), *decoder, *input_arguments(info.path)),
-        *(*filter_arguments(info.select, _uniform_graph(info)), *(("-frames:v", "1") if info.still else ())),
-        *("-fps_mode", "passthrough", "-enc_time_base", "filter"),
-        *("-c:v", "wrapped_avframe", "-f", "null", "-"),
-        *("-dec", "0:0", "-filter_complex", f"[dec:0]{_grid_graph(info, start)}[grid]"),
-        *("-map", "[grid]", "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"),
+        *("-filter_complex", f"[0:{info.select}]{_uniform_graph(info)}[uniform]"),
+        *("-filter_complex", f"[uniform]{_grid_graph(info, start, count)}[grid]"),
+        *("-map", "[grid]", "-fps_mode", "passthrough", "-thread_queue_size", "1", "-f", "rawvideo", "pipe:1"),
     ]
     limits = read_limits(info.width, info.height)
     with run_ffmpeg(arguments, stdout=subprocess.PIPE, limits=limits) as (process, log):
         frames = _filled(process.stdout, (info.height, info.width, 4 if info.transparent else 3))
         frames = map(on_white, frames) if info.transparent else frames
-        frames = with_watchdog(process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS)
-        with closing(frames):
-            for i, frame in enumerate(frames, 1):
-                yield frame
-                if i == count:
-                    return
+        yield from with_watchdog(
+            process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS, cancel
+        )
         check_ended(process, messages := read_log(log), info.path)
         if "No such filter" in messages:
             raise UserError(
@@ -119,7 +120,9 @@ def _decode(info: VideoInfo, start: int, count: int | None, margin: float | None
 def _uniform_graph(info: VideoInfo) -> str:
     """Filters that give every frame the first one's size, pixel shape, format and colour tags.
 
-    Other pictures are fitted into the first one's, between black bars. No filter here may hold a frame.
+    Other pictures are fitted into the first one's, between black bars. No filter here may hold a frame. At the end of
+    the file the last frame follows twice more, at the time at which it ends: the graph behind this one does not learn
+    of the end, so that its two filters that wait for a next frame would never give the last one.
     """
     width, height, aspect = info.stored_width, info.stored_height, float(info.pixel_aspect)
     ratio = f"if(between(sar,{float(ASPECTS[0])},{float(ASPECTS[1])}),dar,a)/{aspect!r}"
@@ -128,7 +131,8 @@ def _uniform_graph(info: VideoInfo) -> str:
     fitted_height = f"min({height},max(2,2*round(({width}/({ratio}))/2+0.001)))"
     options, to_format = to_first_format(info)
     return ",".join([
-        f"setpts=PTS-({info.start_pts})",
+        f"setpts=PTS-({info.start_pts}):strip_fps=1",  # without a rate, between graphs the time base stays as it is
+        "tpad=stop=2:stop_mode=clone",
         f"scale=eval=frame:interl=-1:w='{fitted_width}':h='{fitted_height}':{options}",
         to_format,
         f"pad=eval=frame:w={width}:h={height}:x=-1:y=-1",
@@ -136,14 +140,15 @@ def _uniform_graph(info: VideoInfo) -> str:
     ])  # fmt: skip
 
 
-def _grid_graph(info: VideoInfo, start: int) -> str:
-    """Filters from uniform frames to those of the grid, from frame `start` on, in RGB."""
+def _grid_graph(info: VideoInfo, start: int, count: int | None) -> str:
+    """Filters from uniform frames to `count` of the grid, from frame `start` on, in RGB."""
+    end = "" if count is None or info.still else f":end_pts={start + count}"
     color = f":in_color_matrix={scale_matrix(info)}:in_range={scale_range(info)}"
     color = "" if info.color_matrix == "gbr" or info.hdr else color
     return ",".join([
         # Only frames that say that they are interlaced; of these the earlier field is kept, and its time.
         *(("bwdif=mode=send_frame:deint=interlaced", f"fps={FPS}") if not info.still else ("trim=end_frame=1",)),
-        f"trim=start_{'frame' if info.still else 'pts'}={start}",
+        f"trim=start_{'frame' if info.still else 'pts'}={start}{end}",
         *(to_standard_range(info) if info.hdr else ()),
         f"scale=w={info.width}:h={info.height}:flags={RESCALE if info.scaled else TO_RGB}{color}",
         "format=rgba" if info.transparent else "format=rgb24",
@@ -169,18 +174,21 @@ def _fill(pipe, frame: np.ndarray) -> bool:
     return True
 
 
-def read_frames_looped(info: VideoInfo, count: int) -> Iterator[tuple[int, np.ndarray]]:
+def read_frames_looped(
+    info: VideoInfo, count: int, cancel: threading.Event | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """Yield `count` pairs (source index, frame), forward, backward and so on: 0..n-1, n-1..0, 0..n-1, ...
 
     The frames are those of `read_frames`, each the caller's own; n is how many really decode. Backward passes
     decode short segments, found by seeking, so that no more than 32 frames (256 MiB) are held. The first pass
-    keeps a checksum of every frame and a segment that does not match is decoded again from further back.
+    keeps a checksum of every frame and a segment that does not match is decoded again from further back. cancel: as in
+    `read_frames`.
     """
     if count <= 0:
         return
     limit = min(SEGMENT_FRAMES, max(8, SEGMENT_BYTES // (info.width * info.height * 3)))
     sums, kept = array("L"), []  # kept: a whole short clip or still picture, else nothing
-    with closing(read_frames(info)) as frames:
+    with closing(read_frames(info, cancel=cancel)) as frames:
         for i, frame in enumerate(frames):
             sums.append(_checksum(frame))
             if i < limit and info.n_frames <= limit:
@@ -198,9 +206,9 @@ def read_frames_looped(info: VideoInfo, count: int) -> Iterator[tuple[int, np.nd
         if kept:
             passed = ((i, kept[i].copy()) for i in range(n)[::direction])
         elif direction > 0:
-            passed = _forward(info, n)
+            passed = _forward(info, n, cancel)
         else:
-            passed = _backward(info, sums, limit, margins)
+            passed = _backward(info, sums, limit, margins, cancel)
         with closing(passed):
             yield from itertools.islice(passed, left)
         left -= n
@@ -208,24 +216,27 @@ def read_frames_looped(info: VideoInfo, count: int) -> Iterator[tuple[int, np.nd
             return
 
 
-def _forward(info: VideoInfo, n: int) -> Iterator[tuple[int, np.ndarray]]:
-    with closing(_decode(info, 0, n, None)) as frames:
+def _forward(info: VideoInfo, n: int, cancel: threading.Event | None) -> Iterator[tuple[int, np.ndarray]]:
+    with closing(_decode(info, 0, n, None, cancel)) as frames:
         yield from enumerate(frames)
 
 
 def _backward(
-    info: VideoInfo, sums: array, limit: int, margins: list[float | None]
+    info: VideoInfo, sums: array, limit: int, margins: list[float | None], cancel: threading.Event | None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Frames n-1 ... 0 by segments. `margins` loses the seek distances that have failed."""
     for end in range(len(sums), 0, -limit):
         start = max(0, end - limit)
         while True:
-            segment = list(_decode(info, start, end - start, margins[0]))
+            segment = list(_decode(info, start, end - start, margins[0], cancel))
             if margins[0] is None or array("L", map(_checksum, segment)) == sums[start:end]:
                 break
             margins.pop(0)
         if len(segment) != end - start:
-            raise UserError(f"{info.path} changed while it was being read; start again.")
+            raise UserError(
+                f"{info.path} gives fewer frames than when it was first read, it has changed or is damaged; "
+                "get a complete copy and start again."
+            )
         for i in range(end - 1, start - 1, -1):
             yield i, segment.pop()
 

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import tempfile
-import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Literal
 
 from latentsync.errors import UserError
 from latentsync.media.info import Track
+from latentsync.media.metadata import clean_text, parse_metadata
 from latentsync.media.process import (
     PROBE_LIMITS,
     check_ended,
@@ -63,8 +63,8 @@ def list_tracks(path: Path, kind: str) -> Contents:
             messages = read_log(log)
         check_ended(process, messages, path)
         try:
-            run = json.loads(graph.read_text("utf-8", "replace"))
-            sections = texts.read_text("utf-8", "replace") if texts.exists() else ""
+            run = json.loads(graph.read_bytes().decode("utf-8", "replace"))
+            sections = texts.read_bytes().decode("utf-8", "replace") if texts.exists() else ""
         except (OSError, ValueError):
             run, sections = {}, ""
     if not run.get("inputfiles"):
@@ -76,7 +76,7 @@ def list_tracks(path: Path, kind: str) -> Contents:
     default, cover, grouped = (
         {stream for stream, count in Counter(sources[output]).items() if count > 1} for output in (2, 3, 4)
     )
-    fields, texts = _header_fields(header), _metadata_sections(sections)
+    fields, texts = _header_fields(header), parse_metadata(sections).streams
     tracks: dict[str, list[Track]] = {"video": [], "audio": []}
     for place, index in enumerate(sources[0]):
         stream = fields.get(place, {})
@@ -91,11 +91,11 @@ def list_tracks(path: Path, kind: str) -> Contents:
                 index=index,
                 codec=stream.get("codec_id", "unknown"),
                 default=index in default,
-                language=_clean(said.get("language", "")).removeprefix("und"),
-                title=_clean(said.get("title") or said.get("name") or ""),
+                language=clean_text(said.get("language", ""), TEXT_LENGTH).removeprefix("und"),
+                title=clean_text(said.get("title") or said.get("name") or "", TEXT_LENGTH),
                 width=width,
                 height=height,
-                channels=_clean(stream.get("channel_layout_name", "")),
+                channels=clean_text(stream.get("channel_layout_name", ""), TEXT_LENGTH),
             )
         )
     demuxer = run["inputfiles"][0]["demuxer_name"]
@@ -124,22 +124,3 @@ def _header_fields(header: bytes) -> dict[int, dict[str, str]]:
         if match := re.fullmatch(r"#(\w+) (\d+): (.*)", line):
             fields[int(match[2])][match[1]] = match[3]
     return fields
-
-
-def _metadata_sections(text: str) -> list[dict[str, str]]:
-    """The metadata of each stream, from ffmpeg's ffmetadata output, in which special characters are escaped."""
-    streams: list[dict[str, str]] = []
-    for line in re.findall(r"(?:[^\\\n]|\\.)+", text, re.DOTALL):
-        if line == "[STREAM]":
-            streams.append({})
-        elif streams and (match := re.match(r"((?:[^\\=]|\\.)*)=(.*)", line, re.DOTALL)):
-            key, value = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in match.groups())
-            streams[-1].setdefault(key.lower(), value)
-    return streams
-
-
-def _clean(text: str) -> str:
-    """Text out of a file, for one line: without control characters, and not long."""
-    text = "".join(" " if unicodedata.category(char).startswith(("C", "Z")) else char for char in text)
-    text = " ".join(text.split())
-    return text if len(text) <= TEXT_LENGTH else text[: TEXT_LENGTH - 1] + "…"

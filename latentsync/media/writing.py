@@ -3,71 +3,50 @@
 import os
 import re
 import subprocess
-import tempfile
 import uuid
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 
 from latentsync import FPS
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
 from latentsync.media.colour import SCALE_MATRIX, TO_YUV, scale_matrix, scale_range
+from latentsync.media.extras import collect_extras, ending_at
 from latentsync.media.info import AudioInfo, VideoInfo
 from latentsync.media.probe import probe_audio
 from latentsync.media.process import ended_by_signal, file_url, input_arguments, read_log, run_ffmpeg
+from latentsync.media.sound import SUFFIXES, sound_options
+from latentsync.media.watchdog import OnWait, Watchdog
+from latentsync.paths import PARTIAL, check_writable
 
 CRF = 16  # x264 quality that the eye cannot tell from the source
 PRESET = "veryfast"  # x264 speed: at this CRF slower ones only save bytes
 COMMENT = "Synthetic media: the mouth in this video was generated to match the sound (LatentSync)."
-ENCODER_THREADS = min(16, os.cpu_count() or 1)
-SUFFIXES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
-COPIED_AUDIO = {  # codecs that go into the container as they are
-    "mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"},
-    "mov": {"aac", "mp3", "ac3", "eac3", "alac",
-            "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le", "pcm_f32le"},
-    "matroska": {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac", "vorbis", "dts", "mp2", "truehd",
-                 "wavpack", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le"},
-}  # fmt: skip
-LOSSLESS_AUDIO = {"flac", "alac", "wavpack", "tta", "ape", "tak", "shorten", "truehd", "mlp", "als",
-                  "wmalossless"}  # fmt: skip
-AAC_BITRATE = "256k"
-PARTIAL = ".latentsync-"  # begins the name of everything that is not finished
+ENCODER_THREADS = min(16, usable_cores())
 
 
 def check_output(path: str | os.PathLike, inputs: tuple[str | os.PathLike, ...] = ()) -> Path:
-    """Raise UserError unless a video can be written to `path` without touching one of the inputs."""
+    """Raise UserError unless a video can be written to `path` without harm to an input."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(
             f"{path} does not end in {', '.join(SUFFIXES)}; give the output one of these endings."
         )
-    folder = path.absolute().parent
-    try:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; give the name of a file to write.")
-        if not folder.is_dir():
-            raise UserError(f"The folder {folder} does not exist; create it or choose another output.")
-        for source in inputs:
-            if path.exists() and os.path.exists(source) and os.path.samefile(path, source):
-                raise UserError(f"{path} is an input and would be overwritten; choose another output.")
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL):
-            pass
-        if path.exists():
-            open(path, "ab").close()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another output.") from error
-    return path
+    return check_writable(path, inputs)
 
 
 class VideoWriter:
     """Write frames and the given sound to an MP4, MOV or MKV file at 25 fps; use it in a `with` block.
 
     H.264, 8-bit yuv420p, with the matrix, range and colour tags of `info`, or those of BT.709 where it is HDR. An odd
-    side grows by one repeated line. Sound that the container takes is copied as it is, lossless sound is stored
-    losslessly, and the rest becomes AAC at 256 kbit/s; its first sample is at the time of the first frame. The file
-    says in its metadata that it is synthetic (COMMENT). It appears under its name when the block ends well; when it
-    does not, nothing is left of it. Raises UserError where the file cannot be written.
+    side grows by one repeated line. MP4 and MOV get AAC sound, MKV and copy_audio keep the sound bit for bit, see
+    `sound_options`; its first sample is at the time of the first frame. With the sound go the title, chapters and
+    subtitles of the video, see `collect_extras`. The file says in its metadata that it is synthetic (COMMENT). It
+    appears under its name when the block ends well; when it does not, nothing is left of it. audio_track: as in
+    `probe_audio`. on_wait: called several times a second while the block's beginning or end waits for ffmpeg; what it
+    raises ends the block. Raises UserError where the file cannot be written, or ffmpeg stands still.
     """
 
     def __init__(
@@ -76,16 +55,26 @@ class VideoWriter:
         info: VideoInfo,
         audio: str | os.PathLike | None = None,
         crf: float = CRF,
+        *,
+        copy_audio: bool = False,
+        on_wait: OnWait | None = None,
+        audio_track: int | None = None,
     ):
         self.path = check_output(path, (info.path,) if audio is None else (info.path, audio))
         self.info = info
         self.frames = 0  # written so far
         self.cut = False  # the sound is to end with the frames, where these are fewer than it lasts
-        self._arguments = self._encoding(None if audio is None else probe_audio(audio), crf)
+        self.remarks: tuple[str, ...] = ()  # sentences for the user on what could not be taken over from the video
+        self.on_wait = on_wait
+        self._audio = None if audio is None else probe_audio(audio, audio_track)
+        self._copy_audio = copy_audio
         self._partial = _partial(self.path.absolute().parent, self.path)
+        self._picture = self._encoding(crf)
+        self._stack = ExitStack()
 
-    def _encoding(self, audio: AudioInfo | None, crf: float) -> list[str]:
-        info, container = self.info, SUFFIXES[self.path.suffix.lower()]
+    def _encoding(self, crf: float) -> tuple[list[str], list[str]]:
+        """ffmpeg's options for the picture, as its first input and in its output."""
+        info = self.info
         width, height = info.width + info.width % 2, info.height + info.height % 2
         matrix, range_ = scale_matrix(info), scale_range(info)
         tags = [info.color_matrix, info.color_primaries, info.color_transfer]
@@ -102,19 +91,35 @@ class VideoWriter:
             f"scale=out_color_matrix={matrix}:out_range={range_}:flags={TO_YUV},format=yuv420p,setsar=1,"
             f"setparams=range={range_tag}:colorspace={tags[0]}:color_primaries={tags[1]}:color_trc={tags[2]}"
         )
-        sound_in, sound_out = _sound(audio, container)
-        return [
-            *("-loglevel", "error", "-nostats", "-y", "-f", "rawvideo", "-pixel_format", "rgb24"),
-            *("-video_size", f"{width}x{height}", "-framerate", str(FPS), "-i", "pipe:0", *sound_in),
-            *("-map", "0:v:0", *sound_out, "-map_metadata", "-1", "-map_chapters", "-1"),
+        before = ["-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", f"{width}x{height}"]
+        return [*before, "-framerate", str(FPS), "-i", "pipe:0"], [
             *("-vf", graph, "-c:v", "libx264", "-preset", PRESET, "-crf", str(crf), "-pix_fmt", "yuv420p"),
-            *("-threads:v", str(ENCODER_THREADS), "-metadata", f"comment={COMMENT}"),
-            *_wrapping(container),
+            *("-threads:v", str(ENCODER_THREADS)),
         ]
 
     def __enter__(self) -> "VideoWriter":
-        self._run = run_ffmpeg([*self._arguments, file_url(self._partial)], stdin=subprocess.PIPE)
-        self._process, self._log = self._run.__enter__()
+        self._stack.callback(_remove, self._partial)
+        try:
+            sound, along = ([], []), ([], ["-map_metadata", "-1", "-map_chapters", "-1"])
+            if self._audio is not None:
+                sound = sound_options(self._audio, self._partial, self._copy_audio, self.on_wait)
+                extras = collect_extras(self.info, self._audio, self._audio.duration, self._partial, self.on_wait)
+                extras = self._stack.enter_context(extras)
+                along, self.remarks = extras.options(2), extras.remarks
+            arguments = [
+                *("-loglevel", "error", "-nostats", "-y", *self._picture[0], *sound[0], *along[0]),
+                *("-map", "0:v:0", *sound[1], *along[1], *self._picture[1], "-metadata", f"comment={COMMENT}"),
+                *(*_wrapping(self.path), file_url(self._partial)),
+            ]
+            self._process, self._log = self._stack.enter_context(run_ffmpeg(arguments, stdin=subprocess.PIPE))
+            self._watchdog = self._stack.enter_context(Watchdog(self._process))
+        except BaseException as error:
+            self._stack.close()
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"{self.path} could not be written ({error.strerror}); free some space or choose another name."
+                ) from error
+            raise
         return self
 
     def write(self, frame: np.ndarray) -> None:
@@ -124,80 +129,91 @@ class VideoWriter:
             raise ValueError(f"expected ({height}, {width}, 3) uint8, got {frame.shape} {frame.dtype}")
         if height % 2 or width % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        view = memoryview(np.ascontiguousarray(frame)).cast("B")
         try:
-            while view:
-                view = view[self._process.stdin.write(view) :]
+            self._watchdog.write(memoryview(np.ascontiguousarray(frame)).cast("B"))
         except OSError as error:
             self._process.wait()
             raise self._failure() from error
         self.frames += 1
 
+    def abort(self) -> None:
+        """End ffmpeg at once, from any thread: a `write` that waits for it raises UserError."""
+        self._process.kill()
+
     def _failure(self) -> UserError:
-        return _not_written(self.path, self._partial, self._process, self._log)
+        return _not_written(self.path, self._partial, self._process, self._log, self._watchdog)
 
     def _cut_sound(self) -> None:
         """Let the finished file end with its last frame, to a packet of the sound."""
         whole = self._partial.with_stem(f"{self._partial.stem}-whole")
         os.replace(self._partial, whole)
-        container = SUFFIXES[self.path.suffix.lower()]
         arguments = [
             *("-loglevel", "error", "-nostats", "-y", *input_arguments(whole), "-t", f"{self.frames / FPS:.3f}"),
-            *("-map", "0", "-c", "copy", "-map_metadata", "0"),
-            *(*_wrapping(container), file_url(self._partial)),
+            *("-map", "0:v", "-map", "0:a?", "-map", "0:s?", "-c", "copy", "-map_metadata", "0"),
+            *("-bsf:s", ending_at(self.frames / FPS)),
+            *(*_wrapping(self.path), file_url(self._partial)),
         ]
         try:
-            with run_ffmpeg(arguments) as (process, self._log):
-                if process.wait() != 0:
-                    raise self._failure()
+            with run_ffmpeg(arguments) as (process, log), Watchdog(process) as watchdog:
+                if watchdog.wait(self.on_wait) != 0:
+                    raise _not_written(self.path, self._partial, process, log, watchdog)
         finally:
             whole.unlink(missing_ok=True)
 
     def __exit__(self, kind, error, trace) -> None:
-        try:
+        with self._stack:  # closes it, even if the user presses Ctrl-C once more
             if kind is None:
                 self._process.stdin.close()
-                if self._process.wait() != 0:
+                if self._watchdog.wait(self.on_wait) != 0:
                     raise self._failure()
                 if self.cut:
                     self._cut_sound()
                 _move(self._partial, self.path)
-        finally:
-            try:
-                self._run.__exit__(None, None, None)
-            finally:  # even if the user presses Ctrl-C once more
-                with suppress(OSError):  # the folder may be gone
-                    self._partial.unlink()
 
 
-def join_segments(segments: list[tuple[Path, int]], path: Path, audio: AudioInfo, cut: bool = False) -> None:
-    """Write `path` from segments of its picture and the sound, as `VideoWriter` does from frames.
+def join_segments(
+    segments: list[tuple[Path, int]],
+    path: Path,
+    info: VideoInfo,
+    audio: AudioInfo,
+    *,
+    cut: bool = False,
+    copy_audio: bool = False,
+    on_wait: OnWait | None = None,
+) -> tuple[str, ...]:
+    """Write `path` from segments of its picture and the sound, as `VideoWriter` does from frames; returns its remarks.
 
     segments: (file, frames), all in one folder; the picture is copied, not encoded again. cut: the sound is to end with
     the picture. What is not finished lies in that folder, too. Raises UserError where the file cannot be written.
     """
-    folder, container = segments[0][0].parent, SUFFIXES[path.suffix.lower()]
+    folder = segments[0][0].parent
     listed, partial = folder / "segments.txt", _partial(folder, path)
     # Each begins where the frames before it end, whatever its own file says.
     listed.write_text("".join(f"file {file.name}\nduration {frames / FPS:.3f}\n" for file, frames in segments))
-    sound_in, sound_out = _sound(audio, container)
     shown = sum(frames for _, frames in segments) / FPS
-    arguments = [
-        *("-loglevel", "error", "-nostats", "-y"),
-        *("-format_whitelist", "concat,mov,matroska", "-protocol_whitelist", "file"),
-        *("-f", "concat", "-i", file_url(listed)),
-        *(*sound_in, "-map", "0:v:0", "-c:v", "copy", *sound_out, "-map_metadata", "-1", "-map_chapters", "-1"),
-        *("-metadata", f"comment={COMMENT}", *(("-t", f"{shown:.3f}") if cut else ())),
-        *(*_wrapping(container), file_url(partial)),
-    ]
     try:
-        with run_ffmpeg(arguments) as (process, log):
-            if process.wait() != 0:
-                raise _not_written(path, partial, process, log)
-        _move(partial, path)
+        sound = sound_options(audio, partial, copy_audio, on_wait)
+        with collect_extras(info, audio, min(shown, audio.duration), partial, on_wait) as extras:
+            along = extras.options(2)
+            arguments = [
+                *("-loglevel", "error", "-nostats", "-y"),
+                *("-format_whitelist", "concat,mov,matroska", "-protocol_whitelist", "file"),
+                *("-f", "concat", "-i", file_url(listed), *sound[0], *along[0]),
+                *("-map", "0:v:0", "-c:v", "copy", *sound[1], *along[1], "-metadata", f"comment={COMMENT}"),
+                *(*(("-t", f"{shown:.3f}") if cut else ()), *_wrapping(path), file_url(partial)),
+            ]
+            with run_ffmpeg(arguments) as (process, log), Watchdog(process) as watchdog:
+                if watchdog.wait(on_wait) != 0:
+                    raise _not_written(path, partial, process, log, watchdog)
+            _move(partial, path)
+        return extras.remarks
     finally:
-        with suppress(OSError):  # the folder may be gone
-            partial.unlink()
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # it may not be there, or its folder be gone
+        path.unlink()
 
 
 def _partial(folder: Path, path: Path) -> Path:
@@ -220,41 +236,28 @@ def _removed(folder: Path, path: Path) -> UserError:
     return UserError(f"The folder {folder} was removed while {path.name} was written to it; start again.")
 
 
-def _not_written(path: Path, partial: Path, process: subprocess.Popen, log) -> UserError:
+def _not_written(path: Path, partial: Path, process: subprocess.Popen, log, watchdog: Watchdog) -> UserError:
     """Why ffmpeg, which has ended, did not write `path`, of which `partial` was to become."""
+    if watchdog.stalled is not None:
+        return UserError(
+            f"{path} could not be written, as ffmpeg has stood still for {watchdog.stalled:g} seconds: see whether its "
+            "disk answers, and start again."
+        )
     if not partial.parent.is_dir():
         return _removed(partial.parent, path)
     if process.returncode < 0:
         return ended_by_signal(process, f"wrote {path}")
+    return UserError(f"{path} could not be written ({failure(log)}); free some space or choose another name.")
+
+
+def failure(log) -> str:
+    """Why an ffmpeg that wrote a file ended, in the words of its log."""
     lines = read_log(log).strip().splitlines() or ["ffmpeg stopped without a message"]
-    said = next((line for line in lines if re.search("No space left|File too large", line)), lines[-1])
-    said = re.sub(r"^\[[^]]* @ 0x\w+\] ", "", said)
-    return UserError(f"{path} could not be written ({said}); free some space or choose another name.")
+    line = next((line for line in lines if re.search("No space left|File too large", line)), lines[-1])
+    return re.sub(r"^\[[^]]* @ 0x\w+\] ", "", line)
 
 
-def _wrapping(container: str) -> list[str]:
+def _wrapping(path: Path) -> list[str]:
     """ffmpeg's output options for the container."""
+    container = SUFFIXES[path.suffix.lower()]
     return [*(() if container == "matroska" else ("-movflags", "+faststart")), "-f", container]
-
-
-def _sound(audio: AudioInfo | None, container: str) -> tuple[list[str], list[str]]:
-    """ffmpeg's options for the sound, as its second input and in its output."""
-    if audio is None:
-        return [], []
-    # A stream that begins later than its file is moved to the first frame, as read_audio has it.
-    begins = ["-itsoffset", f"{-audio.start:.6f}", *input_arguments(audio.path)]
-    return begins, ["-map", f"1:{audio.select}", *_audio_codec(audio, container)]
-
-
-def _audio_codec(audio: AudioInfo, container: str) -> list[str]:
-    """ffmpeg's output options for the sound: copied, else lossless if it was, else AAC."""
-    if audio.codec in COPIED_AUDIO[container]:
-        return ["-c:a", "copy"]
-    fill = ["-af", "aresample=async=1"]  # gaps become silence, as in read_audio
-    if audio.channels <= 8 and (audio.codec.startswith("pcm_") or audio.codec in LOSSLESS_AUDIO):
-        codec, planar = ("alac", "p") if container == "mov" else ("flac", "")
-        deep = audio.sample_format.rstrip("p") not in {"u8", "s16"}
-        if audio.duration * audio.sample_rate < 16:  # the least that FLAC can write
-            fill[1] += ",asetnsamples=16"
-        return [*fill, "-c:a", codec, "-sample_fmt", f"{'s32' if deep else 's16'}{planar}"]
-    return [*fill, *(("-ac", "2") if audio.channels > 8 else ()), "-c:a", "aac", "-b:a", AAC_BITRATE]

@@ -10,8 +10,9 @@ from torch import nn
 
 from latentsync.checkpoints import CONFIG, UNET_NAMES, VAE_CONFIG, VAE_NAMES, WHISPER_NAMES
 from latentsync.corpus import RESOLUTION
+from latentsync.paths import check_writable, write_text
 from latentsync.training import autoencoder, denoiser, listener
-from latentsync.training.sound import QUIETEST
+from latentsync.training.sound import QUIETEST, SPEECH_LEVEL
 from latentsync.training.state import load_weights
 from latentsync.unet import UNet, UNetConfig
 
@@ -30,17 +31,19 @@ def export(state: Path, folder: Path) -> None:
         {"unet": UNet(UNetConfig.from_dict(denoiser.CONFIG)), "encoder": listener.new_encoder()}
     )
     load_weights(state / "denoiser.pt", {"average": average})
-    for name in (UNET_NAMES[0], WHISPER_NAMES[0], VAE_NAMES[0]):
+    for name in (CONFIG, UNET_NAMES[0], WHISPER_NAMES[0], VAE_NAMES[0], VAE_CONFIG):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        check_writable(folder / name, (state / "autoencoder.pt", state / "denoiser.pt"), "The model's file")
     config = {
         "resolution": RESOLUTION, "match_colours": True, "ends_only": True,
-        "guidance_scale": GUIDANCE_SCALE, "mel_range": QUIETEST, "unet": denoiser.CONFIG,
+        "guidance_scale": GUIDANCE_SCALE, "mel_range": QUIETEST, "speech_level": SPEECH_LEVEL,
+        "unet": denoiser.CONFIG,
     }  # fmt: skip
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     save_file(half(average["unet"]), folder / UNET_NAMES[0])
     dims = json.dumps(vars(listener.DIMS))
     save_file(half(average["encoder"], "encoder."), folder / WHISPER_NAMES[0], metadata={"dims": dims})
     save_file(half(vae), folder / VAE_NAMES[0])
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     config["scaling_factor"] = scale
-    (folder / VAE_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / VAE_CONFIG, json.dumps(config, indent=2) + "\n")

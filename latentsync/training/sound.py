@@ -13,6 +13,7 @@ from latentsync.errors import UserError
 from latentsync.sampling import WINDOW
 
 QUIETEST = 4.5  # decades under the loudest sound that are heard: rooms are seldom quieter, synthesisers are
+SPEECH_LEVEL = -20.0  # dB: as quiet as speech is heard in training, GRID's level (−9 dB) less 10 dB, see `_other_voice`
 LATEST_START = 50  # frames of silence before the first clip of a segment, at most
 AROUND = 0.3  # share of clips that are heard with silence before and after them, in which the mouth rests
 LONGEST_SILENCE = 40  # frames of it

@@ -1,6 +1,8 @@
 """Original and result side by side in one video, for whoever is to be shown what has changed."""
 
-from collections.abc import Callable, Iterator
+import subprocess
+import threading
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -11,84 +13,80 @@ from latentsync import FPS
 from latentsync.errors import UserError
 from latentsync.media import COMMENT, probe_audio, probe_video, read_frames, read_frames_looped
 from latentsync.media.colour import SCALE_MATRIX
-from latentsync.media.writing import AAC_BITRATE, PRESET
+from latentsync.media.process import file_url, input_arguments, run_ffmpeg
+from latentsync.media.watchdog import Watchdog
+from latentsync.media.writing import PRESET, failure
 from optim.serving.job import COMPARED_SECONDS
 
 MOST_PIXELS = 720  # the shorter side of each half
 CRF = 20
+AAC_BITRATE = "256k"
 
 
-def side_by_side(original: Path, result: Path, output: Path, step: Callable[[int, int], None]) -> None:
+def side_by_side(
+    original: Path,
+    result: Path,
+    output: Path,
+    step: Callable[[int, int], None],
+    cancel: threading.Event | None = None,
+) -> None:
     """Write the original, forward and backward as the result shows it, left of the result, with the result's sound.
 
     25 fps, H.264, the first COMPARED_SECONDS; each half is made smaller where its shorter side is over MOST_PIXELS.
-    What is held does not grow with the clip. step(frames done, frames in all) is called before every frame; what it
-    raises ends the work and leaves an unfinished file behind. Raises UserError where the file cannot be written.
+    What is held does not grow with the clip. step(frames done, frames in all) is called before every frame, and several
+    times a second at the end; what it raises ends the work and leaves an unfinished file behind. cancel: ends ffmpeg
+    when it is set, whatever that is waiting for, so that step is called once more. Raises UserError where the file
+    cannot be written.
     """
-    from moviepy import VideoClip, clips_array  # which takes a second or two
-
     before, after = probe_video(original), probe_video(result)
-    codec = "copy" if probe_audio(result).codec == "aac" else "aac"  # which every player knows, unlike FLAC
     total = min(after.n_frames, COMPARED_SECONDS * FPS)
     scale = min(1.0, MOST_PIXELS / min(before.width, before.height))
-    size = tuple(2 * max(1, round(side * scale / 2)) for side in (before.width, before.height))
-    # Half a frame more, since moviepy rounds down.
-    seconds = (total + 0.5) / FPS
-    # Both are read as the pipeline reads: turned upright, at 25 fps, in the colours that their tags name.
+    width, height = (2 * max(1, round(side * scale / 2)) for side in (before.width, before.height))
+    tags = after.color_matrix, after.color_primaries, after.color_transfer
+    matrix, primaries, transfer = tags if after.color_matrix in SCALE_MATRIX else ("bt709",) * 3
+    graph = (
+        f"scale=out_color_matrix={SCALE_MATRIX[matrix]}:out_range=tv,format=yuv420p,setsar=1,"
+        f"setparams=range=tv:colorspace={matrix}:color_primaries={primaries}:color_trc={transfer}"
+    )
+    # AAC is what every player knows, unlike FLAC.
+    sound = ["-c:a", "copy"] if probe_audio(result).codec == "aac" else ["-c:a", "aac", "-b:a", AAC_BITRATE]
+    arguments = [
+        *("-loglevel", "error", "-nostats", "-y", "-f", "rawvideo", "-pixel_format", "rgb24"),
+        *("-video_size", f"{2 * width}x{height}", "-framerate", str(FPS), "-i", "pipe:0", *input_arguments(result)),
+        *("-map", "0:v:0", "-vf", graph, "-c:v", "libx264", "-preset", PRESET, "-crf", str(CRF)),
+        *("-map", "1:a:0", *sound, "-t", f"{total / FPS:.3f}", "-map_metadata", "-1", "-map_chapters", "-1"),
+        *("-metadata", f"comment={COMMENT}", "-movflags", "+faststart", "-f", "mp4", file_url(output)),
+    ]
+    done = 0
     with (
+        # Both are read as the pipeline reads: turned upright, at 25 fps, in the colours that their tags name.
         closing(read_frames_looped(before, total)) as left,
         closing(read_frames(after, count=total)) as right,
+        run_ffmpeg(arguments, stdin=subprocess.PIPE) as (process, log),
+        Watchdog(process, cancel) as watchdog,
     ):
-        both = (frame for _, frame in left), right
-        halves = [VideoClip(in_order(frames, size), duration=seconds) for frames in both]
-
-        def counted(get_frame: Callable[[float], np.ndarray], t: float) -> np.ndarray:
-            step(min(round(t * FPS), total), total)
-            return get_frame(t)
-
-        # bg_color: without one moviepy blends the two as if they could be seen through, and is slower.
-        array = clips_array([halves], bg_color=(0, 0, 0)).transform(counted)
-        tags = after.color_matrix, after.color_primaries, after.color_transfer
-        matrix, primaries, transfer = tags if after.color_matrix in SCALE_MATRIX else ("bt709",) * 3
-        graph = (
-            f"scale=out_color_matrix={SCALE_MATRIX[matrix]}:out_range=tv,format=yuv420p,setsar=1,"
-            f"setparams=range=tv:colorspace={matrix}:color_primaries={primaries}:color_trc={transfer}"
-        )
         try:
-            array.write_videofile(
-                str(output), FPS, "libx264", preset=PRESET, audio=str(result), audio_codec=codec, logger=None,
-                ffmpeg_params=[
-                    "-map", "0:v:0", "-map", "1:a:0", "-b:a", AAC_BITRATE, "-t", f"{total / FPS:.3f}",
-                    "-vf", graph, "-crf", str(CRF), "-movflags", "+faststart",
-                    "-map_metadata", "-1", "-metadata", f"comment={COMMENT}",
-                ],
-            )  # fmt: skip
-        except OSError as error:
-            raise UserError(_unwritten(str(error))) from error
-    # moviepy does not look at how ffmpeg ended.
-    try:
-        whole = probe_video(output).n_frames == total
-    except UserError:
-        whole = False
-    if not whole:
-        raise UserError(_unwritten("it was cut short"))
+            for (_, shown), painted in zip(left, right, strict=False):
+                step(done, total)
+                halves = [_sized(frame, (width, height)) for frame in (shown, painted)]
+                watchdog.write(memoryview(np.hstack(halves)).cast("B"))
+                done += 1
+            process.stdin.close()
+        except OSError:
+            pass  # ffmpeg has ended, and says why
+        if watchdog.wait(lambda: step(done, total)) != 0:
+            step(done, total)
+            stalled = watchdog.stalled is not None and f"ffmpeg stood still for {watchdog.stalled:g} seconds"
+            raise UserError(_not_written(stalled or failure(log)))
+    if done < total:
+        raise UserError(_not_written("the result is cut short"))
 
 
-def in_order(frames: Iterator[np.ndarray], size: tuple[int, int]) -> Callable[[float], np.ndarray]:
-    """A moviepy frame function over frames that come one after the other at 25 fps, made `size` (width, height)."""
-    at, frame = -1, None
-
-    def get_frame(t: float) -> np.ndarray:
-        nonlocal at, frame
-        while at < round(t * FPS) and (found := next(frames, None)) is not None:
-            at, frame = at + 1, found
-            if (frame.shape[1], frame.shape[0]) != size:
-                frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-        return frame
-
-    return get_frame
+def _sized(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A frame of `size` (width, height)."""
+    same = (frame.shape[1], frame.shape[0]) == size
+    return frame if same else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
 
-def _unwritten(why: str) -> str:
-    why = why.strip().splitlines()[-1] if why.strip() else "without a message"
+def _not_written(why: str) -> str:
     return f"The side-by-side video could not be written ({why}): see whether the disk is full, and try again."

@@ -15,14 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from latentsync import FPS
+from latentsync.paths import PARTIAL, is_own_file, is_own_folder
+from latentsync.segments import discard, unfinished
 
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 COMPARED_SECONDS = 300  # of a result that are put beside the original
 ABOUT = "job.json"  # in a job's folder, what `kept` reads
-INTERRUPTED = "The server ended before this job did. Its files are still here: run it again."
-# What is told of a job as it is in memory; the rest of ABOUT is made of these and of its files' names.
-TOLD = ("id", "owner", "names", "size", "seconds", "created", "started", "ended", "doing", "progress", "messages",
-        "advice", "error", "remedy", "report", "timeline")  # fmt: skip
+MOST_STARTS = 2  # of a job, each of which the end of the server ended before a segment was finished
+CRASHED = (
+    "The server ended unexpectedly both times when it ran this job, which may be the job's fault: let who serves the "
+    "page look at its console, and run it again, perhaps with other settings."
+)
+# Fields of a job in ABOUT; the rest of it is made of the request and of the names of files.
+FIELDS = ("id", "owner", "names", "size", "seconds", "created", "queued", "started", "ended", "doing", "progress",
+          "messages", "remarks", "advice", "error", "remedy", "report", "timeline", "starts",
+          "frames_at_start")  # fmt: skip
+NEW_FIELDS = {"queued": 0.0, "starts": 0, "frames_at_start": 0, "remarks": 0}  # which earlier versions have not written
 
 
 @dataclass(frozen=True)
@@ -77,12 +85,17 @@ class Job:
     key: str = field(default_factory=lambda: secrets.token_urlsafe(24))  # opens its files, for who knows it
     state: str = WAITING
     created: float = field(default_factory=time.time)
+    queued: float = field(default_factory=time.time)  # when it began to wait; the order of the queue
+    starts: int = 0  # since a server ended in order, or a segment was finished
+    frames_at_start: int = 0  # that were finished when it was started last
     started: float | None = None
     ended: float | None = None
     doing: str = "waiting"  # in words
     progress: dict[str, int] = field(default_factory=dict)  # frames that each stage has done
+    resumed_from: int = 0  # frames that earlier runs had finished
     part: float = 0.0  # of the frames of the pass that is being painted, how many its steps amount to
     messages: list[str] = field(default_factory=list)
+    remarks: int = 0  # of the messages, the first ones, which are about the files
     advice: list[dict[str, str]] = field(default_factory=list)
     error: str | None = None
     remedy: dict[str, Any] | None = None  # {"label": …, "settings": {…}} or {"label": …, "focus": "video"}
@@ -94,6 +107,7 @@ class Job:
     playable: int = 0  # seconds of `first` that can be played
     ending: threading.Event = field(default_factory=threading.Event)
     keep: bool = False  # what is finished, when ending
+    interrupted: bool = False  # by the end of the server, not by the visitor
     expected: float | None = None  # seconds, by earlier jobs
     comparison: Comparison | None = None  # with the original, once it is asked for
 
@@ -115,6 +129,16 @@ class Job:
     def compared(self) -> Path:
         """Where original and result go, side by side."""
         return self.folder / f"{_stem(self.names[0])}-side-by-side.mp4"
+
+    def rewind(self) -> None:
+        """Let it wait as if it had not been started; what is finished of it stays on the disk."""
+        self.queued, self.started, self.ended = time.time(), None, None
+        self.doing, self.error, self.remedy = "waiting", None, None
+        self.progress, self.part, self.resumed_from, self.expected = {}, 0.0, 0, None
+        self.messages = self.messages[: self.remarks]
+        self.advice, self.report, self.timeline, self.output = [], None, None, None
+        self.picture, self.playable = None, 0
+        self.ending, self.keep, self.interrupted = threading.Event(), False, False
 
     def files(self) -> dict[str, Path]:
         """What of this job can be looked at, by name."""
@@ -138,7 +162,8 @@ class Job:
         """Of the mouths since the first of them was begun; None before."""
         began = self.timeline and self.timeline["stages"].get("mouths")
         done = self.progress.get("mouths", 0) + self.part
-        if not began or not done:
+        done -= self.resumed_from
+        if not began or done <= 0:
             return None
         until = self.ended or time.time()
         return done / max(until - self.started - began[0], 1e-3)
@@ -165,7 +190,7 @@ def owner_of(visitor: str) -> str:
 
 def write_down(job: Job, state: str) -> None:
     """Write down what there is to know of a job, beside its files; a full disk costs the memory of it, not the job."""
-    about = {name: getattr(job, name) for name in TOLD} | {
+    about = {name: getattr(job, name) for name in FIELDS} | {
         "state": state, "settings": job.request.settings(), "server": _this_server(),
         "video": job.request.video.name, "audio": job.request.audio.name, "output": job.output and job.output.name,
     }  # fmt: skip
@@ -178,40 +203,85 @@ def write_down(job: Job, state: str) -> None:
 def kept(folder: Path) -> Iterator[Job]:
     """The jobs that an earlier server left in its outputs, the oldest first.
 
-    One that it did not finish has failed, with a sentence, if its input is whole, and is removed if it is not. A folder
-    that holds no such job, or lacks a file of it, is left alone, and so are those of a server that still runs.
+    One that waited still waits. One that ran waits, too, to resume after its finished segments, but has failed if it
+    may be what ended the server: after MOST_STARTS starts without a segment. Without its inputs it is removed. A folder
+    that holds no such job, or lacks a file of it, is left alone, and so are those of a server that still runs, links,
+    and folders of other users.
     """
     for place in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if place.is_symlink() or not (place / ABOUT).is_file():
-            continue
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # another program's, or damaged
-            about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+        # Another program's, or damaged.
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            if not is_own_folder(place) or not is_own_file(place / ABOUT):
+                continue
+            about = json.loads((place / ABOUT).read_text(encoding="utf-8"), parse_constant=_refuse)
             if _still_runs(about["server"]):
                 continue
             if job := _restored(place, about):
                 yield job
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
 def _restored(folder: Path, about: dict[str, Any]) -> Job | None:
     video, audio = (folder / Path(about[name]).name for name in ("video", "audio"))
-    told = {name: about[name] for name in TOLD} | {"names": tuple(about["names"]), "size": tuple(about["size"])}
-    job = Job(Request(**about["settings"] | {"video": video, "audio": audio}), folder=folder, **told)
-    job.state, whole = about["state"], video.is_file() and audio.is_file()
-    unfinished = (path for path in folder.glob(".latentsync-*") if path.is_file())  # of `media.VideoWriter`
-    for left in (job.first, *folder.glob("*.partial*"), *unfinished):
+    fields = {name: about.get(name, NEW_FIELDS[name]) if name in NEW_FIELDS else about[name] for name in FIELDS}
+    fields |= {"names": tuple(about["names"]), "size": tuple(about["size"])}
+    _check_types(fields)
+    job = Job(Request(**about["settings"] | {"video": video, "audio": audio}), folder=folder, **fields)
+    job.state, whole = about["state"], is_own_file(video) and is_own_file(audio)
+    unfinished_files = (path for path in folder.glob(f"{PARTIAL}*") if is_own_file(path))  # of `media.VideoWriter`
+    for left in (job.first, *folder.glob("*.partial*"), *unfinished_files):
         left.unlink(missing_ok=True)
     if job.state in (WAITING, RUNNING):
         if not whole:
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        job.state, job.doing, job.error, job.ended = FAILED, "failed", INTERRUPTED, time.time()
-        write_down(job, job.state)
+        _queue_again(job)
     elif about["output"]:
         job.output = folder / Path(about["output"]).name
         whole = whole and job.output.is_file()
         if job.compared.is_file():
             job.comparison = Comparison(DONE)
+    if job.state in (DONE, CANCELLED):
+        discard(job.planned)
     return job if whole else None
+
+
+def _queue_again(job: Job) -> None:
+    """Let a job that an earlier server had not finished wait, or fail."""
+    ran, queued = job.state == RUNNING, job.queued
+    finished = finished_frames(job)
+    if ran and finished > job.frames_at_start:
+        job.starts = 1
+    job.rewind()
+    job.queued, job.frames_at_start = queued, finished  # before those that were put into the queue later
+    if ran and job.starts >= MOST_STARTS:
+        job.state, job.doing, job.error, job.ended = FAILED, "failed", CRASHED, time.time()
+    else:
+        job.state = WAITING
+    write_down(job, job.state)  # it is this server's now
+
+
+def finished_frames(job: Job) -> int:
+    """Frames in the segments that earlier runs of a job have finished."""
+    return max((each.frames for each in unfinished(job.planned)), default=0)
+
+
+def _check_types(fields: dict[str, Any]) -> None:
+    """Raise TypeError for fields of ABOUT that would only fail later, in whatever shows the job."""
+    for name, kinds in {
+        "id": str, "owner": str, "doing": str, "messages": list, "advice": list, "progress": dict,
+        "error": str | None, "remedy": dict | None, "report": dict | None, "timeline": dict | None,
+        "seconds": int | float, "created": int | float, "queued": int | float,
+        "started": int | float | None, "ended": int | float | None,
+        "starts": int, "frames_at_start": int, "remarks": int,
+    }.items():  # fmt: skip
+        if not isinstance(fields[name], kinds):
+            raise TypeError(f"{name} is {fields[name]!r}")
+    if [len(fields["names"]), len(fields["size"])] != [2, 2] or not all(isinstance(n, str) for n in fields["names"]):
+        raise TypeError("names and size are pairs")
 
 
 def _this_server() -> dict[str, float]:

@@ -9,19 +9,17 @@ Nothing here knows of a page or a server. torch is imported by the worker's thre
 The model stays loaded between jobs and is let go after a while without any.
 """
 
-import errno
 import gc
 import math
 import os
 import secrets
 import shutil
-import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +27,9 @@ from typing import TYPE_CHECKING, Any
 from latentsync import FPS, STAGES
 from latentsync.errors import UserError, short_of_memory
 from latentsync.media import probe_audio, probe_video
+from latentsync.segments import discard
 from optim.serving.curves import NO_CURVES, latest, live, thinned
+from optim.serving.inputs import store_inputs, stored_bytes, unwritten
 from optim.serving.job import (
     CANCELLED,
     COMPARED_SECONDS,
@@ -40,11 +40,14 @@ from optim.serving.job import (
     Comparison,
     Job,
     Request,
+    finished_frames,
     kept,
     owner_of,
     write_down,
 )
+from optim.serving.limits import NO_LIMITS, Limits, check_option
 from optim.serving.preview import Preview
+from optim.serving.run import Cancelled, Progress, interruptible, log, make_plan, out_of_memory
 from optim.serving.speeds import Speeds
 from optim.serving.stock import best_for, meant, survey
 
@@ -52,20 +55,19 @@ if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
     from latentsync.checkpoints import Checkpoint, Models
-    from optim.accelerate import Plan
     from optim.monitor import History, Monitor
 
 IDLE_SECONDS = 600.0  # without a job, until the model is let go
 KEPT_JOBS = 50  # finished ones that a visitor finds in the list
 LIVE_SECONDS = 120.0  # of the curves of the machine
+FAULT = (
+    "Something inside the program failed ({}); its console says where. Your files are unharmed: try again, or with "
+    "other settings."
+)
 GPU_FAILED = (
     "The GPU has failed, and this server cannot use it any more: start the server again. Your files are unharmed, and "
     "the job can be run again then."
 )
-
-
-class Cancelled(Exception):
-    """Raised inside a run that is to end and leave nothing."""
 
 
 @dataclass(frozen=True)
@@ -89,65 +91,10 @@ def device_words(device: "torch.device") -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
+    from latentsync.machine import usable_cores
     from optim.hardware import processor_name
 
-    return f"{processor_name()}, {os.cpu_count()} cores"
-
-
-@contextmanager
-def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]:
-    """On a processor, ask `check` in the middle of passes too, which may take many seconds; what it raises ends them.
-
-    On a GPU there is no need: the pipeline never runs far ahead of it. A compiled network is left alone.
-    """
-    from optim.compilation import is_compiled
-
-    hooks = []
-    if models.device.type == "cpu":
-        for network in (models.vae, models.audio_encoder, *(() if is_compiled(models.unet) else (models.unet,))):
-            for module in network.modules():
-                hooks.append(module.register_forward_pre_hook(lambda *_: check()))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.device") -> "Plan":
-    """The plan for a request with a model on a device. Raises UserError."""
-    from latentsync.pipeline import Settings
-    from latentsync.sampling import DeepCache
-    from optim.accelerate import plan_as_asked
-
-    asked = Settings.suiting(
-        model, request.guidance, steps=request.steps, seed=request.seed, crf=request.crf, face=request.face
-    )
-    overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    if request.cache != "level":
-        overrides["cache"] = request.cache and DeepCache(request.cache, 0)
-    return plan_as_asked(device, model.resolution, asked, request.level, request.batch, **overrides)
-
-
-def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
-    """All of a job in one call, for places that lend a GPU to one function at a time, in a process of its own.
-
-    model: as on the command line. Returns the report. Nobody can follow it, or end it. Raises UserError.
-    """
-    from latentsync.checkpoints import load_models, resolve
-    from latentsync.options import choose_device
-    from latentsync.pipeline import lipsync
-    from optim.accelerate import accelerate, reliever
-
-    device = choose_device("auto")
-    models = load_models(resolve(model, device), device)
-    plan = make_plan(request, models, device)
-    accelerate(models, plan, log)
-    relieve = reliever(models, plan, log)
-    # In one piece: no later job finds the segments of this one, as each has a folder of its own.
-    report = lipsync(request.video, request.audio, output, models, plan.settings, relieve=relieve, segment_frames=None)
-    return report.as_dict() | {"level": plan.level.name, "position": plan.level.position, "step_downs": []}
+    return f"{processor_name()}, {usable_cores()} cores"
 
 
 class Worker:
@@ -155,8 +102,11 @@ class Worker:
 
     folder: each job gets a folder of its own in it; queue_size: jobs that may wait; max_seconds: of sound, None for
     any length; model, device: what `auto` means, as on the command line; keep_hours: after which finished jobs and
-    their files are removed, None for never; lent: does what `run_alone` does, where a GPU is only
-    lent to it.
+    their files are removed, None for never; lent: does what `run.run_alone` does, where a GPU is only lent to it;
+    limits: of each visitor. Raises UserError for options out of range.
+
+    The worker owns every file in the folders of its jobs: they go with `remove`, or after `keep_hours`. What a job does
+    not need any more goes when it ends.
     """
 
     def __init__(
@@ -169,11 +119,16 @@ class Worker:
         idle_seconds: float = IDLE_SECONDS,
         keep_hours: float | None = None,
         lent: Callable[[Request, Path, str], dict[str, Any]] | None = None,
+        limits: Limits = NO_LIMITS,
     ):
+        check_option("The length of the queue", queue_size, 1, whole=True)
+        check_option("The most seconds of sound", max_seconds, 0.01, optional=True)
+        check_option("The seconds until the model is unloaded", idle_seconds, 0)
+        check_option("The hours that results are kept", keep_hours, 1e-9, optional=True)
         self.folder, self.queue_size, self.max_seconds = folder, queue_size, max_seconds
         self.model, self.device_name = model, device
         self.idle_seconds, self.keep_hours = idle_seconds, keep_hours
-        self.lent = lent
+        self.lent, self.limits = lent, limits
         self.server = secrets.token_hex(6)  # names this one among those that come after each other at an address
         self.machine: Machine | None = None
         self.problem: str | None = None  # why there is none
@@ -184,9 +139,8 @@ class Worker:
         self._jobs: dict[str, Job] = {}  # the oldest first
         self._waiting: deque[Job] = deque()
         self._wake = threading.Event()
-        self._closed = False
-        self._seen: History | None = None
-        self._seen_at = -math.inf
+        self._closed = threading.Event()
+        self._recent: tuple[float, History] | None = None  # the machine's curves, and when they were taken
         self._models: Models | None = None
         self._loaded: Checkpoint | None = None
         self._ran: Checkpoint | None = None  # by the job that runs, or was to be
@@ -196,7 +150,10 @@ class Worker:
     # ---- for every thread
 
     def start(self) -> None:
-        """Find the jobs of earlier servers again, and begin to work. Raises UserError where they cannot be read."""
+        """Find the jobs of earlier servers again, and begin to work; those that they had not finished go on.
+
+        Raises UserError where they cannot be read.
+        """
         try:
             found = {job.id: job for job in kept(self.folder)}
         except OSError as error:
@@ -206,13 +163,17 @@ class Worker:
             ) from error
         with self._lock:  # the page may have been used already
             self._jobs = found | self._jobs
+            waiting = sorted((job for job in found.values() if job.state == WAITING), key=lambda job: job.queued)
+            self._waiting.extendleft(reversed(waiting))
         self._thread.start()
 
     def close(self) -> None:
-        """End the running job and the thread; what waits is dropped."""
-        self._closed = True
+        """End the thread. The next server goes on with the job that runs, and with those that wait."""
+        self._closed.set()
         for job in list(self._jobs.values()):
-            job.ending.set()
+            if job.state == RUNNING and not job.ending.is_set():
+                job.interrupted = True
+                job.ending.set()
             if job.comparison:
                 job.comparison.ending.set()
         self._wake.set()
@@ -222,32 +183,33 @@ class Worker:
             self.monitor.stop()
 
     def submit(self, request: Request, visitor: str, names: tuple[str, str] | None = None) -> Job:
-        """Copy the files into a folder of the job's own, look at them, and put the job into the queue.
+        """Take ownership of the files of a request, look at them, and put the job into the queue.
 
-        names: what the user calls the files. Raises UserError for files that cannot be used, a sound that is too long,
-        a full queue, and a full disk.
+        The job's folder gets names of its own for the files, see `inputs.store_inputs`: they must not be changed in
+        place afterwards, and the names they had may go at once. names: what the user calls the files. Raises UserError
+        for files that cannot be used, a sound that is too long, a full queue or disk, and at a visitor's limits.
         """
-        self._check_room()
+        owner = owner_of(visitor)
+        self._check_room(owner)
+        self._check_stored(owner)
         names = names or (request.video.name, request.audio.name)
         folder = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(8)}"
         try:
-            video, audio = _copied(request, names, folder)
+            video, audio = store_inputs(request, names, folder, list(self._jobs.values()))
+            self._check_stored(owner, folder)
             try:
-                info, seconds = probe_video(video), probe_audio(audio).duration
+                info = probe_video(video)
+                seconds = probe_audio(audio, max_seconds=self.max_seconds).duration  # no more of it is decoded
             except UserError as error:
                 raise UserError(said(error, {video: names[0], audio: names[1]})) from None
-            if self.max_seconds and seconds > self.max_seconds:
-                raise UserError(
-                    f"'{names[1]}' lasts {seconds:.0f} s, and this server takes {self.max_seconds:.0f} s at most: "
-                    "cut it into shorter pieces."
-                )
             fields = request.settings() | {"video": video, "audio": audio}
             size = info.width, info.height
-            job = Job(Request(**fields), owner_of(visitor), folder, names, size, seconds)
+            job = Job(Request(**fields), owner, folder, names, size, seconds)
             job.messages += info.remarks
+            job.remarks = len(job.messages)
             write_down(job, WAITING)
             with self._lock:
-                self._check_room()
+                self._check_room(owner)
                 self._jobs[job.id] = job
                 self._waiting.append(job)
         except BaseException:
@@ -257,13 +219,68 @@ class Worker:
         return job
 
     def again(self, job_id: str, visitor: str, **changes: Any) -> Job:
-        """The same files with some settings changed. Raises UserError."""
-        job = self.find(job_id, visitor)
-        return self.submit(Request(**(vars(job.request) | changes)), visitor, job.names)
+        """The same files with some settings changed: a new job, or a failed one that goes on after what it finished.
 
-    def _check_room(self) -> None:
+        Raises UserError, also for settings that there are not.
+        """
+        job = self.find(job_id, visitor)
+        if unknown := changes.keys() - job.request.settings().keys():
+            raise UserError(
+                f"There is no setting '{min(unknown)}' to change: give some of {', '.join(job.request.settings())}."
+            )
+        request = replace(job.request, **changes)
+        if request == job.request and self._retry(job):
+            return job
+        return self.submit(request, visitor, job.names)
+
+    def _retry(self, job: Job) -> bool:
+        """Put a failed job into the queue again, if it has finished segments to go on after; whether it has."""
+        with self._lock:
+            if job.state != FAILED or not finished_frames(job):
+                return False
+            self._check_room(job.owner, kept_too=False)
+            job.rewind()
+            job.starts = 0
+            write_down(job, WAITING)
+            job.state = WAITING
+            self._waiting.append(job)
+        self._wake.set()
+        return True
+
+    def _check_room(self, owner: str, kept_too: bool = True) -> None:
+        """Raise UserError where the queue is full, or a visitor has as many jobs as they may."""
         if len(self._waiting) >= self.queue_size:
             raise UserError(f"The queue is full, {len(self._waiting)} jobs wait already: try again in a few minutes.")
+        own = [job.state for job in list(self._jobs.values()) if _same(job.owner, owner)]
+        unfinished_jobs = own.count(WAITING) + own.count(RUNNING)
+        limits = self.limits
+        if limits.unfinished and unfinished_jobs >= limits.unfinished:
+            raise UserError(
+                f"You have {unfinished_jobs} jobs that wait or run, and this server takes {limits.unfinished} of a "
+                "visitor: wait until one has ended, or cancel one."
+            )
+        if kept_too and limits.kept and len(own) >= limits.kept:
+            raise UserError(
+                f"You have {len(own)} jobs here, and this server keeps {limits.kept} of a visitor: remove those that "
+                "you do not need."
+            )
+
+    def _check_stored(self, owner: str, new: Path | None = None) -> None:
+        """Raise UserError where the files of a visitor's jobs, or of all, take more than they may.
+
+        new: folder of a job that is to come.
+        """
+        everything = list(self._jobs.values())
+        own = [job for job in everything if _same(job.owner, owner)]
+        for limit, jobs, sentence in (
+            (self.limits.stored, own, "Your files here take {} GB, and this server keeps {} GB of a visitor: remove "
+             "jobs that you do not need, or give smaller files."),
+            (self.limits.stored_by_all, everything, "The jobs of this server take {} GB of the {} GB that it keeps: "
+             "remove jobs that you do not need, or try again later."),
+        ):  # fmt: skip
+            folders = [*(job.folder for job in jobs), *([new] if new else [])]
+            if limit and (taken := stored_bytes(folders)) > limit:
+                raise UserError(sentence.format(f"{taken / 1e9:.3g}", f"{limit / 1e9:.3g}"))
 
     def view(self, job: Job) -> dict[str, Any]:
         """What a visitor may know of a job of theirs, ready for JSON; paths are relative to where files are served."""
@@ -304,9 +321,11 @@ class Worker:
         if self.monitor is None:
             return NO_CURVES
         now = time.monotonic()
-        if now - self._seen_at > 0.5:  # for all who look within it
-            self._seen_at, self._seen = now, self.monitor.snapshot(LIVE_SECONDS)
-        return live(self._seen, since)
+        with self._lock:
+            if self._recent is None or now - self._recent[0] > 0.5:  # for all who look within it
+                self._recent = now, self.monitor.snapshot(LIVE_SECONDS)
+            history = self._recent[1]
+        return live(history, since)
 
     def find(self, job_id: str, visitor: str) -> Job:
         """A visitor's own job. Raises UserError, the same for another's as for one that there is not."""
@@ -356,6 +375,7 @@ class Worker:
             if job in self._waiting:
                 self._waiting.remove(job)
                 job.ended, job.doing = time.time(), "cancelled"
+                discard(job.planned)  # what an earlier server had finished
                 write_down(job, CANCELLED)
                 job.state = CANCELLED
         return job
@@ -373,7 +393,6 @@ class Worker:
 
     def _compare(self, job: Job, comparison: Comparison) -> None:
         """Make a comparison to whatever end; raises nothing."""
-        from optim.serving.compare import side_by_side
 
         def step(done: int, total: int) -> None:
             if comparison.ending.is_set():
@@ -382,12 +401,14 @@ class Worker:
 
         partial = job.compared.with_suffix(".partial.mp4")
         try:
+            from optim.serving.compare import side_by_side
+
             while not self._comparing.acquire(timeout=0.2):  # another is being made
                 step(0, 0)
             try:
                 step(0, 0)
                 comparison.state = RUNNING
-                side_by_side(job.request.video, job.output, partial, step)
+                side_by_side(job.request.video, job.output, partial, step, comparison.ending)
             finally:
                 self._comparing.release()
             os.replace(partial, job.compared)
@@ -419,6 +440,8 @@ class Worker:
     def _forget(self, job: Job) -> None:
         with self._lock:
             self._jobs.pop(job.id, None)
+            if job in self._waiting:
+                self._waiting.remove(job)
         if job.comparison:
             job.comparison.ending.set()
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -473,28 +496,38 @@ class Worker:
         if self.problem:
             log(self.problem)
         self.ready.set()
-        idle_since = time.monotonic()
-        while not self._closed:
-            self._sweep()
-            with self._lock:
-                job = self._waiting.popleft() if self._waiting else None
-                if job:
-                    job.state, job.started = RUNNING, time.time()
-                else:
-                    self._wake.clear()
-            if job is None:
-                self._wake.wait(timeout=max(1.0, min(self.idle_seconds, 60.0)))
-                if self._models is not None and time.monotonic() - idle_since > self.idle_seconds:
-                    try:
-                        self._unload()
-                    except RuntimeError:  # the next job says so
-                        traceback.print_exc()
-                continue
+        self._idle_since = time.monotonic()
+        while not self._closed.is_set():
             try:
-                self._perform(job)
-            except Exception:  # in what follows a job's end; the next job may do better
+                self._work_once()
+            except BaseException:  # whatever it is, the next job may do better
                 traceback.print_exc()
-            idle_since = time.monotonic()
+                self._closed.wait(1.0)
+
+    def _work_once(self) -> None:
+        """Run the next job, or wait for one."""
+        self._sweep()
+        with self._lock:
+            job = self._waiting.popleft() if self._waiting else None
+            if job:
+                job.state, job.started = RUNNING, time.time()
+            else:
+                self._wake.clear()
+        if job and self._closed.is_set():  # `close` has not seen that it runs
+            job.interrupted = True
+            job.ending.set()
+        if job is None:
+            self._wake.wait(timeout=max(1.0, min(self.idle_seconds, 60.0)))
+            if self._models is not None and time.monotonic() - self._idle_since > self.idle_seconds:
+                self._unload()
+            return
+        try:
+            self._perform(job)
+        finally:
+            if job.state == RUNNING:  # what follows a job's end has failed, too
+                self._fail(job, FAULT.format("see there"), None)
+                job.ended, job.state = time.time(), FAILED
+            self._idle_since = time.monotonic()
 
     def _sweep(self) -> None:
         """Remove what is too old to be kept."""
@@ -583,6 +616,8 @@ class Worker:
         """Run a job to whatever end."""
         from latentsync.pipeline import Enough
 
+        job.starts, job.frames_at_start = job.starts + 1, finished_frames(job)
+        write_down(job, RUNNING)  # whatever ends the server from here on, the next one finds it so
         job.timeline = {"stages": {}}
         self._ran = None
         state, broken = FAILED, False
@@ -594,22 +629,19 @@ class Worker:
             job.doing = "stopped; the finished part is kept" if state == CANCELLED else "done"
         except (Cancelled, Enough):
             state, job.doing = CANCELLED, "cancelled"
+            if not job.interrupted:
+                discard(job.planned)
         except UserError as error:
             names = {job.request.video: job.names[0], job.request.audio: job.names[1]}
             remedy = {"label": "Choose another video", "focus": "video"} if "shows no face" in str(error) else None
             self._fail(job, said(error, names), remedy)
-        except Exception as error:
+        except BaseException as error:  # also a SystemExit of a library: it ends a thread without a word
             broken = True
             if short_of_memory(error):
                 self._fail(job, *out_of_memory(self.machine, self._ran))
             else:
                 traceback.print_exc()
-                self._fail(
-                    job,
-                    f"Something inside the program failed ({type(error).__name__}); its console says where. Your files "
-                    "are unharmed: try again, or with other settings.",
-                    None,
-                )
+                self._fail(job, FAULT.format(type(error).__name__), None)
         if broken and not self.lent:  # not before the error is gone, whose traceback holds what the run had in memory
             try:
                 self._unload()
@@ -620,13 +652,15 @@ class Worker:
         job.playable = 0
         with suppress(OSError):  # its folder may be gone, or the file be open elsewhere on Windows
             job.first.unlink()
+        if state == CANCELLED and job.interrupted:
+            job.rewind()
+            job.starts, state = 0, WAITING
         try:
             self._keep_timeline(job)
         except Exception:  # a result without curves is a result
             traceback.print_exc()
         try:
-            if state != CANCELLED or not self._closed:  # what only the server's end ends is found so by the next one
-                write_down(job, state)
+            write_down(job, state)
         finally:
             job.state = state  # the last thing: whoever sees it finds all else as it is to stay
 
@@ -679,16 +713,17 @@ class Worker:
             with interruptible(models, check):
                 report = lipsync(
                     request.video, request.audio, output, models, plan.settings, progress, relieve, preview,
-                    segment_frames=None,  # no later job finds them: each has a folder of its own
+                    on_wait=check,
                 )  # fmt: skip
         finally:
             preview.close()
-        if not report.ended_early and not step_downs:
+        if not report.ended_early and not step_downs and not report.resumed_from:
             self.speeds.record(self._where(self._loaded), plan.settings, report.frames, time.monotonic() - began)
         gpu = None
         if models.device.type == "cuda" and (history := latest(self.monitor.snapshot(), time.monotonic() - began)):
             gpu = history.gpu(nvml_index(models.device))
         job.advice = [asdict(each) for each in advise_report(report, plan, step_downs, gpu)]
+        job.messages.extend(report.remarks)
         job.report = report.as_dict() | {"level": plan.level.name, "position": plan.level.position}
         job.report["step_downs"] = step_downs
         job.output = output
@@ -703,47 +738,6 @@ class Worker:
         if self.monitor is None or job.report is None or (history := self._history(job)) is None:
             return
         job.timeline = job.timeline | thinned(history, time.time() - job.started)  # the old one may be being given away
-
-
-class Progress:
-    """What the pipeline calls as it gets on: writes into the job, and ends the run when that is wished."""
-
-    def __init__(self, job: Job, steps: int, monitor: "Monitor", check: Callable[[], None]):
-        from latentsync.sampling import WINDOW
-
-        self._job, self._steps, self._monitor, self._check = job, steps, monitor, check
-        self._window, self._stepped = WINDOW, 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self._check()
-        job, now = self._job, time.time()
-        span = job.timeline["stages"].setdefault(stage, [now - job.started, 0.0])
-        span[1] = now - job.started
-        if stage not in job.progress:
-            self._monitor.mark(stage)
-        if stage == "mouths":
-            job.doing = "painting mouths"
-            # Between two frames it is a denoising step that calls. Decoding follows the last one.
-            self._stepped = self._stepped + 1 if done == job.progress.get(stage, 0) else 0
-            part = min(self._stepped / (self._steps + 1), 1.0) * self._window
-            job.part = min(part, total - done)
-        elif stage == "faces" and "mouths" not in job.progress:
-            job.doing = "finding faces"
-        job.progress[stage] = done
-
-
-def out_of_memory(machine: Machine, ran: "Checkpoint | None") -> tuple[str, dict | None]:
-    """The sentence for a run that the memory was not enough for, and what to try next; ran: with which model.
-
-    All that a level can give up has been given up by then.
-    """
-    sentence = f"The memory of {machine.device_name} is not enough for this, even in the smallest pieces: "
-    smaller = [m for m in machine.models if m["present"] and ran and m["resolution"] < ran.resolution]
-    if not smaller:
-        return sentence + "close other programs that use it.", None
-    name = max(smaller, key=lambda model: model["resolution"])["name"]
-    remedy = {"label": f"Run again with {name}", "settings": {"model": name}}
-    return sentence + "close other programs that use it, or take a smaller model.", remedy
 
 
 def said(error: UserError, names: dict[Path, str]) -> str:
@@ -767,38 +761,3 @@ def spoken(seconds: float) -> str:
 def _same(ours: str, given: str) -> bool:
     """Compared so that the time it takes tells nothing."""
     return secrets.compare_digest(ours.encode(), given.encode())
-
-
-def _copied(request: Request, names: tuple[str, str], folder: Path) -> tuple[Path, Path]:
-    """Copies of a request's files, as video and voice, in a new folder. Raises UserError where there can be none."""
-    try:
-        folder.mkdir(parents=True, mode=0o700)
-        video, voice = (
-            Path(shutil.copyfile(path, folder / f"{part}{_suffix(name)}", follow_symlinks=True))
-            for part, path, name in (("video", request.video, names[0]), ("voice", request.audio, names[1]))
-        )
-    except OSError as error:
-        for path, name in zip((request.video, request.audio), names, strict=True):
-            if not path.is_file():
-                raise UserError(f"The file '{name}' is not on this server any more: give it again.") from None
-        log(f"A job's files cannot be kept: {error}")
-        raise UserError(
-            f"Your files cannot be kept with the results of this server ({unwritten(error)}): remove jobs that you do "
-            "not need, or let who serves the page look at the folder that --outputs names."
-        ) from None
-    return video, voice
-
-
-def unwritten(error: OSError) -> str:
-    """Why something could not be written, without where: not every visitor is to know the folders of a server."""
-    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else os.strerror(error.errno or errno.EIO)
-
-
-def _suffix(name: str) -> str:
-    """The ending of a user's file name, if it is one that can do no harm."""
-    suffix = Path(name).suffix.lower()
-    return suffix if suffix[1:].isalnum() and suffix.isascii() and len(suffix) <= 6 else ""
-
-
-def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

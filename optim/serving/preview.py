@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from latentsync import FPS
 from latentsync.media import VideoInfo, read_frames
 from latentsync.media.process import file_url, input_arguments, run_ffmpeg
+from latentsync.media.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,12 +61,10 @@ def write_fragments(path: Path, size: tuple[int, int], audio: Path) -> Generator
         *("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"),
         *("-f", "mp4", file_url(path)),
     ]
-    with run_ffmpeg(arguments, stdin=subprocess.PIPE) as (process, _):
+    with run_ffmpeg(arguments, stdin=subprocess.PIPE) as (process, _), Watchdog(process) as watchdog:
         try:
             while True:
-                view = memoryview((yield)).cast("B")
-                while view:
-                    view = view[process.stdin.write(view) :]
+                watchdog.write(memoryview((yield)).cast("B"))
         except BrokenPipeError:  # the sound has ended, and with it the video
             while True:
                 yield
@@ -94,7 +93,9 @@ class Preview:
         """Take a frame, if it is wanted; costs the run no more than that. frame: uint8 (H, W, 3)."""
         self._taken += 1
         now = time.monotonic()
-        in_video, in_picture = self._taken <= PREVIEW_SECONDS * FPS, now >= self._due
+        # Of a run that resumes, the first seconds do not come here.
+        in_video = not self._job.resumed_from and self._taken <= PREVIEW_SECONDS * FPS
+        in_picture = now >= self._due
         if in_picture:
             self._due = now + PICTURE_INTERVAL
         if in_video or in_picture:
@@ -132,10 +133,11 @@ class Preview:
             frame, number, in_picture = item  # from 1, of those in the video; 0: not in it
             if size is None:
                 size = preview_size(frame.shape[1], frame.shape[0])
-                writer = write_fragments(job.first, size, job.request.audio)
-                writer.send(None)
             small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
             if number:
+                if writer is None:
+                    writer = write_fragments(job.first, size, job.request.audio)
+                    writer.send(None)
                 while written < number:
                     writer.send(small)
                     written += 1

@@ -18,10 +18,8 @@ class Speeds:
         self.path = path
         self.jobs = 0  # that were measured since
         self._known: dict[str, dict[str, float]] = {}
-        with suppress(OSError, ValueError):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(found, dict):
-                self._known = found
+        with suppress(OSError, ValueError, RecursionError):
+            self._known = _checked(json.loads(path.read_text(encoding="utf-8")))
 
     @staticmethod
     def work(settings: "Settings") -> float:
@@ -53,3 +51,14 @@ class Speeds:
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(self._known, indent=1), encoding="utf-8")
             os.replace(partial, self.path)
+
+
+def _checked(read: object) -> dict[str, dict[str, float]]:
+    """What of a file's content are speeds: by place, a positive number by a positive number in text."""
+    known: dict[str, dict[str, float]] = {}
+    for place, speeds in read.items() if isinstance(read, dict) else ():
+        for work, seconds in speeds.items() if isinstance(speeds, dict) else ():
+            with suppress(ValueError):
+                if type(seconds) in (int, float) and 0 < seconds < math.inf and 0 < float(work) < math.inf:
+                    known.setdefault(place, {})[work] = seconds
+    return known
