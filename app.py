@@ -229,7 +229,7 @@ def changed(models: Sequence[str], old: Request, changes: dict[str, Any]) -> dic
     changes: settings by their names for /submit, or as /watch tells them. Raises UserError.
     """
     form = dict(zip(SETTINGS, as_settings(old.settings(), 0.0), strict=True)) | {"level": old.level}
-    neutral = {"vram_fraction": form["vram_fraction"], "batch": 0}
+    neutral = {"vram_fraction": 0.85, "batch": 0}  # what None means
     fields = set()
     for name, value in changes.items():
         fields.add(field := "cache" if name == "deepcache" else name)

@@ -141,6 +141,10 @@ for /f "tokens=2 delims==" %%v in ('findstr /b "torch==" "%ROOT%\requirements.tx
 "%VPY%" -m pip install --no-input --disable-pip-version-check --no-deps --extra-index-url https://download.pytorch.org/whl/%BUILD% "torch==%TORCH%+%BUILD%"
 if errorlevel 1 echo torch's %BUILD% build cannot be had (the reason is above): the default build is installed instead, which may not use the GPU.>&2
 :packages
+rem First the pinned packages, by their hashes; pip wants hashes of either all packages or none, so what those need
+rem follows in a call of its own.
+"%VPY%" -m pip install --quiet --no-input --disable-pip-version-check --no-deps --require-hashes -r "%ROOT%\requirements.hashes.txt"
+if errorlevel 1 goto install_failed
 "%VPY%" -m pip install --quiet --no-input --disable-pip-version-check -r "%ROOT%\requirements.txt"
 if errorlevel 1 goto install_failed
 copy /y "%VENV%\wanted" "%VENV%\installed" >nul

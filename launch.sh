@@ -139,6 +139,10 @@ install() {
     if [ "$2" = installed ]; then
         say "torch: the $build build, as $reason."
         install_torch "$build" "$present"
+        # First the pinned packages, by their hashes; pip wants hashes of either all packages or none, so what those
+        # need follows in a call of its own.
+        "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw --no-deps --require-hashes \
+            -r "$here/requirements.hashes.txt" | show_progress || fail_install
     fi
     "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw -r "$1" | show_progress ||
         fail_install
@@ -155,7 +159,7 @@ runpy.run_module("optim", run_name="__main__", alter_sys=True)'
 run_tests() {
     local first=0 second=0
     "$python" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@" || first=$?
-    say "" "The fused kernels, in Triton's interpreter:"
+    say $'\n'"The fused kernels, in Triton's interpreter:"
     TRITON_INTERPRET=1 "$python" -m pytest -n logical --maxprocesses 4 "$@" || second=$?
     if [ $first = 5 ] && [ $second != 5 ]; then first=0; fi
     if [ $second = 5 ] && [ $first != 5 ]; then second=0; fi

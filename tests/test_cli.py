@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import wave
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -153,13 +154,12 @@ def test_an_unwritable_report_is_refused_before_any_work(talking, voice, tmp_pat
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
-@pytest.mark.parametrize("which", ["video", "sound", "model", "output"])
-@pytest.mark.parametrize("option", ["--report", "-o"])
+@pytest.mark.parametrize(
+    "option, which", [*product(("--report", "-o"), ("video", "sound", "model")), ("--report", "output")]
+)
 def test_no_file_of_a_run_is_overwritten_under_another_name(
     talking, voice, checkpoint, tmp_path, capfd, option, which, link
 ):
-    if option == "-o" and which == "output":
-        pytest.skip("it is the output")
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     files = {
         "video": tmp_path / "a.mp4", "sound": tmp_path / "a.wav", "output": tmp_path / "earlier.mp4",
@@ -173,7 +173,7 @@ def test_no_file_of_a_run_is_overwritten_under_another_name(
     arguments = [files["video"], files["sound"], "--model", model, "--steps", 1]
     sentence = refuse(capfd, [*arguments, *(part for pair in outputs.items() for part in pair)])
     assert f"'{other}'" in sentence and f"'{files[which]}'" in sentence and "would be overwritten" in sentence
-    assert files[which].read_bytes() == before and not outputs["--report"].exists() or option == "--report"
+    assert files[which].read_bytes() == before and (option == "--report" or not outputs["--report"].exists())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows keeps pipes and devices elsewhere")
@@ -297,7 +297,7 @@ SOUNDS = {
 @pytest.mark.parametrize("name", SOUNDS)
 def test_sound_of_every_kind_works_and_is_kept(sync, talking, tmp_path, name):
     sound = make_sound(tmp_path / name, *SOUNDS[name], seconds=0.6)
-    report = sync(talking, sound)
+    report = sync(talking, sound, "out.mp4", *(["--copy-audio"] if name.endswith(".wav") else []))
     given, made = probe_audio(sound), probe_audio(tmp_path / "out.mp4")
     assert report["frames"] == len(frames_of(tmp_path / "out.mp4")) == frame_count(len(read_audio(sound)))
     assert (made.channels, made.sample_rate) == (given.channels, given.sample_rate)
@@ -305,6 +305,15 @@ def test_sound_of_every_kind_works_and_is_kept(sync, talking, tmp_path, name):
         assert made.codec == "flac"
         raw = [ffmpeg("-i", path, "-map", "0:a", "-f", "s16le", "-") for path in (sound, tmp_path / "out.mp4")]
         assert raw[0] == raw[1]
+
+
+@pytest.mark.parametrize(
+    "output, options, codec",
+    [("out.mp4", (), "aac"), ("out.mp4", ("--copy-audio",), "flac"), ("out.mkv", (), "pcm_s16le")],
+)
+def test_mp4_has_aac_unless_the_sound_is_to_be_kept(sync, talking, voice, tmp_path, output, options, codec):
+    sync(talking, voice, output, *options)
+    assert probe_audio(tmp_path / output).codec == codec
 
 
 @pytest.mark.parametrize("seconds, frames", [(0.01, 1), (0.5, 13), (1.5, 38), (2.0, 50)])

@@ -13,6 +13,7 @@ if kernels.triton is None:
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 HALF, SINGLE = torch.float16, torch.float32
+EPS = torch.finfo(SINGLE).eps
 BOUND = {HALF: 1e-3, SINGLE: 1e-5}  # relative to PyTorch in float64 on the same inputs: rounding of the result
 # Interpreting takes long; half precision there is tried by the networks of test_fused.py.
 KINDS = [SINGLE] if kernels.INTERPRETED else [HALF, SINGLE]
@@ -72,7 +73,9 @@ def test_group_norm_ties_the_frames_of_a_window(n, c, h, w, span, groups, dtype)
     norm = with_random_weights(GroupNorm(groups, c, 1e-5), dtype)
     out = kernels.group_norm(x, norm, span)
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
-    assert error(out, norm_in_double(x, norm, span)) <= BOUND[dtype]
+    # Where a group is one value its deviation is none, so that the rounding of that value is divided by √(norm.eps).
+    alone = c // groups * span * h * w == 1
+    assert error(out, norm_in_double(x, norm, span)) <= max(BOUND[dtype], alone * EPS / norm.eps**0.5)
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
@@ -89,11 +92,12 @@ def test_group_norm_takes_in_bias_time_and_silu(dtype, rows):
     assert error(out, F.silu(norm_in_double(moved, norm, 10))) <= BOUND[dtype]
 
 
-@pytest.mark.parametrize("mean, bound", [(1e2, 1e-5), (1e4, 1e-3)])
-def test_group_norm_survives_a_mean_far_above_the_deviation(mean, bound):
+@pytest.mark.parametrize("mean", [1e2, 1e4])
+def test_group_norm_survives_a_mean_far_above_the_deviation(mean):
+    """Off by the rounding of the mean; the mean of squares less the square of the mean is off by that of mean²."""
     x = image(4, 96, 11, 9, SINGLE) + mean * (1 + 0.001 * rand(96)[:, None, None])
     norm = with_random_weights(GroupNorm(32, 96, 1e-6), SINGLE)
-    assert error(kernels.group_norm(x, norm, 2), norm_in_double(x, norm, 2)) <= bound
+    assert error(kernels.group_norm(x, norm, 2), norm_in_double(x, norm, 2)) <= 4 * EPS * mean
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)

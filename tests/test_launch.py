@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,9 @@ class Copy:
         return self.calls_file.read_text().splitlines()
 
     def installs(self) -> list[str]:
-        return [call for call in self.calls() if "pip install" in call and "-r " in call]
+        """The calls of pip for a list of packages; the one for their hashes, before it, is left out."""
+        calls = [call for call in self.calls() if "pip install" in call and "-r " in call]
+        return [call for call in calls if "--require-hashes" not in call]
 
     def torch_installs(self) -> list[str]:
         """What is installed from pytorch.org: the index and the packages."""
@@ -272,6 +275,36 @@ def test_both_runs_of_the_tests_get_the_options_and_either_can_fail_the_command(
     runs = [call for call in with_python.calls() if call.startswith("-m pytest")]
     assert len(runs) == 2 and all(run.endswith("-k a or b") for run in runs)
     assert f"exit code {tests if tests != 5 or kernels == 5 else 0}" in result.stderr
+
+
+def test_the_pinned_packages_are_installed_by_their_hashes_before_the_rest(with_python):
+    assert with_python.start("sync").returncode == 0
+    by_hash, rest = [call for call in with_python.calls() if "pip install" in call and "-r " in call]
+    assert "--no-deps --require-hashes" in by_hash and by_hash.endswith("requirements.hashes.txt")
+    assert rest.endswith("requirements.txt") and "--require-hashes" not in rest
+    result = with_python.start("sync", FAKE_TORCH="default cpu another driver", FAKE_PIP_STATUS="1")
+    assert result.returncode == 2 and with_python.installs() == [], "nothing is installed after a hash that is wrong"
+
+
+def test_every_pinned_package_but_torch_has_hashes():
+    from packaging.requirements import Requirement
+
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    text = (ROOT / "requirements.hashes.txt").read_text()
+    entries = re.findall(r"^(\S.*?)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.MULTILINE)
+    assert len(entries) == sum(not line.startswith(("#", " ")) for line in text.splitlines())
+
+    def chosen(lines: list[str], python: str, system: str) -> set[tuple[str, str]]:
+        here = {"python_version": python, "python_full_version": f"{python}.5"}
+        here |= {"platform_system": system, "sys_platform": {"Windows": "win32", "Linux": "linux"}[system]}
+        wanted = map(Requirement, lines)
+        kept = [r for r in wanted if not r.marker or r.marker.evaluate(here)]
+        return {(r.name.lower().replace("_", "-"), str(r.specifier)) for r in kept if r.name != "torch"}
+
+    for python in ("3.10", "3.11", "3.12", "3.13"):
+        for system in ("Linux", "Windows"):
+            found = chosen([entry for entry, _ in entries], python, system)
+            assert found == chosen(pins, python, system) and len(found) > 15
 
 
 def test_requirements_name_one_version_for_every_python():

@@ -12,6 +12,7 @@ from latentsync.checkpoints import load_audio_encoder
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 FILES = sorted(PARITY_DIR.glob("audio_*.pt"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 BOUND = 5e-6
 
 

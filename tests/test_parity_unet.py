@@ -14,6 +14,7 @@ from latentsync.unet import UNet, UNetConfig
 HERE = Path(__file__).parent / "parity"
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", HERE))
 FILES = sorted(PARITY_DIR.glob("unet_*.safetensors"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 BOUND = 5e-6
 
 

@@ -3,6 +3,7 @@ whoever waits for an encoder which stands still can end it."""
 
 import os
 import re
+import socket
 import struct
 import subprocess
 from fractions import Fraction
@@ -13,6 +14,7 @@ import pytest
 from clips import ffmpeg, make_sound, make_video
 from imageio_ffmpeg import get_ffmpeg_exe
 
+from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_audio, read_frames_looped
 from latentsync.media.metadata import parse_metadata
 from latentsync.segments import SegmentWriter
@@ -149,8 +151,7 @@ ENCODED = {
 }
 
 
-@pytest.mark.parametrize("name", ENCODED)
-@pytest.mark.parametrize("suffix", [".mp4", ".m4v", ".mov"])
+@pytest.mark.parametrize("suffix, name", [*((".mp4", name) for name in ENCODED), (".m4v", "a.wav"), (".mov", "a.wav")])
 def test_sound_for_the_players_of_telephones_is_aac(tmp_path, picture, name, suffix):
     sound = piece(tmp_path / name, "-ac", 2, *ENCODED[name], rate=48000)
     info = probe_audio(write(tmp_path / f"out{suffix}", picture, sound))
@@ -205,6 +206,20 @@ def test_a_result_that_ends_early_keeps_sound_and_mouth_together(tmp_path, pictu
     assert probe_video(out).n_frames == 30 and probe_audio(out).duration == pytest.approx(1.2, abs=0.05)
     for by_time in (True, False):
         assert np.abs(onsets(heard(out, by_time)) - onsets(read_audio(sound))[:1]).max() < MOST
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_only_a_regular_file_can_be_written_over(tmp_path, picture):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.mp4"))
+        (tmp_path / "device.mp4").symlink_to("/dev/null")
+        for name in ("pipe", "socket", "device"):
+            with pytest.raises(UserError, match=f"{name}.mp4' is a pipe or a device"):
+                VideoWriter(tmp_path / f"{name}.mp4", picture)
+    os.link(picture.path, tmp_path / "same.mp4")
+    with pytest.raises(UserError, match="same.mp4' is an input"):
+        VideoWriter(tmp_path / "same.mp4", picture)
 
 
 # ---- what is taken over from the video

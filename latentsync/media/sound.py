@@ -1,24 +1,15 @@
 """The sound of a file that is written: copied, stored without loss, or as AAC."""
 
 import re
-import subprocess
-import time
+import tempfile
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, suppress
 from itertools import zip_longest
 from pathlib import Path
 
 from latentsync.media.info import AudioInfo
-from latentsync.media.process import (
-    PROBE_MEMORY,
-    Limits,
-    file_url,
-    input_arguments,
-    read_log,
-    run_ffmpeg,
-    with_watchdog,
-)
-from latentsync.media.watchdog import POLL, OnWait, Watchdog
+from latentsync.media.process import PROBE_MEMORY, Limits, file_url, input_arguments, read_log, run_ffmpeg
+from latentsync.media.watchdog import OnWait, Watchdog
 
 SUFFIXES = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 COPIED_AUDIO = {  # codecs that a container holds as they are
@@ -73,10 +64,10 @@ def _lossless(audio: AudioInfo, container: str) -> list[str]:
 
 
 def _aac(audio: AudioInfo) -> list[str]:
-    channels = audio.channels if audio.channels <= MOST_CHANNELS else 2
+    channels, mixed = (audio.channels, []) if audio.channels <= MOST_CHANNELS else (2, ["-ac", "2"])
     rate = next((rate for rate in AAC_RATES if rate >= audio.sample_rate), AAC_RATES[-1])
     return [
-        *("-af", _as_decoded(rate), "-ac", str(channels), "-c:a", "aac", "-profile:a", "aac_low"),
+        *("-af", _as_decoded(rate), *mixed, "-c:a", "aac", "-profile:a", "aac_low"),
         *("-b:a", str(channels * AAC_CHANNEL_BITRATE)),
     ]
 
@@ -114,33 +105,49 @@ def _can_be_copied(audio: AudioInfo, path: Path, profiles: set[str] | None, on_w
 
 
 def _sounds_alike(source: AudioInfo, copy: Path, profiles: set[str] | None, on_wait: OnWait | None) -> bool:
-    zero, log = _begin_of_picture(copy, on_wait)
-    # Of our own file, which holds no words of others.
-    profile = re.search(r"^  Stream #0:1.*?: Audio: \w+ \(([\w-]+)\)", log, re.MULTILINE)
-    if zero is None or profiles is not None and (not profile or profile[1] not in profiles):
-        return False
-    raw = source.codec.startswith("pcm_")  # whose packets are cut anew by every container
+    with tempfile.TemporaryDirectory(prefix="latentsync-") as folder:
+        original, copied, picture = (Path(folder) / name for name in ("original", "copied", "picture"))
+        decode = ["-c:a", "pcm_s16le", "-f", "framecrc"]
+        looks = (
+            [*input_arguments(source.path), "-map", f"0:{source.select}", *decode, str(original)],
+            [
+                *("-copyts", "-i", file_url(copy), "-map", "0:a:0", *decode, str(copied)),
+                *("-map", "0:v:0", "-c:v", "copy", "-f", "framecrc", str(picture)),
+            ],
+        )
+        with ExitStack() as stack:  # both at the same time
+            runs = [stack.enter_context(run_ffmpeg(["-nostats", *look], limits=LIMITS)) for look in looks]
+            watchdogs = [stack.enter_context(Watchdog(process)) for process, _ in runs]
+            if any([watchdog.wait(on_wait) != 0 for watchdog in watchdogs]):
+                return False
+            log = read_log(runs[1][1])
+        # Of our own file, which holds no words of others.
+        profile = re.search(r"^  Stream #0:1.*?: Audio: \w+ \(([\w-]+)\)", log, re.MULTILINE)
+        if profiles is not None and (not profile or profile[1] not in profiles):
+            return False
+        zero = min((time for time, _, _ in _frames(picture)), default=None)
+        return zero is not None and _alike(_frames(original), _frames(copied), zero, source.codec.startswith("pcm_"))
+
+
+def _alike(original: Iterator[Frame], copied: Iterator[Frame], zero: float, raw: bool) -> bool:
+    """Whether decoded frames are the same, those of the copy at the same times after `zero`, and without gaps.
+
+    raw: the sound is not compressed, so that containers cut its packets anew.
+    """
     begins: list[float | None] = [None, zero]
     positions, agreed, alike = [0.0, 0.0], 0.0, True  # seconds of samples of both so far, and while they were alike
-    original = _decoded(source.path, input_arguments(source.path), source.select, on_wait)
-    copied = _decoded(copy, ["-copyts", "-i", file_url(copy)], "a:0", on_wait)
-    with closing(original), closing(copied):
-        for pair in _matched(original, copied):
-            for side, frame in enumerate(pair):
-                if frame:
-                    begins[side] = frame[0] if begins[side] is None else begins[side]
-                    if abs(frame[0] - begins[side] - positions[side]) > MOST_SHIFT:
-                        return False
-                    positions[side] += frame[1]
-            if raw:
-                agreed = min(positions)
-                continue
-            if pair[0] is None and not positions[0]:  # before the first of the original
-                continue
+    for pair in _matched(original, copied):
+        for side, frame in enumerate(pair):
+            if frame:
+                begins[side] = frame[0] if begins[side] is None else begins[side]
+                if abs(frame[0] - begins[side] - positions[side]) > MOST_SHIFT:
+                    return False
+                positions[side] += frame[1]
+        if raw:
+            agreed = min(positions)
+        elif pair[0] or positions[0]:  # not before the first of the original
             alike = alike and None not in pair and pair[0][1:] == pair[1][1:]
             agreed = min(positions) if alike else agreed
-            if max(positions) - agreed > MOST_PADDING:
-                return False
     return 0 < agreed >= max(positions) - MOST_PADDING
 
 
@@ -157,42 +164,14 @@ def _matched(original: Iterator[Frame], copied: Iterator[Frame]) -> Iterator[tup
     yield from zip_longest(original, copied)
 
 
-def _begin_of_picture(path: Path, on_wait: OnWait | None) -> tuple[float | None, str]:
-    """When the picture of a file begins, in seconds on the file's own clock, and ffmpeg's messages."""
-    arguments = ["-nostats", "-copyts", "-i", file_url(path), "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "pipe:1"]
-    with run_ffmpeg(arguments, stdout=subprocess.PIPE) as (process, log):
-        frames = _polled(_frames(process), on_wait)
-        begin = min((at for at, _, _ in with_watchdog(process, frames, path)), default=None)
-        return begin, read_log(log)
-
-
-def _decoded(path: Path, source: list[str], select: str, on_wait: OnWait | None) -> Iterator[Frame]:
-    """Times and durations, in seconds, and checksums of what a file's sound decodes to; source: ffmpeg's input."""
-    arguments = [
-        *("-loglevel", "error", "-nostats", *source, "-map", f"0:{select}"),
-        *("-c:a", "pcm_s16le", "-f", "framecrc", "pipe:1"),
-    ]
-    with run_ffmpeg(arguments, stdout=subprocess.PIPE, limits=LIMITS) as (process, _):
-        yield from with_watchdog(process, _polled(_frames(process), on_wait), path)
-
-
-def _frames(process: subprocess.Popen) -> Iterator[Frame]:
+def _frames(listed: Path) -> Iterator[Frame]:
+    """What ffmpeg's framecrc format lists."""
     base = 0.0  # seconds of a unit of time
-    with open(process.stdout.fileno(), "rb", closefd=False) as lines:
-        for line in map(bytes.decode, lines):
+    with open(listed, encoding="ascii") as lines:
+        for line in lines:
             if line.startswith("#tb 0:"):
                 above, below = map(int, line.split()[2].split("/"))
                 base = above / below
             elif not line.startswith("#"):
                 _, _, pts, duration, _, checksum, *_ = line.split(",")
                 yield int(pts) * base, int(duration) * base, checksum.strip()
-
-
-def _polled(items: Iterator[Frame], on_wait: OnWait | None) -> Iterator[Frame]:
-    """The items; on_wait() is called between them, every POLL seconds at most."""
-    due = time.monotonic() + POLL
-    for item in items:
-        if on_wait and time.monotonic() > due:
-            on_wait()
-            due = time.monotonic() + POLL
-        yield item

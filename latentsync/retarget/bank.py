@@ -32,7 +32,7 @@ MOST_TURNED = 0.2  # of the tip of the nose aside the eyes' middle: no mouth is 
 # What a mouth costs to choose: one for each unit, squared, that it differs by from the wanted one.
 OPENING_UNIT = 0.35  # of the logarithm
 OPENING_ZERO = 0.03  # added to openings, as small ones all look closed
-WIDTH_UNIT, POSE_UNIT, LIGHT_UNIT = 0.08, 0.06, 20.0
+WIDTH_UNIT, POSE_UNIT, LIGHT_UNIT, DETAIL_UNIT = 0.08, 0.06, 20.0, 0.25  # of the detail's logarithm
 JUMP_COST, LEAP_SHARE, LEAP_MOST, STAY_COST = 0.7, 0.5, 4.0, 0.03
 
 # A look: small picture of the skin around the mouth, by which something before it is noticed.
@@ -51,7 +51,7 @@ class Mouth:
     """One frame's mouth, as it was filmed.
 
     position: of the frame; pixels: uint8 (h, w, 3); points: `mouth_points` in them; lips: (40, 2), head units from
-    their anchor; features: opening, width, turn, nod (head units), light (grey levels).
+    their anchor; features: of `features`.
     """
 
     position: int
@@ -83,10 +83,15 @@ def cut_mouth(frame: np.ndarray, points: np.ndarray, position: int) -> Mouth | N
 
 
 def features(points: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """What a mouth is chosen by, (5,): opening, width, turn and nod of the head, light."""
+    """What a mouth is chosen by, (6,): opening, width, turn and nod of the head; brightness and detail of its pixels.
+
+    Detail is the mean size of the Laplacian, in grey levels: a frame that moved is blurred, and so should its mouth be.
+    """
     head = head_similarity(points)
     lips, (turn, nod) = apply(head, points[LIPS]), apply(head, points[[NOSE_TIP]])[0]
-    return np.array([opening(lips), width(lips), turn, nod, pixels[..., 1].mean()])
+    green = np.ascontiguousarray(pixels[..., 1])
+    detail = np.abs(cv2.Laplacian(green, cv2.CV_16S)).mean()
+    return np.array([opening(lips), width(lips), turn, nod, green.mean(), detail])
 
 
 class MouthBank:
@@ -230,14 +235,15 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def feature_places(found: np.ndarray) -> np.ndarray:
-    """Features (n, 5) in the units of their cost."""
-    places = found / (1, WIDTH_UNIT, POSE_UNIT, POSE_UNIT, LIGHT_UNIT)
+    """Features (n, 6) in the units of their cost."""
+    places = found / (1, WIDTH_UNIT, POSE_UNIT, POSE_UNIT, LIGHT_UNIT, 1)
     places[:, 0] = np.log(found[:, 0] + OPENING_ZERO) / OPENING_UNIT
+    places[:, 5] = np.log(found[:, 5] + 1) / DETAIL_UNIT
     return places
 
 
 def choose_mouths(mouths: tuple[Mouth, ...], wanted: np.ndarray) -> np.ndarray:
-    """The cheapest path through the mouths for n frames with wanted features (n, 5): their indices (n,).
+    """The cheapest path through the mouths for n frames with wanted features (n, 6): their indices (n,).
 
     Going on to the next frame of the film, or to the one before, is free; jumps cost the more the less alike two
     mouths are.

@@ -22,6 +22,7 @@ HULL_INSIDE, HULL_OUTSIDE = 0.01, 0.085  # beyond the hull of lips and chin: whe
 RING_WIDTH = 0.1  # beyond the soft hull, of what its light is matched with
 RING_FROM = 0.6  # share of the patch in the blend under which a pixel counts as ring
 RING_MOST = 60.0  # grey levels that the light of two frames may differ by
+SHARPEN_SIGMA, SHARPEN_MOST = 1.0, 1.0  # pixels; of what a blur of that takes, so much is added at most
 RING_BLURS = ((0.06, 1.0), (0.25, 0.02))  # deviations in head units, and weights: near the ring, and farther inside
 GRID_STEPS = 60  # a head unit, in which warps are worked out
 STIFFNESS = 1e-4  # how much a warp gives way where points contradict one another
@@ -213,13 +214,15 @@ def soft_hull(points: np.ndarray, shape: tuple[int, int], scale: float) -> np.nd
 
 
 def match_ring(patch: np.ndarray, region: np.ndarray, hull: np.ndarray, scale: float) -> np.ndarray:
-    """Give a patch float32 (h, w, 3) the light and the colours that a region uint8 has around the hull (h, w).
+    """Give a patch float32 (h, w, 3) the light, the colours and the sharpness that a region uint8 has around the hull.
 
     What the two differ by in the ring is spread inwards, smoothly, and added.
     """
+    ring = hull < RING_FROM
+    patch = sharpen(patch, detail(region, ring) / max(detail(patch, ring), 1e-3))
     shrink = max(1, int(scale / 30))
     size = (max(1, patch.shape[1] // shrink), max(1, patch.shape[0] // shrink))
-    weight = (hull < RING_FROM).astype(np.float32)[..., None]
+    weight = ring.astype(np.float32)[..., None]
     difference = np.clip(region - patch, -RING_MOST, RING_MOST) * weight
     small = cv2.resize(np.dstack([difference, weight]), size, interpolation=cv2.INTER_AREA)
     spread = sum(
@@ -228,3 +231,17 @@ def match_ring(patch: np.ndarray, region: np.ndarray, hull: np.ndarray, scale: f
     )
     spread = spread[..., :3] / np.maximum(spread[..., 3:], 1e-6)
     return patch + cv2.resize(spread, patch.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def detail(pixels: np.ndarray, where: np.ndarray) -> float:
+    """Mean size of the Laplacian of the green of pixels (h, w, 3), in grey levels; where: bool (h, w)."""
+    green = np.ascontiguousarray(pixels[..., 1], np.float32)
+    return float(np.abs(cv2.Laplacian(green, cv2.CV_32F))[where].mean()) if where.any() else 0.0
+
+
+def sharpen(pixels: np.ndarray, wanted: float) -> np.ndarray:
+    """Pixels float32 (h, w, 3) with about `wanted` times their detail, if that is more: resampling softens."""
+    amount = min(wanted - 1, SHARPEN_MOST)
+    if amount <= 0:
+        return pixels
+    return pixels + amount * (pixels - cv2.GaussianBlur(pixels, (0, 0), SHARPEN_SIGMA))

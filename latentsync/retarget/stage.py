@@ -177,8 +177,8 @@ def _next_shown(shown: _Shown | None, mouth: Mouth) -> _Shown:
 
 
 def _wanted_features(run: list[_Entry], first: int, last: int) -> np.ndarray:
-    """The features (last - first, 5) of the mouths to be chosen: opening and width of the generated ones, smoothed over
-    three frames, head and light as they are."""
+    """The features (last - first, 6) of the mouths to be chosen: opening and width of the generated ones, smoothed over
+    three frames, head, light and detail as they are."""
     known = [i for i in range(first, last) if run[i].wanted is not None]
     shapes = np.stack([run[i].wanted for i in known])
     shapes = np.stack([np.interp(np.arange(first, last), known, column) for column in shapes.T], axis=1)

@@ -10,12 +10,14 @@ from torch import nn
 
 from latentsync.checkpoints import CONFIG, UNET_NAMES, VAE_CONFIG, VAE_NAMES, WHISPER_NAMES
 from latentsync.corpus import RESOLUTION
-from latentsync.paths import check_writable, write_text
+from latentsync.paths import check_writable, write_bytes, write_text
 from latentsync.training import autoencoder, denoiser, listener
 from latentsync.training.sound import QUIETEST, SPEECH_LEVEL
 from latentsync.training.state import load_weights
 from latentsync.unet import UNet, UNetConfig
 
+# What the model paints in place of the film's faces, see `latentsync.retarget`: the person that most clips show.
+FACE = Path(__file__).resolve().parents[2] / "assets" / "demo" / "face.png"
 GUIDANCE_SCALE = 2.5  # of a small model: at 1.5 its mouths open less far (see the log)
 
 
@@ -31,15 +33,18 @@ def export(state: Path, folder: Path) -> None:
         {"unet": UNet(UNetConfig.from_dict(denoiser.CONFIG)), "encoder": listener.new_encoder()}
     )
     load_weights(state / "denoiser.pt", {"average": average})
-    for name in (CONFIG, UNET_NAMES[0], WHISPER_NAMES[0], VAE_NAMES[0], VAE_CONFIG):
+    for name in (CONFIG, FACE.name, UNET_NAMES[0], WHISPER_NAMES[0], VAE_NAMES[0], VAE_CONFIG):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         check_writable(folder / name, (state / "autoencoder.pt", state / "denoiser.pt"), "The model's file")
     config = {
         "resolution": RESOLUTION, "match_colours": True, "ends_only": True,
         "guidance_scale": GUIDANCE_SCALE, "mel_range": QUIETEST, "speech_level": SPEECH_LEVEL,
+        "face": FACE.name,
         "unet": denoiser.CONFIG,
     }  # fmt: skip
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    if (folder / FACE.name).resolve() != FACE:
+        write_bytes(folder / FACE.name, FACE.read_bytes())
     save_file(half(average["unet"]), folder / UNET_NAMES[0])
     dims = json.dumps(vars(listener.DIMS))
     save_file(half(average["encoder"], "encoder."), folder / WHISPER_NAMES[0], metadata={"dims": dims})

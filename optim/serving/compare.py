@@ -2,7 +2,7 @@
 
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -38,6 +38,8 @@ def side_by_side(
     when it is set, whatever that is waiting for, so that step is called once more. Raises UserError where the file
     cannot be written.
     """
+    from moviepy import VideoClip, clips_array  # which takes a second or two
+
     before, after = probe_video(original), probe_video(result)
     total = min(after.n_frames, COMPARED_SECONDS * FPS)
     scale = min(1.0, MOST_PIXELS / min(before.width, before.height))
@@ -66,10 +68,13 @@ def side_by_side(
         Watchdog(process, cancel) as watchdog,
     ):
         try:
-            for (_, shown), painted in zip(left, right, strict=False):
+            seconds = (total - 0.5) / FPS  # so that moviepy asks for `total` frames
+            both = (frame for _, frame in left), right
+            halves = [VideoClip(_in_order(frames, (width, height)), duration=seconds) for frames in both]
+            # bg_color: without one moviepy blends the two as if they could be seen through, and is slower.
+            for frame in clips_array([halves], bg_color=(0, 0, 0)).iter_frames(fps=FPS, dtype="uint8"):
                 step(done, total)
-                halves = [_sized(frame, (width, height)) for frame in (shown, painted)]
-                watchdog.write(memoryview(np.hstack(halves)).cast("B"))
+                watchdog.write(memoryview(np.ascontiguousarray(frame)).cast("B"))
                 done += 1
             process.stdin.close()
         except OSError:
@@ -78,14 +83,23 @@ def side_by_side(
             step(done, total)
             stalled = watchdog.stalled is not None and f"ffmpeg stood still for {watchdog.stalled:g} seconds"
             raise UserError(_not_written(stalled or failure(log)))
-    if done < total:
-        raise UserError(_not_written("the result is cut short"))
 
 
-def _sized(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A frame of `size` (width, height)."""
-    same = (frame.shape[1], frame.shape[0]) == size
-    return frame if same else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+def _in_order(frames: Iterator[np.ndarray], size: tuple[int, int]) -> Callable[[float], np.ndarray]:
+    """A moviepy frame function over frames that come one after the other at 25 fps, made `size` (width, height)."""
+    position, shown = -1, None
+
+    def frame_at(t: float) -> np.ndarray:
+        nonlocal position, shown
+        while position < round(t * FPS):
+            shown = next(frames, None)
+            if shown is None:
+                raise UserError(_not_written("one of the two videos is cut short"))
+            position += 1
+        same = (shown.shape[1], shown.shape[0]) == size
+        return shown if same else cv2.resize(shown, size, interpolation=cv2.INTER_AREA)
+
+    return frame_at
 
 
 def _not_written(why: str) -> str:

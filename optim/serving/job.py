@@ -131,8 +131,8 @@ class Job:
         return self.folder / f"{_stem(self.names[0])}-side-by-side.mp4"
 
     def rewind(self) -> None:
-        """Let it wait as if it had not been started; what is finished of it stays on the disk."""
-        self.queued, self.started, self.ended = time.time(), None, None
+        """Let it wait in its old place as if it had not been started; what is finished of it stays on the disk."""
+        self.started = self.ended = None
         self.doing, self.error, self.remedy = "waiting", None, None
         self.progress, self.part, self.resumed_from, self.expected = {}, 0.0, 0, None
         self.messages = self.messages[: self.remarks]
@@ -251,12 +251,12 @@ def _restored(folder: Path, about: dict[str, Any]) -> Job | None:
 
 def _queue_again(job: Job) -> None:
     """Let a job that an earlier server had not finished wait, or fail."""
-    ran, queued = job.state == RUNNING, job.queued
+    ran = job.state == RUNNING
     finished = finished_frames(job)
     if ran and finished > job.frames_at_start:
         job.starts = 1
     job.rewind()
-    job.queued, job.frames_at_start = queued, finished  # before those that were put into the queue later
+    job.frames_at_start = finished
     if ran and job.starts >= MOST_STARTS:
         job.state, job.doing, job.error, job.ended = FAILED, "failed", CRASHED, time.time()
     else:

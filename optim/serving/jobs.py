@@ -240,7 +240,7 @@ class Worker:
                 return False
             self._check_room(job.owner, kept_too=False)
             job.rewind()
-            job.starts = 0
+            job.starts, job.queued = 0, time.time()
             write_down(job, WAITING)
             job.state = WAITING
             self._waiting.append(job)
