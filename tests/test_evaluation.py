@@ -331,7 +331,7 @@ def mouths_of(n: int, side: int = 64) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_person_that_stays_keeps_everything():
     faces, points = mouths_of(4)
-    found = keeps(faces, faces, points)
+    found = keeps(faces, faces, points, points)
     assert found == {"outside": math.inf, "detail": 1, "colour": 0, "seam": 1, "flicker": 1}
 
 
@@ -340,23 +340,23 @@ def test_what_changes_inside_the_hull_is_told_from_what_changes_beside_it():
     hulls = mouth_hulls(points, 64, NEAR * 64 / 256)
     inside = faces.copy()
     inside[hulls] = np.clip(inside[hulls].astype(int) + (30, 0, 0), 0, 255)
-    found = keeps(inside, faces, points)
+    found = keeps(inside, faces, points, points)
     assert found["outside"] == math.inf
     assert found["colour"] > 3
     below = np.zeros_like(hulls)
     below[:, 32:] = True
     beside = faces.copy()
     beside[below & ~hulls] += 5
-    assert keeps(beside, faces, points)["outside"] == pytest.approx(20 * math.log10(255 / 5))
+    assert keeps(beside, faces, points, points)["outside"] == pytest.approx(20 * math.log10(255 / 5))
     above = faces.copy()
     above[:, :32] = 0
-    assert keeps(above, faces, points)["outside"] == math.inf
+    assert keeps(above, faces, points, points)["outside"] == math.inf
 
 
 def test_a_blurred_mouth_keeps_less_detail():
     faces, points = mouths_of(4)
     soft = np.stack([cv2.GaussianBlur(face, (0, 0), 2) for face in faces])
-    assert keeps(soft, faces, points)["detail"] < 0.3
+    assert keeps(soft, faces, points, points)["detail"] < 0.3
 
 
 def test_ciede2000_is_that_of_scikit_image():

@@ -93,14 +93,18 @@ def flicker_ratio(result: np.ndarray, source: np.ndarray, hulls: np.ndarray) -> 
     return flicker(result, usual) / flicker(source, usual)
 
 
-def keeps(result: np.ndarray, source: np.ndarray, points: np.ndarray) -> dict[str, float]:
-    """All measures of one clip; points (n, k, 2): HULL_POINTS of the source's mesh in the crops."""
+def keeps(result: np.ndarray, source: np.ndarray, points: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """All measures of one clip; points, after (n, k, 2): HULL_POINTS of the source's and of the result's mesh.
+
+    The seam is looked for around both, as the corners of a mouth that has become wider are none.
+    """
     side = source.shape[1]
+    both = np.concatenate([points, np.where(np.isfinite(after), after, points)], axis=1)
     inner, outer = (mouth_hulls(points, side, grown) for grown in (0.0, NEAR * side / 256))
     return {
         "outside": outside_psnr(result, source, outer),
         "detail": detail_ratio(result, source, outer),
         "colour": colour_difference(result, source, inner),
-        "seam": seam_ratio(result, source, mouth_hulls(points, side, 0.75 * NEAR * side / 256)),
+        "seam": seam_ratio(result, source, mouth_hulls(both, side, 0.75 * NEAR * side / 256)),
         "flicker": flicker_ratio(result, source, outer),
     }

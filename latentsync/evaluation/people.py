@@ -29,12 +29,12 @@ COLUMNS = (
 )
 
 
-def hull_points(seen: Seen) -> np.ndarray:
-    """HULL_POINTS of every face in the crops, (n, k, 2); NaN where there is no face."""
+def hull_points(seen: Seen, like: Seen) -> np.ndarray:
+    """HULL_POINTS of every face in the crops, (n, k, 2), aligned as those of `like`; NaN where there is no face."""
     to_square = SIDE / np.array(crop_size(SIDE))
     points = np.full((len(seen.faces), len(HULL_POINTS), 2), np.nan)
-    for row, face, matrix in zip(points, seen.faces, alignments(seen.faces), strict=True):
-        if face is not None:
+    for row, face, matrix in zip(points, seen.faces, alignments(like.faces), strict=False):
+        if face is not None and matrix is not None:
             row[:] = (face.landmarks[list(HULL_POINTS)] @ matrix[:, :2].T + matrix[:, 2] + 0.5) * to_square - 0.5
     return points
 
@@ -51,7 +51,7 @@ def measure_people(
         result = look(frames, source.faces[:n])
         in_step = correlation(result.opening, voice.seen.opening)
         found = {"person": film.stem, "voice": voice.name}
-        found |= keeps(result.crops, source.crops[:n], hull_points(source)[:n])
+        found |= keeps(result.crops, source.crops[:n], hull_points(source, source)[:n], hull_points(result, source))
         found["correlation"], found["lag"] = peak(in_step)
         found["old"] = float(correlation(result.opening, source.opening[:n])[list(LAGS).index(0)])
         yield found, source.crops[:n], result.crops
