@@ -320,6 +320,9 @@ def test_the_server_refuses_a_login_that_comes_too_soon():
     policy, tried = policy_for(None, [], {}), []
     policy.throttle = Throttle(clock=lambda: 0.0)
 
+    def form(word: str) -> dict[str, str]:
+        return {"password": word}
+
     async def login(request: Request) -> PlainTextResponse:
         tried.append((await request.form())["password"])
         return PlainTextResponse("", 200 if tried[-1] == "right" else 400)
@@ -327,8 +330,8 @@ def test_the_server_refuses_a_login_that_comes_too_soon():
     app = Starlette(routes=[Route("/login", login, methods=["POST"])])
     client = TestClient(Guard(app, policy), base_url="http://localhost")
     for _ in range(FREE_FAILURES):
-        assert client.post("/login", data={"password": "wrong"}).status_code == 400
-    found = client.post("/login", data={"password": "right"})
+        assert client.post("/login", data=form("wrong")).status_code == 400
+    found = client.post("/login", data=form("right"))
     assert found.status_code == 429 and found.headers["retry-after"] == "1" and "again in 1 s" in found.json()["error"]
     assert len(tried) == FREE_FAILURES
 
