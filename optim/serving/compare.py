@@ -68,7 +68,7 @@ def side_by_side(
         Watchdog(process, cancel) as watchdog,
     ):
         try:
-            seconds = (total - 0.5) / FPS  # so that moviepy asks for `total` frames
+            seconds = (total + 0.5) / FPS  # moviepy rounds down to whole frames
             both = (frame for _, frame in left), right
             halves = [VideoClip(_in_order(frames, (width, height)), duration=seconds) for frames in both]
             # bg_color: without one moviepy blends the two as if they could be seen through, and is slower.
