@@ -1,6 +1,7 @@
 """The running page against what is not its visitor: pages of others, addresses, malformed requests, files that stay."""
 
 import json
+import os
 import secrets
 import shutil
 import signal
@@ -76,7 +77,10 @@ def upload(server, name: str, data: bytes) -> str:
 
 
 def stored(server) -> list[Path]:
-    return [path for path in server.temp.rglob("*") if path.is_file() and path.name != "server.json"]
+    files = []
+    for folder, _, names in os.walk(server.temp):  # which passes over folders that go meanwhile, unlike rglob
+        files += [Path(folder, name) for name in names if name != "server.json"]
+    return files
 
 
 def client_of(server, path: str = "", **options) -> Client:
