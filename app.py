@@ -1,7 +1,7 @@
 """The page: `python app.py` opens it. Inputs and buttons are Gradio's; what moves is drawn by assets/page.js.
 
 Jobs run in `optim.serving.jobs.Worker`, a thread beside the server. torch is not imported before the page is shown.
-Every action is an endpoint with a name, for `gradio_client` as for the page's own script (README, The page).
+Every action is an endpoint with a name, for `gradio_client` as for the page's own script (docs/api.md).
 """
 
 import argparse

@@ -98,9 +98,8 @@ def find_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
     return None
 
 
-def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
-    """Dub, measure, and write measures.json and the contact sheets into the folder `out`."""
-    files = held_out(args.clips, args.speakers)
+def load_and_make_folder(args: argparse.Namespace, prepare: Prepare) -> tuple[Models, Settings]:
+    """The prepared models and settings of a run; makes its folder `out`. Raises UserError."""
     device = choose_device(args.device)
     models = load_models(resolve(args.model, device), device)
     settings = Settings.suiting(models, args.guidance, steps=args.steps, seed=args.seed)
@@ -109,6 +108,13 @@ def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"'{args.out}' cannot be made ({error.strerror}); choose another folder.") from error
+    return models, settings
+
+
+def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
+    """Dub, measure, and write measures.json and the contact sheets into the folder `out`."""
+    files = held_out(args.clips, args.speakers)
+    models, settings = load_and_make_folder(args, prepare)
     inputs = [*(path for paths in files.values() for path in paths), *models.files, args.judge]
     for name in ("measures.json", *(f"{speaker}.png" for speaker in files)):
         check_writable(args.out / name, inputs)
@@ -116,7 +122,7 @@ def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
     say("following the faces of the real clips")
     most = None if args.limit is None else max(args.limit, TRACKS)
     clips = {speaker: [read_clip(speaker, path) for path in paths[:most]] for speaker, paths in files.items()}
-    judge, checked = find_judge(args, device), None
+    judge, checked = find_judge(args, models.device), None
     if judge is not None:
         checked = check_on(judge, clips)
         say(f"the judge finds {checked.sentence()}")
@@ -139,7 +145,8 @@ def evaluate_clips(args: argparse.Namespace, prepare: Prepare) -> None:
         save_picture(args.out / f"{result.speaker}.png", np.vstack(sheet))
         found = groups(results)
         write_text(args.out / "measures.json", json.dumps(plain({
-            "model": models.name, "resolution": models.resolution, "device": str(device), "settings": asdict(settings),
+            "model": models.name, "resolution": models.resolution, "device": str(models.device),
+            "settings": asdict(settings),
             "judge": None if checked is None else asdict(checked) | {"passed": checked.passed}, "groups": found,
             "clips": [{"speaker": r.speaker, "name": r.name, "voice": r.voice} | r.measures for r in results],
         }), indent=1) + "\n")  # fmt: skip
@@ -151,14 +158,7 @@ def evaluate_people(args: argparse.Namespace, prepare: Prepare) -> None:
     films = sorted(path for path in args.films.glob("*") if path.suffix in FILMS)
     if not films:
         raise UserError(f"'{args.films}' has no films; they are expected as PERSON.mp4.")
-    device = choose_device(args.device)
-    models = load_models(resolve(args.model, device), device)
-    settings = Settings.suiting(models, args.guidance, steps=args.steps, seed=args.seed)
-    models, settings = prepare(args, models, settings)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"'{args.out}' cannot be made ({error.strerror}); choose another folder.") from error
+    models, settings = load_and_make_folder(args, prepare)
     files = [(speaker, path) for speaker, paths in held_out(args.voices, args.speakers).items() for path in paths]
     voices = [read_clip(speaker, path) for speaker, path in files[: len(films)]]
     found, blocks = [], []
