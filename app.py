@@ -47,18 +47,18 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route  # noqa: E402
 
 from latentsync import __version__  # noqa: E402
+from latentsync.checkpoints.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
 from latentsync.errors import UserError  # noqa: E402
 from latentsync.media import probe_audio, probe_video  # noqa: E402
 from latentsync.options import between, interrupt_on_signals  # noqa: E402
-from latentsync.releases import LICENCES, RELEASES, VAE_REPOSITORY  # noqa: E402
 from optim.serving.guard import Guard, Policy, as_address, is_text, policy_for, shorten, split_host  # noqa: E402
 from optim.serving.job import Job, Request  # noqa: E402
 from optim.serving.jobs import Worker, log, said, unwritten  # noqa: E402
 from optim.serving.limits import NO_LIMITS, SHARED_LIMITS  # noqa: E402
 from optim.serving.login import Throttle, checker, parse_accounts, read_accounts  # noqa: E402
+from optim.serving.models import Fetcher  # noqa: E402
 from optim.serving.preview import first_picture  # noqa: E402
 from optim.serving.run import run_alone  # noqa: E402
-from optim.serving.stock import Fetcher  # noqa: E402
 
 try:
     import spaces  # Hugging Face's package for ZeroGPU

@@ -19,8 +19,8 @@ from latentsync.options import between, choose_device, interrupt_on_signals
 from latentsync.paths import check_writable, write_text
 
 if TYPE_CHECKING:  # torch takes seconds to load
-    from latentsync.checkpoints import Models
-    from latentsync.pipeline import Report, Settings
+    from latentsync.checkpoints.load import Models
+    from latentsync.settings import Report, Settings
 
 LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 REPORT = "The report"
@@ -184,9 +184,10 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
 
     import torch
 
-    from latentsync.checkpoints import load_models, resolve
-    from latentsync.pipeline import Settings, lipsync
-    from latentsync.segments import discard
+    from latentsync.checkpoints.load import load_models, resolve
+    from latentsync.media.segments import discard
+    from latentsync.pipeline import lipsync
+    from latentsync.settings import Settings
 
     if args.discard_unfinished:
         discard(Path(args.output))

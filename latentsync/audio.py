@@ -37,9 +37,7 @@ def mel_filters(n_mels: int) -> Tensor:
     """Slaney's mel filter bank (n_mels, N_FFT // 2 + 1), float32, each filter of unit area (as Whisper's)."""
 
     def to_mel(hz: np.ndarray) -> np.ndarray:
-        return np.where(
-            hz < 1000, hz * 3 / 200, 15 + np.log(np.maximum(hz, 1000) / 1000) * 27 / np.log(6.4)
-        )
+        return np.where(hz < 1000, hz * 3 / 200, 15 + np.log(np.maximum(hz, 1000) / 1000) * 27 / np.log(6.4))
 
     def to_hz(mel: np.ndarray) -> np.ndarray:
         return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * np.log(6.4) / 27))
@@ -71,9 +69,7 @@ def log_powers(wav: Tensor, n_mels: int) -> Iterator[Tensor]:
             piece.insert(0, head)
         if stop > len(wav):
             piece.append(tail[: stop - len(wav)])
-        spectrum = torch.stft(
-            torch.cat(piece), N_FFT, HOP_LENGTH, window=window, center=False, return_complex=True
-        )
+        spectrum = torch.stft(torch.cat(piece), N_FFT, HOP_LENGTH, window=window, center=False, return_complex=True)
         power = spectrum.abs() ** 2
         yield (filters @ power).clamp(min=MEL_FLOOR).log10()
 

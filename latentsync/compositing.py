@@ -142,9 +142,7 @@ def _eroded(
     return inside
 
 
-def _extremes(
-    index: torch.Tensor, slope: float, edge: torch.Tensor | int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _extremes(index: torch.Tensor, slope: float, edge: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
     """Least and greatest change of a coordinate over the window at every index of a row: (n,) each."""
     back = ((index - edge - 1).clamp(min=0) - index) * slope
     forth = ((index + edge - 1).clamp(max=len(index) - 1) - index).clamp(min=0) * slope
@@ -175,9 +173,7 @@ def _soft_edge(u: torch.Tensor, v: torch.Tensor, matrix: np.ndarray, width: int,
     return soft
 
 
-def _soft_edge_by_kernel(
-    u: torch.Tensor, v: torch.Tensor, matrix: np.ndarray, width: int, height: int
-) -> torch.Tensor:
+def _soft_edge_by_kernel(u: torch.Tensor, v: torch.Tensor, matrix: np.ndarray, width: int, height: int) -> torch.Tensor:
     """`_soft_edge` for any face: at the picture's border, what lies beyond neither erodes nor blurs it."""
     edge = _edge(u, v, matrix, width, height)
     eroded = _eroded(u, v, matrix, width, height, edge)

@@ -15,7 +15,7 @@ from torch import Tensor
 from latentsync import FPS, SAMPLE_RATE
 from latentsync.audio import HOP_LENGTH
 from latentsync.errors import UserError
-from latentsync.sampling import WINDOW
+from latentsync.settings import WINDOW
 
 RESOLUTION = 128  # side of the crop that the demo model sees
 MARGIN = 16  # pixels of the aligned picture kept around it
@@ -145,9 +145,7 @@ def load_clips(folder: Path, device: torch.device, held_out: bool = False) -> Cl
 
 def resting_ends(lips: np.ndarray) -> tuple[int, int]:
     """For how many frames of a clip (n, 40, 2) the mouth rests at the beginning, and at the end."""
-    gap, width = (
-        np.linalg.norm(lips[:, a] - lips[:, b], axis=1) for a, b in ((INNER_UPPER, INNER_LOWER), CORNERS)
-    )
+    gap, width = (np.linalg.norm(lips[:, a] - lips[:, b], axis=1) for a, b in ((INNER_UPPER, INNER_LOWER), CORNERS))
     open_at = np.flatnonzero(gap > RESTING * width)
     return (int(open_at[0]), int(len(lips) - 1 - open_at[-1])) if len(open_at) else (len(lips), len(lips))
 

@@ -80,7 +80,6 @@ SMOOTHING = 4  # frames that are looked at to either side
 SMOOTHING_SIGMA = 2.0  # frames
 STILL = 0.005  # face sizes: points that differ by much more are motion, not tremble, and are kept
 STILL_PIXELS = 0.4  # the same for small faces
-WHICH = ("largest", "left", "right", "centre")  # faces to choose from where there are several
 JUMP = 0.3  # face sizes from one frame to the next: no smoothing across
 
 
@@ -191,10 +190,7 @@ class _Slot:
     def continues(self, other: "_Slot") -> bool:
         """Whether this slot's face and that of the neighbour `other` are one motion."""
         return (
-            self.usable
-            and other.usable
-            and self.scene == other.scene
-            and self.sighting.distance(other.sighting) < JUMP
+            self.usable and other.usable and self.scene == other.scene and self.sighting.distance(other.sighting) < JUMP
         )
 
 
@@ -211,7 +207,7 @@ def track_faces(
 
     frames: uint8 RGB (H, W, 3), all of one size. At most 12 are held at a time, and one more for every landmarker
     that works ahead. landmarkers: how many of them work; by default as the processor's cores allow. which: one of
-    WHICH, the face to follow where several are seen when it first appears; the sides are those of the picture.
+    `settings.FACES`, the face to follow where several are seen when it first appears; sides are the picture's.
     The face is None where none is usable: not found, turned more than 60 degrees away, or with the mouth
     outside the picture. Usable faces are taken before others. Another face does not take over until the followed one
     has been gone or not usable for a second, or the shot has changed. Where there has been none for a while, one that
@@ -602,7 +598,7 @@ def _search_lost(
 
 
 def _ranked(seen: list[_Sighting], which: str, width: int) -> list[_Sighting]:
-    """Faces in a picture of that width, usable ones first, and then as `which` of WHICH asks for."""
+    """Faces in a picture of that width, usable ones first, and then as `which` asks for."""
     ranks = {
         "largest": lambda s: -s.size,
         "left": lambda s: s.centre[0],

@@ -1,6 +1,7 @@
 """What several command lines have in common."""
 
 import argparse
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -22,6 +23,17 @@ def between(kind: Callable[[str], float], low: float, high: float) -> Callable[[
         raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
 
     return number
+
+
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Let a program show what the packages log, a line a message, on stderr; a library stays silent without it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("latentsync", "optim"):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        if not logger.handlers:
+            logger.addHandler(handler)
 
 
 def interrupt_on_signals() -> None:

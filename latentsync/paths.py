@@ -5,8 +5,8 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from latentsync.errors import UserError
@@ -14,9 +14,7 @@ from latentsync.errors import UserError
 PARTIAL = ".latentsync-"  # begins the name of everything that is not finished
 
 
-def check_writable(
-    path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = (), what: str = "The output"
-) -> Path:
+def check_writable(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = (), what: str = "The output") -> Path:
     """Raise UserError, before long work begins, unless a file can be written to `path` without harm to another.
 
     inputs: files that the same run reads or writes; `path` must be none of them, whatever links lead to it. Only a
@@ -70,6 +68,21 @@ def same_file(one: str | os.PathLike, other: str | os.PathLike) -> bool:
     return os.path.normcase(os.path.realpath(one)) == os.path.normcase(os.path.realpath(other))
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new name beside `path` for the block to write to, which takes the place of `path` when the block ends well.
+
+    Whatever happens, `path` is either as it was or whole, and nothing else is left. Raises OSError.
+    """
+    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:12]}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
 def write_bytes(path: Path, data: bytes, what: str = "The output") -> None:
     """Write a file, whole or not at all, in the place of a regular file or under a new name.
 
@@ -77,20 +90,15 @@ def write_bytes(path: Path, data: bytes, what: str = "The output") -> None:
     UserError.
     """
     target = Path(os.path.realpath(path))
-    partial = target.with_name(f"{PARTIAL}{uuid.uuid4().hex[:12]}")
     try:
         known = status(target)
         if known is not None and not stat.S_ISREG(known.st_mode):
             raise UserError(f"{what} '{path}' is no regular file any more; choose another name for it.")
-        try:
+        with replacing(target) as partial:
             with open(partial, "xb") as file:
                 file.write(data)
             if known is not None:
                 shutil.copymode(target, partial)
-            os.replace(partial, target)
-        finally:
-            with suppress(OSError):
-                partial.unlink()
     except OSError as error:
         raise _not_writable(path, what, error) from error
 

@@ -25,13 +25,12 @@ from torch import Tensor
 
 from latentsync.alignment import crop_face, estimate_matrix, fixed_mask
 from latentsync.audio import audio_chunks, frame_count
-from latentsync.checkpoints import Checkpoint, Models
+from latentsync.checkpoints.load import Checkpoint, Models
 from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
 from latentsync.errors import UserError, short_of_memory
-from latentsync.faces import WHICH, Face, face_reader, track_faces
+from latentsync.faces import Face, face_reader, track_faces
 from latentsync.machine import available_memory
 from latentsync.media import (
-    CRF,
     VideoInfo,
     VideoWriter,
     check_output,
@@ -40,23 +39,13 @@ from latentsync.media import (
     read_frames,
     read_frames_looped,
 )
-from latentsync.overlap import Behind, OnWait, ahead, close
+from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
+from latentsync.prefetch import Behind, OnWait, ahead, close
 from latentsync.retarget import CHUNK, CONTEXT, HELD_FRAMES, MouthBank, mouth_points, retarget
-from latentsync.sampling import (
-    GUIDANCE_SCALE,
-    INFERENCE_STEPS,
-    SEED,
-    TRAIN_STEPS,
-    WINDOW,
-    DeepCache,
-    Schedule,
-    between_ends,
-    ddim_schedule,
-    initial_noise,
-)
-from latentsync.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
-from latentsync.soundness import WIDER, unusable, widened
+from latentsync.sampling import Schedule, between_ends, ddim_schedule, initial_noise
+from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, WINDOW, DeepCache
 from latentsync.vae import condition, decode, to_pixels
+from latentsync.validation import WIDER, unusable, widened
 
 KNOWN_BYTES = 512 * 2**20  # of crops that are kept of a video that is shown more than once: 26 s at 512 px
 DECODED_AHEAD = 8  # frames that wait for the face tracker
@@ -87,8 +76,8 @@ class Settings:
     face: str = "largest"  # one of `faces.WHICH`
 
     def __post_init__(self) -> None:
-        if self.face not in WHICH:
-            raise UserError(f"There is no face '{self.face}' to choose: give one of {', '.join(WHICH)}.")
+        if self.face not in FACES:
+            raise UserError(f"There is no face '{self.face}' to choose: give one of {', '.join(FACES)}.")
         for name, most in ("steps", TRAIN_STEPS - 1), ("windows_per_pass", inf), ("frames_per_pass", inf):
             if not 1 <= getattr(self, name) <= most:
                 upto = "" if most == inf else f" to {most}"
@@ -129,7 +118,7 @@ class Report:
     frames: int = 0
     resumed_from: int = 0  # frames that earlier runs of the same job had finished
     frames_without_face: int = 0
-    frames_computed_again: int = 0  # in a wider type, see `latentsync.soundness`
+    frames_computed_again: int = 0  # in a wider type, see `latentsync.validation`
     ended_early: bool = False  # by `Enough`
     remarks: list[str] = field(default_factory=list)  # sentences for the user on what was left out
     seconds: dict[str, float] = field(default_factory=dict)  # each stage was busy; they overlap
@@ -176,9 +165,7 @@ class Window:
         return self.shots[self.done :]
 
 
-def first_time(
-    frames: Iterator[tuple[int, np.ndarray]], again: list[tuple[int, np.ndarray]]
-) -> Iterator[np.ndarray]:
+def first_time(frames: Iterator[tuple[int, np.ndarray]], again: list[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
     """The frames until their video comes again; the frame with which it does goes into `again`.
 
     frames: numbered as in the video.
@@ -694,7 +681,7 @@ def lipsync(
     copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
     video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
 
-    A job of more than `segment_frames` is written in segments of as many, see `latentsync.segments`. Whatever ends it
+    A job of more than `segment_frames` is written in segments of as many, see `media.segments`. Whatever ends it
     early, but `Enough`, the same call goes on after the last finished one, to the same result; say(line) tells so. It
     finds the faces of earlier frames once more, but neither paints them nor gives them to on_frame. None: in one piece.
     Raises UserError where the files cannot be used, the video's frames do not fit into memory, or it never shows a
@@ -780,9 +767,19 @@ def lipsync(
         closing(Behind(write, settings.frames_behind, "writing", wait, writer.abort)) as writing,
         closing(
             generate(
-                frames, wav, models, settings, total, looped, clock, progress, relieve, writer.frames,
+                frames,
+                wav,
+                models,
+                settings,
+                total,
+                looped,
+                clock,
+                progress,
+                relieve,
+                writer.frames,
                 film=None if models.face is None else read_frames(info, count=total, cancel=stop_reading),
-                on_wait=wait, stop_reading=stop_reading.set,
+                on_wait=wait,
+                stop_reading=stop_reading.set,
             )  # fmt: skip
         ) as shots,
     ):

@@ -7,31 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from latentsync.errors import UserError
+from latentsync.settings import GUIDANCE_SCALE, TRAIN_STEPS, DeepCache
 from latentsync.unet import UNet, frames_first, windows_first
-
-TRAIN_STEPS = 1000
-GUIDANCE_SCALE = 1.5  # useful from 1 (off) to 3
-INFERENCE_STEPS = 20
-SEED = 1247
-WINDOW = 16  # frames that the network was trained to see together
-
-
-@dataclass(frozen=True)
-class DeepCache:
-    """Full passes at every `interval`-th step, shallow ones of `branch` between them (the package's terms).
-
-    Not `guided`, shallow passes are computed with the audio alone, and what guidance added in the last full pass is
-    added again: half their work. Raises UserError for numbers that name no such pass.
-    """
-
-    interval: int = 3  # from 1
-    branch: int = 0  # from 0 to 3 · levels − 1
-    guided: bool = True
-
-    def __post_init__(self) -> None:
-        if self.interval < 1 or self.branch < 0:
-            raise UserError(f"{self} is not possible: give an interval from 1 and a branch from 0.")
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,7 @@ class UNetConfig:
             raise ValueError("the up blocks do not mirror the down blocks")
         resolutions = config.get("motion_module_resolutions", (1, 2, 4, 8))
         temporal = tuple(
-            bool(config.get("use_motion_module", True)) and 2**level in resolutions
-            for level in range(len(widths))
+            bool(config.get("use_motion_module", True)) and 2**level in resolutions for level in range(len(widths))
         )
         return cls(
             in_channels=config.get("in_channels", cls.in_channels),
@@ -350,9 +349,7 @@ class Level(nn.Module):
     ):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(config, c, width, time_dim) for c in widths_in)
-        self.attentions = nn.ModuleList(
-            SpatialTransformer(width, config) for _ in widths_in if cross_attention
-        )
+        self.attentions = nn.ModuleList(SpatialTransformer(width, config) for _ in widths_in if cross_attention)
         self.motion_modules = nn.ModuleList(MotionModule(width, config) for _ in widths_in if temporal)
         self.downsamplers = nn.ModuleList([Resample(width, 2)] if stride == 2 else [])
         self.upsamplers = nn.ModuleList([Resample(width, 1)] if stride == 1 else [])
@@ -455,9 +452,7 @@ class UNet(nn.Module):
     def _split(self, context: Context) -> tuple[list[Context], Context, list[Context]]:
         """A context by part: down levels, middle, up levels."""
         rest = iter(context)
-        parts = [
-            [next(rest) for _ in part.attentions] for part in (*self.down_blocks, self.mid_block, *self.up_blocks)
-        ]
+        parts = [[next(rest) for _ in part.attentions] for part in (*self.down_blocks, self.mid_block, *self.up_blocks)]
         n = len(self.down_blocks)
         return parts[:n], parts[n], parts[n + 1 :]
 

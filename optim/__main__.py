@@ -14,9 +14,8 @@ from latentsync.errors import UserError
 from latentsync.options import between
 
 if TYPE_CHECKING:  # torch takes seconds to load
-    from latentsync.checkpoints import Models
-    from latentsync.pipeline import Report, Settings
-    from latentsync.sampling import DeepCache
+    from latentsync.checkpoints.load import Models
+    from latentsync.settings import DeepCache, Report, Settings
 
 SWITCHES = ("tf32", "compile", "graphs", "fused", "vae_tiling")  # settings of a level that are on or off
 
@@ -51,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 def parse_cache(text: str) -> "DeepCache | None":
     """What --deepcache asks for. Raises UserError."""
-    from latentsync.sampling import DeepCache
+    from latentsync.settings import DeepCache
 
     if text == "off":
         return None
@@ -65,9 +64,7 @@ def parse_cache(text: str) -> "DeepCache | None":
 
 
 @contextmanager
-def prepare(
-    args: argparse.Namespace, models: "Models", settings: "Settings", seconds: float
-) -> Iterator[plain.Job]:
+def prepare(args: argparse.Namespace, models: "Models", settings: "Settings", seconds: float) -> Iterator[plain.Job]:
     """Make the run as fast as the level says, watch it, and give advice on it."""
     import math
 

@@ -1,8 +1,8 @@
 """From a level to a fast run: what the pipeline is asked for, and how the networks carry it out.
 
-    plan = make_plan(level, Settings(), models.resolution, gpu)
-    models = accelerate(models, plan)
-    lipsync(video, audio, output, models, plan.settings, relieve=reliever(models, plan))
+plan = make_plan(level, Settings(), models.resolution, gpu)
+models = accelerate(models, plan)
+lipsync(video, audio, output, models, plan.settings, relieve=reliever(models, plan))
 """
 
 import sys
@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from latentsync.checkpoints import Models
+from latentsync.checkpoints.load import Models
 from latentsync.machine import total_memory
-from latentsync.pipeline import Settings
-from latentsync.sampling import WINDOW, denoise
+from latentsync.sampling import denoise
+from latentsync.settings import WINDOW, Settings
 from optim import kernels
 from optim.compilation import LONG_JOB, compile_unet, restore, use_cache_folder
 from optim.cores import denoise_side_by_side, windows_for
@@ -27,7 +27,7 @@ from optim.hardware import (
     Gpu,
     apply_vram_fraction,
     batch_sizes,
-    read_gpus,
+    gpu_of,
     recommended_level,
 )
 from optim.levels import STOPS, Level, find_level, override, steps_for
@@ -78,7 +78,7 @@ def plan_as_asked(
 ) -> Plan:
     """The plan for a device: level as users name it, or `auto` for what suits the device; overrides: of single settings
     of the level; batch: frames that go through the autoencoder together. Raises UserError."""
-    gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
+    gpu = gpu_of(device)
     chosen = recommended_level(gpu) if level == "auto" else find_level(level)
     plan = make_plan(override(chosen, **overrides), asked, resolution, gpu)
     if batch:
@@ -97,9 +97,7 @@ def _settings(level: Level, batch: BatchSizes, asked: Settings) -> Settings:
     )
 
 
-def accelerate(
-    models: Models, plan: Plan, say: Callable[[str], None] = say, frames: int | None = None
-) -> Models:
+def accelerate(models: Models, plan: Plan, say: Callable[[str], None] = say, frames: int | None = None) -> Models:
     """Make the networks run as the plan says, in place; another plan may follow, and undoes what it does not want.
 
     frames: of the job, None if that is not known; see `should_compile`. Says in a line what is done. Returns the same
@@ -212,9 +210,7 @@ def step_down(plan: Plan) -> tuple[Plan, str] | None:
         level = replace(slower[-1], **kept)
         words = f"level {level.name}"
     # The steps asked for are not known any more: they are those of the plan, at every level.
-    settings = replace(
-        plan.settings, cache=level.cache, windows_per_pass=batch.windows, frames_per_pass=batch.frames
-    )
+    settings = replace(plan.settings, cache=level.cache, windows_per_pass=batch.windows, frames_per_pass=batch.frames)
     return Plan(level, batch, settings), words
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from latentsync.checkpoints import Models
-from latentsync.pipeline import Settings
-from latentsync.releases import home
-from latentsync.sampling import WINDOW, ddim_schedule, denoise
+from latentsync.checkpoints.load import Models
+from latentsync.checkpoints.releases import home
+from latentsync.sampling import ddim_schedule, denoise
+from latentsync.settings import WINDOW, Settings
 from latentsync.unet import UNet
 from optim.fused import CHECK_ERROR, in_a_line
 

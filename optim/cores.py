@@ -15,7 +15,8 @@ from threading import Barrier, Event
 import torch
 from torch import Tensor
 
-from latentsync.sampling import GUIDANCE_SCALE, DeepCache, Schedule, denoise
+from latentsync.sampling import Schedule, denoise
+from latentsync.settings import GUIDANCE_SCALE, DeepCache
 from latentsync.unet import UNet
 
 MOST_WINDOWS = 4  # more save little, and the first finished frames of a run would come late
@@ -78,9 +79,7 @@ def denoise_side_by_side(
 
         only = slice(window, window + 1)
         try:
-            return denoise(
-                unet, noise, condition[only], audio[only], schedule, guidance_scale, cache, step_taken
-            )
+            return denoise(unet, noise, condition[only], audio[only], schedule, guidance_scale, cache, step_taken)
         except Stopped:
             return None
         except BaseException:

@@ -24,7 +24,7 @@ from optim.monitor import GpuHistory, GpuProcess, other_processes, read_slowdown
 from optim.torch_build import DRIVER
 
 if TYPE_CHECKING:
-    from latentsync.pipeline import Report
+    from latentsync.settings import Report
     from optim.accelerate import Plan
 
 OTHERS_BYTES, OTHERS_SHARE = 10**9, 0.05  # what others may hold of a card: the larger of these

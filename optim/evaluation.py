@@ -6,12 +6,12 @@ All of `python -m latentsync.evaluation`, with the level and its DeepCache besid
 import argparse
 import sys
 
-from latentsync.checkpoints import Models
+from latentsync.checkpoints.load import Models
 from latentsync.evaluation import __main__ as plain
-from latentsync.pipeline import Settings
+from latentsync.settings import Settings
 from optim.__main__ import parse_cache
 from optim.accelerate import accelerate, make_plan
-from optim.hardware import read_gpus
+from optim.hardware import gpu_of
 from optim.levels import CONSERVATIVE, find_level, override
 
 
@@ -30,7 +30,7 @@ def prepare(args: argparse.Namespace, models: Models, settings: Settings) -> tup
     if args.deepcache is not None:
         level = override(level, cache=parse_cache(args.deepcache))
     device = models.device
-    gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
+    gpu = gpu_of(device)
     plan = make_plan(level, settings, models.resolution, gpu)
     return accelerate(models, plan), plan.settings
 

@@ -89,6 +89,11 @@ def read_gpus(nvml: Any = pynvml, cuda: Any = torch.cuda) -> list[Gpu]:
         return [_read_gpu(index, session, cuda) for index in range(cuda.device_count())]
 
 
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The GPU that a torch device is; None for the processor."""
+    return read_gpus()[device.index or 0] if device.type == "cuda" else None
+
+
 def _read_gpu(index: int, nvml: Any | None, cuda: Any) -> Gpu:
     found = cuda.get_device_properties(index)
     total, driver, memory = found.total_memory, None, None

@@ -145,9 +145,7 @@ def _group_scale(
 
 
 @jit(do_not_specialize=["rows"])
-def _scale_channels(
-    x, scale, out, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr
-):
+def _scale_channels(x, scale, out, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr, SILU: tl.constexpr):
     """out = x · factor + summand, then SiLU; x and out (windows, rows, channels), scale (windows, 2, channels)."""
     blocks = tl.cdiv(channels, CHANNELS)
     parts = tl.cdiv(rows, ROWS)

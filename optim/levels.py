@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from latentsync.errors import UserError
-from latentsync.sampling import DeepCache
+from latentsync.settings import DeepCache
 
 VRAM_FRACTION = 0.85  # of a card's memory, for this process; the rest is the desktop's and the driver's
 BRANCHES = 12  # DeepCache branches of a U-Net with four levels: three a level, whatever its layers

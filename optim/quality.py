@@ -20,15 +20,16 @@ import torch
 from latentsync import SAMPLE_RATE
 from latentsync.alignment import crop_face, fixed_mask
 from latentsync.audio import frame_count
-from latentsync.checkpoints import Models, load_models, resolve
+from latentsync.checkpoints.load import Models, load_models, resolve
 from latentsync.errors import UserError
 from latentsync.evaluation.measures import psnr, ssim
 from latentsync.media import probe_video, read_audio, read_frames_looped
 from latentsync.options import between, choose_device
 from latentsync.paths import check_writable, write_text
-from latentsync.pipeline import Settings, StageClock, generate
+from latentsync.pipeline import StageClock, generate
+from latentsync.settings import Settings
 from optim.accelerate import accelerate, make_plan
-from optim.hardware import read_gpus
+from optim.hardware import gpu_of
 from optim.levels import CONSERVATIVE, STOPS, find_level
 
 
@@ -48,7 +49,7 @@ def faces_of(video: Path, wav: torch.Tensor, models: Models, settings: Settings)
 
 def compare(video: Path, wav: torch.Tensor, models: Models, asked: Settings, levels: list) -> Iterator[dict]:
     """A row a level: name, steps, cache, PSNR and SSIM to the plain pipeline and to conservative."""
-    gpu = read_gpus()[models.device.index or 0] if models.device.type == "cuda" else None
+    gpu = gpu_of(models.device)
     hidden = fixed_mask(models.resolution) < 0.5
     plain = faces_of(video, wav, models, asked)
     kept = None

@@ -31,7 +31,14 @@ def encode_tile(picture: Path, x: int, y: int, side: int) -> tuple[bytes, bytes]
 
 
 def make_grid(
-    path: Path, picture: Path, columns: int, rows: int, side: int, size: tuple[int, int], *, turns: int = 0,
+    path: Path,
+    picture: Path,
+    columns: int,
+    rows: int,
+    side: int,
+    size: tuple[int, int],
+    *,
+    turns: int = 0,
     claimed: tuple[int, int] | None = None,
 ) -> Path:
     """A HEIC file of columns × rows tiles, shown at `size`; `turns` of 90° counterclockwise (irot).

@@ -13,8 +13,8 @@ from hub import Hub, serving
 from huggingface_hub import close_session, constants
 from safetensors.torch import load_file
 
-from latentsync import download
-from latentsync.releases import LICENCES, RELEASES, Part, Release, folder_of
+from latentsync.checkpoints import download
+from latentsync.checkpoints.releases import LICENCES, RELEASES, Part, Release, folder_of
 
 NAME = "latentsync-1.5"
 UNET = "latentsync_unet.pt"

@@ -8,8 +8,8 @@ import torch
 from fake_nvml import card_of
 from test_hardware import read
 
-from latentsync.checkpoints import load_models, resolve
-from latentsync.pipeline import Settings
+from latentsync.checkpoints.load import load_models, resolve
+from latentsync.settings import Settings
 from latentsync.unet import FeedForward
 from optim import __main__ as command_line
 from optim.accelerate import (
@@ -174,9 +174,7 @@ def test_relief_says_a_line_each_time_and_ends(models):
 def test_the_fast_command_line_runs_at_a_level(checkpoint, talking, voice, tmp_path, capsys, options, level, steps):
     report = tmp_path / "report.json"
     arguments = [talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint, "--steps", 5, "--report", report]
-    code = command_line.plain.main(
-        [*map(str, arguments), *options], command_line.parser, command_line.prepare
-    )
+    code = command_line.plain.main([*map(str, arguments), *options], command_line.parser, command_line.prepare)
     assert code == 0 and (tmp_path / "out.mp4").is_file()
     found = json.loads(report.read_text())
     assert found["level"] == level and found["step_downs"] == [] and found["settings"]["steps"] == steps

@@ -9,21 +9,22 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentsync.checkpoints import load_models, resolve
-from latentsync.pipeline import Settings
-from latentsync.sampling import DeepCache
-from optim import accelerate, benchmark, measure, passes
-from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, STOPS
-from optim.measure import (
+from latentsync.checkpoints.load import load_models, resolve
+from latentsync.settings import DeepCache, Settings
+from optim import accelerate
+from optim.benchmark import __main__ as benchmark
+from optim.benchmark import measure, passes
+from optim.benchmark.measure import (
     CACHED_REFERENCE,
     REFERENCE,
     BenchmarkConfig,
     start_rows,
     window_rows,
 )
+from optim.benchmark.passes import Timing, mean_utilization, our_stages, released_words, window_work
+from optim.benchmark.reference import PlainUNet
+from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, STOPS
 from optim.monitor import GpuHistory, History
-from optim.passes import Timing, mean_utilization, our_stages, released_words, window_work
-from optim.plain import PlainUNet
 
 CPU = torch.device("cpu")
 NAMES = [REFERENCE, CACHED_REFERENCE, "conservative", "balanced", "aggressive"]
@@ -124,9 +125,7 @@ def test_a_row_that_fails_leaves_the_others(models, checkpoint, monkeypatch, fai
     monkeypatch.setattr(measure, "time_stages", FakeClock(*seconds))
     rows = list(window_rows(models, [64], BenchmarkConfig(CPU, str(checkpoint))))
     assert [row.name for row in rows] == NAMES
-    assert [row.failed for row in rows] == [
-        "OutOfMemoryError: too large" if i == failing else "" for i in range(5)
-    ]
+    assert [row.failed for row in rows] == ["OutOfMemoryError: too large" if i == failing else "" for i in range(5)]
     assert "failed: OutOfMemoryError" in benchmark.window_line(rows[failing])
     for row in rows:
         assert benchmark.window_line(row)
@@ -157,7 +156,8 @@ def test_the_reference_s_work_is_that_of_the_plain_network(models):
     audio = 2 * passes._work_around(config, json.dumps(dict(models.vae.config), sort_keys=True, default=str), 64)[1]
     assert audio > 0
     assert work(2, plain=True) - work(1, plain=True) == pytest.approx(
-        counter.get_total_flops() - audio, rel=1e-3  # it embeds the time once a window
+        counter.get_total_flops() - audio,
+        rel=1e-3,  # it embeds the time once a window
     )
     full, shallow = work(2) - work(1), work(2, DeepCache(2, 0)) - work(1)
     assert 0 < shallow < full

@@ -13,10 +13,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentsync.checkpoints import load_models, resolve
-from latentsync.conversion import in_groups
+from latentsync.checkpoints.convert import in_groups
+from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.releases import LICENCES, RELEASES, VAE_PARTS, recommend
 from latentsync.errors import UserError
-from latentsync.releases import LICENCES, RELEASES, VAE_PARTS, recommend
 
 CPU = torch.device("cpu")
 UNET, WHISPER = "latentsync_unet.safetensors", "whisper/tiny.safetensors"
@@ -371,7 +371,7 @@ def test_a_released_model_is_found_in_the_users_folder(checkpoint, monkeypatch, 
 def test_auto_takes_the_demo_model_without_a_gpu(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setenv("LATENTSYNC_HOME", str(tmp_path))
     shutil.copytree(checkpoint, tmp_path / "checkpoints" / "latentsync-1.6")  # needs more than this machine has
-    monkeypatch.setattr("latentsync.checkpoints.DEMO_FOLDER", checkpoint)
+    monkeypatch.setattr("latentsync.checkpoints.load.DEMO_FOLDER", checkpoint)
     assert resolve("auto", CPU).name == "demo"
 
 
@@ -403,7 +403,7 @@ def test_the_autoencoder_that_the_reference_left_in_the_cache_is_found(checkpoin
         shutil.copy(checkpoint / part.place, cached)
         parts.append(replace(part, size=cached.stat().st_size))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("latentsync.checkpoints.VAE_PARTS", parts)
+    monkeypatch.setattr("latentsync.checkpoints.load.VAE_PARTS", parts)
     found = resolve(str(tmp_path / "reference-1.6"), CPU)
     assert found.vae.is_file() and found.vae_config.is_file() and found.resolution == 512
 

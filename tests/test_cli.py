@@ -330,7 +330,7 @@ def test_a_picture_and_a_video_with_sound_work(sync, talking, voice, tmp_path):
     assert report["frames"] >= 20 and report["frames_without_face"] == 0
 
 
-NAMES = ("-o", "-- it's \"Zoë\" 100% 声 видео;$HOME&", "-v:0 [a]#?=\\1,'")
+NAMES = ("-o", '-- it\'s "Zoë" 100% 声 видео;$HOME&', "-v:0 [a]#?=\\1,'")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -540,7 +540,7 @@ def test_memory_that_does_not_hold_the_model_is_a_sentence(
     def load(*_):
         raise error
 
-    monkeypatch.setattr("latentsync.checkpoints.load_models", load)
+    monkeypatch.setattr("latentsync.checkpoints.load.load_models", load)
     sentence = refuse(capfd, [talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint])
     assert "memory" in sentence and "--device cpu" in sentence
 

@@ -10,9 +10,8 @@ import torch
 import torch._inductor.config as inductor
 from torch._dynamo.utils import counters
 
-from latentsync.checkpoints import Models
-from latentsync.pipeline import Settings
-from latentsync.sampling import DeepCache
+from latentsync.checkpoints.load import Models
+from latentsync.settings import DeepCache, Settings
 from latentsync.unet import UNet, UNetConfig
 from optim import compilation
 from optim.accelerate import make_plan, should_compile

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import UNET
 
-from latentsync.checkpoints import load_models, resolve
-from latentsync.pipeline import Settings
-from latentsync.sampling import WINDOW, DeepCache, ddim_schedule, denoise
+from latentsync.checkpoints.load import load_models, resolve
+from latentsync.sampling import ddim_schedule, denoise
+from latentsync.settings import WINDOW, DeepCache, Settings
 from latentsync.unet import UNet, UNetConfig
 from optim.accelerate import accelerate, plan_as_asked
 from optim.cores import denoise_side_by_side, windows_for

@@ -23,11 +23,12 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from small_release import COMMIT, NAME, UNET, release_of
 
-from latentsync import download, store
-from latentsync.checkpoints import load_models, resolve
-from latentsync.download import Cancelled
+from latentsync.checkpoints import __main__ as command_line
+from latentsync.checkpoints import download, store
+from latentsync.checkpoints.download import Cancelled
+from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.releases import RELEASES, folder_of
 from latentsync.errors import UserError
-from latentsync.releases import RELEASES, folder_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -332,9 +333,9 @@ def test_numbers_that_float16_cannot_hold_are_not_converted(hub, originals, tmp_
 SCRIPT = """
 import pickle, sys
 from pathlib import Path
-from latentsync import download
+from latentsync.checkpoints import download
 from latentsync.errors import UserError
-from latentsync.releases import RELEASES, folder_of
+from latentsync.checkpoints.releases import RELEASES, folder_of
 RELEASES[sys.argv[2]] = pickle.loads(Path(sys.argv[1]).read_bytes())
 folder = folder_of(sys.argv[2])
 folder.mkdir(parents=True, exist_ok=True)
@@ -400,26 +401,26 @@ def test_an_interrupted_command_keeps_what_was_fetched(hub, monkeypatch, capsys)
         _thread.interrupt_main()
 
     Thread(target=interrupt, daemon=True).start()
-    assert store.main(["get", NAME]) == 130
+    assert command_line.main(["get", NAME]) == 130
     assert "is kept" in capsys.readouterr().err and partial() >= unet_size() // 2 - download.CHUNK
 
 
 def test_the_command_says_what_is_here_and_exits_with_2_when_it_cannot_go_on(hub, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert store.main(["list"]) == 0
+    assert command_line.main(["list"]) == 0
     out = capsys.readouterr().out
     assert "not here" in out and "a licence" in out
     hub.refuse = 401
-    assert store.main(["get", NAME]) == 2
+    assert command_line.main(["get", NAME]) == 2
     assert "token" in capsys.readouterr().err
     hub.refuse = None
-    assert store.main(["get", NAME, "--remove-pickle"]) == 0
+    assert command_line.main(["get", NAME, "--remove-pickle"]) == 0
     captured = capsys.readouterr()
     assert "ready" in captured.out and "a licence" in captured.err
-    assert store.main(["verify", NAME]) == 0
+    assert command_line.main(["verify", NAME]) == 0
     (folder_of(NAME) / "vae/config.json").unlink()
-    assert store.main(["verify", NAME]) == 2
-    assert store.main(["remove", NAME]) == 0
+    assert command_line.main(["verify", NAME]) == 2
+    assert command_line.main(["remove", NAME]) == 0
 
 
 VAE = {
@@ -434,9 +435,9 @@ STEPS = """
 import json, pickle, sys, time
 from pathlib import Path
 import torch
-from latentsync import checkpoints, store
+from latentsync.checkpoints import load as checkpoints, store
 from latentsync.__main__ import peak_memory
-from latentsync.releases import LICENCES, RELEASES, folder_of
+from latentsync.checkpoints.releases import LICENCES, RELEASES, folder_of
 
 release, name, step = pickle.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2], sys.argv[3]
 RELEASES[name] = release

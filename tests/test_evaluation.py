@@ -11,7 +11,7 @@ from clips import ffmpeg, make_sound
 from conftest import portrait, save_video
 from skimage.color import deltaE_ciede2000
 
-from latentsync.checkpoints import load_models, resolve
+from latentsync.checkpoints.load import load_models, resolve
 from latentsync.evaluation import judge as judging
 from latentsync.evaluation.__main__ import main
 from latentsync.evaluation.appearance import NEAR, ciede2000, keeps, mouth_hulls
@@ -31,7 +31,8 @@ from latentsync.evaluation.measures import (
 )
 from latentsync.evaluation.people import people_table
 from latentsync.evaluation.report import Result, pause_variance, summary, table
-from latentsync.pipeline import Painter, Settings, Shot
+from latentsync.pipeline import Painter, Shot
+from latentsync.settings import Settings
 from latentsync.training.prepare import prepare
 from optim import evaluation as levels
 

@@ -6,12 +6,13 @@ import torch
 from conftest import portrait
 
 from latentsync import pipeline
-from latentsync.checkpoints import load_models, resolve
+from latentsync.checkpoints.load import load_models, resolve
 from latentsync.errors import UserError
-from latentsync.pipeline import Painter, Settings, StageClock, generate, lipsync
+from latentsync.pipeline import Painter, StageClock, generate, lipsync
 from latentsync.sampling import denoise
-from latentsync.soundness import unusable, widened
+from latentsync.settings import Settings
 from latentsync.unet import UNet
+from latentsync.validation import unusable, widened
 from optim.fused import fuse
 from optim.graphs import capture
 

@@ -8,7 +8,8 @@ from test_kernels import BOUND, DEVICE, HALF, SINGLE, error, image, rand, with_r
 from torch import Tensor, nn
 
 from latentsync import unet as network
-from latentsync.sampling import DeepCache, ddim_schedule, denoise
+from latentsync.sampling import ddim_schedule, denoise
+from latentsync.settings import DeepCache
 from latentsync.unet import UNet, UNetConfig
 from optim import fused, kernels
 

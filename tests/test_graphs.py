@@ -5,7 +5,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from latentsync.sampling import DeepCache, ddim_schedule, denoise
+from latentsync.sampling import ddim_schedule, denoise
+from latentsync.settings import DeepCache
 from latentsync.unet import Context, UNet, UNetConfig
 from latentsync.vae import condition, decode
 from optim import graphs

@@ -8,7 +8,7 @@ import torch
 from clips import ffmpeg
 
 from latentsync.audio import audio_chunks, raise_quiet_speech, speech_gains
-from latentsync.checkpoints import load_audio_encoder, resolve
+from latentsync.checkpoints.load import load_audio_encoder, resolve
 from latentsync.media import read_audio
 from latentsync.media.mixing import mix_down
 
@@ -253,9 +253,7 @@ def test_only_a_model_that_asks_for_it_hears_quiet_speech_raised(checkpoint):
     assert plain.speech_level is None and demo.speech_level == LEVEL
     encoder = load_audio_encoder(demo.whisper)
     heard = {
-        (decibels, level): torch.stack(
-            list(audio_chunks(encoder, quieter(VOICE, decibels), 50, demo.mel_range, level))
-        )
+        (decibels, level): torch.stack(list(audio_chunks(encoder, quieter(VOICE, decibels), 50, demo.mel_range, level)))
         for decibels in (0, -28)
         for level in (None, demo.speech_level)
     }

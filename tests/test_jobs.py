@@ -19,12 +19,12 @@ import torch
 from clips import make_sound, make_video
 from small_release import NAME
 
-from latentsync import STAGES, pipeline, segments, store
-from latentsync.checkpoints import resolve
+from latentsync import STAGES, pipeline
+from latentsync.checkpoints import store
+from latentsync.checkpoints.load import resolve
 from latentsync.errors import UserError
-from latentsync.media import COMMENT, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped
-from latentsync.pipeline import Settings
-from latentsync.sampling import DeepCache
+from latentsync.media import COMMENT, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped, segments
+from latentsync.settings import DeepCache, Settings
 from optim.monitor import History
 from optim.serving import inputs, jobs, preview
 from optim.serving.job import CANCELLED, DONE, FAILED, Request, kept

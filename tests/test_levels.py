@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from latentsync.errors import UserError
-from latentsync.sampling import DeepCache
+from latentsync.settings import DeepCache
 from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, SETTINGS, STOPS, find_level, level_at, override, steps_for
 
 POSITIONS = [i / 100 for i in range(101)]

@@ -136,9 +136,7 @@ def test_codecs_and_depths_show_the_same_picture(tmp_path, options, depth):
     path = make_video(tmp_path / "a.mkv", *options, seconds=0.4)
     info = probe_video(path)
     assert info.bit_depth == depth
-    ideal = ffmpeg(
-        "-f", "lavfi", "-i", "testsrc2=s=160x120:r=25:d=0.4", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"
-    )
+    ideal = ffmpeg("-f", "lavfi", "-i", "testsrc2=s=160x120:r=25:d=0.4", "-pix_fmt", "rgb24", "-f", "rawvideo", "-")
     ideal = np.frombuffer(ideal, np.uint8).reshape(10, 120, 160, 3)
     assert np.abs(frames_of(path).astype(int) - ideal).mean() < 9
 
@@ -197,9 +195,7 @@ def test_picture_outside_the_face_keeps_its_chroma(tmp_path):
 
 @pytest.mark.parametrize("seconds", [0.4, 3])
 def test_loop_plays_forward_backward_with_the_turning_frame_twice(tmp_path, seconds):
-    path = make_video(
-        tmp_path / "a.mp4", "-c:v", "libx264", "-bf", "3", "-pix_fmt", "yuv420p", seconds=seconds
-    )
+    path = make_video(tmp_path / "a.mp4", "-c:v", "libx264", "-bf", "3", "-pix_fmt", "yuv420p", seconds=seconds)
     whole = frames_of(path)
     n = len(whole)
     expected = [*range(n), *range(n)[::-1], *range(n), *range(n)[::-1]][: 3 * n + 5]
@@ -455,9 +451,7 @@ def bad(tmp_path_factory):
     (folder / "noindex.mp4").write_bytes(late_index[: len(late_index) // 2])
     (folder / "nodata.mp4").write_bytes(good[: good.find(b"mdat") + 40])
     make_sound(folder / "sound.wav")
-    ffmpeg(
-        "-i", folder / "good.mp4", "-i", folder / "sound.wav", "-map", 1, "-c:a", "mp3", folder / "sound.mp3"
-    )
+    ffmpeg("-i", folder / "good.mp4", "-i", folder / "sound.wav", "-map", 1, "-c:a", "mp3", folder / "sound.mp3")
     with wave.open(str(folder / "zero.wav"), "wb") as zero:
         zero.setparams((1, 2, 16000, 0, "NONE", ""))
     return folder

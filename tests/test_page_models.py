@@ -10,13 +10,13 @@ from huggingface_hub import constants
 from small_release import NAME, UNET
 
 import app
-from latentsync import download, store
+from latentsync.checkpoints import download, store
+from latentsync.checkpoints.releases import RELEASES
 from latentsync.errors import UserError
-from latentsync.releases import RELEASES
 from optim.hardware import Gpu
 from optim.serving.job import Request
 from optim.serving.jobs import Worker
-from optim.serving.stock import DONE, FAILED, RUNNING, STOPPED, Fetcher, best_for
+from optim.serving.models import DONE, FAILED, RUNNING, STOPPED, Fetcher, best_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -158,7 +158,7 @@ def test_a_failure_is_one_sentence_and_the_next_try_is_free(hub, fetcher, monkey
 def test_offline_the_demo_model_runs_and_the_page_says_how_to_get_others(hub, fetcher, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     found = fetcher.models()
-    assert found["offline"] and found["chosen"] == "demo" and "latentsync.checkpoints" in found["remark"]
+    assert found["offline"] and found["chosen"] == "demo" and "latentsync.checkpoints.load" in found["remark"]
     assert row(fetcher)["folder"].endswith(NAME)
     fetcher.start(NAME)
     assert "HF_HUB_OFFLINE forbids" in ended(fetcher)["error"] and not hub.requests

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latentsync.audio import audio_chunks, feature_segments, frame_count, log_mel
-from latentsync.checkpoints import load_audio_encoder
+from latentsync.checkpoints.load import load_audio_encoder
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 FILES = sorted(PARITY_DIR.glob("audio_*.pt"))

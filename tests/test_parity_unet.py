@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from latentsync.sampling import DeepCache, ddim_schedule, denoise
+from latentsync.sampling import ddim_schedule, denoise
+from latentsync.settings import DeepCache
 from latentsync.unet import UNet, UNetConfig
 
 HERE = Path(__file__).parent / "parity"

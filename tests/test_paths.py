@@ -81,7 +81,7 @@ def test_own_folders_and_files_are_no_links_and_nobody_else_s(tmp_path, monkeypa
 def test_every_command_line_checks_before_it_works(tmp_path, capsys):
     """The others are in test_cli.py."""
     from latentsync.evaluation.__main__ import main as evaluation
-    from optim.benchmark import main as benchmark
+    from optim.benchmark.__main__ import main as benchmark
     from optim.quality import main as quality
 
     video, sound = tmp_path / "a.mp4", tmp_path / "a.wav"

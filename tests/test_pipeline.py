@@ -19,18 +19,16 @@ from skimage.metrics import peak_signal_noise_ratio as psnr
 from latentsync import STAGES, pipeline
 from latentsync.alignment import frame_rectangle
 from latentsync.audio import audio_chunks, frame_count
-from latentsync.checkpoints import load_models, resolve
+from latentsync.checkpoints.load import load_models, resolve
 from latentsync.compositing import match_colours, paste_face
 from latentsync.errors import UserError
 from latentsync.faces import track_faces
 from latentsync.media import COMMENT, VideoWriter, probe_audio, probe_video, read_frames
-from latentsync.overlap import ahead
 from latentsync.pipeline import (
     DECODED_AHEAD,
     WINDOW,
     Enough,
     Painter,
-    Settings,
     Shot,
     StageClock,
     Window,
@@ -42,7 +40,9 @@ from latentsync.pipeline import (
     paint,
     windows,
 )
-from latentsync.sampling import DeepCache, between_ends, denoise
+from latentsync.prefetch import ahead
+from latentsync.sampling import between_ends, denoise
+from latentsync.settings import DeepCache, Settings
 from latentsync.vae import condition, to_pixels
 
 CPU = torch.device("cpu")

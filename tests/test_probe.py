@@ -16,10 +16,10 @@ from clips import ffmpeg, ffmpeg_messages, make_sound, make_video
 
 from latentsync import pipeline
 from latentsync.__main__ import main
-from latentsync.checkpoints import load_models, resolve
+from latentsync.checkpoints.load import load_models, resolve
 from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_audio, read_frames
-from latentsync.segments import work_folder
+from latentsync.media.segments import work_folder
 from optim.serving.preview import write_fragments
 
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p")

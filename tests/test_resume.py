@@ -20,13 +20,14 @@ from clips import ffmpeg, make_sound
 from conftest import SIDE, portrait, save_video
 from filelock import FileLock
 
-from latentsync import STAGES, pipeline, segments
+from latentsync import STAGES, pipeline
 from latentsync.__main__ import Bars, Lines, main
-from latentsync.checkpoints import load_models, resolve
+from latentsync.checkpoints.load import load_models, resolve
 from latentsync.errors import UserError
 from latentsync.faces import Face, track_faces
-from latentsync.media import VideoWriter, probe_audio, probe_video, read_frames
-from latentsync.pipeline import Enough, Painter, Settings, lipsync
+from latentsync.media import VideoWriter, probe_audio, probe_video, read_frames, segments
+from latentsync.pipeline import Enough, Painter, lipsync
+from latentsync.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

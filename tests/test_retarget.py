@@ -18,11 +18,11 @@ from test_resume import X264, hashes, interrupted
 from tiny import RESOLUTION
 
 from latentsync import pipeline
-from latentsync.checkpoints import load_models, resolve
+from latentsync.checkpoints.load import load_models, resolve
 from latentsync.errors import UserError
 from latentsync.faces import Face, face_reader, track_faces
 from latentsync.media import probe_video, read_frames
-from latentsync.pipeline import Painter, Settings, lipsync
+from latentsync.pipeline import Painter, lipsync
 from latentsync.retarget import CONTEXT, HELD_FRAMES, MouthBank, bank, mouth_points, retarget, stage
 from latentsync.retarget.bank import choose_mouths, cut_mouth, limit_mouths
 from latentsync.retarget.drawing import HULL_OUTSIDE, GeneratedMouth, Layer, show_mouth, soft_hull, warp_map
@@ -42,6 +42,7 @@ from latentsync.retarget.geometry import (
     reshape_lips,
     width,
 )
+from latentsync.settings import Settings
 
 CPU = torch.device("cpu")
 COUNT = 60  # frames of the film that is computed with
@@ -375,6 +376,7 @@ def with_face(checkpoint, tmp_path_factory):
 @pytest.fixture
 def own_face(with_face, still, monkeypatch):
     """Its models; what it paints is read as an opening that depends on the picture, as no landmarker finds a mouth."""
+
     @contextmanager
     def reading():
         yield lambda picture: moved(still[1], 0.02 + 0.1 * float(picture.mean()) / 255)

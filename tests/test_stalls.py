@@ -14,7 +14,7 @@ import pytest
 import torch
 from clips import make_sound, make_video
 
-from latentsync.checkpoints import load_models, resolve
+from latentsync.checkpoints.load import load_models, resolve
 from latentsync.errors import UserError
 from latentsync.media import (
     VideoWriter,
@@ -28,8 +28,9 @@ from latentsync.media import (
     writing,
 )
 from latentsync.media.watchdog import Watchdog
-from latentsync.overlap import Behind, ahead
-from latentsync.pipeline import Enough, Settings, lipsync
+from latentsync.pipeline import Enough, lipsync
+from latentsync.prefetch import Behind, ahead
+from latentsync.settings import Settings
 from optim.serving import compare
 
 pytestmark = [

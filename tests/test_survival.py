@@ -22,10 +22,11 @@ import torch
 from clips import ffmpeg, make_sound, make_video
 from conftest import FACE_FRAMES, portrait, save_video
 
-from latentsync.checkpoints import load_models, resolve
+from latentsync.checkpoints.load import load_models, resolve
 from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_video, process, read_frames, reading
-from latentsync.pipeline import Settings, lipsync
+from latentsync.pipeline import lipsync
+from latentsync.settings import Settings
 from optim.serving import jobs
 from optim.serving.jobs import CANCELLED, DONE, FAILED, Request, Worker
 
@@ -260,7 +261,7 @@ PLACES = {
     "compositing": ("latentsync.pipeline", "paste_into_rectangle"),
     "opening": (VideoWriter, "_encoding"),
     "writing": (VideoWriter, "write"),
-    "loading": ("latentsync.checkpoints", "load_models"),
+    "loading": ("latentsync.checkpoints.load", "load_models"),
     "preparing": ("optim.accelerate", "accelerate"),
     "preview": ("optim.serving.preview", "Preview._show"),
     "speeds": ("optim.serving.speeds", "Speeds.record"),

@@ -10,7 +10,7 @@ from clips import ffmpeg
 
 from latentsync import FPS
 from latentsync.media import VideoInfo, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped
-from latentsync.segments import SegmentWriter
+from latentsync.media.segments import SegmentWriter
 
 MOST = 0.010  # seconds
 RATES = ("24", "25", "30000/1001", "60")

@@ -13,7 +13,7 @@ from torch import nn
 
 from latentsync.alignment import fixed_mask
 from latentsync.audio import SAMPLE_RATE, audio_chunks, log_powers, mel_segments
-from latentsync.checkpoints import DEMO_FOLDER, load_models, read_tensors, resolve
+from latentsync.checkpoints.load import DEMO_FOLDER, load_models, read_tensors, resolve
 from latentsync.corpus import (
     CORNERS,
     INNER_LOWER,
@@ -29,7 +29,7 @@ from latentsync.corpus import (
 )
 from latentsync.errors import UserError
 from latentsync.media import read_audio
-from latentsync.sampling import WINDOW
+from latentsync.settings import WINDOW
 from latentsync.training import autoencoder, denoiser, listener, restore, voices
 from latentsync.training.export import export
 from latentsync.training.looks import (
@@ -265,9 +265,7 @@ def test_an_expression_never_folds_the_face():
 
 def test_a_renewed_look_changes_its_slot_alone(prepared, one_thread):
     data = load_clips(prepared, CPU)
-    few = replace(
-        data, frames=data.frames[:4], lips=data.lips[:4], starts=np.array([0, 2]), lengths=np.array([2, 2])
-    )
+    few = replace(data, frames=data.frames[:4], lips=data.lips[:4], starts=np.array([0, 2]), lengths=np.array([2, 2]))
     torch.manual_seed(4)
     vae = AutoencoderKL.from_config(autoencoder.CONFIG).eval()
     mask = torch.from_numpy(fixed_mask(RESOLUTION).copy())

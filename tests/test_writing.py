@@ -17,7 +17,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_audio, read_frames_looped
 from latentsync.media.metadata import parse_metadata
-from latentsync.segments import SegmentWriter
+from latentsync.media.segments import SegmentWriter
 
 MOST_LEAD = 48  # samples, 1 ms
 MOST = 0.010  # seconds between a sound and the mouth that says it

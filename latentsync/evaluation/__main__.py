@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentsync.checkpoints import Models, load_models, resolve
+from latentsync.checkpoints.load import Models, load_models, resolve
 from latentsync.errors import UserError
 from latentsync.evaluation.clips import TRACKS, held_out, read_clip
 from latentsync.evaluation.judge import WEIGHTS, Judge, judge_clip, load_judge, train, verdict
@@ -27,7 +27,7 @@ from latentsync.evaluation.report import check_on, groups, measure, plain, table
 from latentsync.evaluation.sheet import contact, save_picture, strip
 from latentsync.options import between, choose_device, interrupt_on_signals
 from latentsync.paths import check_writable, write_text
-from latentsync.pipeline import Settings
+from latentsync.settings import Settings
 
 FILMS = (".mp4", ".mkv", ".mov", ".webm")
 SHEET_CLIPS = 2  # of every speaker, on the contact sheet

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from latentsync.audio import audio_chunks, frame_count
-from latentsync.checkpoints import Models
+from latentsync.checkpoints.load import Models
 from latentsync.evaluation.clips import Clip
 from latentsync.faces import face_reader
-from latentsync.pipeline import Painter, Settings, Shot, align, batches, beside, paint, windows
+from latentsync.pipeline import Painter, Shot, align, batches, beside, paint, windows
 from latentsync.retarget import MouthBank, retarget
+from latentsync.settings import Settings
 
 
 class ElsewherePainter(Painter):

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from latentsync.alignment import crop_size
-from latentsync.checkpoints import Models
+from latentsync.checkpoints.load import Models
 from latentsync.evaluation.appearance import HULL_POINTS, keeps
 from latentsync.evaluation.clips import MOST_FRAMES, SIDE, Clip, Seen, alignments, look
 from latentsync.evaluation.dubbing import dub
 from latentsync.evaluation.measures import LAGS, correlation, peak
 from latentsync.media import probe_video, read_frames
-from latentsync.pipeline import Settings
+from latentsync.settings import Settings
 
 # key, heading, format
 COLUMNS = (

@@ -8,7 +8,7 @@ import numpy as np
 
 from latentsync import SAMPLE_RATE
 from latentsync.alignment import fixed_mask
-from latentsync.checkpoints import Models
+from latentsync.checkpoints.load import Models
 from latentsync.corpus import HELD_OUT_SPEAKERS
 from latentsync.evaluation.clips import SIDE, TRACKS, Clip, Seen, look
 from latentsync.evaluation.dubbing import dub, elsewhere
@@ -26,7 +26,7 @@ from latentsync.evaluation.measures import (
     psnr,
     ssim,
 )
-from latentsync.pipeline import Settings
+from latentsync.settings import Settings
 
 SILENCE = 2.0  # seconds of silent sound that every clip is dubbed with
 LEAST_PAUSE = 5  # frames; in fewer there is no variance to speak of

@@ -8,11 +8,10 @@ for the model; the file that is written gets the given sound itself. Nothing her
 from latentsync.media.info import HDR_REMARK, AudioInfo, VideoInfo
 from latentsync.media.probe import probe_audio, probe_video
 from latentsync.media.reading import read_audio, read_frames, read_frames_looped
-from latentsync.media.writing import COMMENT, CRF, PARTIAL, VideoWriter, check_output, join_segments
+from latentsync.media.writing import COMMENT, PARTIAL, VideoWriter, check_output, join_segments
 
 __all__ = [
     "COMMENT",
-    "CRF",
     "HDR_REMARK",
     "PARTIAL",
     "AudioInfo",

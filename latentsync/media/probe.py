@@ -226,9 +226,7 @@ def _tile_group(path: Path) -> str | None:
     return match[1] if match else None
 
 
-def probe_audio(
-    path: str | os.PathLike, track: int | None = None, max_seconds: float | None = None
-) -> AudioInfo:
+def probe_audio(path: str | os.PathLike, track: int | None = None, max_seconds: float | None = None) -> AudioInfo:
     """Describe a sound track of a sound or video file after decoding all of it.
 
     track: its number, from 1; None: the one with the default flag, else the first. max_seconds: of sound; more is

@@ -106,9 +106,7 @@ def _decode(
     with run_ffmpeg(arguments, stdout=subprocess.PIPE, limits=limits) as (process, log):
         frames = _filled(process.stdout, (info.height, info.width, 4 if info.transparent else 3))
         frames = map(on_white, frames) if info.transparent else frames
-        yield from with_watchdog(
-            process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS, cancel
-        )
+        yield from with_watchdog(process, frames, info.path, FRAME_SECONDS * (1 + skipped), FRAME_SECONDS, cancel)
         check_ended(process, messages := read_log(log), info.path)
         if "No such filter" in messages:
             raise UserError(

@@ -20,8 +20,8 @@ from latentsync.media.process import ended_by_signal, file_url, input_arguments,
 from latentsync.media.sound import SUFFIXES, sound_options
 from latentsync.media.watchdog import OnWait, Watchdog
 from latentsync.paths import PARTIAL, check_writable
+from latentsync.settings import CRF
 
-CRF = 16  # x264 quality that the eye cannot tell from the source
 PRESET = "veryfast"  # x264 speed: at this CRF slower ones only save bytes
 COMMENT = "Synthetic media: the mouth in this video was generated to match the sound (LatentSync)."
 ENCODER_THREADS = min(16, usable_cores())
@@ -31,9 +31,7 @@ def check_output(path: str | os.PathLike, inputs: tuple[str | os.PathLike, ...] 
     """Raise UserError unless a video can be written to `path` without harm to an input."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"{path} does not end in {', '.join(SUFFIXES)}; give the output one of these endings."
-        )
+        raise UserError(f"{path} does not end in {', '.join(SUFFIXES)}; give the output one of these endings.")
     return check_writable(path, inputs)
 
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from latentsync.faces import Face
-from latentsync.overlap import POLL, close
+from latentsync.prefetch import POLL, close
 from latentsync.retarget.geometry import (
     HEAD,
     LIPS,

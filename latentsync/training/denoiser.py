@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from latentsync.alignment import fixed_mask
 from latentsync.corpus import RESOLUTION, ClipSet, load_clips
-from latentsync.sampling import TRAIN_STEPS, between_ends, ddim_scheduler
+from latentsync.sampling import between_ends, ddim_scheduler
+from latentsync.settings import TRAIN_STEPS
 from latentsync.training import autoencoder, lips, listener
 from latentsync.training.looks import plain_look, random_look, random_mouth, random_people, render
 from latentsync.training.sound import Windows, draw_sound, draw_windows, segments_of, tokens_of
@@ -128,9 +129,7 @@ def shown_frames(windows: Windows) -> Tensor:
     return torch.where(elsewhen, windows.reference[:, ends], windows.frames[:, ends])
 
 
-def draw_examples(
-    data: ClipSet, pool: LatentPool, looks: int, rng: np.random.Generator, batch: int
-) -> Examples:
+def draw_examples(data: ClipSet, pool: LatentPool, looks: int, rng: np.random.Generator, batch: int) -> Examples:
     """`batch` random windows in random ones of the first `looks` looks.
 
     Noise that all frames share gives away what is in motion: the difference of two noisy frames is that of the clean
@@ -320,9 +319,7 @@ def train(
         if step % 200 == 0 or step == first + 1:
             mean, mean_off = torch.stack(losses).mean(0).tolist()
             losses.clear()
-            print(
-                f"denoiser step {step} loss {mean:.4f}, lips {mean_off:.4f}, {time.time() - began:.0f} s", flush=True
-            )
+            print(f"denoiser step {step} loss {mean:.4f}, lips {mean_off:.4f}, {time.time() - began:.0f} s", flush=True)
         if time.time() - saved > SAVE_SECONDS:
             save_state(state / "denoiser.pt", modules, optimizer, step)
             saved = time.time()

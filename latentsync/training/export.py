@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
 
-from latentsync.checkpoints import CONFIG, UNET_NAMES, VAE_CONFIG, VAE_NAMES, WHISPER_NAMES
+from latentsync.checkpoints.load import CONFIG, UNET_NAMES, VAE_CONFIG, VAE_NAMES, WHISPER_NAMES
 from latentsync.corpus import RESOLUTION
 from latentsync.paths import check_writable, write_bytes, write_text
 from latentsync.training import autoencoder, denoiser, listener
@@ -29,9 +29,7 @@ def export(state: Path, folder: Path) -> None:
     """Write the averaged U-Net and encoder and the autoencoder of a state folder as a checkpoint folder."""
     vae = AutoencoderKL.from_config(autoencoder.CONFIG)
     scale = load_weights(state / "autoencoder.pt", {"vae": vae})["scaling_factor"]
-    average = nn.ModuleDict(
-        {"unet": UNet(UNetConfig.from_dict(denoiser.CONFIG)), "encoder": listener.new_encoder()}
-    )
+    average = nn.ModuleDict({"unet": UNet(UNetConfig.from_dict(denoiser.CONFIG)), "encoder": listener.new_encoder()})
     load_weights(state / "denoiser.pt", {"average": average})
     for name in (CONFIG, FACE.name, UNET_NAMES[0], WHISPER_NAMES[0], VAE_NAMES[0], VAE_CONFIG):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

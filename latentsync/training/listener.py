@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentsync.corpus import INNER_LOWER, INNER_UPPER, LIPS, ClipSet, load_clips
-from latentsync.sampling import WINDOW
+from latentsync.settings import WINDOW
 from latentsync.training.sound import draw_sound, draw_windows, segments_of, tokens_of
 from latentsync.training.state import load_state, save_state
 from latentsync.whisper import AudioEncoder, WhisperDims
@@ -40,9 +40,7 @@ class LipReader(nn.Module):
     def __init__(self):
         super().__init__()
         width = TOKENS * DIMS.n_audio_state
-        self.net = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, len(LIPS) * 2)
-        )
+        self.net = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, len(LIPS) * 2))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.net(tokens.flatten(2)).unflatten(-1, (len(LIPS), 2))

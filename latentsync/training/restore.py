@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from latentsync.checkpoints import load_models, resolve
+from latentsync.checkpoints.load import load_models, resolve
 from latentsync.errors import UserError
 from latentsync.training import autoencoder, denoiser, listener
 from latentsync.training.state import save_state

@@ -10,7 +10,7 @@ from torch import Tensor
 from latentsync.audio import PADDING, ROWS_AFTER, ROWS_BEFORE, SEGMENT_FRAMES
 from latentsync.corpus import EDGE, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, ClipSet, to_device
 from latentsync.errors import UserError
-from latentsync.sampling import WINDOW
+from latentsync.settings import WINDOW
 
 QUIETEST = 4.5  # decades under the loudest sound that are heard: rooms are seldom quieter, synthesisers are
 SPEECH_LEVEL = -20.0  # dB: as quiet as speech is heard in training, GRID's level (−9 dB) less 10 dB, see `_other_voice`

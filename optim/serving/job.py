@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from latentsync import FPS
+from latentsync.media.segments import discard, unfinished
 from latentsync.paths import PARTIAL, is_own_file, is_own_folder
-from latentsync.segments import discard, unfinished
 
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 COMPARED_SECONDS = 300  # of a result that are put beside the original

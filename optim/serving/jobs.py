@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from latentsync import FPS, STAGES
 from latentsync.errors import UserError, short_of_memory
 from latentsync.media import probe_audio, probe_video
-from latentsync.segments import discard
+from latentsync.media.segments import discard
 from optim.serving.curves import NO_CURVES, latest, live, thinned
 from optim.serving.inputs import store_inputs, stored_bytes, unwritten
 from optim.serving.job import (
@@ -46,15 +46,15 @@ from optim.serving.job import (
     write_down,
 )
 from optim.serving.limits import NO_LIMITS, Limits, check_option
+from optim.serving.models import best_for, meant, survey
 from optim.serving.preview import Preview
 from optim.serving.run import Cancelled, Progress, interruptible, log, make_plan, out_of_memory
 from optim.serving.speeds import Speeds
-from optim.serving.stock import best_for, meant, survey
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
-    from latentsync.checkpoints import Checkpoint, Models
+    from latentsync.checkpoints.load import Checkpoint, Models
     from optim.monitor import History, Monitor
 
 IDLE_SECONDS = 600.0  # without a job, until the model is let go
@@ -540,16 +540,16 @@ class Worker:
     def _look(self) -> None:
         import torch
 
+        from latentsync.checkpoints.releases import home
         from latentsync.options import choose_device
-        from latentsync.releases import home
         from optim.doctor import advise, read_facts
-        from optim.hardware import read_gpus, recommended_level
+        from optim.hardware import gpu_of, recommended_level
         from optim.monitor import Monitor
 
         self.speeds = Speeds(home() / "speeds.json")
         self.monitor = Monitor(rate=1.0, seconds=3600).start()
         device = torch.device("cpu") if self.lent else choose_device(self.device_name)
-        gpu = read_gpus()[device.index or 0] if device.type == "cuda" else None
+        gpu = gpu_of(device)
         best, why = best_for(gpu, self.lent is not None)
         found = survey(self.model, device, self.lent is not None)
         side = next(model["resolution"] for model in found["models"] if model["name"] == found["chosen"])
@@ -590,7 +590,7 @@ class Worker:
         """The models of a request: those at hand, or loaded in their place."""
         import torch
 
-        from latentsync.checkpoints import load_models
+        from latentsync.checkpoints.load import load_models
 
         device = torch.device(self.machine.device)
         checkpoint = self._ran = self._checkpoint(request)

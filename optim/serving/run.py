@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentsync.segments import clock
+from latentsync.media.segments import clock
 from optim.serving.job import Job, Request
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
-    from latentsync.checkpoints import Checkpoint, Models
+    from latentsync.checkpoints.load import Checkpoint, Models
     from optim.accelerate import Plan
     from optim.monitor import Monitor
     from optim.serving.jobs import Machine
@@ -48,8 +48,7 @@ def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]
 
 def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.device") -> "Plan":
     """The plan for a request with a model on a device. Raises UserError."""
-    from latentsync.pipeline import Settings
-    from latentsync.sampling import DeepCache
+    from latentsync.settings import DeepCache, Settings
     from optim.accelerate import plan_as_asked
 
     asked = Settings.suiting(
@@ -67,7 +66,7 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
 
     model: as on the command line. Returns the report. Nobody can follow it, or end it. Raises UserError.
     """
-    from latentsync.checkpoints import load_models, resolve
+    from latentsync.checkpoints.load import load_models, resolve
     from latentsync.options import choose_device
     from latentsync.pipeline import lipsync
     from optim.accelerate import accelerate, reliever
@@ -86,7 +85,7 @@ class Progress:
     """What the pipeline calls as it gets on: writes into the job, and ends the run when that is wished."""
 
     def __init__(self, job: Job, steps: int, monitor: "Monitor", check: Callable[[], None]):
-        from latentsync.sampling import WINDOW
+        from latentsync.settings import WINDOW
 
         self._job, self._steps, self._monitor, self._check = job, steps, monitor, check
         self._window, self._stepped = WINDOW, 0

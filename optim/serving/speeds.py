@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch takes seconds to load
-    from latentsync.pipeline import Settings
+    from latentsync.settings import Settings
 
 
 class Speeds:

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from latentsync.checkpoints import Models
+from latentsync.checkpoints.load import Models
 from latentsync.unet import UNet
 
 FLAT = 1 / 127.5  # one grey level: no mouth varies less over its pixels

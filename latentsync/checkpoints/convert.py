@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from latentsync.download import Progress, check_cancel, no_progress
+from latentsync.checkpoints.download import Progress, check_cancel, no_progress
 from latentsync.errors import UserError
 
 GROUP = 256 << 20  # bytes of a file that are mapped in memory at a time

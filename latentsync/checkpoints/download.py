@@ -23,8 +23,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
+from latentsync.checkpoints.releases import RELEASES, Part, folder_of, gigabytes, released_as
 from latentsync.errors import UserError
-from latentsync.releases import RELEASES, Part, folder_of, gigabytes, released_as
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 

@@ -1,4 +1,4 @@
-"""The rows of `optim.benchmark`: windows, the start, jobs from file to file, smaller cards.
+"""The rows of `optim.benchmark.__main__`: windows, the start, jobs from file to file, smaller cards.
 
 A row that fails says why, and the next one is measured.
 """
@@ -15,14 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentsync.checkpoints import Models, load_models, resolve, working_dtype
-from latentsync.pipeline import Settings, lipsync
-from latentsync.sampling import GUIDANCE_SCALE, INFERENCE_STEPS, WINDOW, DeepCache
+from latentsync.checkpoints.load import Models, load_models, resolve, working_dtype
+from latentsync.pipeline import lipsync
+from latentsync.settings import GUIDANCE_SCALE, INFERENCE_STEPS, WINDOW, DeepCache, Settings
 from optim import accelerate
 from optim.accelerate import Plan
-from optim.hardware import GIB, Gpu, apply_vram_fraction, read_gpus, recommended_level
-from optim.levels import STOPS, Level
-from optim.passes import (
+from optim.benchmark.passes import (
     Watch,
     clock,
     free_memory,
@@ -36,6 +34,8 @@ from optim.passes import (
     time_stages,
     window_work,
 )
+from optim.hardware import GIB, Gpu, apply_vram_fraction, gpu_of, recommended_level
+from optim.levels import STOPS, Level
 
 REFERENCE = "reference"
 CACHED_REFERENCE = "reference + DeepCache (3, 0)"
@@ -133,7 +133,7 @@ class BenchmarkConfig:
         return accelerate.make_plan(level, Settings(steps=self.steps), resolution, gpu)
 
     def gpu(self) -> Gpu | None:
-        return read_gpus()[self.device.index or 0] if self.device.type == "cuda" else None
+        return gpu_of(self.device)
 
 
 def accelerated(models: Models, plan: Plan) -> Models:

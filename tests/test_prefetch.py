@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from latentsync.overlap import Behind, ahead
+from latentsync.prefetch import Behind, ahead
 
 
 class Broken(Exception):

@@ -24,9 +24,10 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 from latentsync import FPS, __version__
 from latentsync.errors import UserError
-from latentsync.media import CRF, VideoInfo, VideoWriter, check_output, join_segments, probe_audio
+from latentsync.media import VideoInfo, VideoWriter, check_output, join_segments, probe_audio
 from latentsync.media.watchdog import OnWait
 from latentsync.paths import PARTIAL, is_own_file, is_own_folder
+from latentsync.settings import CRF
 
 SEGMENT_FRAMES = 1500  # one minute: what has to be painted again at most
 STALE_DAYS = 1.0  # a half-written file that has not grown for so long belongs to no process

@@ -16,13 +16,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from latentsync.checkpoints.releases import RELEASES, folder_of, notice, recommend
 from latentsync.errors import UserError
-from latentsync.releases import RELEASES, folder_of, notice, recommend
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
-    from latentsync.checkpoints import Checkpoint
+    from latentsync.checkpoints.load import Checkpoint
     from optim.hardware import Gpu
     from optim.serving.jobs import Worker
 
@@ -56,7 +56,7 @@ def meant(model: str, device: "torch.device", lent: bool = False) -> "Checkpoint
 
     Raises UserError where there is none.
     """
-    from latentsync.checkpoints import resolve, resolve_released
+    from latentsync.checkpoints.load import resolve, resolve_released
 
     if lent and model == "auto":
         for name in RELEASES:  # the best first
@@ -70,7 +70,7 @@ def survey(model: str, device: "torch.device", lent: bool = False) -> dict[str, 
 
     model: what the server was told that `auto` is; lent: see `meant`. Raises UserError where that is not there.
     """
-    from latentsync.checkpoints import NAMES, resolve
+    from latentsync.checkpoints.load import NAMES, resolve
 
     chosen = meant(model, device, lent)
     models = []
@@ -104,7 +104,7 @@ class Task:
     _points: deque = field(default_factory=deque)  # seconds and bytes
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """See `latentsync.store.get`."""
+        """See `latentsync.checkpoints.store.get`."""
         fetched = {part.file for part in RELEASES[self.name].parts}
         lost = what == "waiting for the connection"
         step = "fetching" if lost or what in fetched else what  # the speed goes through all files that are fetched
@@ -177,7 +177,7 @@ class Fetcher:
     def remove(self, name: str, pickle_only: bool = False) -> int:
         """Remove a model, or only the original of a converted U-Net; returns bytes removed. Raises UserError."""
         _check_known(name)
-        from latentsync import store
+        from latentsync.checkpoints import store
 
         with self._lock:
             self._check_idle()
@@ -206,7 +206,7 @@ class Fetcher:
         self.worker.ready.wait()
         from huggingface_hub import constants
 
-        from latentsync.store import stored
+        from latentsync.checkpoints.store import stored
 
         machine = self.worker.machine
         if machine is None:
@@ -242,8 +242,8 @@ class Fetcher:
         task.doing = "looking at this machine"
         self.worker.ready.wait()
         try:
-            from latentsync import store
-            from latentsync.download import Cancelled
+            from latentsync.checkpoints import store
+            from latentsync.checkpoints.download import Cancelled
 
             try:
                 if task.task == "get":

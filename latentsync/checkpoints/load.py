@@ -11,7 +11,7 @@ A checkpoint is a folder:
     the picture that latentsync.json names as "face", if any
 
 All but the last may also lie in its folder `checkpoints`, as the reference and its ComfyUI wrappers have it, and the
-autoencoder in the Hugging Face cache. `python -m latentsync.checkpoints` fetches the released ones, see `store`.
+autoencoder in the Hugging Face cache.
 """
 
 import json
@@ -32,11 +32,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from latentsync.audio import MEL_RANGE
-from latentsync.conversion import SOURCE, in_groups
-from latentsync.download import found_here
+from latentsync.checkpoints.convert import SOURCE, in_groups
+from latentsync.checkpoints.download import found_here
+from latentsync.checkpoints.releases import RELEASES, VAE_PARTS, VAE_REPOSITORY, folder_of, released_as
 from latentsync.errors import UserError
-from latentsync.releases import RELEASES, VAE_PARTS, VAE_REPOSITORY, folder_of, released_as
-from latentsync.sampling import GUIDANCE_SCALE, WINDOW, denoise
+from latentsync.sampling import denoise
+from latentsync.settings import GUIDANCE_SCALE, WINDOW
 from latentsync.unet import UNet, UNetConfig
 from latentsync.whisper import AudioEncoder, WhisperDims
 
@@ -460,9 +461,7 @@ def load_audio_encoder(path: Path, device: torch.device | None = None) -> AudioE
         tensors = dict(tensors.get("model_state_dict", tensors))
         dims = {field.name: int(dims[field.name]) for field in fields(WhisperDims)}
         tensors = {
-            name.removeprefix("encoder."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("encoder.")
+            name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name.startswith("encoder.")
         }
     except DAMAGED as error:
         raise UserError(f"'{path}' is not a Whisper file in OpenAI's format; fetch it again.") from error
@@ -542,11 +541,3 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         face=None if checkpoint.face is None else load_face(checkpoint.face, checkpoint.resolution),
         files=checkpoint.files,
     )  # fmt: skip
-
-
-if __name__ == "__main__":
-    import sys
-
-    from latentsync.store import main
-
-    sys.exit(main())

@@ -23,17 +23,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentsync.alignment import fixed_mask
-from latentsync.checkpoints import Models
-from latentsync.sampling import SEED, WINDOW, DeepCache, Schedule, ddim_schedule, denoise, initial_noise
+from latentsync.checkpoints.load import Models
+from latentsync.sampling import Schedule, ddim_schedule, denoise, initial_noise
+from latentsync.settings import SEED, WINDOW, DeepCache
 from latentsync.unet import UNet, UNetConfig
 from latentsync.vae import condition, decode, encode
 from latentsync.whisper import AudioEncoder, WhisperDims
+from optim.benchmark.reference import PlainUNet, deepcache, denoise_window, make_pipe
 from optim.hardware import nvml_index
 from optim.monitor import GpuHistory, History, Monitor
-from optim.plain import PlainUNet, deepcache, denoise_window, make_pipe
 
 if TYPE_CHECKING:  # the pipeline imports what finds faces and reads media, which is not needed here
-    from latentsync.pipeline import Settings
+    from latentsync.settings import Settings
 
 TOKENS = 50  # of the sound, a frame
 WATCH_RATE = 10.0  # samples of the GPU's utilization a second
@@ -148,7 +149,7 @@ class Stages:
 
 @contextmanager
 def plain_stages(models: Models, steps: int, guidance: float, cache: DeepCache | None) -> Iterator[Stages]:
-    """One window the reference's way: optim.plain's network and loop, NCHW, eager, the autoencoder as diffusers has it.
+    """One window the reference's way: the network and loop of `reference`, NCHW, eager, diffusers' autoencoder.
 
     The models must be laid out as NCHW and not be accelerated; the plain network shares their weights.
     """
@@ -268,9 +269,7 @@ class Watch:
         if self.monitor is None:
             return None
         history = self.monitor.snapshot()
-        return mean_utilization(
-            history, history.gpu(nvml_index(self.device)), begin - self.began, end - self.began
-        )
+        return mean_utilization(history, history.gpu(nvml_index(self.device)), begin - self.began, end - self.began)
 
 
 def mean_utilization(history: History, gpu: GpuHistory | None, begin: float, end: float) -> float | None:

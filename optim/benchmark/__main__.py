@@ -32,13 +32,12 @@ from pathlib import Path
 
 import torch
 
-from latentsync.checkpoints import resolve
+from latentsync.checkpoints.load import resolve
 from latentsync.errors import UserError
 from latentsync.options import choose_device
 from latentsync.paths import check_writable, write_text
-from latentsync.sampling import INFERENCE_STEPS
-from optim.levels import STOPS, find_level
-from optim.measure import (
+from latentsync.settings import INFERENCE_STEPS
+from optim.benchmark.measure import (
     BenchmarkConfig,
     JobRow,
     MemoryRow,
@@ -51,7 +50,8 @@ from optim.measure import (
     start_seconds,
     window_rows,
 )
-from optim.passes import free_memory, matrix_throughput
+from optim.benchmark.passes import free_memory, matrix_throughput
+from optim.levels import STOPS, find_level
 
 RESOLUTIONS = (512, 256)
 
@@ -139,9 +139,7 @@ def job_line(row: JobRow) -> str:
     if row.failed:
         return f"{head}  failed: {row.failed}"
     stages = ", ".join(f"{name} {seconds:.1f} ({row.waiting.get(name, 0):.1f})" for name, seconds in row.stages.items())
-    return (
-        f"{head}{row.frames:8}{row.wall:8.2f}{row.gpu:8.2f}{row.ratio:7.2f}{_number(row.utilization, 10)}%  {stages}"
-    )
+    return f"{head}{row.frames:8}{row.wall:8.2f}{row.gpu:8.2f}{row.ratio:7.2f}{_number(row.utilization, 10)}%  {stages}"
 
 
 MEMORY_HEAD = "  card  side  level         windows  frames  tiles  planned  alloc. reserved"

@@ -1,4 +1,4 @@
-"""Two implementations written apart must agree: optim.plain and latentsync's network, loops, schedule and sound.
+"""Two implementations written apart must agree: optim.benchmark.reference and latentsync's networks and loops.
 
 The plain side runs diffusers' scheduler step by step, the DeepCache package's own hooks and transformers' Whisper.
 """
@@ -18,10 +18,11 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from latentsync.audio import audio_chunks, frame_count, log_mel
-from latentsync.checkpoints import load_audio_encoder
-from latentsync.sampling import DeepCache, ddim_schedule, denoise
+from latentsync.checkpoints.load import load_audio_encoder
+from latentsync.sampling import ddim_schedule, denoise
+from latentsync.settings import DeepCache
 from latentsync.unet import UNet, UNetConfig, frames_first
-from optim.plain import PlainUNet, deepcache, denoise_window, make_pipe
+from optim.benchmark.reference import PlainUNet, deepcache, denoise_window, make_pipe
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 UNET_FILES = sorted(PARITY_DIR.glob("unet_*.safetensors"))
