@@ -196,6 +196,8 @@ case $command in
         install "$here/tests/requirements.txt" installed-tests
         cd -- "$here"
         "$python" -m ruff check .
+        "$python" -m ruff format --check .
+        "$python" -m mypy
         run_tests "$@"
         ;;
     *)
