@@ -42,7 +42,7 @@ from latentsync.media import (
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.prefetch import Behind, OnWait, ahead, close
 from latentsync.retarget import CHUNK, CONTEXT, HELD_FRAMES, MouthBank, mouth_points, retarget
-from latentsync.sampling import Schedule, between_ends, ddim_schedule, initial_noise
+from latentsync.sampling import Schedule, between_ends, ddim_schedule, denoise, initial_noise
 from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, WINDOW, DeepCache
 from latentsync.vae import condition, decode, to_pixels
 from latentsync.validation import WIDER, unusable, widened
@@ -304,7 +304,7 @@ class Painter:
         shots = [shot for window in windows for shot in window.shots]
         crops = self.crops(shots)
         tokens = self.upload(torch.stack([shot.tokens for shot in shots])).to(models.dtype)
-        latents = models.denoise(
+        latents = denoise(
             models.unet,
             self.noise,
             self.told(windows, crops).transpose(1, 2),

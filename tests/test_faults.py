@@ -13,8 +13,8 @@ from latentsync.sampling import denoise
 from latentsync.settings import Settings
 from latentsync.unet import UNet
 from latentsync.validation import unusable, widened
-from optim.fused import fuse
 from optim.graphs import capture
+from optim.lean import make_lean
 
 CPU = torch.device("cpu")
 FRAMES = 24  # a window and a slid-back second, of which 8 frames are new
@@ -180,7 +180,7 @@ def test_what_is_no_picture_is_noticed_frame_by_frame(kind, dtype):
 
 
 def test_the_wider_networks_are_plain_and_the_others_stay_as_they_are(half):
-    fuse(half.vae)
+    make_lean(half.vae)
     capture(half.unet)
     half.vae.enable_tiling()
     kinds = [type(module) for network in (half.unet, half.vae) for module in network.modules()]

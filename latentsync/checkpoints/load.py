@@ -36,7 +36,6 @@ from latentsync.checkpoints.convert import SOURCE, in_groups
 from latentsync.checkpoints.download import found_here
 from latentsync.checkpoints.releases import RELEASES, VAE_PARTS, VAE_REPOSITORY, folder_of, released_as
 from latentsync.errors import UserError
-from latentsync.sampling import denoise
 from latentsync.settings import GUIDANCE_SCALE, WINDOW
 from latentsync.unet import UNet, UNetConfig
 from latentsync.whisper import AudioEncoder, WhisperDims
@@ -104,7 +103,6 @@ class Models:
     speech_level: float | None = None
     face: np.ndarray | None = None  # uint8 (R, R, 3), aligned: what it paints instead of the film's; see `retarget`
     files: tuple[Path, ...] = ()  # that it was loaded from
-    denoise: Callable[..., Tensor] = denoise  # or what does the same faster
 
     @property
     def device(self) -> torch.device:
