@@ -25,7 +25,8 @@ from torch import Tensor
 
 from latentsync.alignment import crop_face, estimate_matrix, fixed_mask
 from latentsync.audio import audio_chunks, frame_count
-from latentsync.checkpoints.load import Checkpoint, Models
+from latentsync.checkpoints.find import Checkpoint
+from latentsync.checkpoints.load import Models
 from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
 from latentsync.errors import UserError, short_of_memory
 from latentsync.faces import Face, face_reader, track_faces
