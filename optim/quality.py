@@ -20,7 +20,8 @@ import torch
 from latentsync import SAMPLE_RATE
 from latentsync.alignment import crop_face, fixed_mask
 from latentsync.audio import frame_count
-from latentsync.checkpoints.load import Models, load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import Models, load_models
 from latentsync.errors import UserError
 from latentsync.evaluation.measures import psnr, ssim
 from latentsync.media import probe_video, read_audio, read_frames_looped
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         levels = [find_level(name) for name in args.levels]
         device = choose_device(args.device)
-        checkpoint = resolve(args.model, device)
+        checkpoint = resolve_model(args.model, device)
         if args.json:
             check_writable(args.json, (args.video, args.audio, *checkpoint.files))
         models = load_models(checkpoint, device)

@@ -19,7 +19,8 @@ from skimage.metrics import peak_signal_noise_ratio as psnr
 from latentsync import STAGES, painting, pipeline
 from latentsync.alignment import frame_rectangle
 from latentsync.audio import audio_chunks, frame_count
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.compositing import match_colours, paste_face
 from latentsync.errors import UserError
 from latentsync.faces import track_faces
@@ -52,7 +53,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from filelock import FileLock
 
 from latentsync import STAGES, painting, pipeline
 from latentsync.__main__ import Bars, Lines, main
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.faces import Face, track_faces
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_frames, segments
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ import torch
 from clips import ffmpeg, make_sound, make_video
 from conftest import FACE_FRAMES, portrait, save_video
 
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_video, process, read_frames, reading
 from latentsync.pipeline import Hooks, lipsync
@@ -42,7 +43,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def models(checkpoint):
     cpu = torch.device("cpu")
-    return load_models(resolve(str(checkpoint), cpu), cpu, torch.float32)
+    return load_models(resolve_model(str(checkpoint), cpu), cpu, torch.float32)
 
 
 @pytest.fixture(scope="module")
