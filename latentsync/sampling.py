@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from latentsync.settings import GUIDANCE_SCALE, TRAIN_STEPS, DeepCache
-from latentsync.unet import UNet, frames_first, windows_first
+from latentsync.unet import UNet, fold_frames, unfold_frames
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def denoise(
     b, _, f, h, w = condition.shape
     guided = guidance_scale > 1
     c = noise.shape[1]
-    latents = frames_first(noise.expand(b, c, f, h, w))
-    condition = frames_first(condition)
+    latents = fold_frames(noise.expand(b, c, f, h, w))
+    condition = fold_frames(condition)
     context = unet.encode_audio(audio)
     timesteps = torch.tensor(schedule.timesteps).to(latents.device, non_blocking=True)[:, None].unbind()
     cached = added = None
@@ -133,4 +133,4 @@ def denoise(
         latents = schedule.latent_scale[i] * latents + schedule.noise_scale[i] * noise_now
         if on_step is not None:
             on_step(i)
-    return windows_first(latents, b)
+    return unfold_frames(latents, b)

@@ -9,8 +9,8 @@ from fake_nvml import card_of
 from test_hardware import read
 
 from latentsync.checkpoints.load import load_models, resolve
+from latentsync.layers import FeedForward
 from latentsync.settings import Settings
-from latentsync.unet import FeedForward
 from optim import __main__ as command_line
 from optim.accelerate import (
     CPU_FRAMES,
