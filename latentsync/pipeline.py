@@ -26,7 +26,7 @@ from torch import Tensor
 from latentsync.alignment import crop_face, estimate_matrix, fixed_mask
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints.load import Checkpoint, Models
-from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
+from latentsync.compositing import match_colours, merge_faces, paste_face, paste_rectangle
 from latentsync.errors import UserError, short_of_memory
 from latentsync.faces import Face, face_reader, track_faces
 from latentsync.machine import available_memory
@@ -42,9 +42,9 @@ from latentsync.media import (
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.prefetch import Behind, OnWait, ahead, close
 from latentsync.retarget import CHUNK, CONTEXT, HELD_FRAMES, MouthBank, mouth_points, retarget
-from latentsync.sampling import Schedule, between_ends, ddim_schedule, initial_noise
+from latentsync.sampling import Schedule, ddim_schedule, initial_noise, interpolate_ends
 from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, WINDOW, DeepCache
-from latentsync.vae import condition, decode, to_pixels
+from latentsync.vae import decode, encode_conditioning, to_pixels
 from latentsync.validation import WIDER, unusable, widened
 
 KNOWN_BYTES = 512 * 2**20  # of crops that are kept of a video that is shown more than once: 26 s at 512 px
@@ -321,7 +321,7 @@ class Painter:
 
         latents, crops = new(latents.transpose(1, 2).flatten(0, 1)), new(crops)
         generated = torch.cat([decode(models.vae, some) for some in latents.split(settings.frames_per_pass)])
-        bad = unusable(self.schedule.predicted(latents, self.noise[:, :, 0]), generated, self.hidden)
+        bad = unusable(self.schedule.predicted_noise(latents, self.noise[:, :, 0]), generated, self.hidden)
         if models.match_colours:
             generated = match_colours(generated, crops, self.mask)
         faces = merge_faces(generated, crops, self.mask)
@@ -367,14 +367,14 @@ class Painter:
         if self.face is not None:
             if OWN_FACE not in self.conditions:
                 pixels = to_pixels(self.face[None], self.models.dtype)
-                self.conditions[OWN_FACE] = condition(self.models.vae, pixels, self.mask)[0]
+                self.conditions[OWN_FACE] = encode_conditioning(self.models.vae, pixels, self.mask)[0]
             return self.conditions[OWN_FACE].expand(b, f, *self.conditions[OWN_FACE].shape)
         if not self.models.ends_only:
             return self.condition([shot for window in windows for shot in window.shots], crops).unflatten(0, (b, f))
         crops = crops.unflatten(0, (b, f))
         ends = [shot for window in windows for shot in (window.shots[0], window.shots[-1])]
         given = self.condition(ends, torch.stack([crops[:, 0], crops[:, -1]], 1).flatten(0, 1)).unflatten(0, (b, 2))
-        return between_ends(given[:, 0], given[:, 1], f)
+        return interpolate_ends(given[:, 0], given[:, 1], f)
 
     def condition(self, shots: list[Shot], crops: Tensor) -> Tensor:
         """What the network is told of n faces besides the noise, (n, 1 + 2c, h, w), encoded once for each source."""
@@ -382,7 +382,7 @@ class Painter:
         if all(source in self.conditions for source in sources):
             return torch.stack([self.conditions[source] for source in sources])
         given = torch.cat([
-            condition(self.models.vae, to_pixels(some, self.models.dtype), self.mask)
+            encode_conditioning(self.models.vae, to_pixels(some, self.models.dtype), self.mask)
             for some in crops.split(self.settings.frames_per_pass)
         ])  # fmt: skip
         self.conditions.update((source, one) for source, one in zip(sources, given, strict=True) if source is not None)
@@ -394,7 +394,7 @@ class Painter:
         Only the parts of the frames that change travel, all in one piece each way. bad: bool (n,), faces that are to
         be left out; the function that is returned gives them to the host.
         """
-        rectangles = [pasted_rectangle(shot.matrix, faces.shape[-1], shot.frame.shape) for shot in shots]
+        rectangles = [paste_rectangle(shot.matrix, faces.shape[-1], shot.frame.shape) for shot in shots]
         regions = [shot.frame[y0:y1, x0:x1] for shot, (x0, y0, x1, y1) in zip(shots, rectangles, strict=True)]
         sizes = [region.size for region in regions]
 
@@ -407,7 +407,7 @@ class Painter:
         on_device = packed.to(self.models.device, non_blocking=True)
         for part, face, shot, rectangle in zip(cut(on_device), faces, shots, rectangles, strict=True):
             if part.numel():
-                paste_into_rectangle(part, face, shot.matrix, rectangle, shot.frame.shape, shot.opacity)
+                paste_face(part, face, shot.matrix, rectangle, shot.frame.shape, shot.opacity)
         pasted, ready = on_device, None
         if self.on_gpu:
             known = torch.empty_like(bad, device="cpu", pin_memory=True)

@@ -258,7 +258,7 @@ PLACES = {
     "VAE decoder": ("latentsync.pipeline", "decode"),
     "soundness": ("latentsync.pipeline", "unusable"),
     "merging": ("latentsync.pipeline", "merge_faces"),
-    "compositing": ("latentsync.pipeline", "paste_into_rectangle"),
+    "compositing": ("latentsync.pipeline", "paste_face"),
     "opening": (VideoWriter, "_encoding"),
     "writing": (VideoWriter, "write"),
     "loading": ("latentsync.checkpoints.load", "load_models"),

@@ -75,7 +75,7 @@ class Checkpoint:
     vae: Path
     vae_config: Path
     match_colours: bool = False  # its autoencoder does not return every tone; see `compositing.match_colours`
-    ends_only: bool = False  # it sees a window's first and last faces alone; see `sampling.between_ends`
+    ends_only: bool = False  # it sees a window's first and last faces alone; see `sampling.interpolate_ends`
     guidance_scale: float = GUIDANCE_SCALE  # what suits it, where nothing else is asked for
     mel_range: float = MEL_RANGE  # decades under the loudest sound that its audio encoder has learnt to hear
     speech_level: float | None = None  # dB to which quieter speech is raised for it; see `audio.raise_quiet_speech`

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentsync.alignment import fixed_mask
 from latentsync.corpus import RESOLUTION, ClipSet, load_clips
-from latentsync.sampling import between_ends, ddim_scheduler
+from latentsync.sampling import ddim_scheduler, interpolate_ends
 from latentsync.settings import TRAIN_STEPS
 from latentsync.training import autoencoder, lips, listener
 from latentsync.training.looks import plain_look, random_look, random_mouth, random_people, render
@@ -143,7 +143,8 @@ def draw_examples(data: ClipSet, pool: LatentPool, looks: int, rng: np.random.Ge
     look, shown = torch.randint(looks, (b, 1), device=device), shown_frames(windows)
     clean = pool.target[look, windows.frames].transpose(1, 2).float()
     masked, reference = (
-        between_ends(*part[look, shown].float().unbind(1), f).transpose(1, 2) for part in (pool.masked, pool.reference)
+        interpolate_ends(*part[look, shown].float().unbind(1), f).transpose(1, 2)
+        for part in (pool.masked, pool.reference)
     )
     seen = torch.rand(b, 1, 1, 1, 1, device=device) >= UNSEEN
     start, shared = (torch.rand(b, device=device) < share for share in (STARTS, SHARED_NOISE))
