@@ -74,7 +74,9 @@ if errorlevel 1 goto install_failed
 copy /y "%ROOT%\tests\requirements.txt" "%VENV%\installed-tests" >nul
 :test_start
 cd /d "%ROOT%"
-"%VPY%" -m ruff check .
+"%VPY%" -m ruff check . || exit /b 1
+"%VPY%" -m ruff format --check . || exit /b 1
+"%VPY%" -m mypy
 if not "%ERRORLEVEL%"=="0" exit /b %ERRORLEVEL%
 rem Two runs: Triton settles at its import whether it interprets, so the kernels have a run of their own. Options go to
 rem both; a run that has none of the tests that they select (exit code 5) is no failure unless both have none.

@@ -186,7 +186,7 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
 
     from latentsync.checkpoints.load import load_models, resolve
     from latentsync.media.segments import discard
-    from latentsync.pipeline import lipsync
+    from latentsync.pipeline import Hooks, lipsync
     from latentsync.settings import Settings
 
     if args.discard_unfinished:
@@ -210,9 +210,16 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
             say(checkpoint.remark)
         with prepare(args, models, settings, sound.duration) as job:
             report = lipsync(
-                args.video, args.audio, args.output, models, job.settings, bars, job.relieve, say=say,
-                video_track=args.video_track, audio_track=args.audio_track, copy_audio=args.copy_audio,
-            )  # fmt: skip
+                args.video,
+                args.audio,
+                args.output,
+                models,
+                job.settings,
+                Hooks(on_progress=bars, on_out_of_memory=job.relieve, on_message=say),
+                video_track=args.video_track,
+                audio_track=args.audio_track,
+                copy_audio=args.copy_audio,
+            )
             bars.close()
             for remark in report.remarks:
                 say(remark)

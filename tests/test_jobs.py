@@ -19,7 +19,7 @@ import torch
 from clips import make_sound, make_video
 from small_release import NAME
 
-from latentsync import STAGES, pipeline
+from latentsync import STAGES, painting, pipeline
 from latentsync.checkpoints import store
 from latentsync.checkpoints.load import resolve
 from latentsync.errors import UserError
@@ -152,7 +152,7 @@ def test_what_is_finished_can_be_kept(worker, talking, long_voice):
 @pytest.mark.parametrize("keep, words", [(False, "cancelling"), (True, "stopping; what is finished is kept")])
 def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, long_voice, monkeypatch, keep, words):
     hold, held, go_on = (threading.Event() for _ in range(3))
-    merge = pipeline.merge_faces
+    merge = painting.merge_faces
 
     def slow(*args):
         if hold.is_set():
@@ -160,7 +160,7 @@ def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, lon
             go_on.wait(60)
         return merge(*args)
 
-    monkeypatch.setattr(pipeline, "merge_faces", slow)
+    monkeypatch.setattr(painting, "merge_faces", slow)
     job = worker.submit(Request(talking, long_voice, steps=1), ME)
     until(lambda: job.progress.get("writing", 0) > 5)
     hold.set()

@@ -47,7 +47,7 @@ VAE_NAMES = ("vae/diffusion_pytorch_model.safetensors",)
 VAE_CONFIG = "vae/config.json"
 VAE_FOLDERS = ("vae", "sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse")
 CONFIG = "latentsync.json"
-DEMO_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "demo"
+DEMO_FOLDER = Path(__file__).resolve().parents[2] / "assets" / "demo"
 
 
 # Limits of what a description may ask for: enough for every network of this kind, and built at once.

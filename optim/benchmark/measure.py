@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from latentsync.checkpoints.load import Models, load_models, resolve, working_dtype
-from latentsync.pipeline import lipsync
+from latentsync.pipeline import Hooks, lipsync
 from latentsync.settings import GUIDANCE_SCALE, INFERENCE_STEPS, WINDOW, DeepCache, Settings
 from optim import accelerate
 from optim.accelerate import Plan
@@ -251,7 +251,7 @@ def job_rows(video: Path, audio: Path, resolution: int, config: BenchmarkConfig)
                 output = Path(folder, "out.mp4")
                 lipsync(video, audio, output, models, plan.settings)
                 with Watch(config.device) as watch:
-                    report = lipsync(video, audio, output, models, plan.settings, on_progress)
+                    report = lipsync(video, audio, output, models, plan.settings, Hooks(on_progress=on_progress))
             stages = our_stages(models, plan.settings)
             timing = time_stages(stages, config.device, config.repeats)
             gpu = math.ceil((report.frames - report.frames_without_face) / WINDOW) * timing.seconds / stages.windows

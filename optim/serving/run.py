@@ -68,7 +68,7 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
     """
     from latentsync.checkpoints.load import load_models, resolve
     from latentsync.options import choose_device
-    from latentsync.pipeline import lipsync
+    from latentsync.pipeline import Hooks, lipsync
     from optim.accelerate import accelerate, reliever
 
     device = choose_device("auto")
@@ -77,7 +77,8 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
     accelerate(models, plan, log)
     relieve = reliever(models, plan, log)
     # In one piece: no later job finds the segments of this one, as each has a folder of its own.
-    report = lipsync(request.video, request.audio, output, models, plan.settings, relieve=relieve, segment_frames=None)
+    hooks = Hooks(on_out_of_memory=relieve)
+    report = lipsync(request.video, request.audio, output, models, plan.settings, hooks, segment_frames=None)
     return report.as_dict() | {"level": plan.level.name, "position": plan.level.position, "step_downs": []}
 
 
