@@ -10,8 +10,8 @@ from test_hardware import read
 
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
+from latentsync.layers import FeedForward
 from latentsync.settings import Settings
-from latentsync.unet import FeedForward
 from optim import __main__ as command_line
 from optim.accelerate import (
     CPU_FRAMES,

@@ -25,7 +25,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(file: Path) -> set[str]:
-    """The product's modules that a file imports anywhere, also inside functions; for type checkers alone does not count."""
+    """The modules that a file imports anywhere, also inside functions; imports for type checkers alone do not count."""
     names = set()
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for_types = {
