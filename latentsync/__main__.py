@@ -184,7 +184,8 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
 
     import torch
 
-    from latentsync.checkpoints.load import load_models, resolve
+    from latentsync.checkpoints.find import resolve_model
+    from latentsync.checkpoints.load import load_models
     from latentsync.media.segments import discard
     from latentsync.pipeline import Hooks, lipsync
     from latentsync.settings import Settings
@@ -192,7 +193,7 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     if args.discard_unfinished:
         discard(Path(args.output))
     device = choose_device(args.device)
-    checkpoint = resolve(args.model, device)
+    checkpoint = resolve_model(args.model, device)
     check_output(args.output, checkpoint.files)
     if args.report:
         check_writable(args.report, checkpoint.files, REPORT)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from latentsync.alignment import fixed_mask
 from latentsync.checkpoints.load import Models
-from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
+from latentsync.compositing import match_colours, merge_faces, paste_face, paste_rectangle
 from latentsync.errors import UserError, short_of_memory
-from latentsync.sampling import Schedule, between_ends, ddim_schedule, denoise, initial_noise
+from latentsync.sampling import Schedule, ddim_schedule, denoise, initial_noise, interpolate_ends
 from latentsync.settings import Settings
-from latentsync.vae import condition, decode, to_pixels
+from latentsync.vae import decode, encode_conditioning, to_pixels
 from latentsync.validation import FALLBACK_DTYPES, broken_faces, in_dtype
 from latentsync.windows import AlignedFrame, Window
 
@@ -90,7 +90,7 @@ class PendingPass:
 
     def _rectangles(self) -> list[tuple[int, int, int, int]]:
         side = self._faces.shape[-1]
-        return [pasted_rectangle(frame.matrix, side, frame.frame.shape) for frame in self._frames]
+        return [paste_rectangle(frame.matrix, side, frame.frame.shape) for frame in self._frames]
 
     def _regions(self) -> list[np.ndarray]:
         """The parts of the frames that change, as views."""
@@ -107,7 +107,7 @@ class PendingPass:
         parts = zip(split_like(on_device, regions), self._faces, self._frames, self._rectangles(), strict=True)
         for part, face, frame, rectangle in parts:
             if part.numel():
-                paste_into_rectangle(part, face, frame.matrix, rectangle, frame.frame.shape, frame.opacity)
+                paste_face(part, face, frame.matrix, rectangle, frame.frame.shape, frame.opacity)
         return on_device
 
 
@@ -186,7 +186,7 @@ class Painter:
 
         latents, crops = without_context(latents.transpose(1, 2).flatten(0, 1)), without_context(crops)
         generated = torch.cat([decode(models.vae, part) for part in latents.split(settings.frames_per_pass)])
-        predicted_noise = self.schedule.predicted(latents, self.noise[:, :, 0])
+        predicted_noise = self.schedule.predicted_noise(latents, self.noise[:, :, 0])
         broken = broken_faces(predicted_noise, generated, self.masked)
         if models.match_colours:
             generated = match_colours(generated, crops, self.mask)
@@ -231,7 +231,7 @@ class Painter:
         if self.face is not None:
             if OWN_FACE not in self.conditioning:
                 pixels = to_pixels(self.face[None], self.models.dtype)
-                self.conditioning[OWN_FACE] = condition(self.models.vae, pixels, self.mask)[0]
+                self.conditioning[OWN_FACE] = encode_conditioning(self.models.vae, pixels, self.mask)[0]
             return self.conditioning[OWN_FACE].expand(b, f, *self.conditioning[OWN_FACE].shape)
         if not self.models.ends_only:
             frames = [frame for window in windows for frame in window.frames]
@@ -240,7 +240,7 @@ class Painter:
         ends = [frame for window in windows for frame in (window.frames[0], window.frames[-1])]
         encoded = self.encode_conditioning(ends, torch.stack([crops[:, 0], crops[:, -1]], 1).flatten(0, 1))
         first, last = encoded.unflatten(0, (b, 2)).unbind(1)
-        return between_ends(first, last, f)
+        return interpolate_ends(first, last, f)
 
     def encode_conditioning(self, frames: list[AlignedFrame], crops: Tensor) -> Tensor:
         """Conditioning of n faces, (n, 1 + 2c, h, w); of a frame that is shown more than once it is encoded once."""
@@ -249,7 +249,7 @@ class Painter:
             return torch.stack([self.conditioning[source] for source in sources if source is not None])
         encoded = torch.cat(
             [
-                condition(self.models.vae, to_pixels(part, self.models.dtype), self.mask)
+                encode_conditioning(self.models.vae, to_pixels(part, self.models.dtype), self.mask)
                 for part in crops.split(self.settings.frames_per_pass)
             ]
         )

@@ -29,16 +29,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from latentsync.unet import (
-    GEGLU,
-    Attention,
-    GroupNorm,
-    Level,
-    ResnetBlock,
-    SpatialBlock,
-    TemporalBlock,
-    UNet,
-)
+from latentsync.layers import GEGLU, Attention, GroupNorm, ResnetBlock, SpatialBlock, TemporalBlock
+from latentsync.unet import Level, UNet
 from optim import kernels
 from optim.kernels import DTYPES, add_bias, frame_attention, geglu, group_norm, layer_norm
 from optim.swap import attach, restore_classes, swap_class, swap_classes

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from latentsync.unet import FeedForward
+from latentsync.layers import FeedForward
 from optim.swap import Network, swap_classes
 
 SLICE = 512  # tokens; 128 to 1024 were up to a tenth slower

@@ -11,7 +11,8 @@ from clips import ffmpeg, make_sound
 from conftest import portrait, save_video
 from skimage.color import deltaE_ciede2000
 
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.evaluation import judge as judging
 from latentsync.evaluation.__main__ import main
 from latentsync.evaluation.appearance import NEAR, ciede2000, keeps, mouth_hulls
@@ -214,7 +215,7 @@ def test_the_reference_of_a_self_dub_is_another_moment(checkpoint):
     assert list(elsewhere(5)) == [2, 3, 4, 0, 1]
     assert min(abs(elsewhere(74) - np.arange(74))) == 37
 
-    models = load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
     crops = RNG.integers(0, 255, (3, models.resolution, models.resolution, 3), np.uint8)
     shots = [AlignedFrame(None, None, crop, source=i) for i, crop in enumerate(crops)]
     here, there = [shots[0], shots[2]], [shots[2], shots[1]]
@@ -310,13 +311,13 @@ def test_the_judge_trains_and_is_loaded_again(people, tmp_path, capsys):
 
 
 def test_a_level_gives_the_settings_that_are_measured(checkpoint):
-    models = load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
     for options, steps, cache in (
         (["--level", "aggressive"], 12, (3, 0)),
         (["--deepcache", "2,1"], 20, (2, 1)),
         (["--level", "aggressive", "--deepcache", "off"], 12, None),
     ):
-        args = levels.parser().parse_args(["clips", "CLIPS", "OUT", *options])
+        args = levels.build_parser("evaluate").parse_args(["clips", "CLIPS", "OUT", *options])
         _, found = levels.prepare(args, models, Settings(args.steps))
         assert found.steps == steps
         assert cache == (found.cache and (found.cache.interval, found.cache.branch))

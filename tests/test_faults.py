@@ -6,7 +6,8 @@ import torch
 from conftest import portrait
 
 from latentsync import painting
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.painting import Painter
 from latentsync.pipeline import Source, generate_frames, lipsync
@@ -26,12 +27,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture
 def half(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float16)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float16)
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def test_the_next_type_serves_where_memory_is_short_of_the_widest(narrow, wav, m
 def test_a_job_whose_numbers_stay_broken_ends_with_a_sentence_and_keeps_the_old_file(
     checkpoint, talking, voice, tmp_path, monkeypatch, dtype
 ):
-    models = load_models(resolve(str(checkpoint), CPU), CPU, dtype)
+    models = load_models(resolve_model(str(checkpoint), CPU), CPU, dtype)
     spoil(models, monkeypatch, range(100))
     output = tmp_path / "out.mp4"
     output.write_bytes(b"an earlier result")
@@ -212,7 +213,7 @@ def test_the_demo_model_is_far_from_every_limit(wav, monkeypatch, steps):
         return real(predicted, pixels, hidden)
 
     monkeypatch.setattr(painting, "broken_faces", measured)
-    models = load_models(resolve("demo", CPU), CPU, torch.float32)
+    models = load_models(resolve_model("demo", CPU), CPU, torch.float32)
     frames = enumerate(portrait(t) for t in range(3))
     shots = list(generate_frames(Source(frames, wav, 3), models, Settings(steps=steps), StageClock()))
     assert not any(shot.recomputed for shot in shots)

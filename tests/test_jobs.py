@@ -21,7 +21,7 @@ from small_release import NAME
 
 from latentsync import STAGES, painting, pipeline
 from latentsync.checkpoints import store
-from latentsync.checkpoints.load import resolve
+from latentsync.checkpoints.find import resolve_model
 from latentsync.errors import UserError
 from latentsync.media import COMMENT, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped, segments
 from latentsync.settings import DeepCache, Settings
@@ -100,7 +100,7 @@ def test_a_job_is_done_and_told(worker, talking, voice):
 
 
 def test_who_asks_for_no_lip_strength_gets_the_model_s_own(checkpoint, tmp_path):
-    model = replace(resolve(str(checkpoint), CPU), guidance_scale=2.25)
+    model = replace(resolve_model(str(checkpoint), CPU), guidance_scale=2.25)
     request = Request(tmp_path, tmp_path)
     assert make_plan(request, model, CPU).settings.guidance_scale == 2.25
     assert make_plan(replace(request, guidance=1.0), model, CPU).settings.guidance_scale == 1.0

@@ -14,13 +14,15 @@ import pytest
 import torch
 from clips import make_sound, make_video
 from conftest import SIDE, portrait
+from pasting import paste
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
 from latentsync import STAGES, painting, pipeline
 from latentsync.alignment import frame_rectangle
 from latentsync.audio import audio_chunks, frame_count
-from latentsync.checkpoints.load import load_models, resolve
-from latentsync.compositing import match_colours, paste_face
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
+from latentsync.compositing import match_colours
 from latentsync.errors import UserError
 from latentsync.faces import track_faces
 from latentsync.media import COMMENT, VideoWriter, probe_audio, probe_video, read_frames
@@ -38,10 +40,10 @@ from latentsync.pipeline import (
     max_frames,
 )
 from latentsync.prefetch import prefetch
-from latentsync.sampling import between_ends, denoise
+from latentsync.sampling import denoise, interpolate_ends
 from latentsync.settings import WINDOW, DeepCache, Settings
 from latentsync.timing import StageClock
-from latentsync.vae import condition, to_pixels
+from latentsync.vae import encode_conditioning, to_pixels
 from latentsync.windows import AlignedFrame, Window, align_frames, group_windows, split_windows
 
 CPU = torch.device("cpu")
@@ -52,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +332,7 @@ def test_a_part_of_the_frame_is_pasted_as_the_whole_is(models):
         matrix = np.array([[a, -b, x], [b, a, y]], np.float32)
         frame = torch.randint(0, 256, (SIDE, SIDE + 20, 3), dtype=torch.uint8, generator=generator)
         shots.append(AlignedFrame(frame.numpy().copy(), torch.empty(0), CROP, matrix, 1 - i / 10))
-        paste_face(frame, face, matrix, 1 - i / 10)
+        paste(frame, face, matrix, 1 - i / 10)
         wanted.append(frame.numpy())
     before = stacked(shots)
     pending = PendingPass([Window(shots)], faces, torch.zeros(5, dtype=torch.bool), own_face=False)
@@ -342,16 +344,16 @@ def test_a_part_of_the_frame_is_pasted_as_the_whole_is(models):
 
 
 def test_the_autoencoder_sees_few_frames_at_a_time(models, wav, monkeypatch):
-    passes = {"condition": [], "decode": []}
+    passes = {"encode_conditioning": [], "decode": []}
 
     def counted(name):
         real = getattr(painting, name)
         monkeypatch.setattr(painting, name, lambda vae, x, *rest: passes[name].append(len(x)) or real(vae, x, *rest))
 
     whole = stacked(run(models, wav))
-    counted("condition"), counted("decode")
+    counted("encode_conditioning"), counted("decode")
     parts = stacked(run(models, wav, frames_per_pass=6, windows_per_pass=2))
-    assert passes == {"condition": [6] * 5 + [2, 6, 6, 4], "decode": [6] * 5 + [2, 6, 2]}
+    assert passes == {"encode_conditioning": [6] * 5 + [2, 6, 6, 4], "decode": [6] * 5 + [2, 6, 2]}
     assert psnr(whole, parts) >= 50
 
 
@@ -631,11 +633,11 @@ def failing_denoise(models, monkeypatch, failures: int) -> list[int]:
     """Let the first passes run out of memory; returns the split_windows of every pass, as they come."""
     passes = []
 
-    def short_of_memory(unet, noise, condition, *rest):
-        passes.append(len(condition))
+    def short_of_memory(unet, noise, conditioning, *rest):
+        passes.append(len(conditioning))
         if len(passes) <= failures:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return denoise(unet, noise, condition, *rest)
+        return denoise(unet, noise, conditioning, *rest)
 
     monkeypatch.setattr(models, "denoise", short_of_memory)
     return passes
@@ -699,17 +701,17 @@ def there_and_back(n: int, count: int):
 @pytest.mark.parametrize("n", [1, 10, 16, 23])
 def test_a_video_that_comes_again_is_searched_and_encoded_once(models, wav, monkeypatch, n):
     searched, encoded = [], []
-    track, condition = pipeline.track_faces, painting.condition
+    track = pipeline.track_faces
 
     def counted(frames, **options):
         return track((searched.append(0) or frame for frame in frames), **options)
 
     def counted_condition(vae, pixels, mask):
         encoded.append(len(pixels))
-        return condition(vae, pixels, mask)
+        return encode_conditioning(vae, pixels, mask)
 
     monkeypatch.setattr(pipeline, "track_faces", counted)
-    monkeypatch.setattr(painting, "condition", counted_condition)
+    monkeypatch.setattr(painting, "encode_conditioning", counted_condition)
     frames = there_and_back(n, FRAMES)
     shots = list(generate_frames(Source(frames, wav, FRAMES, True), models, Settings(steps=1), StageClock()))
     assert len(shots) == FRAMES and len(searched) == n
@@ -801,9 +803,9 @@ def test_a_model_that_reads_cheeks_and_jaw_is_told_of_a_windows_ends(models, wav
 
     def counted(vae, pixels, mask):
         encoded.append(len(pixels))
-        return condition(vae, pixels, mask)
+        return encode_conditioning(vae, pixels, mask)
 
-    monkeypatch.setattr(painting, "condition", counted)
+    monkeypatch.setattr(painting, "encode_conditioning", counted)
     run(replace(models, ends_only=ends_only, denoise=watched), wav)
     assert sum(encoded) == sum(2 if ends_only else group.shape[1] for group in told for _ in group)
     for frames in (window for group in told for window in group):
@@ -815,7 +817,7 @@ def test_a_model_that_reads_cheeks_and_jaw_is_told_of_a_windows_ends(models, wav
 
 def test_what_lies_between_the_ends_is_known_to_the_bit_there():
     first, last = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
-    given = between_ends(first, last, 5)
+    given = interpolate_ends(first, last, 5)
     assert torch.equal(given[:, 0], first) and torch.equal(given[:, 4], last)
     assert torch.allclose(given[:, 2], (first + last) / 2, atol=1e-6)  # rounding of values of about 1
-    assert torch.equal(between_ends(first, last, 1), first[:, None]), "a window of one frame has one end"
+    assert torch.equal(interpolate_ends(first, last, 1), first[:, None]), "a window of one frame has one end"

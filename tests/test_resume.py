@@ -22,13 +22,15 @@ from filelock import FileLock
 
 from latentsync import STAGES, painting, pipeline
 from latentsync.__main__ import Bars, Lines, main
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.faces import Face, track_faces
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_frames, segments
 from latentsync.painting import Painter
 from latentsync.pipeline import Hooks, StopEarly, lipsync
 from latentsync.settings import Settings
+from latentsync.vae import encode_conditioning
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -40,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -182,13 +184,13 @@ def test_a_killed_job_goes_on_to_the_same_result(
 
 @pytest.mark.parametrize("settings", [{}, {"windows_per_pass": 2, "frames_per_pass": 3}])
 def test_a_looped_video_goes_on_to_the_same_result(models, talking, sound, tmp_path, monkeypatch, settings):
-    encoded, condition = [], painting.condition
+    encoded = []
 
     def watched(vae, pixels, mask):
         encoded.append([float(face.sum()) for face in pixels])
-        return condition(vae, pixels, mask)
+        return encode_conditioning(vae, pixels, mask)
 
-    monkeypatch.setattr(painting, "condition", watched)
+    monkeypatch.setattr(painting, "encode_conditioning", watched)
     settings = Settings(steps=1, **settings)
     lipsync(talking, sound, tmp_path / "whole.mkv", models, settings, segment_frames=SEGMENT)
     run = (talking, sound, tmp_path / "out.mkv", models, settings)

@@ -18,7 +18,8 @@ from test_resume import X264, hashes, interrupted
 from tiny import RESOLUTION
 
 from latentsync import pipeline
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.faces import Face, face_reader, track_faces
 from latentsync.media import probe_video, read_frames
@@ -384,11 +385,11 @@ def own_face(with_face, still, monkeypatch):
         yield lambda picture: moved(still[1], 0.02 + 0.1 * float(picture.mean()) / 255)
 
     monkeypatch.setattr(pipeline, "face_reader", reading)
-    return load_models(resolve(str(with_face), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(with_face), CPU), CPU, torch.float32)
 
 
 def test_a_model_names_its_face_and_a_wrong_one_is_refused(with_face, tmp_path):
-    found = resolve(str(with_face), CPU)
+    found = resolve_model(str(with_face), CPU)
     models = load_models(found, CPU, torch.float32)
     assert models.face.shape == (RESOLUTION, RESOLUTION, 3)
     assert found.face in models.files
@@ -400,8 +401,8 @@ def test_a_model_names_its_face_and_a_wrong_one_is_refused(with_face, tmp_path):
 
 
 def test_released_models_have_no_face(checkpoint):
-    assert resolve(str(checkpoint), CPU).face is None
-    assert resolve("demo", CPU).face is not None
+    assert resolve_model(str(checkpoint), CPU).face is None
+    assert resolve_model("demo", CPU).face is not None
 
 
 def test_what_the_model_paints_depends_on_the_sound_alone(own_face):
@@ -453,7 +454,7 @@ def test_a_film_that_comes_again_and_a_picture_get_mouths(own_face, sound, tmp_p
 
 
 def test_the_released_way_is_untouched_by_it(checkpoint, clip, sound, tmp_path, monkeypatch):
-    models = load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
     monkeypatch.setattr(pipeline, "retarget", lambda *_: pytest.fail("retargeted"))
     monkeypatch.setattr(pipeline, "MouthBank", lambda *_: pytest.fail("collected"))
     report = lipsync(clip, sound, tmp_path / "out.mp4", models, Settings(steps=1))

@@ -22,7 +22,8 @@ import torch
 from clips import ffmpeg, make_sound, make_video
 from conftest import FACE_FRAMES, portrait, save_video
 
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_video, process, read_frames, reading
 from latentsync.pipeline import Hooks, lipsync
@@ -42,7 +43,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def models(checkpoint):
     cpu = torch.device("cpu")
-    return load_models(resolve(str(checkpoint), cpu), cpu, torch.float32)
+    return load_models(resolve_model(str(checkpoint), cpu), cpu, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -250,15 +251,15 @@ PLACES = {
     "sound": ("latentsync.pipeline", "read_audio"),
     "faces": ("latentsync.faces", "_detect_in"),
     "smoothing": ("latentsync.faces", "_smoothed_points"),
-    "alignment": ("latentsync.pipeline", "estimate_matrix"),
-    "crops": ("latentsync.pipeline", "crop_face"),
+    "alignment": ("latentsync.windows", "estimate_matrix"),
+    "crops": ("latentsync.windows", "crop_face"),
     "audio encoder": ("latentsync.whisper", "AudioEncoder.forward"),
     "VAE encoder": ("latentsync.vae", "encode"),
     "U-Net": ("latentsync.unet", "UNet.full"),
-    "VAE decoder": ("latentsync.pipeline", "decode"),
+    "VAE decoder": ("latentsync.painting", "decode"),
     "validation": ("latentsync.painting", "broken_faces"),
-    "merging": ("latentsync.pipeline", "merge_faces"),
-    "compositing": ("latentsync.pipeline", "paste_into_rectangle"),
+    "merging": ("latentsync.painting", "merge_faces"),
+    "compositing": ("latentsync.painting", "paste_face"),
     "opening": (VideoWriter, "_encoding"),
     "writing": (VideoWriter, "write"),
     "loading": ("latentsync.checkpoints.load", "load_models"),

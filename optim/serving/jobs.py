@@ -54,7 +54,8 @@ from optim.serving.speeds import Speeds
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
-    from latentsync.checkpoints.load import Checkpoint, Models
+    from latentsync.checkpoints.find import Checkpoint
+    from latentsync.checkpoints.load import Models
     from optim.monitor import History, Monitor
 
 IDLE_SECONDS = 600.0  # without a job, until the model is let go

@@ -16,7 +16,8 @@ from optim.serving.job import Job, Request
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
-    from latentsync.checkpoints.load import Checkpoint, Models
+    from latentsync.checkpoints.find import Checkpoint
+    from latentsync.checkpoints.load import Models
     from optim.accelerate import Plan
     from optim.monitor import Monitor
     from optim.serving.jobs import Machine
@@ -66,13 +67,14 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
 
     model: as on the command line. Returns the report. Nobody can follow it, or end it. Raises UserError.
     """
-    from latentsync.checkpoints.load import load_models, resolve
+    from latentsync.checkpoints.find import resolve_model
+    from latentsync.checkpoints.load import load_models
     from latentsync.options import choose_device
     from latentsync.pipeline import Hooks, lipsync
     from optim.accelerate import accelerate, oom_handler
 
     device = choose_device("auto")
-    models = load_models(resolve(model, device), device)
+    models = load_models(resolve_model(model, device), device)
     plan = make_plan(request, models, device)
     accelerate(models, plan, log)
     relieve = oom_handler(models, plan, log)
