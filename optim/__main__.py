@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from latentsync import FPS
@@ -83,5 +84,6 @@ def main(arguments: list[str] | None = None, prog: str = "python -m optim") -> i
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may have letters that the console lacks
     plain.leave(main())
