@@ -9,9 +9,9 @@ measurements, and a network that the DeepCache package's own hooks fit (``down_b
 ``.downsamplers``, ``mid_block``, ``up_blocks[i].upsamplers``). Parameters have the released names.
 
     pipe = make_pipe(PlainUNet(config))                        # config: a dict, as released with the weights
-    latents = denoise_window(pipe, noise, cond, audio, steps=20, guidance=1.5)
+    latents = denoise_window(pipe, noise, conditioning, audio, steps=20, guidance=1.5)
     with deepcache(pipe, interval=3, branch=0):                # the same loop through the DeepCache package
-        latents = denoise_window(pipe, noise, cond, audio, steps=20, guidance=1.5)
+        latents = denoise_window(pipe, noise, conditioning, audio, steps=20, guidance=1.5)
 """
 
 import contextlib
@@ -350,23 +350,23 @@ def deepcache(pipe: SimpleNamespace, interval: int, branch: int) -> Iterator[Non
 
 @torch.inference_mode()
 def denoise_window(
-    pipe: SimpleNamespace, noise: Tensor, cond: Tensor, audio: Tensor, steps: int = 20, guidance: float = 1.5
+    pipe: SimpleNamespace, noise: Tensor, conditioning: Tensor, audio: Tensor, steps: int = 20, guidance: float = 1.5
 ) -> Tensor:
     """One window from noise to latents (1, 4, f, h, w).
 
-    noise (1, 4, 1, h, w), repeated over the frames; cond (1, 9, f, h, w): mask, masked face, reference face;
+    noise (1, 4, 1, h, w), repeated over the frames; conditioning (1, 9, f, h, w): mask, masked face, reference face;
     audio (1, f, tokens, width). All on one device and in the network's dtype. Guidance of at most 1 halves the batch.
     """
     guided = guidance > 1
     pipe.scheduler.set_timesteps(steps, device=noise.device)
-    latents = noise.repeat(1, 1, cond.shape[2], 1, 1)
+    latents = noise.repeat(1, 1, conditioning.shape[2], 1, 1)
     if guided:
-        cond, audio = torch.cat([cond, cond]), torch.cat([torch.zeros_like(audio), audio])
+        conditioning, audio = torch.cat([conditioning, conditioning]), torch.cat([torch.zeros_like(audio), audio])
     for t in pipe.scheduler.timesteps:
-        sample = torch.cat([torch.cat([latents, latents]) if guided else latents, cond], dim=1)
+        sample = torch.cat([torch.cat([latents, latents]) if guided else latents, conditioning], dim=1)
         epsilon = pipe.unet(sample, t, audio)
         if guided:
-            uncond, cond_epsilon = epsilon.chunk(2)
-            epsilon = uncond + guidance * (cond_epsilon - uncond)
+            uncond, cond = epsilon.chunk(2)
+            epsilon = uncond + guidance * (cond - uncond)
         latents = pipe.scheduler.step(epsilon, t, latents, eta=0.0).prev_sample
     return latents
