@@ -28,7 +28,7 @@ from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints.find import Checkpoint
 from latentsync.checkpoints.load import Models
 from latentsync.compositing import match_colours, merge_faces, paste_into_rectangle, pasted_rectangle
-from latentsync.errors import UserError, short_of_memory
+from latentsync.errors import UserError, is_out_of_memory
 from latentsync.faces import Face, face_reader, track_faces
 from latentsync.machine import available_memory
 from latentsync.media import (
@@ -522,7 +522,7 @@ def paint(
             try:
                 completions = given_to_device(group, frames <= done)
             except Exception as error:
-                if not short_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 # Without its frames, which hold the tensors that did not fit.
                 too_much = error.with_traceback(None)
@@ -561,7 +561,7 @@ def paint_again(windows: list[Window], painter: Painter) -> None:
                 for shot in window.new:
                     shot.again = True
         except Exception as error:
-            if not short_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             continue
         if not left:

@@ -4,7 +4,6 @@ All options of `python -m latentsync`, the level, and every setting of a level o
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ SWITCHES = ("tf32", "compile", "graphs", "fused", "vae_tiling")  # settings of a
 
 
 def parser() -> argparse.ArgumentParser:
-    found = plain.parser()
+    found = plain.make_parser()
     found.prog = "python -m optim"
     found.add_argument(
         "--level", default="auto", metavar="NAME|0…1",
@@ -64,7 +63,9 @@ def parse_cache(text: str) -> "DeepCache | None":
 
 
 @contextmanager
-def prepare(args: argparse.Namespace, models: "Models", settings: "Settings", seconds: float) -> Iterator[plain.Job]:
+def prepare(
+    args: argparse.Namespace, models: "Models", settings: "Settings", seconds: float
+) -> Iterator[plain.PreparedRun]:
     """Make the run as fast as the level says, watch it, and give advice on it."""
     import math
 
@@ -83,20 +84,19 @@ def prepare(args: argparse.Namespace, models: "Models", settings: "Settings", se
     accelerate(models, plan, frames=math.ceil(seconds * FPS))
     log_memory("before the run", device)
     step_downs: list[str] = []
-    job = plain.Job(plan.settings, reliever(models, plan, on_step_down=step_downs.append))
-    job.notes = {"level": plan.level.name, "step_downs": step_downs}
+    prepared = plain.PreparedRun(plan.settings, reliever(models, plan, on_step_down=step_downs.append))
+    prepared.report_extras = {"level": plan.level.name, "step_downs": step_downs}
     with Monitor() if device.type == "cuda" else nullcontext() as monitor:
 
-        def finished(report: "Report") -> None:
+        def on_finished(report: "Report") -> None:
             log_memory("after the run", device)
             gpu = monitor.snapshot().gpu(nvml_index(device)) if monitor else None
             for advice in advise_report(report, plan, step_downs, gpu):
                 say(f"{advice.severity}: {advice.problem} {advice.remedy}")
 
-        job.finished = finished
-        yield job
+        prepared.on_finished = on_finished
+        yield prepared
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
-    plain.leave(plain.main(parser=parser, prepare=prepare))
+    plain.leave(plain.main(make_parser=parser, prepare=prepare))
