@@ -4,6 +4,7 @@ All options of `python -m latentsync`, the level, and every setting of a level o
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,8 @@ from latentsync.options import between
 if TYPE_CHECKING:  # torch takes seconds to load
     from latentsync.checkpoints.load import Models
     from latentsync.settings import DeepCache, Report, Settings
+
+log = logging.getLogger(__name__)
 
 SWITCHES = ("tf32", "compile", "graphs", "fused", "vae_tiling")  # settings of a level that are on or off
 
@@ -69,7 +72,7 @@ def prepare(args: argparse.Namespace, models: "Models", settings: "Settings", se
     import math
 
     from latentsync import FPS
-    from optim.accelerate import accelerate, log_memory, plan_as_asked, reliever, say
+    from optim.accelerate import accelerate, log_memory, oom_handler, plan_for_device
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
     from optim.monitor import Monitor
@@ -79,11 +82,11 @@ def prepare(args: argparse.Namespace, models: "Models", settings: "Settings", se
     if args.deepcache is not None:
         given["cache"] = parse_cache(args.deepcache)
     device = models.device
-    plan = plan_as_asked(device, models.resolution, settings, args.level, args.batch, **given)
+    plan = plan_for_device(device, models.resolution, settings, args.level, args.batch, **given)
     accelerate(models, plan, frames=math.ceil(seconds * FPS))
     log_memory("before the run", device)
     step_downs: list[str] = []
-    job = plain.Job(plan.settings, reliever(models, plan, on_step_down=step_downs.append))
+    job = plain.Job(plan.settings, oom_handler(models, plan, on_step_down=step_downs.append))
     job.notes = {"level": plan.level.name, "step_downs": step_downs}
     with Monitor() if device.type == "cuda" else nullcontext() as monitor:
 
@@ -91,7 +94,7 @@ def prepare(args: argparse.Namespace, models: "Models", settings: "Settings", se
             log_memory("after the run", device)
             gpu = monitor.snapshot().gpu(nvml_index(device)) if monitor else None
             for advice in advise_report(report, plan, step_downs, gpu):
-                say(f"{advice.severity}: {advice.problem} {advice.remedy}")
+                log.info(f"{advice.severity}: {advice.problem} {advice.remedy}")
 
         job.finished = finished
         yield job

@@ -221,11 +221,11 @@ def test_the_reference_of_a_self_dub_is_another_moment(checkpoint):
     here, there = [shots[0], shots[2]], [shots[2], shots[1]]
     plain = Painter(models, Settings())
     shown, reference = (
-        plain.encode_conditioning(some, torch.from_numpy(np.stack([shot.crop for shot in some])))
+        plain.cached_conditioning(some, torch.from_numpy(np.stack([shot.crop for shot in some])))
         for some in (here, there)
     )
     painter = ElsewherePainter(models, Settings(), [shots[2], shots[0], shots[1]])
-    told = painter.encode_conditioning(here, torch.from_numpy(crops[[0, 2]]))
+    told = painter.cached_conditioning(here, torch.from_numpy(crops[[0, 2]]))
     masked = 1 + models.vae.config.latent_channels
     assert torch.equal(told[:, :masked], shown[:, :masked]) and torch.equal(told[:, masked:], reference[:, masked:])
     assert not torch.equal(told, shown)

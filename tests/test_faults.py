@@ -17,8 +17,8 @@ from latentsync.timing import StageClock
 from latentsync.unet import UNet
 from latentsync.validation import broken_faces, in_dtype
 from latentsync.windows import AlignedFrame
-from optim.fused import fuse
 from optim.graphs import capture
+from optim.lean import make_lean
 
 CPU = torch.device("cpu")
 FRAMES = 24  # a window and a slid-back second, of which 8 frames are new
@@ -76,7 +76,7 @@ def spoil(models, monkeypatch, spoilt) -> list:
             latents[-1, :, -1, 2, 2] = torch.nan  # one number of the last frame
         return latents
 
-    monkeypatch.setattr(models, "denoise", spoiling)
+    monkeypatch.setattr(painting, "denoise", spoiling)
     return passes
 
 
@@ -186,7 +186,7 @@ def test_what_is_no_picture_is_noticed_frame_by_frame(kind, dtype):
 
 
 def test_the_wider_networks_are_plain_and_the_others_stay_as_they_are(half):
-    fuse(half.vae)
+    make_lean(half.vae)
     capture(half.unet)
     half.vae.enable_tiling()
     kinds = [type(module) for network in (half.unet, half.vae) for module in network.modules()]

@@ -873,7 +873,6 @@ def test_where_a_gpu_is_lent_the_best_model_that_is_here_runs(hub, talking, voic
     store.get(NAME)
     worker.look_for_models()
     assert worker.machine.chosen == NAME
-    monkeypatch.setattr("optim.accelerate.windows_for", lambda _: 4)
     line, details = worker.describe(Request(talking, voice), 10)
     assert f"model {NAME} (64 px), on a GPU lent for each job." in line and details == "conservative: 20 steps."
     assert ended(worker, worker.submit(Request(talking, voice), ME)).state == DONE and calls == [NAME]

@@ -303,7 +303,7 @@ def memory_row(limit: float, resolution: int, config: BenchmarkConfig) -> Memory
             apply_vram_fraction(min(1.0, level.vram_fraction * limit * GIB / total), device.index or 0)
 
         given_up: list[str] = []
-        relieve = accelerate.reliever(models, plan, lambda _: None, given_up.append)
+        relieve = accelerate.oom_handler(models, plan, lambda _: None, given_up.append)
         settings = plan.settings
         shrink()
         accelerated(models, plan)
