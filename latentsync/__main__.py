@@ -199,7 +199,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
     from latentsync.checkpoints.find import resolve_model
     from latentsync.checkpoints.load import load_models
     from latentsync.media.segments import discard
-    from latentsync.pipeline import lipsync
+    from latentsync.pipeline import Hooks, lipsync
 
     if args.discard_unfinished:
         discard(Path(args.output))
@@ -227,9 +227,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
                 args.output,
                 models,
                 prepared.settings,
-                progress,
-                prepared.on_out_of_memory,
-                say=print_message,
+                Hooks(on_progress=progress, on_out_of_memory=prepared.on_out_of_memory, on_message=print_message),
                 video_track=args.video_track,
                 audio_track=args.audio_track,
                 copy_audio=args.copy_audio,

@@ -4,6 +4,7 @@ All options of `python -m latentsync`, the level, and every setting of a level o
 """
 
 import argparse
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from latentsync.options import between
 if TYPE_CHECKING:  # torch takes seconds to load
     from latentsync.checkpoints.load import Models
     from latentsync.settings import DeepCache, Report, Settings
+
+log = logging.getLogger(__name__)
 
 SWITCHES = ("tf32", "compile", "graphs", "fused", "vae_tiling")  # settings of a level that are on or off
 
@@ -70,7 +73,7 @@ def prepare(
     import math
 
     from latentsync import FPS
-    from optim.accelerate import accelerate, log_memory, plan_as_asked, reliever, say
+    from optim.accelerate import accelerate, log_memory, oom_handler, plan_for_device
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
     from optim.monitor import Monitor
@@ -80,11 +83,11 @@ def prepare(
     if args.deepcache is not None:
         given["cache"] = parse_cache(args.deepcache)
     device = models.device
-    plan = plan_as_asked(device, models.resolution, settings, args.level, args.batch, **given)
+    plan = plan_for_device(device, models.resolution, settings, args.level, args.batch, **given)
     accelerate(models, plan, frames=math.ceil(seconds * FPS))
     log_memory("before the run", device)
     step_downs: list[str] = []
-    prepared = plain.PreparedRun(plan.settings, reliever(models, plan, on_step_down=step_downs.append))
+    prepared = plain.PreparedRun(plan.settings, oom_handler(models, plan, on_step_down=step_downs.append))
     prepared.report_extras = {"level": plan.level.name, "step_downs": step_downs}
     with Monitor() if device.type == "cuda" else nullcontext() as monitor:
 
@@ -92,7 +95,7 @@ def prepare(
             log_memory("after the run", device)
             gpu = monitor.snapshot().gpu(nvml_index(device)) if monitor else None
             for advice in advise_report(report, plan, step_downs, gpu):
-                say(f"{advice.severity}: {advice.problem} {advice.remedy}")
+                log.info(f"{advice.severity}: {advice.problem} {advice.remedy}")
 
         prepared.on_finished = on_finished
         yield prepared

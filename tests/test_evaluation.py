@@ -32,9 +32,10 @@ from latentsync.evaluation.measures import (
 )
 from latentsync.evaluation.people import people_table
 from latentsync.evaluation.report import Result, pause_variance, summary, table
-from latentsync.pipeline import Painter, Shot
+from latentsync.painting import Painter
 from latentsync.settings import Settings
 from latentsync.training.prepare import prepare
+from latentsync.windows import AlignedFrame
 from optim import evaluation as levels
 
 SAMPLES = 640  # of sound, a frame
@@ -216,14 +217,15 @@ def test_the_reference_of_a_self_dub_is_another_moment(checkpoint):
 
     models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
     crops = RNG.integers(0, 255, (3, models.resolution, models.resolution, 3), np.uint8)
-    shots = [Shot(None, None, crop, source=i) for i, crop in enumerate(crops)]
+    shots = [AlignedFrame(None, None, crop, source=i) for i, crop in enumerate(crops)]
     here, there = [shots[0], shots[2]], [shots[2], shots[1]]
     plain = Painter(models, Settings())
     shown, reference = (
-        plain.condition(some, torch.from_numpy(np.stack([shot.crop for shot in some]))) for some in (here, there)
+        plain.cached_conditioning(some, torch.from_numpy(np.stack([shot.crop for shot in some])))
+        for some in (here, there)
     )
     painter = ElsewherePainter(models, Settings(), [shots[2], shots[0], shots[1]])
-    told = painter.condition(here, torch.from_numpy(crops[[0, 2]]))
+    told = painter.cached_conditioning(here, torch.from_numpy(crops[[0, 2]]))
     masked = 1 + models.vae.config.latent_channels
     assert torch.equal(told[:, :masked], shown[:, :masked]) and torch.equal(told[:, masked:], reference[:, masked:])
     assert not torch.equal(told, shown)

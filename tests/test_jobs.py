@@ -19,7 +19,7 @@ import torch
 from clips import make_sound, make_video
 from small_release import NAME
 
-from latentsync import STAGES, pipeline
+from latentsync import STAGES, painting, pipeline
 from latentsync.checkpoints import store
 from latentsync.checkpoints.find import resolve_model
 from latentsync.errors import UserError
@@ -152,7 +152,7 @@ def test_what_is_finished_can_be_kept(worker, talking, long_voice):
 @pytest.mark.parametrize("keep, words", [(False, "cancelling"), (True, "stopping; what is finished is kept")])
 def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, long_voice, monkeypatch, keep, words):
     hold, held, go_on = (threading.Event() for _ in range(3))
-    merge = pipeline.merge_faces
+    merge = painting.merge_faces
 
     def slow(*args):
         if hold.is_set():
@@ -160,7 +160,7 @@ def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, lon
             go_on.wait(60)
         return merge(*args)
 
-    monkeypatch.setattr(pipeline, "merge_faces", slow)
+    monkeypatch.setattr(painting, "merge_faces", slow)
     job = worker.submit(Request(talking, long_voice, steps=1), ME)
     until(lambda: job.progress.get("writing", 0) > 5)
     hold.set()
@@ -873,7 +873,6 @@ def test_where_a_gpu_is_lent_the_best_model_that_is_here_runs(hub, talking, voic
     store.get(NAME)
     worker.look_for_models()
     assert worker.machine.chosen == NAME
-    monkeypatch.setattr("optim.accelerate.windows_for", lambda _: 4)
     line, details = worker.describe(Request(talking, voice), 10)
     assert f"model {NAME} (64 px), on a GPU lent for each job." in line and details == "conservative: 20 steps."
     assert ended(worker, worker.submit(Request(talking, voice), ME)).state == DONE and calls == [NAME]

@@ -23,7 +23,8 @@ from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.faces import Face, face_reader, track_faces
 from latentsync.media import probe_video, read_frames
-from latentsync.pipeline import Painter, lipsync
+from latentsync.painting import Painter
+from latentsync.pipeline import lipsync
 from latentsync.retarget import CONTEXT, HELD_FRAMES, MouthBank, bank, mouth_points, retarget, stage
 from latentsync.retarget.bank import choose_mouths, cut_mouth, limit_mouths
 from latentsync.retarget.drawing import HULL_OUTSIDE, GeneratedMouth, Layer, show_mouth, soft_hull, warp_map
@@ -44,6 +45,7 @@ from latentsync.retarget.geometry import (
     width,
 )
 from latentsync.settings import Settings
+from latentsync.windows import AlignedFrame, Window
 
 CPU = torch.device("cpu")
 COUNT = 60  # frames of the film that is computed with
@@ -410,8 +412,8 @@ def test_what_the_model_paints_depends_on_the_sound_alone(own_face):
     painted = []
     for _ in range(2):
         crops = some.integers(0, 256, (16, 64, 64, 3), np.uint8)
-        shots = [pipeline.Shot(crop.copy(), torch.full((50, 32), i / 16), crop) for i, crop in enumerate(crops)]
-        assert painter.paint([pipeline.Window(shots)])() == []
+        shots = [AlignedFrame(crop.copy(), torch.full((50, 32), i / 16), crop) for i, crop in enumerate(crops)]
+        assert painter.finish(painter.paint([Window(shots)])) == []
         painted.append(np.stack([shot.generated for shot in shots]))
     assert np.array_equal(*painted)
 

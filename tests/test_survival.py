@@ -26,7 +26,7 @@ from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_video, process, read_frames, reading
-from latentsync.pipeline import lipsync
+from latentsync.pipeline import Hooks, lipsync
 from latentsync.settings import Settings
 from optim.serving import jobs
 from optim.serving.jobs import CANCELLED, DONE, FAILED, Request, Worker
@@ -103,7 +103,7 @@ def run_and_spoil(models, talking, voice, output: Path, spoil: Callable[[], obje
             done.append(spoil())
 
     with pytest.raises(UserError) as caught:
-        lipsync(talking, voice, output, models, Settings(steps=1), progress)
+        lipsync(talking, voice, output, models, Settings(steps=1), Hooks(on_progress=progress))
     assert done and is_sentence(caught.value), caught.value
     assert not children()
     return caught.value
@@ -267,15 +267,15 @@ PLACES = {
     "sound": ("latentsync.pipeline", "read_audio"),
     "faces": ("latentsync.faces", "_detect_in"),
     "smoothing": ("latentsync.faces", "_smoothed_points"),
-    "alignment": ("latentsync.pipeline", "estimate_matrix"),
-    "crops": ("latentsync.pipeline", "crop_face"),
+    "alignment": ("latentsync.windows", "estimate_matrix"),
+    "crops": ("latentsync.windows", "crop_face"),
     "audio encoder": ("latentsync.whisper", "AudioEncoder.forward"),
     "VAE encoder": ("latentsync.vae", "encode"),
     "U-Net": ("latentsync.unet", "UNet.full"),
-    "VAE decoder": ("latentsync.pipeline", "decode"),
-    "soundness": ("latentsync.pipeline", "unusable"),
-    "merging": ("latentsync.pipeline", "merge_faces"),
-    "compositing": ("latentsync.pipeline", "paste_into_rectangle"),
+    "VAE decoder": ("latentsync.painting", "decode"),
+    "validation": ("latentsync.painting", "broken_faces"),
+    "merging": ("latentsync.painting", "merge_faces"),
+    "compositing": ("latentsync.painting", "paste_face"),
     "opening": (VideoWriter, "_encoding"),
     "writing": (VideoWriter, "write"),
     "loading": ("latentsync.checkpoints.load", "load_models"),
@@ -397,7 +397,7 @@ def test_memory_is_given_back_before_the_next_job(start, talking, short_voice, m
         collect()
         freed.append(network() is None)
 
-    monkeypatch.setattr("latentsync.pipeline.merge_faces", starved)
+    monkeypatch.setattr("latentsync.painting.merge_faces", starved)
     monkeypatch.setattr(jobs.gc, "collect", collected)
     job = worker.submit(Request(talking, short_voice, steps=1), ME)
     assert worker.wait(job, 60) and job.state == FAILED and settles(lambda: freed)

@@ -1,7 +1,7 @@
 """Load a checkpoint's networks: `load_models`."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import compress
@@ -11,13 +11,11 @@ import cv2
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
 
 from latentsync.checkpoints.description import MAX_SIZE, Traits, check_sizes, positive_number, read_json
 from latentsync.checkpoints.find import Checkpoint
 from latentsync.checkpoints.tensors import DAMAGED, load_exactly, read_tensors, reader, unet_reader
 from latentsync.errors import UserError
-from latentsync.sampling import denoise
 from latentsync.settings import WINDOW
 from latentsync.unet import UNet, UNetConfig
 from latentsync.whisper import AudioEncoder, WhisperDims
@@ -38,7 +36,6 @@ class Models(Traits):
     vae: AutoencoderKL
     face: np.ndarray | None = None  # uint8 (R, R, 3), aligned: what it paints instead of the film's; see `retarget`
     files: tuple[Path, ...] = ()  # that it was loaded from
-    denoise: Callable[..., Tensor] = denoise  # or what does the same faster
 
     @property
     def device(self) -> torch.device:

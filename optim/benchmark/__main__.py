@@ -66,7 +66,7 @@ def launch(config: BenchmarkConfig) -> Callable[[dict, dict], dict]:
         job = job | {
             "device": str(config.device), "model": config.model, "steps": config.steps, "repeats": config.repeats,
         }  # fmt: skip
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "optim.benchmark", "--worker", json.dumps(job)]
         done = subprocess.run(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import Models, load_models, working_dtype
-from latentsync.pipeline import lipsync
+from latentsync.pipeline import Hooks, lipsync
 from latentsync.settings import GUIDANCE_SCALE, INFERENCE_STEPS, WINDOW, DeepCache, Settings
 from optim import accelerate
 from optim.accelerate import Plan
@@ -252,7 +252,7 @@ def job_rows(video: Path, audio: Path, resolution: int, config: BenchmarkConfig)
                 output = Path(folder, "out.mp4")
                 lipsync(video, audio, output, models, plan.settings)
                 with Watch(config.device) as watch:
-                    report = lipsync(video, audio, output, models, plan.settings, on_progress)
+                    report = lipsync(video, audio, output, models, plan.settings, Hooks(on_progress=on_progress))
             stages = our_stages(models, plan.settings)
             timing = time_stages(stages, config.device, config.repeats)
             gpu = math.ceil((report.frames - report.frames_without_face) / WINDOW) * timing.seconds / stages.windows
@@ -303,7 +303,7 @@ def memory_row(limit: float, resolution: int, config: BenchmarkConfig) -> Memory
             apply_vram_fraction(min(1.0, level.vram_fraction * limit * GIB / total), device.index or 0)
 
         given_up: list[str] = []
-        relieve = accelerate.reliever(models, plan, lambda _: None, given_up.append)
+        relieve = accelerate.oom_handler(models, plan, lambda _: None, given_up.append)
         settings = plan.settings
         shrink()
         accelerated(models, plan)

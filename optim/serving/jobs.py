@@ -458,24 +458,23 @@ class Worker:
 
         if self.machine is None:
             raise UserError(self.problem or "")
-        from optim.accelerate import describe, in_words
+        from optim.accelerate import details, summary
 
         device = torch.device(self.machine.device)
         checkpoint = self._checkpoint(request)
         plan = make_plan(request, checkpoint, device)
-        words = f"{in_words(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
+        line = details(plan, device) + "."
+        words = f"{summary(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
         if self.lent:  # the plan is for the processor that is here, and only its level and steps hold there
-            alone = replace(plan, settings=replace(plan.settings, windows_per_pass=1))
-            return f"{words}, on {self.machine.device_name}.", f"{describe(alone, device)}."
-        details = describe(plan, device) + "."
+            return f"{words}, on {self.machine.device_name}.", line
         if seconds is None:
-            return words + ".", details
+            return words + ".", line
         frames = math.ceil(seconds * FPS)
         found = self.speeds.estimate(self._where(checkpoint), plan.settings, frames)
         if found is None:
-            return words + "; how long it takes here is not known before the first job.", details
+            return words + "; how long it takes here is not known before the first job.", line
         estimate, measured = found
-        return f"{words}; {'about' if measured else 'roughly'} {spoken(estimate)} for this clip.", details
+        return f"{words}; {'about' if measured else 'roughly'} {spoken(estimate)} for this clip.", line
 
     def wait(self, job: Job, timeout: float) -> bool:
         """Whether a job has ended within that many seconds."""
@@ -615,7 +614,7 @@ class Worker:
 
     def _perform(self, job: Job) -> None:
         """Run a job to whatever end."""
-        from latentsync.pipeline import Enough
+        from latentsync.pipeline import StopEarly
 
         job.starts, job.frames_at_start = job.starts + 1, finished_frames(job)
         write_down(job, RUNNING)  # whatever ends the server from here on, the next one finds it so
@@ -628,7 +627,7 @@ class Worker:
             self._run_lent(job) if self.lent else self._run(job)
             state = CANCELLED if job.report and job.report["ended_early"] else DONE
             job.doing = "stopped; the finished part is kept" if state == CANCELLED else "done"
-        except (Cancelled, Enough):
+        except (Cancelled, StopEarly):
             state, job.doing = CANCELLED, "cancelled"
             if not job.interrupted:
                 discard(job.planned)
@@ -677,8 +676,8 @@ class Worker:
         job.report, job.output = self.lent(job.request, output, model), output
 
     def _run(self, job: Job) -> None:
-        from latentsync.pipeline import Enough, lipsync
-        from optim.accelerate import accelerate, reliever
+        from latentsync.pipeline import Hooks, StopEarly, lipsync
+        from optim.accelerate import accelerate, oom_handler
         from optim.doctor import advise_report
         from optim.hardware import nvml_index
 
@@ -686,7 +685,7 @@ class Worker:
 
         def check() -> None:
             if job.ending.is_set():
-                raise Enough if job.keep else Cancelled
+                raise StopEarly if job.keep else Cancelled
 
         check()
         models = self._load(request, job)
@@ -704,7 +703,7 @@ class Worker:
             step_downs.append(words)
             self.monitor.mark(words)
 
-        relieve = reliever(models, plan, job.messages.append, stepped_down)
+        relieve = oom_handler(models, plan, job.messages.append, stepped_down)
         progress = Progress(job, plan.settings.steps, self.monitor, check)
         output = job.planned
         preview = Preview(job)
@@ -713,9 +712,13 @@ class Worker:
         try:
             with interruptible(models, check):
                 report = lipsync(
-                    request.video, request.audio, output, models, plan.settings, progress, relieve, preview,
-                    on_wait=check,
-                )  # fmt: skip
+                    request.video,
+                    request.audio,
+                    output,
+                    models,
+                    plan.settings,
+                    Hooks(on_progress=progress, on_frame=preview, on_wait=check, on_out_of_memory=relieve),
+                )
         finally:
             preview.close()
         if not report.ended_early and not step_downs and not report.resumed_from:
