@@ -20,7 +20,8 @@ from tiny import RESOLUTION
 from latentsync import pipeline
 from latentsync.checkpoints.load import load_models, resolve
 from latentsync.errors import UserError
-from latentsync.faces import Face, face_reader, track_faces
+from latentsync.faces import Face, track_faces
+from latentsync.landmarks import face_reader
 from latentsync.media import probe_video, read_frames
 from latentsync.painting import Painter
 from latentsync.pipeline import lipsync
