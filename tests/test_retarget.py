@@ -21,7 +21,8 @@ from latentsync import pipeline
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
-from latentsync.faces import Face, face_reader, track_faces
+from latentsync.faces import Face, track_faces
+from latentsync.landmarks import face_reader
 from latentsync.media import probe_video, read_frames
 from latentsync.painting import Painter
 from latentsync.pipeline import lipsync

@@ -265,8 +265,8 @@ def test_sound_shorter_than_a_frame_gives_a_frame(models, talking, tmp_path, sam
 PLACES = {
     "decoding": (reading, "_fill"),
     "sound": ("latentsync.pipeline", "read_audio"),
-    "faces": ("latentsync.faces", "_detect_in"),
-    "smoothing": ("latentsync.faces", "_smoothed_points"),
+    "faces": ("latentsync.landmarks", "detect"),
+    "smoothing": ("latentsync.faces", "smoothed_points"),
     "alignment": ("latentsync.windows", "estimate_matrix"),
     "crops": ("latentsync.windows", "crop_face"),
     "audio encoder": ("latentsync.whisper", "AudioEncoder.forward"),

@@ -9,7 +9,8 @@ from latentsync import FPS
 from latentsync.alignment import crop_face, crop_size, estimate_matrix
 from latentsync.corpus import HELD_OUT_EVERY, HELD_OUT_SPEAKERS, LIPS, clips_below, is_held_out
 from latentsync.errors import UserError
-from latentsync.faces import Face, mouth_opening, track_faces
+from latentsync.faces import Face, track_faces
+from latentsync.landmarks import mouth_opening
 from latentsync.media import probe_video, read_audio, read_frames
 
 SIDE = 256  # pixels of the crops that are measured, whatever the model's resolution

@@ -10,7 +10,7 @@ from torch import Tensor
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints.load import Models
 from latentsync.evaluation.clips import Clip
-from latentsync.faces import face_reader
+from latentsync.landmarks import face_reader
 from latentsync.painting import Painter, paint_groups
 from latentsync.pipeline import on_side_stream
 from latentsync.retarget import MouthBank, retarget
