@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from latentsync.faces import Face
-from latentsync.prefetch import POLL, close
+from latentsync.prefetch import POLL_SECONDS, close
 from latentsync.retarget.geometry import mouth_points
 from latentsync.retarget.mouths import TURN, Mouth, cut_mouth, most_alike
 from latentsync.retarget.occlusion import OcclusionDetector
@@ -93,7 +93,7 @@ class MouthBank:
         chunk = position // CHUNK
         with self._changed:
             while chunk not in self._banks and self._last is None and self._error is None:
-                self._changed.wait(POLL)
+                self._changed.wait(POLL_SECONDS)
             if self._last is not None:
                 chunk = min(chunk, self._last)
             if chunk not in self._banks:
