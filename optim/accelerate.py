@@ -2,7 +2,7 @@
 
 plan = make_plan(level, Settings(), models.resolution, gpu)
 models = accelerate(models, plan)
-lipsync(video, audio, output, models, plan.settings, relieve=oom_handler(models, plan))
+lipsync(video, audio, output, models, plan.settings, Hooks(on_out_of_memory=oom_handler(models, plan)))
 """
 
 import logging

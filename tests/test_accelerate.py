@@ -1,6 +1,7 @@
 """From a level to a plan, from a plan to networks, and down again when memory runs out."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,13 @@ _, BALANCED, AGGRESSIVE = STOPS
 CPU = torch.device("cpu")
 CARDS = (6, 8, 12, 16, 24, 48, 80)  # GB
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def fresh_log(monkeypatch):
+    """Let the command line log to the stderr of this test, which is captured, not to that of an earlier one."""
+    for name in ("latentsync", "optim"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
 
 
 @pytest.fixture
@@ -192,7 +200,7 @@ def test_stepping_down_gives_a_message_each_time_and_ends(models):
 def test_the_fast_command_line_runs_at_a_level(checkpoint, talking, voice, tmp_path, capsys, options, level, steps):
     report = tmp_path / "report.json"
     arguments = [talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint, "--steps", 5, "--report", report]
-    code = command_line.plain.main([*map(str, arguments), *options], command_line.parser, command_line.prepare)
+    code = command_line.main([*map(str, arguments), *options])
     assert code == 0 and (tmp_path / "out.mp4").is_file()
     found = json.loads(report.read_text())
     assert found["level"] == level and found["step_downs"] == [] and found["settings"]["steps"] == steps
@@ -204,7 +212,7 @@ def test_every_setting_of_a_level_can_be_set_on_its_own(checkpoint, talking, voi
     report = tmp_path / "report.json"
     arguments = [talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint, "--steps", 4, "--report", report]
     options = "--level 1 --deepcache 2,1 --step-share 0.5 --batch 3 --vram-fraction 0.5 --no-graphs --no-tf32".split()
-    assert command_line.plain.main([*map(str, arguments), *options], command_line.parser, command_line.prepare) == 0
+    assert command_line.main([*map(str, arguments), *options]) == 0
     settings = json.loads(report.read_text())["settings"]
     assert (settings["steps"], settings["frames_per_pass"]) == (2, 3)
     assert settings["cache"] == {"interval": 2, "branch": 1, "guided": True}
@@ -224,6 +232,6 @@ def test_levels_and_settings_that_make_no_sense_are_one_sentence(
     checkpoint, talking, voice, tmp_path, capsys, options, words
 ):
     arguments = [talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint, *options]
-    assert command_line.plain.main([*map(str, arguments)], command_line.parser, command_line.prepare) == 2
+    assert command_line.main([*map(str, arguments)]) == 2
     said = capsys.readouterr().err.splitlines()
     assert words in said[-1] and not (tmp_path / "out.mp4").exists()

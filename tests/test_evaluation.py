@@ -318,7 +318,7 @@ def test_a_level_gives_the_settings_that_are_measured(checkpoint):
         (["--deepcache", "2,1"], 20, (2, 1)),
         (["--level", "aggressive", "--deepcache", "off"], 12, None),
     ):
-        args = levels.parser().parse_args(["clips", "CLIPS", "OUT", *options])
+        args = levels.build_parser("evaluate").parse_args(["clips", "CLIPS", "OUT", *options])
         _, found = levels.prepare(args, models, Settings(args.steps))
         assert found.steps == steps
         assert cache == (found.cache and (found.cache.interval, found.cache.branch))
