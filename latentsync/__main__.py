@@ -184,15 +184,16 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
 
     import torch
 
-    from latentsync.checkpoints.load import load_models, resolve
+    from latentsync.checkpoints.find import resolve_model
+    from latentsync.checkpoints.load import load_models
     from latentsync.media.segments import discard
-    from latentsync.pipeline import lipsync
+    from latentsync.pipeline import Hooks, lipsync
     from latentsync.settings import Settings
 
     if args.discard_unfinished:
         discard(Path(args.output))
     device = choose_device(args.device)
-    checkpoint = resolve(args.model, device)
+    checkpoint = resolve_model(args.model, device)
     check_output(args.output, checkpoint.files)
     if args.report:
         check_writable(args.report, checkpoint.files, REPORT)
@@ -210,9 +211,16 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
             say(checkpoint.remark)
         with prepare(args, models, settings, sound.duration) as job:
             report = lipsync(
-                args.video, args.audio, args.output, models, job.settings, bars, job.relieve, say=say,
-                video_track=args.video_track, audio_track=args.audio_track, copy_audio=args.copy_audio,
-            )  # fmt: skip
+                args.video,
+                args.audio,
+                args.output,
+                models,
+                job.settings,
+                Hooks(on_progress=bars, on_out_of_memory=job.relieve, on_message=say),
+                video_track=args.video_track,
+                audio_track=args.audio_track,
+                copy_audio=args.copy_audio,
+            )
             bars.close()
             for remark in report.remarks:
                 say(remark)

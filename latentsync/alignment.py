@@ -1,7 +1,7 @@
 """From three landmarks to the aligned square face crop, and the fixed mask on it.
 
-All coordinates are (x, y) in pixels with pixel centres at whole numbers. R is the side of the face crop
-(the model's resolution); every size below scales with it.
+Coordinates are (x, y) in pixels with pixel centres at whole numbers. R is the side of the face crop (the model's
+resolution); every size below scales with it.
 """
 
 from functools import lru_cache
@@ -12,12 +12,12 @@ import numpy as np
 TEMPLATE_POINTS = ((17.0, 20.0), (58.0, 20.0), (37.5, 40.0))  # brow, brow, nose; 75 x 100 face (LatentSync)
 TEMPLATE_SCALE = 2.8  # pixels of the 256 crop per template unit (LatentSync)
 CROP_WIDTH, CROP_HEIGHT = 210, 280  # pixels of the warped face before it is squared, at R = 256 (LatentSync)
-BIAS_KEPT = 0.2  # share of the last frame's nose bias in this frame's (LatentSync)
-OUTSIDE_GREY = 127  # what lies outside the picture (LatentSync)
+BIAS_MOMENTUM = 0.2  # weight of the previous frames' nose bias (LatentSync)
+OUTSIDE_GREY = 127  # value of pixels outside the picture (LatentSync)
 
-MASK_SIDE = 256  # native side of the fixed mask (LatentSync)
-# Hidden pixels of the mask, inclusive column ranges. Rows 95 to 127: the two cheeks. From row 128 down, the
-# jaw: one range a row, its first and its last column. Not quite mirror-symmetric; keep it so.
+MASK_SIDE = 256  # native resolution of the fixed mask (LatentSync)
+# Pixels of the mask to be generated, as inclusive column ranges. Rows 95 to 127: the two cheeks. From row 128 down, the
+# jaw: one range per row, by its first and last columns. The mask is not quite symmetric; keep it so.
 MASK_CHEEK_ROWS = (95, 127)
 MASK_CHEEKS = ((9, 77), (178, 246))
 MASK_JAW_TOP = 128
@@ -41,23 +41,23 @@ MASK_JAW_LAST = (
 
 
 def crop_size(resolution: int) -> tuple[int, int]:
-    """Width and height in pixels of the warped face, before it is made a square of side `resolution`."""
+    """Width and height in pixels of the warped face, before it is resized to a square of side `resolution`."""
     return round(CROP_WIDTH * resolution / 256), round(CROP_HEIGHT * resolution / 256)
 
 
 def template(resolution: int) -> np.ndarray:
-    """Where the three points come to lie in the warped face: (3, 2) float64, pixels."""
+    """Positions of the three alignment points in the warped face: (3, 2) float64, pixels."""
     return np.array(TEMPLATE_POINTS) * (TEMPLATE_SCALE * resolution / 256)
 
 
 def estimate_matrix(
     points: np.ndarray, resolution: int, bias: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The similarity that takes a frame's landmarks to the template.
+    """Estimate the similarity transform from a frame's landmarks to the template.
 
     points: (3, 2), pixels of the frame: left-of-image brow, right-of-image brow, nose; not rounded.
-    bias: what the call for the frame before returned; None on the first frame and after a gap or a cut.
-    Returns the matrix, (2, 3) float32, frame to warped face (see `crop_size`), and the bias, (2,) float32.
+    bias: the one returned for the previous frame; None on the first frame and after a gap or a cut.
+    Returns the matrix (2, 3) float32, frame to warped face (see `crop_size`), and the bias (2,) float32.
     """
     # Float32 and this order of operations are the reference's.
     source, target = np.asarray(points, np.float32), template(resolution).astype(np.float32)
@@ -67,71 +67,75 @@ def estimate_matrix(
     source, target = source / source_spread, target / target_spread
 
     left, _, right = np.linalg.svd(source.T @ target)
-    if np.linalg.det(left @ right) < 0:  # a mirrored face: turn it, never flip it
+    if np.linalg.det(left @ right) < 0:  # a mirrored face: a rotation, never a reflection
         left[:, -1] *= -1
     linear = (target_spread / source_spread) * (left @ right).T
 
-    bias_now = target[2] - source[2]
-    bias = bias_now if bias is None else BIAS_KEPT * bias + (1 - BIAS_KEPT) * bias_now
+    new_bias = target[2] - source[2]
+    bias = new_bias if bias is None else BIAS_MOMENTUM * bias + (1 - BIAS_MOMENTUM) * new_bias
     bias = bias.astype(np.float32)
     translation = target_centre - linear @ source_centre + bias
     return np.concatenate([linear, translation[:, None]], axis=1).astype(np.float32), bias
 
 
-def frame_rectangle(matrix: np.ndarray, resolution: int, frame_shape: tuple[int, ...], margin: int) -> tuple:
-    """The part of the frame that the warped face covers, grown by `margin` pixels: x0, y0, x1, y1.
+def frame_rectangle(
+    matrix: np.ndarray, resolution: int, frame_shape: tuple[int, ...], margin: int
+) -> tuple[int, int, int, int]:
+    """Bounding box of the warped face in the frame, grown by `margin` pixels and clipped: x0, y0, x1, y1.
 
-    Whole pixels, x1 and y1 exclusive, inside the frame of `frame_shape` (H, W, ...); empty (x0 >= x1 or
-    y0 >= y1) where the face lies outside.
+    Whole pixels, x1 and y1 exclusive, inside the frame of `frame_shape` (H, W, ...); empty (x0 >= x1 or y0 >= y1) if
+    the face lies outside.
     """
     width, height = crop_size(resolution)
     inverse = invert(matrix)
     corners = np.array([[0, 0, 1], [width - 1, 0, 1], [0, height - 1, 1], [width - 1, height - 1, 1]])
     xy = corners @ inverse.T
     low, high = np.floor(xy.min(0)).astype(int) - margin, np.ceil(xy.max(0)).astype(int) + margin + 1
-    return (
-        int(max(low[0], 0)), int(max(low[1], 0)),
-        int(min(high[0], frame_shape[1])), int(min(high[1], frame_shape[0])),
-    )  # fmt: skip
+    (x0, y0), (x1, y1) = np.maximum(low, 0), np.minimum(high, (frame_shape[1], frame_shape[0]))
+    return int(x0), int(y0), int(x1), int(y1)
 
 
 def invert(matrix: np.ndarray) -> np.ndarray:
-    """The inverse of a (2, 3) affine matrix, (2, 3) float64."""
+    """Invert a (2, 3) affine matrix; returns (2, 3) float64."""
     linear = np.linalg.inv(np.asarray(matrix[:, :2], np.float64))
     return np.concatenate([linear, -linear @ np.asarray(matrix[:, 2:], np.float64)], axis=1)
 
 
 def crop_face(frame: np.ndarray, matrix: np.ndarray, resolution: int) -> np.ndarray:
-    """The aligned face: uint8 RGB (R, R, 3), of a frame uint8 RGB (H, W, 3) and its `estimate_matrix`."""
+    """Crop the aligned face, uint8 RGB (R, R, 3), from a frame uint8 RGB (H, W, 3) with its `estimate_matrix`."""
     size = crop_size(resolution)
     x0, y0, x1, y1 = frame_rectangle(matrix, resolution, frame.shape, margin=2)
     if x0 >= x1 or y0 >= y1:
         return np.full((resolution, resolution, 3), OUTSIDE_GREY, np.uint8)
     local = np.asarray(matrix, np.float64).copy()
     local[:, 2] += local[:, :2] @ (x0, y0)
-    # In float: OpenCV's 8-bit warp rounds, the reference truncates.
+    # In float, since OpenCV's 8-bit warp rounds and the reference truncates.
     warped = cv2.warpAffine(
-        frame[y0:y1, x0:x1].astype(np.float32), local, size,
-        flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(OUTSIDE_GREY,) * 3,
-    )  # fmt: skip
+        frame[y0:y1, x0:x1].astype(np.float32),
+        local,
+        size,
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=(OUTSIDE_GREY,) * 3,
+    )
     return cv2.resize(warped.astype(np.uint8), (resolution, resolution), interpolation=cv2.INTER_LANCZOS4)
 
 
 @lru_cache
 def fixed_mask(resolution: int) -> np.ndarray:
-    """What the network must generate: float32 (R, R), 0 = to be generated, 1 = visible. Read-only.
+    """LatentSync's fixed mask: float32 (R, R), 0 = to be generated, 1 = visible. Read-only.
 
-    Other sides than 256 have values between 0 and 1 along the edge.
+    At other resolutions than 256 its edge has values between 0 and 1.
     """
-    mask = np.full((MASK_SIDE, MASK_SIDE), 255, np.uint8)
+    grey = np.full((MASK_SIDE, MASK_SIDE), 255, np.uint8)
     for first, last in MASK_CHEEKS:
-        mask[MASK_CHEEK_ROWS[0] : MASK_CHEEK_ROWS[1] + 1, first : last + 1] = 0
+        grey[MASK_CHEEK_ROWS[0] : MASK_CHEEK_ROWS[1] + 1, first : last + 1] = 0
     for row, (first, last) in enumerate(zip(MASK_JAW_FIRST, MASK_JAW_LAST, strict=True), MASK_JAW_TOP):
-        mask[row, first : last + 1] = 0
+        grey[row, first : last + 1] = 0
     if resolution != MASK_SIDE:
-        # Lanczos is the reference's; downwards it would alias, and no reference exists there.
+        # Lanczos as in the reference. Downscaling with it would alias, and the reference never does.
         kernel = cv2.INTER_LANCZOS4 if resolution > MASK_SIDE else cv2.INTER_AREA
-        mask = cv2.resize(mask, (resolution, resolution), interpolation=kernel)
-    mask = mask.astype(np.float32) / 255
+        grey = cv2.resize(grey, (resolution, resolution), interpolation=kernel)
+    mask = grey.astype(np.float32) / 255
     mask.flags.writeable = False
     return mask

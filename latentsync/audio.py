@@ -1,6 +1,6 @@
 """From a waveform to the audio tokens of every video frame.
 
-The sound is worked through in segments of 30 s, so that what is held does not grow with its length.
+Audio is processed in segments of 30 s, so that memory use does not grow with its length.
 """
 
 import math
@@ -16,25 +16,25 @@ from latentsync.whisper import AudioEncoder
 
 N_FFT = 400  # samples, 25 ms
 HOP_LENGTH = 160  # samples, 10 ms a mel frame
-SEGMENT_FRAMES = 3000  # mel frames, 30 s: what Whisper's encoder takes at once
+SEGMENT_FRAMES = 3000  # mel frames, 30 s: the input of Whisper's encoder
 SEGMENT_SAMPLES = SEGMENT_FRAMES * HOP_LENGTH
 ROWS_PER_SECOND = 50  # feature rows: two mel frames each
 MEL_FLOOR = 1e-10  # power
-MEL_RANGE = 8.0  # decades kept under the loudest point of the clip
-PADDING = -4.0  # decades of power: the normalised 0.0 that segments are padded with
-ROWS_BEFORE, ROWS_AFTER = 4, 6  # a frame hears rows c − 4 … c + 5
-LEVEL_BLOCK = SAMPLE_RATE // 50  # samples whose power is one level, 20 ms
-LEVEL_STEP, LEVEL_REACH = 25, 75  # blocks: a gain every 0.5 s, from the sound up to 1.5 s to either side
-SPEECH_PERCENTILE, PAUSE_PERCENTILE = 95, 10  # of the levels there: of speech, and of what is heard between sounds
-# Decibels from pauses to speech: of noise and hum at most the first, of speech that is raised in full the second.
+MEL_RANGE = 8.0  # decades below the loudest point of the clip that are kept
+PADDING = -4.0  # decades of power; normalised, it is the 0.0 that segments are padded with
+ROWS_BEFORE, ROWS_AFTER = 4, 6  # a video frame's tokens are rows c − 4 … c + 5
+LEVEL_BLOCK = SAMPLE_RATE // 50  # samples per level measurement, 20 ms
+LEVEL_STEP, LEVEL_REACH = 25, 75  # blocks: a gain every 0.5 s, from the levels up to 1.5 s to either side
+SPEECH_PERCENTILE, PAUSE_PERCENTILE = 95, 10  # of these levels: those of speech, and of the pauses in it
+# dB between pauses and speech: noise and hum have at most the first, speech that is raised in full at least the second.
 NOISE_RANGE, SPEECH_RANGE = 8.0, 14.0
-QUIETEST_SPEECH = -80.0  # dB relative to full scale; what is quieter is not raised
-DIGITAL_SILENCE = -100.0  # dB: quieter than 16 bits can tell; nothing was recorded there
+QUIETEST_SPEECH = -80.0  # dB relative to full scale; quieter sound is not raised
+DIGITAL_SILENCE = -100.0  # dB, below the resolution of 16 bits: nothing was recorded
 
 
 @cache
 def mel_filters(n_mels: int) -> Tensor:
-    """Slaney's mel filter bank (n_mels, N_FFT // 2 + 1), float32, each filter of unit area (as Whisper's)."""
+    """Slaney's mel filter bank (n_mels, N_FFT // 2 + 1), float32, each filter of unit area, as Whisper's."""
 
     def to_mel(hz: np.ndarray) -> np.ndarray:
         return np.where(hz < 1000, hz * 3 / 200, 15 + np.log(np.maximum(hz, 1000) / 1000) * 27 / np.log(6.4))
@@ -52,12 +52,12 @@ def mel_filters(n_mels: int) -> Tensor:
 
 
 def log_powers(wav: Tensor, n_mels: int) -> Iterator[Tensor]:
-    """log10 of the mel powers, segment by segment; wav (samples,) → (n_mels, ≤ SEGMENT_FRAMES) each."""
+    """Yield log10 of the mel powers by segment; wav (samples,) → (n_mels, ≤ SEGMENT_FRAMES) each."""
     window = torch.hann_window(N_FFT, device=wav.device)
     filters = mel_filters(n_mels).to(wav.device)
     half = N_FFT // 2
     frames = len(wav) // HOP_LENGTH  # the last STFT frame is dropped
-    # Only the ends are reflected; between segments the true neighbours are read.
+    # Only the ends are padded by reflection; segments overlap their true neighbours.
     head = wav[1 : half + 1].flip(0)
     tail = wav[-half - 1 : -1].flip(0)
     for first in range(0, frames, SEGMENT_FRAMES):
@@ -75,43 +75,38 @@ def log_powers(wav: Tensor, n_mels: int) -> Iterator[Tensor]:
 
 
 def mel_segments(wav: Tensor, n_mels: int = 80, mel_range: float = MEL_RANGE) -> Iterator[Tensor]:
-    """Whisper's log-mel, clamped under the loudest point of the whole clip, in segments of 30 s.
+    """Yield Whisper's log-mel in segments of 30 s, clamped relative to the loudest point of the whole clip.
 
-    wav: (samples,) float32 in [−1, 1] at 16 kHz; mel_range: decades. An encoder that has learnt from fewer than
-    Whisper's has heard nothing under the padding either, so that is silence to it. Yields (n_mels, ≤ 3000), about −1
-    to 1.
+    wav: (samples,) float32 in [−1, 1] at 16 kHz; mel_range: decades kept. An encoder trained with fewer decades than
+    Whisper's has never seen values below the padding either, so these are clamped too. Yields (n_mels, ≤ 3000), about
+    −1 to 1.
     """
     if len(wav) < N_FFT:
         wav = torch.nn.functional.pad(wav, (0, N_FFT - len(wav)))
-    # Twice through the sound, as the maximum must be known before the first segment is.
+    # Two passes: the maximum of the clip is needed for the first segment.
     loudest = max(float(part.max()) for part in log_powers(wav, n_mels))
     floor = loudest - mel_range if mel_range >= MEL_RANGE else max(loudest - mel_range, PADDING)
     for part in log_powers(wav, n_mels):
         yield (part.clamp(min=floor) + 4) / 4
 
 
-def log_mel(wav: Tensor, n_mels: int = 80) -> Tensor:
-    """The whole log-mel at once: (samples,) → (n_mels, samples // 160)."""
-    return torch.cat(list(mel_segments(wav, n_mels)), dim=1)
-
-
 def speech_gains(wav: Tensor, level: float) -> np.ndarray:
-    """Gains in decibels, one every LEVEL_STEP blocks, that raise speech quieter than `level` to it; others are 0.
+    """Gains in decibels, one every LEVEL_STEP blocks, that raise speech quieter than `level` to it; 0 elsewhere.
 
-    wav: (samples,) at 16 kHz; level: dB relative to full scale, of the louder blocks (SPEECH_PERCENTILE). Speech is
-    told from noise and hum, which are not raised, by its pauses.
+    wav: (samples,) at 16 kHz; level: dB relative to full scale, of the louder blocks (SPEECH_PERCENTILE). Noise and
+    hum are not raised; unlike speech they have no pauses.
     """
     count = len(wav) // LEVEL_BLOCK
     parts = wav[: count * LEVEL_BLOCK].split(SEGMENT_SAMPLES)  # whole blocks each
     power = [part.unflatten(0, (-1, LEVEL_BLOCK)).double().square().mean(1).cpu().numpy() for part in parts]
     levels = 10 * np.log10(np.maximum(np.concatenate(power), 1e-20))
     gains = np.zeros(-(-count // LEVEL_STEP))
-    for i, at in enumerate(range(0, count, LEVEL_STEP)):
-        near = levels[max(at - LEVEL_REACH, 0) : at + LEVEL_REACH]
-        near = near[near > DIGITAL_SILENCE]
-        if len(near) == 0:
+    for i, block in enumerate(range(0, count, LEVEL_STEP)):
+        nearby = levels[max(block - LEVEL_REACH, 0) : block + LEVEL_REACH]
+        nearby = nearby[nearby > DIGITAL_SILENCE]
+        if len(nearby) == 0:
             continue
-        speech, pause = np.percentile(near, [SPEECH_PERCENTILE, PAUSE_PERCENTILE])
+        speech, pause = np.percentile(nearby, [SPEECH_PERCENTILE, PAUSE_PERCENTILE])
         if speech > QUIETEST_SPEECH:
             share = np.clip((speech - pause - NOISE_RANGE) / (SPEECH_RANGE - NOISE_RANGE), 0, 1)
             gains[i] = share * max(level - speech, 0)
@@ -119,22 +114,22 @@ def speech_gains(wav: Tensor, level: float) -> np.ndarray:
 
 
 def raise_quiet_speech(wav: Tensor, level: float) -> Tensor:
-    """The sound with speech quieter than `level` raised to it, see `speech_gains`; `wav` itself where none is."""
+    """Apply `speech_gains` to `wav` (samples,). Returns `wav` itself if there is nothing to raise."""
     gains = speech_gains(wav, level)
     if not gains.any():
         return wav
     raised = wav.clone()
-    places = np.arange(len(gains)) * LEVEL_STEP * LEVEL_BLOCK
+    gain_samples = np.arange(len(gains)) * LEVEL_STEP * LEVEL_BLOCK
     for start in range(0, len(wav), SEGMENT_SAMPLES):
         part = raised[start : start + SEGMENT_SAMPLES]
-        decibels = np.interp(np.arange(start, start + len(part)), places, gains)
+        decibels = np.interp(np.arange(start, start + len(part)), gain_samples, gains)
         part *= torch.from_numpy(10 ** (decibels / 20)).to(part)
     return raised
 
 
 @torch.inference_mode()
 def feature_segments(encoder: AudioEncoder, wav: Tensor, mel_range: float = MEL_RANGE) -> Iterator[Tensor]:
-    """Whisper features, 50 rows a second, in segments of 30 s: (rows, layers, width) each.
+    """Yield Whisper features, 50 rows a second, in segments of 30 s: (rows, layers, width) each.
 
     A segment of n mel frames gives n // 2 rows; short ones are padded with 0.0 in the normalised mel.
     """
@@ -146,7 +141,7 @@ def feature_segments(encoder: AudioEncoder, wav: Tensor, mel_range: float = MEL_
 
 
 def frame_count(samples: int) -> int:
-    """Video frames at 25 fps that cover `samples` of sound at 16 kHz."""
+    """Number of video frames at 25 fps that cover `samples` of audio at 16 kHz."""
     return math.ceil(samples * FPS / SAMPLE_RATE)
 
 
@@ -157,22 +152,22 @@ def audio_chunks(
     mel_range: float = MEL_RANGE,
     speech_level: float | None = None,
 ) -> Iterator[Tensor]:
-    """The audio tokens of video frames 0 … frames − 1 at 25 fps.
+    """Yield the audio tokens of video frames 0 … frames − 1 at 25 fps.
 
     wav: (samples,) float32 at 16 kHz; speech_level: dB relative to full scale, to which quieter speech is raised for an
-    encoder that has learnt from none; None: the sound stays as it is. Yields (10 · layers, width) on the host,
-    row-major (row, layer): rows c − 4 … c + 5 around the frame's row c, each clamped to the clip.
+    encoder that was trained without quieter speech; None: the audio is not changed. Yields (10 · layers, width) on the
+    host, row-major (row, layer): rows c − 4 … c + 5 around the frame's row c, each clamped to the clip.
     """
     if speech_level is not None:
         wav = raise_quiet_speech(wav, speech_level)
     total = max(len(wav), N_FFT) // HOP_LENGTH // 2  # every segment but the last has an even number of frames
-    # A segment at once: a copy for every frame would be as many waits for the device.
+    # Copied by segment: a copy per frame would wait for the device every time.
     segments = (features.cpu() for features in feature_segments(encoder, wav, mel_range))
-    held, first = next(segments), 0  # rows first … first + len(held) − 1
+    buffer, first = next(segments), 0  # rows first … first + len(buffer) − 1
     for i in range(frames):
         centre = i * ROWS_PER_SECOND // FPS
         rows = [min(max(r, 0), total - 1) for r in range(centre - ROWS_BEFORE, centre + ROWS_AFTER)]
-        while rows[-1] >= first + len(held):
-            keep = max(rows[0] - first, 0)
-            held, first = torch.cat([held[keep:], next(segments)]), first + keep
-        yield held[[r - first for r in rows]].flatten(0, 1)
+        while rows[-1] >= first + len(buffer):
+            done = max(rows[0] - first, 0)
+            buffer, first = torch.cat([buffer[done:], next(segments)]), first + done
+        yield buffer[[r - first for r in rows]].flatten(0, 1)

@@ -1,4 +1,4 @@
-"""DDIM as LatentSync was trained for it, with guidance and DeepCache, free of host synchronisation."""
+"""DDIM with LatentSync's schedule, classifier-free guidance and DeepCache, free of host synchronisation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,33 +8,34 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from latentsync.settings import GUIDANCE_SCALE, TRAIN_STEPS, DeepCache
-from latentsync.unet import UNet, frames_first, windows_first
+from latentsync.unet import UNet, fold_frames, unfold_frames
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Timesteps, and what a DDIM step (eta 0) multiplies the latents and the noise by."""
+    """Timesteps of a DDIM run (eta 0), and the factors of latents and noise at each step."""
 
     timesteps: tuple[int, ...]
     latent_scale: tuple[float, ...]
     noise_scale: tuple[float, ...]
 
-    def predicted(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """The noise that the network has predicted, its mean over all steps by their weight in the latents.
+    def predicted_noise(self, latents: Tensor, initial: Tensor) -> Tensor:
+        """Mean of the noise predicted at all steps, weighted by its share in the final latents.
 
-        latents (n, c, h, w) are what the steps have made of noise (1, c, h, w).
+        latents: (n, c, h, w), the result of the steps; initial: (1, c, h, w), the noise they started from.
         """
-        left, taken = 1.0, 0.0  # of the first noise, of what was predicted
+        initial_share, predicted_share = 1.0, 0.0
         for latent_scale, noise_scale in zip(self.latent_scale, self.noise_scale, strict=True):
-            left, taken = latent_scale * left, latent_scale * taken + noise_scale
-        return (latents.float() - left * noise.float()) / taken
+            initial_share *= latent_scale
+            predicted_share = latent_scale * predicted_share + noise_scale
+        return (latents.float() - initial_share * initial.float()) / predicted_share
 
 
-def between_ends(first: Tensor, last: Tensor, frames: int) -> Tensor:
-    """What is known of a window's first and last frames (b, …) → of all, (b, frames, …), in even steps between them.
+def interpolate_ends(first: Tensor, last: Tensor, frames: int) -> Tensor:
+    """Interpolate a window's conditioning linearly from its first and last frames: (b, …) each → (b, frames, …).
 
-    Cheeks and jaw move with what the old mouth says, and a small network goes by them. Told of the ends alone it must
-    go by the sound, and still each window begins where the one before it ended.
+    Cheeks and jaw move with the old speech, and a small network follows them. Conditioned on the ends of a window alone
+    it must follow the audio, and each window still begins where the one before it ended.
     """
     share = torch.linspace(0, 1, frames, device=first.device, dtype=first.dtype)
     return torch.lerp(first[:, None], last[:, None], share.view(-1, *[1] * (first.ndim - 1)))
@@ -58,8 +59,8 @@ def ddim_scheduler() -> DDIMScheduler:
 def ddim_schedule(steps: int) -> Schedule:
     """The schedule of 1 to 999 steps; under about 5, leading spacing starts too late to remove the noise.
 
-    A DDIM step x' = √a'·(x − √(1−a)·e)/√a + √(1−a')·e is linear in x and e, so two numbers a step say it all;
-    they are worked out here on the host in double precision, which leaves nothing to wait for on the device.
+    A DDIM step x' = √a'·(x − √(1−a)·e)/√a + √(1−a')·e is linear in x and e, so two numbers a step say it all. They are
+    computed here on the host in double precision, so that no step waits for the device.
     """
     scheduler = ddim_scheduler()
     scheduler.set_timesteps(steps)
@@ -67,12 +68,12 @@ def ddim_schedule(steps: int) -> Schedule:
     timesteps = [int(t) for t in scheduler.timesteps]
     latent_scale, noise_scale = [], []
     for t in timesteps:
-        before = t - TRAIN_STEPS // steps
+        t_next = t - TRAIN_STEPS // steps
         a = alphas[t]
-        a_before = alphas[before] if before >= 0 else scheduler.final_alpha_cumprod.double()
-        ratio = (a_before / a).sqrt()
+        a_next = alphas[t_next] if t_next >= 0 else scheduler.final_alpha_cumprod.double()
+        ratio = (a_next / a).sqrt()
         latent_scale.append(float(ratio))
-        noise_scale.append(float((1 - a_before).sqrt() - ratio * (1 - a).sqrt()))
+        noise_scale.append(float((1 - a_next).sqrt() - ratio * (1 - a).sqrt()))
     return Schedule(tuple(timesteps), tuple(latent_scale), tuple(noise_scale))
 
 
@@ -81,7 +82,7 @@ def initial_noise(
 ) -> Tensor:
     """One frame of noise (1, channels, 1, height, width): all frames of all windows start from it.
 
-    Drawn on the CPU, so that a seed means the same on every device.
+    Drawn on the CPU, so that a seed gives the same noise on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, channels, 1, height, width, generator=generator)
@@ -92,7 +93,7 @@ def initial_noise(
 def denoise(
     unet: UNet,
     noise: Tensor,
-    condition: Tensor,
+    conditioning: Tensor,
     audio: Tensor,
     schedule: Schedule,
     guidance_scale: float = GUIDANCE_SCALE,
@@ -101,36 +102,36 @@ def denoise(
 ) -> Tensor:
     """Run the guided DDIM loop over b windows of f frames.
 
-    noise: (1, c, 1, h, w), repeated over windows and frames; condition: (b, 1 + 2c, f, h, w), i.e. mask, masked
-    and reference latents; audio: (b, f, tokens, d). At guidance_scale ≤ 1 only the audio branch is computed.
-    on_step(i) is called on the host after step i is queued; what it raises stops the loop.
+    noise: (1, c, 1, h, w), repeated over windows and frames; conditioning: (b, 1 + 2c, f, h, w), i.e. mask, masked
+    and reference latents; audio: (b, f, tokens, d). At guidance_scale ≤ 1 only the cond branch is computed.
+    on_step(i) is called on the host after step i is queued; an exception it raises ends the loop.
     Returns latents (b, c, f, h, w), scaled as the VAE's latents × 0.18215.
     """
-    b, _, f, h, w = condition.shape
+    b, _, f, h, w = conditioning.shape
     guided = guidance_scale > 1
     c = noise.shape[1]
-    latents = frames_first(noise.expand(b, c, f, h, w))
-    condition = frames_first(condition)
+    latents = fold_frames(noise.expand(b, c, f, h, w))
+    conditioning = fold_frames(conditioning)
     context = unet.encode_audio(audio)
     timesteps = torch.tensor(schedule.timesteps).to(latents.device, non_blocking=True)[:, None].unbind()
-    cached = added = None
+    cached = guidance = None
     for i, timestep in enumerate(timesteps):
-        x = torch.cat([latents, condition], dim=1)
+        x = torch.cat([latents, conditioning], dim=1)
         if cache is None:
-            noise_now, _ = unet.full(x, timestep, context, f, None, guided)
+            prediction, _ = unet.full(x, timestep, context, f, None, guided)
         elif i % cache.interval == 0:
-            noise_now, cached = unet.full(x, timestep, context, f, cache.branch, guided)
-            heard_alone = guided and not cache.guided
-            cached = cached[len(x) :] if heard_alone else cached
+            prediction, cached = unet.full(x, timestep, context, f, cache.branch, guided)
+            if cached is not None and not cache.guided:
+                cached = cached[-len(x) :]  # the cond half
         else:
-            noise_now = unet.shallow(x, timestep, context, f, cache.branch, cached, guided and cache.guided)
-        if len(noise_now) > len(x):
-            free, heard = noise_now.chunk(2)
-            added = (guidance_scale - 1) * (heard - free)
-            noise_now = heard + added
+            prediction = unet.shallow(x, timestep, context, f, cache.branch, cached, guided and cache.guided)
+        if len(prediction) > len(x):
+            uncond, cond = prediction.chunk(2)
+            guidance = (guidance_scale - 1) * (cond - uncond)
+            prediction = cond + guidance
         elif guided:
-            noise_now = noise_now + added
-        latents = schedule.latent_scale[i] * latents + schedule.noise_scale[i] * noise_now
+            prediction = prediction + guidance  # of the last full pass
+        latents = schedule.latent_scale[i] * latents + schedule.noise_scale[i] * prediction
         if on_step is not None:
             on_step(i)
-    return windows_first(latents, b)
+    return unfold_frames(latents, b)

@@ -1,4 +1,4 @@
-"""Faces to latents and back, and what the U-Net is told besides the noise."""
+"""Faces to latents and back, and the U-Net's conditioning besides audio."""
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ def to_pixels(faces: Tensor, dtype: torch.dtype) -> Tensor:
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """pixels (n, 3, R, R) in [−1, 1] → scaled latents (n, c, R/8, R/8).
 
-    The mean of the posterior is taken where the reference draws from it: its deviation is far below a grey
-    level, and the mean does not flicker or depend on how frames are batched.
+    Takes the mean of the posterior; the reference samples from it. The posterior's deviation is far below a grey level,
+    and the mean neither flickers nor depends on how frames are batched.
     """
     return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
 
@@ -30,12 +30,12 @@ def latent_mask(mask: Tensor, side: int) -> Tensor:
     return F.interpolate(mask[None, None], (side, side), mode="nearest")[0, 0]
 
 
-def condition(vae: AutoencoderKL, pixels: Tensor, mask: Tensor) -> Tensor:
-    """Mask, masked latents and reference latents of n faces, as the U-Net takes them after the noise.
+def encode_conditioning(vae: AutoencoderKL, pixels: Tensor, mask: Tensor) -> Tensor:
+    """Mask, masked latents and reference latents of n faces, the U-Net's input channels after the noise.
 
     pixels: (n, 3, R, R) in [−1, 1]; mask: (R, R), 1 visible, 0 to be generated. Returns (n, 1 + 2c, h, w).
     """
     masked = encode(vae, pixels * mask)
     reference = encode(vae, pixels)
-    shown = latent_mask(mask, masked.shape[-1]).expand(len(pixels), 1, -1, -1)
-    return torch.cat([shown, masked, reference], dim=1)
+    small_mask = latent_mask(mask, masked.shape[-1]).expand(len(pixels), 1, -1, -1)
+    return torch.cat([small_mask, masked, reference], dim=1)

@@ -1,4 +1,4 @@
-"""The encoder of an OpenAI-format Whisper, which listens for LatentSync."""
+"""The audio encoder of an OpenAI-format Whisper, whose activations are LatentSync's audio tokens."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class WhisperDims:
-    """The encoder's part of a Whisper file's `dims`; the defaults are Whisper tiny."""
+    """The encoder's entries in the `dims` of a Whisper file; the defaults are Whisper tiny."""
 
     n_mels: int = 80
-    n_audio_ctx: int = 1500  # positions: half the mel frames of a segment
+    n_audio_ctx: int = 1500  # positions, half the mel frames of a segment
     n_audio_state: int = 384
     n_audio_head: int = 6
     n_audio_layer: int = 4
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Two convolutions, positions, blocks; what LatentSync takes are the activations between them."""
+    """Two convolutions, positional embedding, transformer blocks; returns the activations between the blocks."""
 
     def __init__(self, dims: WhisperDims):
         super().__init__()
@@ -62,13 +62,13 @@ class AudioEncoder(nn.Module):
         self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
         self.register_buffer("positional_embedding", torch.zeros(dims.n_audio_ctx, width))
         self.blocks = nn.ModuleList(Block(width, dims.n_audio_head) for _ in range(dims.n_audio_layer))
-        # Part of the format; LatentSync takes its features before this norm.
+        # In the weights, but not used: LatentSync's features are those before this norm.
         self.ln_post = nn.LayerNorm(width)
 
     def forward(self, mel: Tensor) -> Tensor:
         """mel (n, n_mels, 2·n_audio_ctx) → (n, n_audio_ctx, n_audio_layer + 1, n_audio_state).
 
-        The layers are what enters the first block and what leaves each one, without the final norm.
+        The layers are the input of the first block and the output of each block, without the final norm.
         """
         x = F.gelu(self.conv1(mel))
         x = F.gelu(self.conv2(x)).transpose(1, 2) + self.positional_embedding

@@ -27,16 +27,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from latentsync.unet import (
-    GEGLU,
-    Attention,
-    GroupNorm,
-    Level,
-    ResnetBlock,
-    SpatialBlock,
-    TemporalBlock,
-    UNet,
-)
+from latentsync.layers import GEGLU, Attention, GroupNorm, ResnetBlock, SpatialBlock, TemporalBlock
+from latentsync.unet import Level, UNet
 from optim import kernels
 from optim.kernels import DTYPES, add_bias, frame_attention, geglu, group_norm, layer_norm
 from optim.lean import LEAN, lean

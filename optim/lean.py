@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from latentsync.unet import FeedForward
+from latentsync.layers import FeedForward
 
 SLICE = 512  # tokens; 128 to 1024 were up to a tenth slower
 

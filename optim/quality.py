@@ -20,14 +20,16 @@ import torch
 from latentsync import SAMPLE_RATE
 from latentsync.alignment import crop_face, fixed_mask
 from latentsync.audio import frame_count
-from latentsync.checkpoints.load import Models, load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import Models, load_models
 from latentsync.errors import UserError
 from latentsync.evaluation.measures import psnr, ssim
 from latentsync.media import probe_video, read_audio, read_frames_looped
 from latentsync.options import between, choose_device
 from latentsync.paths import check_writable, write_text
-from latentsync.pipeline import StageClock, generate
+from latentsync.pipeline import Source, generate_frames
 from latentsync.settings import Settings
+from latentsync.timing import StageClock
 from optim.accelerate import accelerate, make_plan
 from optim.hardware import gpu_of
 from optim.levels import CONSERVATIVE, STOPS, find_level
@@ -38,10 +40,11 @@ def faces_of(video: Path, wav: torch.Tensor, models: Models, settings: Settings)
     info, total = probe_video(video), frame_count(len(wav))
     frames = read_frames_looped(info, total)
     crops = []
-    with closing(generate(frames, wav, models, settings, total, total > info.n_frames, StageClock())) as shots:
-        for shot in shots:
-            if shot.crop is not None:
-                crops.append(crop_face(shot.frame, shot.matrix, models.resolution))
+    source = Source(frames, wav, total, repeats=total > info.n_frames)
+    with closing(generate_frames(source, models, settings, StageClock())) as finished:
+        for aligned in finished:
+            if aligned.crop is not None:
+                crops.append(crop_face(aligned.frame, aligned.matrix, models.resolution))
     if not crops:
         raise UserError(f"'{video}' shows no face that can be used: use one in which a face is seen from the front.")
     return np.stack(crops)
@@ -85,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         levels = [find_level(name) for name in args.levels]
         device = choose_device(args.device)
-        checkpoint = resolve(args.model, device)
+        checkpoint = resolve_model(args.model, device)
         if args.json:
             check_writable(args.json, (args.video, args.audio, *checkpoint.files))
         models = load_models(checkpoint, device)

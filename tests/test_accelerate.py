@@ -8,9 +8,10 @@ import torch
 from fake_nvml import card_of
 from test_hardware import read
 
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
+from latentsync.layers import FeedForward
 from latentsync.settings import Settings
-from latentsync.unet import FeedForward
 from optim import __main__ as command_line
 from optim.accelerate import (
     CPU_FRAMES,
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 def plan_for(gib: int, level=None, resolution: int = 512):

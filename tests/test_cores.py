@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import UNET
 
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.sampling import ddim_schedule, denoise
 from latentsync.settings import WINDOW, DeepCache, Settings
 from latentsync.unet import UNet, UNetConfig
@@ -142,7 +143,7 @@ def test_a_failure_in_one_window_is_the_callers_and_ends_the_others(unet, three_
 
 
 def test_a_plan_for_a_processor_has_windows_side_by_side(checkpoint, three_threads):
-    models, said = load_models(resolve(str(checkpoint), CPU), CPU, torch.float32), []
+    models, said = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32), []
     plan = plan_as_asked(CPU, models.resolution, Settings(), "aggressive")
     assert plan.settings.windows_per_pass == 3
     # A job that is long enough to be compiled for is not: side by side gains more.

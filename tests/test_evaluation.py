@@ -11,7 +11,8 @@ from clips import ffmpeg, make_sound
 from conftest import portrait, save_video
 from skimage.color import deltaE_ciede2000
 
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.evaluation import judge as judging
 from latentsync.evaluation.__main__ import main
 from latentsync.evaluation.appearance import NEAR, ciede2000, keeps, mouth_hulls
@@ -31,9 +32,10 @@ from latentsync.evaluation.measures import (
 )
 from latentsync.evaluation.people import people_table
 from latentsync.evaluation.report import Result, pause_variance, summary, table
-from latentsync.pipeline import Painter, Shot
+from latentsync.painting import Painter
 from latentsync.settings import Settings
 from latentsync.training.prepare import prepare
+from latentsync.windows import AlignedFrame
 from optim import evaluation as levels
 
 SAMPLES = 640  # of sound, a frame
@@ -213,16 +215,17 @@ def test_the_reference_of_a_self_dub_is_another_moment(checkpoint):
     assert list(elsewhere(5)) == [2, 3, 4, 0, 1]
     assert min(abs(elsewhere(74) - np.arange(74))) == 37
 
-    models = load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
     crops = RNG.integers(0, 255, (3, models.resolution, models.resolution, 3), np.uint8)
-    shots = [Shot(None, None, crop, source=i) for i, crop in enumerate(crops)]
+    shots = [AlignedFrame(None, None, crop, source=i) for i, crop in enumerate(crops)]
     here, there = [shots[0], shots[2]], [shots[2], shots[1]]
     plain = Painter(models, Settings())
     shown, reference = (
-        plain.condition(some, torch.from_numpy(np.stack([shot.crop for shot in some]))) for some in (here, there)
+        plain.encode_conditioning(some, torch.from_numpy(np.stack([shot.crop for shot in some])))
+        for some in (here, there)
     )
     painter = ElsewherePainter(models, Settings(), [shots[2], shots[0], shots[1]])
-    told = painter.condition(here, torch.from_numpy(crops[[0, 2]]))
+    told = painter.encode_conditioning(here, torch.from_numpy(crops[[0, 2]]))
     masked = 1 + models.vae.config.latent_channels
     assert torch.equal(told[:, :masked], shown[:, :masked]) and torch.equal(told[:, masked:], reference[:, masked:])
     assert not torch.equal(told, shown)
@@ -308,7 +311,7 @@ def test_the_judge_trains_and_is_loaded_again(people, tmp_path, capsys):
 
 
 def test_a_level_gives_the_settings_that_are_measured(checkpoint):
-    models = load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
     for options, steps, cache in (
         (["--level", "aggressive"], 12, (3, 0)),
         (["--deepcache", "2,1"], 20, (2, 1)),

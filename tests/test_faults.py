@@ -5,14 +5,18 @@ import pytest
 import torch
 from conftest import portrait
 
-from latentsync import pipeline
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync import painting
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
-from latentsync.pipeline import Painter, StageClock, generate, lipsync
+from latentsync.painting import Painter
+from latentsync.pipeline import Source, generate_frames, lipsync
 from latentsync.sampling import denoise
 from latentsync.settings import Settings
+from latentsync.timing import StageClock
 from latentsync.unet import UNet
-from latentsync.validation import unusable, widened
+from latentsync.validation import broken_faces, in_dtype
+from latentsync.windows import AlignedFrame
 from optim.fused import fuse
 from optim.graphs import capture
 
@@ -23,18 +27,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture
 def half(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float16)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float16)
 
 
 @pytest.fixture
 def narrow(models, monkeypatch):
     """Models in float32, with float64 as what is wider: on a processor far faster than half precision."""
-    monkeypatch.setitem(pipeline.WIDER, torch.float32, (torch.float64, torch.bfloat16))
+    monkeypatch.setitem(painting.FALLBACK_DTYPES, torch.float32, (torch.float64, torch.bfloat16))
     return models
 
 
@@ -43,12 +47,14 @@ def wav():
     return 0.1 * torch.randn(FRAMES * 640, generator=torch.Generator().manual_seed(0))
 
 
-def run(models, wav, **settings) -> list[pipeline.Shot]:
+def run(models, wav, **settings) -> list[AlignedFrame]:
     frames = (portrait(t) for t in range(FRAMES))
-    return list(generate(enumerate(frames), wav, models, Settings(steps=1, **settings), FRAMES, False, StageClock()))
+    return list(
+        generate_frames(Source(enumerate(frames), wav, FRAMES), models, Settings(steps=1, **settings), StageClock())
+    )
 
 
-def stacked(shots: list[pipeline.Shot]) -> np.ndarray:
+def stacked(shots: list[AlignedFrame]) -> np.ndarray:
     return np.stack([shot.frame for shot in shots])
 
 
@@ -77,9 +83,9 @@ def spoil(models, monkeypatch, spoilt) -> list:
 def test_a_network_that_overflows_in_half_precision_is_run_in_float32(half, wav):
     overflow(half)
     shots = run(half, wav, windows_per_pass=2)
-    assert all(shot.again for shot in shots)
-    wanted = run(widened(half, torch.float32), wav, frames_per_pass=1)
-    assert not any(shot.again for shot in wanted)
+    assert all(shot.recomputed for shot in shots)
+    wanted = run(in_dtype(half, torch.float32), wav, frames_per_pass=1)
+    assert not any(shot.recomputed for shot in wanted)
     assert np.array_equal(stacked(shots), stacked(wanted))
 
 
@@ -90,13 +96,13 @@ def test_only_the_window_that_went_wrong_is_computed_again(narrow, wav, monkeypa
 
     def delayed(self, *args):
         given(self, *args)
-        self.groups_behind = behind  # as on a GPU
+        self.max_pending = behind  # as on a GPU
 
     monkeypatch.setattr(Painter, "__init__", delayed)
     passes = spoil(narrow, monkeypatch, {0})
     shots = run(narrow, wav)
     assert sorted(str(dtype) for dtype, _ in passes) == ["torch.float32", "torch.float32", "torch.float64"]
-    assert [i for i, shot in enumerate(shots) if shot.again] == list(range(16))
+    assert [i for i, shot in enumerate(shots) if shot.recomputed] == list(range(16))
     for i, (ours, theirs) in enumerate(zip(shots, wanted, strict=True)):
         if i < 16:
             assert np.abs(ours.frame.astype(int) - theirs.frame).max() <= 1
@@ -108,29 +114,29 @@ def test_of_a_pass_of_several_windows_the_others_are_kept(narrow, wav, monkeypat
     passes = spoil(narrow, monkeypatch, {0})
     shots = run(narrow, wav, windows_per_pass=2)
     assert passes == [(torch.float32, 2), (torch.float64, 1)]
-    assert [i for i, shot in enumerate(shots) if shot.again] == list(range(16, 24))
+    assert [i for i, shot in enumerate(shots) if shot.recomputed] == list(range(16, 24))
 
 
 def test_the_next_type_serves_where_memory_is_short_of_the_widest(narrow, wav, monkeypatch):
-    real = pipeline.widened
+    real = painting.in_dtype
 
     def short_of_memory(models, dtype):
         if dtype == torch.float64:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(models, dtype)
 
-    monkeypatch.setattr(pipeline, "widened", short_of_memory)
+    monkeypatch.setattr(painting, "in_dtype", short_of_memory)
     spoiling = spoil(narrow, monkeypatch, {1})
     shots = run(narrow, wav)
     assert [dtype for dtype, _ in spoiling] == [torch.float32, torch.float32, torch.bfloat16]
-    assert [i for i, shot in enumerate(shots) if shot.again] == list(range(16, 24))
+    assert [i for i, shot in enumerate(shots) if shot.recomputed] == list(range(16, 24))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_job_whose_numbers_stay_broken_ends_with_a_sentence_and_keeps_the_old_file(
     checkpoint, talking, voice, tmp_path, monkeypatch, dtype
 ):
-    models = load_models(resolve(str(checkpoint), CPU), CPU, dtype)
+    models = load_models(resolve_model(str(checkpoint), CPU), CPU, dtype)
     spoil(models, monkeypatch, range(100))
     output = tmp_path / "out.mp4"
     output.write_bytes(b"an earlier result")
@@ -174,9 +180,9 @@ def test_what_is_no_picture_is_noticed_frame_by_frame(kind, dtype):
     faces = (torch.rand(3, 3, 16, 16, generator=random) * 2 - 1).to(dtype)
     predicted = torch.randn(3, 4, 2, 2, generator=random)
     hidden = slice(8, 16), slice(4, 12)
-    assert unusable(predicted, faces, hidden).tolist() == [False] * 3
+    assert broken_faces(predicted, faces, hidden).tolist() == [False] * 3
     change(faces, kind)
-    assert unusable(predicted, faces, hidden).tolist() == [False, True, False]
+    assert broken_faces(predicted, faces, hidden).tolist() == [False, True, False]
 
 
 def test_the_wider_networks_are_plain_and_the_others_stay_as_they_are(half):
@@ -184,7 +190,7 @@ def test_the_wider_networks_are_plain_and_the_others_stay_as_they_are(half):
     capture(half.unet)
     half.vae.enable_tiling()
     kinds = [type(module) for network in (half.unet, half.vae) for module in network.modules()]
-    wide = widened(half, torch.float32)
+    wide = in_dtype(half, torch.float32)
     assert type(wide.unet) is UNet and wide.dtype == torch.float32 and wide.vae.use_tiling
     assert not any(module.__module__.startswith("optim") for module in wide.vae.modules())
     assert [type(module) for network in (half.unet, half.vae) for module in network.modules()] == kinds
@@ -198,7 +204,7 @@ def test_the_wider_networks_are_plain_and_the_others_stay_as_they_are(half):
 def test_the_demo_model_is_far_from_every_limit(wav, monkeypatch, steps):
     """A right result must never be taken for a broken one."""
     found = []
-    real = pipeline.unusable
+    real = painting.broken_faces
 
     def measured(predicted, pixels, hidden):
         mouths = pixels[(..., *hidden)]
@@ -206,10 +212,10 @@ def test_the_demo_model_is_far_from_every_limit(wav, monkeypatch, steps):
         found.append((size, deviation, predicted.std(dim=(2, 3)).amax(1).min()))
         return real(predicted, pixels, hidden)
 
-    monkeypatch.setattr(pipeline, "unusable", measured)
-    models = load_models(resolve("demo", CPU), CPU, torch.float32)
+    monkeypatch.setattr(painting, "broken_faces", measured)
+    models = load_models(resolve_model("demo", CPU), CPU, torch.float32)
     frames = enumerate(portrait(t) for t in range(3))
-    shots = list(generate(frames, wav, models, Settings(steps=steps), 3, False, StageClock()))
-    assert not any(shot.again for shot in shots)
+    shots = list(generate_frames(Source(frames, wav, 3), models, Settings(steps=steps), StageClock()))
+    assert not any(shot.recomputed for shot in shots)
     [(size, deviation, predicted)] = found
     assert size < 1 and deviation > 0.1 and 0.5 < predicted < 2

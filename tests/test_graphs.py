@@ -8,7 +8,7 @@ from torch import Tensor
 from latentsync.sampling import ddim_schedule, denoise
 from latentsync.settings import DeepCache
 from latentsync.unet import Context, UNet, UNetConfig
-from latentsync.vae import condition, decode
+from latentsync.vae import decode, encode_conditioning
 from optim import graphs
 from optim.graphs import MOST_GRAPHS, RUNS_TO_REPLACE, Graphs, Pass, capture, release
 
@@ -163,7 +163,7 @@ def there_and_back(vae: AutoencoderKL, faces: list[Tensor]) -> list[Tensor]:
     mask = torch.ones(faces[0].shape[-2:], device=faces[0].device, dtype=faces[0].dtype)
     mask[16:] = 0
     with torch.inference_mode():
-        given = [condition(vae, some, mask) for some in faces]
+        given = [encode_conditioning(vae, some, mask) for some in faces]
         return [*given, *[decode(vae, some[:, 1:5]) for some in given]]
 
 

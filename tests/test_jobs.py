@@ -19,9 +19,9 @@ import torch
 from clips import make_sound, make_video
 from small_release import NAME
 
-from latentsync import STAGES, pipeline
+from latentsync import STAGES, painting, pipeline
 from latentsync.checkpoints import store
-from latentsync.checkpoints.load import resolve
+from latentsync.checkpoints.find import resolve_model
 from latentsync.errors import UserError
 from latentsync.media import COMMENT, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped, segments
 from latentsync.settings import DeepCache, Settings
@@ -100,7 +100,7 @@ def test_a_job_is_done_and_told(worker, talking, voice):
 
 
 def test_who_asks_for_no_lip_strength_gets_the_model_s_own(checkpoint, tmp_path):
-    model = replace(resolve(str(checkpoint), CPU), guidance_scale=2.25)
+    model = replace(resolve_model(str(checkpoint), CPU), guidance_scale=2.25)
     request = Request(tmp_path, tmp_path)
     assert make_plan(request, model, CPU).settings.guidance_scale == 2.25
     assert make_plan(replace(request, guidance=1.0), model, CPU).settings.guidance_scale == 1.0
@@ -152,7 +152,7 @@ def test_what_is_finished_can_be_kept(worker, talking, long_voice):
 @pytest.mark.parametrize("keep, words", [(False, "cancelling"), (True, "stopping; what is finished is kept")])
 def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, long_voice, monkeypatch, keep, words):
     hold, held, go_on = (threading.Event() for _ in range(3))
-    merge = pipeline.merge_faces
+    merge = painting.merge_faces
 
     def slow(*args):
         if hold.is_set():
@@ -160,7 +160,7 @@ def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, lon
             go_on.wait(60)
         return merge(*args)
 
-    monkeypatch.setattr(pipeline, "merge_faces", slow)
+    monkeypatch.setattr(painting, "merge_faces", slow)
     job = worker.submit(Request(talking, long_voice, steps=1), ME)
     until(lambda: job.progress.get("writing", 0) > 5)
     hold.set()

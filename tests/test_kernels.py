@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentsync.unet import GroupNorm
+from latentsync.layers import GroupNorm
 from optim import kernels
 
 if kernels.triton is None:

@@ -164,7 +164,7 @@ def test_a_failure_is_one_sentence_and_the_next_try_is_free(hub, fetcher, monkey
 def test_offline_the_demo_model_runs_and_the_page_says_how_to_get_others(hub, fetcher, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     found = fetcher.models()
-    assert found["offline"] and found["chosen"] == "demo" and "latentsync.checkpoints.load" in found["remark"]
+    assert found["offline"] and found["chosen"] == "demo" and "latentsync.checkpoints list" in found["remark"]
     assert row(fetcher)["folder"].endswith(NAME)
     fetcher.start(NAME)
     assert "HF_HUB_OFFLINE forbids" in ended(fetcher)["error"] and not hub.requests

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pasting import paste
 
 from latentsync import compositing
 from latentsync.alignment import crop_face, crop_size, estimate_matrix, fixed_mask, invert, template
-from latentsync.compositing import merge_faces, paste_face
+from latentsync.compositing import merge_faces
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 FILES = sorted(PARITY_DIR.glob("align_*.npz"))
@@ -64,7 +65,7 @@ def test_crops(case, which, index):
 @pytest.mark.parametrize("which, index", [("first", 0), ("last", -1)])
 def test_restored_frames(case, which, index):
     frame = torch.from_numpy(case["image"].copy())
-    paste_face(frame, image_of(case[f"crop_{which}"][:, ::-1]), case["matrices"][index])
+    paste(frame, image_of(case[f"crop_{which}"][:, ::-1]), case["matrices"][index])
     expected = case[f"restored_{which}"]
     changed = (expected != case["image"]).any(-1)
     assert psnr(frame.numpy()[changed], expected[changed]) > MIN_PSNR
@@ -104,7 +105,7 @@ def test_an_unchanged_crop_leaves_the_frame_as_it_was_on_a_smooth_picture(resolu
     matrix = similarity(size, degrees, centre, resolution)
     crop = crop_face(picture, matrix, resolution)
     frame = torch.from_numpy(picture.copy())
-    paste_face(frame, image_of(crop), matrix)
+    paste(frame, image_of(crop), matrix)
     assert np.abs(frame.numpy().astype(int) - picture)[20:-20, 20:-20].max() <= 4
 
 
@@ -132,7 +133,7 @@ def test_a_face_outside_the_picture_changes_nothing(centre):
     matrix = similarity(150, 10, centre, 256)
     assert (crop_face(picture, matrix, 256) == 127).all()
     frame = torch.from_numpy(picture.copy())
-    paste_face(frame, torch.zeros(3, 256, 256), matrix)
+    paste(frame, torch.zeros(3, 256, 256), matrix)
     assert (frame.numpy() == picture).all()
 
 
@@ -142,7 +143,7 @@ def test_opacity_lies_between_the_frame_and_the_full_face():
     values = []
     for opacity in (0, 0.5, 1):
         frame = torch.from_numpy(picture.copy())
-        paste_face(frame, torch.full((3, 256, 256), -1.0), matrix, opacity)
+        paste(frame, torch.full((3, 256, 256), -1.0), matrix, opacity)
         values.append(int(frame[180, 320, 0]))
     assert values == [200, 100, 0]
 
@@ -162,4 +163,4 @@ def test_merging_keeps_what_the_mask_shows():
 def test_pasting_never_waits_for_the_device(centre):
     # Meta tensors have no values: anything that reads one back would raise.
     frame = torch.empty(720, 960, 3, dtype=torch.uint8, device="meta")
-    paste_face(frame, torch.empty(3, 256, 256, device="meta"), similarity(300, 10, centre, 256))
+    paste(frame, torch.empty(3, 256, 256, device="meta"), similarity(300, 10, centre, 256))

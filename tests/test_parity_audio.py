@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentsync.audio import audio_chunks, feature_segments, frame_count, log_mel
+from latentsync.audio import audio_chunks, feature_segments, frame_count, mel_segments
 from latentsync.checkpoints.load import load_audio_encoder
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
@@ -33,7 +33,7 @@ def test_there_are_numbers_to_compare_with():
 
 def test_mel_equals_the_reference(case):
     encoder, numbers = case
-    mel = log_mel(torch.from_numpy(numbers["wav"]), encoder.dims.n_mels)
+    mel = torch.cat(list(mel_segments(torch.from_numpy(numbers["wav"]), encoder.dims.n_mels)), dim=1)
     assert mel.shape == numbers["mel"].shape
     assert relative_error(mel, numbers["mel"]) <= BOUND
 

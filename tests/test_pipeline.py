@@ -1,4 +1,4 @@
-"""The chain of stages: what is cut into windows, what is painted where, what a run reports and leaves behind."""
+"""The chain of stages: what is cut into split_windows, what is painted where, what a run reports and leaves behind."""
 
 import itertools
 import math
@@ -14,46 +14,47 @@ import pytest
 import torch
 from clips import make_sound, make_video
 from conftest import SIDE, portrait
+from pasting import paste
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
-from latentsync import STAGES, pipeline
+from latentsync import STAGES, painting, pipeline
 from latentsync.alignment import frame_rectangle
 from latentsync.audio import audio_chunks, frame_count
-from latentsync.checkpoints.load import load_models, resolve
-from latentsync.compositing import match_colours, paste_face
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
+from latentsync.compositing import match_colours
 from latentsync.errors import UserError
 from latentsync.faces import track_faces
 from latentsync.media import COMMENT, VideoWriter, probe_audio, probe_video, read_frames
+from latentsync.painting import Painter, PendingPass, paint_groups
 from latentsync.pipeline import (
-    DECODED_AHEAD,
-    WINDOW,
-    Enough,
-    Painter,
-    Shot,
-    StageClock,
-    Window,
-    align,
-    batches,
-    fitting,
-    generate,
+    DECODED_FRAMES,
+    Hooks,
+    Source,
+    StopEarly,
+    buffered_crops,
+    buffered_results,
+    fit_memory,
+    generate_frames,
     lipsync,
-    paint,
-    windows,
+    max_frames,
 )
-from latentsync.prefetch import ahead
-from latentsync.sampling import between_ends, denoise
-from latentsync.settings import DeepCache, Settings
-from latentsync.vae import condition, to_pixels
+from latentsync.prefetch import prefetch
+from latentsync.sampling import denoise, interpolate_ends
+from latentsync.settings import WINDOW, DeepCache, Settings
+from latentsync.timing import StageClock
+from latentsync.vae import encode_conditioning, to_pixels
+from latentsync.windows import AlignedFrame, Window, align_frames, group_windows, split_windows
 
 CPU = torch.device("cpu")
 CROP = np.zeros((1, 1, 3), np.uint8)
-FRAMES = 40  # two windows and a slid-back third
+FRAMES = 40  # two split_windows and a slid-back third
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +63,29 @@ def wav():
     return noise * torch.linspace(0, 0.3, len(noise))
 
 
-def run(models, wav, **settings) -> list[Shot]:
+def run(models, wav, **settings) -> list[AlignedFrame]:
     frames = (portrait(t) for t in range(FRAMES))
-    return list(generate(enumerate(frames), wav, models, Settings(steps=2, **settings), FRAMES, False, StageClock()))
+    return list(
+        generate_frames(Source(enumerate(frames), wav, FRAMES), models, Settings(steps=2, **settings), StageClock())
+    )
 
 
-def stacked(shots: list[Shot]) -> np.ndarray:
+def stacked(shots: list[AlignedFrame]) -> np.ndarray:
     return np.stack([shot.frame for shot in shots])
 
 
-def shots_of(runs: list[int], gap: int = 1) -> list[Shot]:
+def shots_of(runs: list[int], gap: int = 1) -> list[AlignedFrame]:
     """Runs of numbered shots with a face, `gap` shots without one after each."""
     faces = [face for length in runs for face in [True] * length + [False] * gap]
-    return [Shot(np.array(i), torch.empty(0), CROP if face else None) for i, face in enumerate(faces)]
+    return [AlignedFrame(np.array(i), torch.empty(0), CROP if face else None) for i, face in enumerate(faces)]
 
 
-def numbers(shots: list[Shot]) -> list[int]:
+def numbers(shots: list[AlignedFrame]) -> list[int]:
     return [int(shot.frame) for shot in shots]
 
 
-def emitted(parts: list[Window | Shot]) -> list[int]:
-    return [n for p in parts for n in (numbers(p.shots[p.done :]) if isinstance(p, Window) else numbers([p]))]
+def emitted(parts: list[Window | AlignedFrame]) -> list[int]:
+    return [n for p in parts for n in (numbers(p.frames[p.context :]) if isinstance(p, Window) else numbers([p]))]
 
 
 def runs_to_try() -> list[list[int]]:
@@ -94,33 +97,33 @@ def runs_to_try() -> list[list[int]]:
 def test_windows_are_full_and_give_every_frame_once_in_order(gap):
     for runs in runs_to_try():
         shots = shots_of(runs, gap)
-        parts = list(windows(shots))
+        parts = list(split_windows(shots))
         assert emitted(parts) == list(range(len(shots)))
         lengths = [sum(runs)] if gap == 0 else runs
         cut = [part for part in parts if isinstance(part, Window)]
         wanted = [min(WINDOW, n) for n in lengths for _ in range(0, n, WINDOW)]
-        assert [len(window.shots) for window in cut] == wanted
+        assert [len(window.frames) for window in cut] == wanted
         for window in cut:
-            held = numbers(window.shots)
+            held = numbers(window.frames)
             assert held == list(range(held[0], held[0] + len(held)))  # context is what came just before
-            assert all(shot.crop is not None for shot in window.shots)
+            assert all(shot.crop is not None for shot in window.frames)
 
 
 def test_only_the_last_window_of_a_run_slides_back():
-    parts = list(windows(shots_of([40], gap=0)))
-    assert [(numbers(w.shots)[0], w.done) for w in parts] == [(0, 0), (16, 0), (24, 8)]
+    parts = list(split_windows(shots_of([40], gap=0)))
+    assert [(numbers(w.frames)[0], w.context) for w in parts] == [(0, 0), (16, 0), (24, 8)]
 
 
 @pytest.mark.parametrize("lengths", [[10, 30], [1, 2, 3, 16, 17, 1], [16, 16, 40], [5] * 6])
 def test_windows_end_at_cuts(lengths):
-    """Each scene has the windows that it would have as a clip of its own."""
+    """Each scene has the split_windows that it would have as a clip of its own."""
     shots, wanted, start = [], [], 0
     for scene, length in enumerate(lengths):
         alone = shots_of([length], gap=0)
-        wanted += [([start + n for n in numbers(w.shots)], w.done) for w in windows(alone)]
+        wanted += [([start + n for n in numbers(w.frames)], w.context) for w in split_windows(alone)]
         shots += [replace(shot, frame=shot.frame + start, scene=scene) for shot in alone]
         start += length
-    assert [(numbers(w.shots), w.done) for w in windows(shots)] == wanted
+    assert [(numbers(w.frames), w.context) for w in split_windows(shots)] == wanted
 
 
 def scenes_of(frames, *, cuts, scenes=True, **_):
@@ -133,15 +136,15 @@ def scenes_of(frames, *, cuts, scenes=True, **_):
 
 def test_a_looped_video_is_cut_at_the_same_places_backward_and_not_where_it_turns(models, wav, monkeypatch):
     monkeypatch.setattr(pipeline, "track_faces", lambda frames, **_: scenes_of(frames, cuts=(7, 9)))
-    cut, painted = [], pipeline.windows
+    cut, painted = [], pipeline.split_windows
 
     def watched(shots):
         for part in painted(shots):
             cut.append([shot.source for shot in part.new])
             yield part
 
-    monkeypatch.setattr(pipeline, "windows", watched)
-    list(generate(there_and_back(12, 30), wav, models, Settings(steps=1), 30, True, StageClock()))
+    monkeypatch.setattr(pipeline, "split_windows", watched)
+    list(generate_frames(Source(there_and_back(12, 30), wav, 30, True), models, Settings(steps=1), StageClock()))
     assert cut == [[*range(7)], [7, 8], [9, 10, 11, 11, 10, 9], [8, 7], [*range(6, -1, -1), *range(6)]]
 
 
@@ -152,14 +155,16 @@ def test_what_lies_behind_a_cut_does_not_change_the_frames_before_it(models, wav
 
     def painted(shade: int) -> np.ndarray:
         frames = [portrait(t) if t < 10 else portrait(t) // shade for t in range(20)]
-        return stacked(list(generate(enumerate(frames), wav, models, Settings(steps=2), 20, False, StageClock())))
+        return stacked(
+            list(generate_frames(Source(enumerate(frames), wav, 20), models, Settings(steps=2), StageClock()))
+        )
 
     assert np.array_equal(painted(1)[:10], painted(2)[:10]) == scenes
 
 
 def test_windows_are_emitted_as_soon_as_they_are_full():
     taken = []
-    parts = windows(taken.append(shot) or shot for shot in shots_of([100], gap=0))
+    parts = split_windows(taken.append(shot) or shot for shot in shots_of([100], gap=0))
     next(parts)
     assert len(taken) == WINDOW
     next(parts)
@@ -169,16 +174,16 @@ def test_windows_are_emitted_as_soon_as_they_are_full():
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_batches_keep_the_order_and_hold_little(size):
     for runs in runs_to_try():
-        parts = list(windows(shots_of(runs)))
-        groups = list(batches(parts, size))
+        parts = list(split_windows(shots_of(runs)))
+        groups = list(group_windows(parts, size))
         assert [part for group in groups for part in group] == parts
         for group in groups:
             assert 0 < sum(isinstance(part, Window) for part in group) <= size or len(group) <= size * WINDOW
-            assert sum(len(p.shots) if isinstance(p, Window) else 1 for p in group) < (size + 1) * WINDOW
+            assert sum(len(p.frames) if isinstance(p, Window) else 1 for p in group) < (size + 1) * WINDOW
 
 
 def test_frames_without_a_face_do_not_wait_for_one_that_never_comes():
-    parts = batches(windows(shots_of([0], gap=1000)), 2)
+    parts = group_windows(split_windows(shots_of([0], gap=1000)), 2)
     assert max(len(group) for group in parts) <= 2 * WINDOW
 
 
@@ -222,7 +227,7 @@ def test_the_clock_keeps_threads_apart():
 
     clock = StageClock()
     began = time.perf_counter()
-    made = ahead(clock.time(slow(), "slow"), 2, "slow")
+    made = prefetch(clock.time(slow(), "slow"), 2, "slow")
     assert list(clock.time(clock.wait(asking(made), "slow"), "fast")) == list(range(10))
     spent = time.perf_counter() - began
     slept = 10 * 0.02 - 0.01  # clocks are coarse
@@ -232,33 +237,32 @@ def test_the_clock_keeps_threads_apart():
 
 
 class Slate:
-    """A painter that writes down what it is told."""
+    """A painter that records its calls."""
 
     settings = Settings()
 
-    def __init__(self, groups_behind: int):
-        self.groups_behind, self.told = groups_behind, []
+    def __init__(self, max_pending: int):
+        self.max_pending, self.calls = max_pending, []
 
-    def paint(self, windows):
-        first = numbers(windows[0].shots)[0]
-        self.told.append(f"queue {first}")
+    def paint(self, windows: list[Window]) -> int:
+        first = numbers(windows[0].frames)[0]
+        self.calls.append(f"queue {first}")
+        return first
 
-        def finish() -> list[Window]:
-            self.told.append(f"finish {first}")
-            return []
-
-        return finish
+    def finish(self, first: int) -> list[Window]:
+        self.calls.append(f"finish {first}")
+        return []
 
 
 @pytest.mark.parametrize("behind", [0, 1])
 def test_a_group_is_finished_when_the_device_has_the_next_ones(behind):
     slate = Slate(behind)
     shots = []
-    for shot in paint(batches(windows(shots_of([48], gap=2)), 1), slate):
+    for shot in paint_groups(group_windows(split_windows(shots_of([48], gap=2)), 1), slate):
         shots.append(shot)
-        slate.told.append(f"out {numbers([shot])[0]}")
+        slate.calls.append(f"out {numbers([shot])[0]}")
     assert numbers(shots) == list(range(50))
-    told = [line for line in slate.told if not line.startswith("out") or int(line[4:]) % WINDOW == 0]
+    told = [line for line in slate.calls if not line.startswith("out") or int(line[4:]) % WINDOW == 0]
     wanted = {
         0: ["queue 0", "finish 0", "out 0", "queue 16", "finish 16", "out 16", "queue 32", "finish 32", "out 32"],
         1: ["queue 0", "queue 16", "finish 0", "out 0", "queue 32", "finish 16", "out 16", "finish 32", "out 32"],
@@ -275,19 +279,19 @@ def test_the_host_waits_for_the_third_last_step(models, monkeypatch):
 
     painter = Painter(models, Settings(steps=1))
     painter.on_gpu = True
-    ahead = []
+    steps_behind = []
     for step in range(6):
-        monkeypatch.setattr(painter, "event", lambda step=step: Event(step))
-        painter.step_given(step)
-        ahead.append(step - (waited[-1] if waited else -1))
-    assert waited == [0, 1, 2] and ahead == [1, 2, 3, 3, 3, 3]
+        monkeypatch.setattr(painting, "record_event", lambda _, step=step: Event(step))
+        painter.on_denoising_step(step)
+        steps_behind.append(step - (waited[-1] if waited else -1))
+    assert waited == [0, 1, 2] and steps_behind == [1, 2, 3, 3, 3, 3]
 
 
 def test_stages_that_overlap_give_what_they_give_in_turns(models, wav):
     settings = Settings(steps=2)
     tokens = audio_chunks(models.audio_encoder, wav, FRAMES)
-    shots = align(pipeline.track_faces(portrait(t) for t in range(FRAMES)), tokens, models.resolution)
-    in_turns = list(paint(batches(windows(shots), 1), Painter(models, settings)))
+    shots = align_frames(pipeline.track_faces(portrait(t) for t in range(FRAMES)), tokens, models.resolution)
+    in_turns = list(paint_groups(group_windows(split_windows(shots), 1), Painter(models, settings)))
     assert np.array_equal(stacked(in_turns), stacked(run(models, wav)))
 
 
@@ -303,15 +307,15 @@ def delayed(monkeypatch) -> None:
 
     def one_behind(self, *args):
         given(self, *args)
-        self.groups_behind = 1
+        self.max_pending = 1
 
     monkeypatch.setattr(Painter, "__init__", one_behind)
 
 
 def test_a_delayed_painter_pastes_behind_the_first_step_of_the_next_pass(models, wav, monkeypatch):
-    done, (paste, step_given) = [], (Painter.paste, Painter.step_given)
-    monkeypatch.setattr(Painter, "paste", lambda *args: (done.append("paste"), paste(*args))[1])
-    monkeypatch.setattr(Painter, "step_given", lambda self, i: (done.append(i), step_given(self, i))[1])
+    done, (paste, on_denoising_step) = [], (PendingPass._pasted_regions, Painter.on_denoising_step)
+    monkeypatch.setattr(PendingPass, "_pasted_regions", lambda self: (done.append("paste"), paste(self))[1])
+    monkeypatch.setattr(Painter, "on_denoising_step", lambda self, i: (done.append(i), on_denoising_step(self, i))[1])
     delayed(monkeypatch)
     run(models, wav)
     first, later = [0, 1], [0, "paste", 1]
@@ -327,28 +331,29 @@ def test_a_part_of_the_frame_is_pasted_as_the_whole_is(models):
     for i, (face, (a, b, x, y)) in enumerate(zip(faces, matrices, strict=True)):
         matrix = np.array([[a, -b, x], [b, a, y]], np.float32)
         frame = torch.randint(0, 256, (SIDE, SIDE + 20, 3), dtype=torch.uint8, generator=generator)
-        shots.append(Shot(frame.numpy().copy(), torch.empty(0), CROP, matrix, 1 - i / 10))
-        paste_face(frame, face, matrix, 1 - i / 10)
+        shots.append(AlignedFrame(frame.numpy().copy(), torch.empty(0), CROP, matrix, 1 - i / 10))
+        paste(frame, face, matrix, 1 - i / 10)
         wanted.append(frame.numpy())
     before = stacked(shots)
-    complete = Painter(models, Settings(steps=1)).paste(faces, shots, torch.zeros(5, dtype=torch.bool))
-    assert np.array_equal(stacked(shots), before)  # until it is completed
-    complete()
+    pending = PendingPass([Window(shots)], faces, torch.zeros(5, dtype=torch.bool), own_face=False)
+    pending.queue_paste()
+    assert np.array_equal(stacked(shots), before)  # until it is finished
+    assert pending.finish() == []
     assert np.array_equal(stacked(shots), np.stack(wanted))
     assert [np.array_equal(*pair) for pair in zip(before, wanted, strict=True)] == [False] * 4 + [True]
 
 
 def test_the_autoencoder_sees_few_frames_at_a_time(models, wav, monkeypatch):
-    passes = {"condition": [], "decode": []}
+    passes = {"encode_conditioning": [], "decode": []}
 
     def counted(name):
-        real = getattr(pipeline, name)
-        monkeypatch.setattr(pipeline, name, lambda vae, x, *rest: passes[name].append(len(x)) or real(vae, x, *rest))
+        real = getattr(painting, name)
+        monkeypatch.setattr(painting, name, lambda vae, x, *rest: passes[name].append(len(x)) or real(vae, x, *rest))
 
     whole = stacked(run(models, wav))
-    counted("condition"), counted("decode")
+    counted("encode_conditioning"), counted("decode")
     parts = stacked(run(models, wav, frames_per_pass=6, windows_per_pass=2))
-    assert passes == {"condition": [6] * 5 + [2, 6, 6, 4], "decode": [6] * 5 + [2, 6, 2]}
+    assert passes == {"encode_conditioning": [6] * 5 + [2, 6, 6, 4], "decode": [6] * 5 + [2, 6, 2]}
     assert psnr(whole, parts) >= 50
 
 
@@ -388,20 +393,20 @@ def test_pixels_outside_the_face_are_those_of_the_decoded_frame(models, wav):
 
 def test_a_frame_is_painted_once_and_then_left_alone(models, wav):
     frames = (portrait(t) for t in range(FRAMES))
-    shots = generate(enumerate(frames), wav, models, Settings(steps=1), FRAMES, False, StageClock())
+    shots = generate_frames(Source(enumerate(frames), wav, FRAMES), models, Settings(steps=1), StageClock())
     as_given = [(shot, shot.frame.copy()) for shot in shots]
     assert all(np.array_equal(shot.frame, copy) for shot, copy in as_given)
 
 
 def still(models, monkeypatch, face: bool = True) -> None:
-    """Let faces and painting take no time; with `groups_behind` as on a GPU."""
+    """Let faces and painting take no time; with `max_pending` as on a GPU."""
 
     def instead(tracked, tokens, *_):
         for frame, _ in tracked:
-            yield Shot(frame, next(tokens), CROP if face else None)
+            yield AlignedFrame(frame, next(tokens), CROP if face else None)
 
     monkeypatch.setattr(pipeline, "track_faces", lambda frames, **_: ((frame, None) for frame in frames))
-    monkeypatch.setattr(pipeline, "align", instead)
+    monkeypatch.setattr(pipeline, "align_frames", instead)
     monkeypatch.setattr(pipeline, "Painter", lambda *_: Slate(1))
     monkeypatch.setattr(pipeline, "audio_chunks", lambda *_: iter(lambda: torch.empty(0), None))
 
@@ -420,8 +425,8 @@ def test_a_run_holds_few_frames(models, wav, monkeypatch, size):
             del frame
 
     settings = Settings(windows_per_pass=size)
-    most, least = 0, settings.shots_ahead + DECODED_AHEAD
-    for i, shot in enumerate(generate(enumerate(made()), wav, models, settings, 600, False, StageClock())):
+    most, least = 0, buffered_crops(settings) + DECODED_FRAMES
+    for i, shot in enumerate(generate_frames(Source(enumerate(made()), wav, 600), models, settings, StageClock())):
         assert int(shot.frame) == i
         deadline = time.monotonic() + (60 if i == 100 else 0)
         while True:
@@ -430,7 +435,7 @@ def test_a_run_holds_few_frames(models, wav, monkeypatch, size):
                 break
             time.sleep(0.01)  # the others fill their queues
     assert i == 599
-    assert least < most <= settings.most_frames - settings.frames_behind
+    assert least < most <= max_frames(settings) - buffered_results(settings)
 
 
 def test_stages_work_at_the_same_time(models, wav, monkeypatch):
@@ -444,10 +449,10 @@ def test_stages_work_at_the_same_time(models, wav, monkeypatch):
             yield item
 
     still(models, monkeypatch, face=False)
-    align = pipeline.align
-    monkeypatch.setattr(pipeline, "align", lambda *given: meet(align(*given), 2 * WINDOW + 2))
-    frames = meet(map(np.array, range(80)), 2 * WINDOW + 4)  # writing begins behind a group of up to two windows
-    shots = generate(enumerate(frames), wav, models, Settings(), 80, False, StageClock())
+    align_frames = pipeline.align_frames
+    monkeypatch.setattr(pipeline, "align_frames", lambda *given: meet(align_frames(*given), 2 * WINDOW + 2))
+    frames = meet(map(np.array, range(80)), 2 * WINDOW + 4)  # writing begins behind a group of up to two split_windows
+    shots = generate_frames(Source(enumerate(frames), wav, 80), models, Settings(), StageClock())
     assert len(list(meet(shots, 0))) == 80
 
 
@@ -461,7 +466,7 @@ def test_what_decoding_raises_ends_the_run(models, wav, monkeypatch):
 
     done = []
     with pytest.raises(UserError, match="cut off"):
-        for shot in generate(enumerate(frames()), wav, models, Settings(), 40, False, StageClock()):
+        for shot in generate_frames(Source(enumerate(frames()), wav, 40), models, Settings(), StageClock()):
             done.append(shot)
     assert threading.enumerate() == before
 
@@ -469,9 +474,13 @@ def test_what_decoding_raises_ends_the_run(models, wav, monkeypatch):
 def test_progress_reaches_the_end_in_every_stage(models, talking, voice, tmp_path):
     seen = {}
     report = lipsync(
-        talking, voice, tmp_path / "out.mp4", models, Settings(steps=1),
-        lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
-    )  # fmt: skip
+        talking,
+        voice,
+        tmp_path / "out.mp4",
+        models,
+        Settings(steps=1),
+        Hooks(on_progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total))),
+    )
     assert set(seen) == set(STAGES)
     for steps in seen.values():
         # A step of denoising reports the frames that are done by then once more.
@@ -516,7 +525,7 @@ def test_an_exception_from_the_progress_stops_the_run_and_leaves_nothing(models,
             raise Stop
 
     with pytest.raises(Stop):
-        lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1), stop)
+        lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1), Hooks(on_progress=stop))
     assert time.monotonic() - stopped[0] < 20  # a second on an idle machine
     assert os.listdir(tmp_path) == []
     assert threading.enumerate() == before
@@ -529,15 +538,15 @@ def test_a_run_that_has_enough_keeps_its_finished_part_with_the_sound_up_to_ther
 
     def progress(stage, done, _):
         if where == "progress" and stage == "mouths" and done == 40:
-            raise Enough
+            raise StopEarly
 
     def on_frame(frame):
         seen.append(frame.shape)
         if where == "frame" and len(seen) == 30:
-            raise Enough
+            raise StopEarly
 
     threads = threading.active_count()
-    report = lipsync(talking, sound, output, models, Settings(steps=1), progress, on_frame=on_frame)
+    report = lipsync(talking, sound, output, models, Settings(steps=1), Hooks(on_progress=progress, on_frame=on_frame))
     assert report.ended_early and set(seen) == {(SIDE, SIDE, 3)}
     assert report.frames == len(seen) == len(list(read_frames(probe_video(output)))) < 100
     assert abs(probe_audio(output).duration - report.frames / 25) < 0.3
@@ -547,17 +556,19 @@ def test_a_run_that_has_enough_keeps_its_finished_part_with_the_sound_up_to_ther
 
 def test_enough_before_the_first_frame_leaves_nothing(models, talking, voice, tmp_path):
     def progress(*_):
-        raise Enough
+        raise StopEarly
 
-    with pytest.raises(Enough):
-        lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1), progress)
+    with pytest.raises(StopEarly):
+        lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1), Hooks(on_progress=progress))
     assert os.listdir(tmp_path) == []
 
 
 def test_frames_are_shown_in_order_as_they_are_written(models, talking, voice, tmp_path):
     seen = []
     settings = Settings(steps=1, crf=1)
-    lipsync(talking, voice, tmp_path / "out.mkv", models, settings, on_frame=lambda frame: seen.append(frame.copy()))
+    lipsync(
+        talking, voice, tmp_path / "out.mkv", models, settings, Hooks(on_frame=lambda frame: seen.append(frame.copy()))
+    )
     written = np.stack(list(read_frames(probe_video(tmp_path / "out.mkv"))))
     assert len(seen) == len(written) and psnr(np.stack(seen), written) > 35
 
@@ -582,7 +593,7 @@ def test_an_encoder_that_dies_stops_the_run_and_leaves_nothing(models, talking, 
     before = threading.enumerate()
     monkeypatch.setattr(VideoWriter, "__enter__", entered)
     with pytest.raises(UserError, match="was ended from outside .SIGKILL. while it wrote"):
-        lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1), kill)
+        lipsync(talking, voice, tmp_path / "out.mp4", models, Settings(steps=1), Hooks(on_progress=kill))
     assert os.listdir(tmp_path) == []
     assert threading.enumerate() == before
 
@@ -595,9 +606,13 @@ def test_a_frame_that_cannot_be_written_stops_the_denoising(models, talking, voi
     monkeypatch.setattr(VideoWriter, "write", full)
     with pytest.raises(UserError, match="no room"):
         lipsync(
-            talking, voice, tmp_path / "out.mp4", models, Settings(steps=40),
-            lambda stage, done, total: steps.append(done) if stage == "mouths" else None,
-        )  # fmt: skip
+            talking,
+            voice,
+            tmp_path / "out.mp4",
+            models,
+            Settings(steps=40),
+            Hooks(on_progress=lambda stage, done, total: steps.append(done) if stage == "mouths" else None),
+        )
     assert 40 < len(steps) < 40 + WINDOW + 20  # in the second window
     assert os.listdir(tmp_path) == []
 
@@ -615,14 +630,14 @@ def test_colours_of_the_visible_part_come_back_on_the_whole_face():
 
 
 def failing_denoise(models, monkeypatch, failures: int) -> list[int]:
-    """Let the first passes run out of memory; returns the windows of every pass, as they come."""
+    """Let the first passes run out of memory; returns the split_windows of every pass, as they come."""
     passes = []
 
-    def short_of_memory(unet, noise, condition, *rest):
-        passes.append(len(condition))
+    def short_of_memory(unet, noise, conditioning, *rest):
+        passes.append(len(conditioning))
         if len(passes) <= failures:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return denoise(unet, noise, condition, *rest)
+        return denoise(unet, noise, conditioning, *rest)
 
     monkeypatch.setattr(models, "denoise", short_of_memory)
     return passes
@@ -634,7 +649,9 @@ def test_a_run_short_of_memory_goes_on_with_less_and_loses_no_frame(models, wav,
     passes = failing_denoise(models, monkeypatch, failures=2)
     frames = (portrait(t) for t in range(FRAMES))
     settings = Settings(steps=2, windows_per_pass=2)
-    shots = generate(enumerate(frames), wav, models, settings, FRAMES, False, StageClock(), None, lambda: next(offers))
+    shots = generate_frames(
+        Source(enumerate(frames), wav, FRAMES), models, settings, StageClock(), on_out_of_memory=lambda: next(offers)
+    )
     found = list(shots)
     assert passes == [2, 2, 1, 1, 1], "the rest of the run goes on with what sufficed"
     assert len(found) == FRAMES
@@ -643,7 +660,7 @@ def test_a_run_short_of_memory_goes_on_with_less_and_loses_no_frame(models, wav,
 
 
 def test_a_frame_whose_pasting_ran_out_of_memory_is_pasted_again(models, wav, monkeypatch):
-    wanted, paste, failures = stacked(run(models, wav)), Painter.paste, iter([True])
+    wanted, paste, failures = stacked(run(models, wav)), PendingPass._pasted_regions, iter([True])
     delayed(monkeypatch)
 
     def short_of_memory(*args):
@@ -651,10 +668,12 @@ def test_a_frame_whose_pasting_ran_out_of_memory_is_pasted_again(models, wav, mo
             raise torch.OutOfMemoryError("CUDA out of memory")
         return paste(*args)
 
-    monkeypatch.setattr(Painter, "paste", short_of_memory)
+    monkeypatch.setattr(PendingPass, "_pasted_regions", short_of_memory)
     settings = Settings(steps=2)
     frames = enumerate(portrait(t) for t in range(FRAMES))
-    shots = generate(frames, wav, models, settings, FRAMES, False, StageClock(), None, lambda: settings)
+    shots = generate_frames(
+        Source(frames, wav, FRAMES), models, settings, StageClock(), on_out_of_memory=lambda: settings
+    )
     assert np.array_equal(stacked(list(shots)), wanted)
     assert next(failures, None) is None
 
@@ -665,7 +684,11 @@ def test_a_run_that_nothing_relieves_fails_with_the_memory_error(models, wav, mo
         frames = (portrait(t) for t in range(FRAMES))
         with pytest.raises(torch.OutOfMemoryError):
             clock = StageClock()
-            list(generate(enumerate(frames), wav, models, Settings(steps=2), FRAMES, False, clock, None, relieve))
+            list(
+                generate_frames(
+                    Source(enumerate(frames), wav, FRAMES), models, Settings(steps=2), clock, on_out_of_memory=relieve
+                )
+            )
 
 
 def there_and_back(n: int, count: int):
@@ -678,22 +701,22 @@ def there_and_back(n: int, count: int):
 @pytest.mark.parametrize("n", [1, 10, 16, 23])
 def test_a_video_that_comes_again_is_searched_and_encoded_once(models, wav, monkeypatch, n):
     searched, encoded = [], []
-    track, condition = pipeline.track_faces, pipeline.condition
+    track = pipeline.track_faces
 
     def counted(frames, **options):
         return track((searched.append(0) or frame for frame in frames), **options)
 
     def counted_condition(vae, pixels, mask):
         encoded.append(len(pixels))
-        return condition(vae, pixels, mask)
+        return encode_conditioning(vae, pixels, mask)
 
     monkeypatch.setattr(pipeline, "track_faces", counted)
-    monkeypatch.setattr(pipeline, "condition", counted_condition)
+    monkeypatch.setattr(painting, "encode_conditioning", counted_condition)
     frames = there_and_back(n, FRAMES)
-    shots = list(generate(frames, wav, models, Settings(steps=1), FRAMES, True, StageClock()))
+    shots = list(generate_frames(Source(frames, wav, FRAMES, True), models, Settings(steps=1), StageClock()))
     assert len(shots) == FRAMES and len(searched) == n
     assert [shot.source for shot in shots] == [number for number, _ in there_and_back(n, FRAMES)]
-    assert sum(encoded) <= -(-n // WINDOW) * WINDOW + WINDOW, "windows of known faces are not encoded again"
+    assert sum(encoded) <= -(-n // WINDOW) * WINDOW + WINDOW, "split_windows of known faces are not encoded again"
     for shot in shots:
         first = shots[shot.source]
         assert np.array_equal(shot.crop, first.crop) and np.array_equal(shot.matrix, first.matrix)
@@ -702,30 +725,34 @@ def test_a_video_that_comes_again_is_searched_and_encoded_once(models, wav, monk
 def test_faces_that_come_again_are_painted_as_if_encoded_anew(models, wav, monkeypatch):
     def painted() -> np.ndarray:
         frames = there_and_back(16, FRAMES)
-        return stacked(list(generate(frames, wav, models, Settings(steps=2), FRAMES, True, StageClock())))
+        return stacked(
+            list(generate_frames(Source(frames, wav, FRAMES, True), models, Settings(steps=2), StageClock()))
+        )
 
     wanted = painted()
-    monkeypatch.setattr(Painter, "condition", forgetful(Painter.condition))
+    monkeypatch.setattr(Painter, "encode_conditioning", forgetful(Painter.encode_conditioning))
     assert np.abs(painted().astype(int) - wanted.astype(int)).max() <= 1
 
 
 def forgetful(condition):
     def encode_anew(self, shots, crops):
-        self.conditions.clear()
+        self.conditioning.clear()
         return condition(self, shots, crops)
 
     return encode_anew
 
 
 def test_a_video_whose_faces_are_too_many_to_be_kept_is_cut_out_again_and_searched_once(models, wav, monkeypatch):
-    whole = list(generate(there_and_back(10, FRAMES), wav, models, Settings(steps=1), FRAMES, True, StageClock()))
-    monkeypatch.setattr(pipeline, "KNOWN_BYTES", 5 * 3 * models.resolution**2)
+    whole = list(
+        generate_frames(Source(there_and_back(10, FRAMES), wav, FRAMES, True), models, Settings(steps=1), StageClock())
+    )
+    monkeypatch.setattr(pipeline, "MAX_CROP_BYTES", 5 * 3 * models.resolution**2)
     searched, track = [], pipeline.track_faces
     monkeypatch.setattr(
         pipeline, "track_faces", lambda frames, **others: track((searched.append(0) or f for f in frames), **others)
     )
     frames = there_and_back(10, FRAMES)
-    shots = list(generate(frames, wav, models, Settings(steps=1), FRAMES, True, StageClock()))
+    shots = list(generate_frames(Source(frames, wav, FRAMES, True), models, Settings(steps=1), StageClock()))
     numbers = [number for number, _ in there_and_back(10, FRAMES)]
     assert len(searched) == 10
     assert [shot.source for shot in shots] == [number if number < 5 else None for number in numbers]
@@ -743,14 +770,14 @@ def test_large_pictures_go_through_in_fewer_windows_or_are_refused_with_a_senten
     found = []
     for gigabytes in (16, 8, 5):
         free(gigabytes)
-        fewer = fitting(settings, info)
-        assert fewer.most_frames * 3 * 3840 * 2160 <= 0.8 * gigabytes * 1e9
+        fewer = fit_memory(settings, info)
+        assert max_frames(fewer) * 3 * 3840 * 2160 <= 0.8 * gigabytes * 1e9
         assert replace(fewer, windows_per_pass=4) == settings
         found.append(fewer.windows_per_pass)
     assert found == [4, 2, 1]
     free(3)
     with pytest.raises(UserError, match=r"a\.mp4.*3840 × 2160.*smaller"):
-        fitting(settings, info)
+        fit_memory(settings, info)
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 1000}, {"windows_per_pass": 0}, {"frames_per_pass": 0}])
@@ -776,9 +803,9 @@ def test_a_model_that_reads_cheeks_and_jaw_is_told_of_a_windows_ends(models, wav
 
     def counted(vae, pixels, mask):
         encoded.append(len(pixels))
-        return condition(vae, pixels, mask)
+        return encode_conditioning(vae, pixels, mask)
 
-    monkeypatch.setattr(pipeline, "condition", counted)
+    monkeypatch.setattr(painting, "encode_conditioning", counted)
     run(replace(models, ends_only=ends_only, denoise=watched), wav)
     assert sum(encoded) == sum(2 if ends_only else group.shape[1] for group in told for _ in group)
     for frames in (window for group in told for window in group):
@@ -790,7 +817,7 @@ def test_a_model_that_reads_cheeks_and_jaw_is_told_of_a_windows_ends(models, wav
 
 def test_what_lies_between_the_ends_is_known_to_the_bit_there():
     first, last = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
-    given = between_ends(first, last, 5)
+    given = interpolate_ends(first, last, 5)
     assert torch.equal(given[:, 0], first) and torch.equal(given[:, 4], last)
     assert torch.allclose(given[:, 2], (first + last) / 2, atol=1e-6)  # rounding of values of about 1
-    assert torch.equal(between_ends(first, last, 1), first[:, None]), "a window of one frame has one end"
+    assert torch.equal(interpolate_ends(first, last, 1), first[:, None]), "a window of one frame has one end"

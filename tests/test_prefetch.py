@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from latentsync.prefetch import Behind, ahead
+from latentsync.prefetch import BackgroundConsumer, prefetch
 
 
 class Broken(Exception):
@@ -44,16 +44,16 @@ def numbers(count, taken=None, closed=None, error=None):
 
 @pytest.mark.parametrize("depth", [1, 3, 200])
 def test_items_come_complete_and_in_order(depth):
-    assert list(ahead(range(100), depth, "numbers")) == list(range(100))
-    assert list(ahead(ahead(numbers(100), depth, "one"), depth, "two")) == list(range(100))
-    assert list(ahead([], depth, "nothing")) == []
-    assert list(ahead([None, False], depth, "empty items")) == [None, False]
+    assert list(prefetch(range(100), depth, "numbers")) == list(range(100))
+    assert list(prefetch(prefetch(numbers(100), depth, "one"), depth, "two")) == list(range(100))
+    assert list(prefetch([], depth, "nothing")) == []
+    assert list(prefetch([None, False], depth, "empty items")) == [None, False]
 
 
 @pytest.mark.parametrize("depth", [1, 4])
 def test_the_producer_is_as_far_ahead_as_it_may_be(depth):
     taken = []
-    with closing(ahead(numbers(100, taken), depth, "numbers")) as items:
+    with closing(prefetch(numbers(100, taken), depth, "numbers")) as items:
         assert next(items) == 0
         until(lambda: len(taken) == depth + 2)  # one is out, `depth` wait, and one is in its hand
         time.sleep(0.05)
@@ -63,20 +63,20 @@ def test_the_producer_is_as_far_ahead_as_it_may_be(depth):
 def test_what_the_producer_raises_comes_after_the_items_before_it():
     closed, seen = [], []
     with pytest.raises(Broken):
-        for item in ahead(ahead(numbers(5, closed=closed, error=Broken()), 2, "inner"), 8, "outer"):
+        for item in prefetch(prefetch(numbers(5, closed=closed, error=Broken()), 2, "inner"), 8, "outer"):
             seen.append(item)
     assert seen == [0, 1, 2, 3, 4] and closed == ["inner"]
 
 
 def test_items_that_cannot_be_iterated_are_an_error_of_the_consumers():
     with pytest.raises(TypeError):
-        next(ahead(7, 1, "seven"))
+        next(prefetch(7, 1, "seven"))
 
 
 @pytest.mark.parametrize("depth", [1, 5])
 def test_closing_stops_a_blocked_producer_in_its_own_thread(depth):
     taken, closed = [], []
-    items = ahead(numbers(10**9, taken, closed), depth, "numbers")
+    items = prefetch(numbers(10**9, taken, closed), depth, "numbers")
     next(items)
     until(lambda: len(taken) == depth + 2)
     began = time.monotonic()
@@ -90,10 +90,10 @@ def test_closing_reaches_through_a_chain_of_threads():
     closed = []
 
     def outer():
-        with closing(ahead(numbers(10**9, closed=closed), 2, "inner")) as items:
+        with closing(prefetch(numbers(10**9, closed=closed), 2, "inner")) as items:
             yield from items
 
-    items = ahead(outer(), 2, "outer")
+    items = prefetch(outer(), 2, "outer")
     next(items)
     items.close()
     assert closed == ["inner"]
@@ -101,7 +101,7 @@ def test_closing_reaches_through_a_chain_of_threads():
 
 def test_an_abandoned_consumer_stops_the_producer():
     closed = []
-    for item in ahead(numbers(10**9, closed=closed), 2, "numbers"):
+    for item in prefetch(numbers(10**9, closed=closed), 2, "numbers"):
         if item == 3:
             break
     del item
@@ -111,7 +111,7 @@ def test_an_abandoned_consumer_stops_the_producer():
 
 def test_a_consumer_that_fails_stops_the_producer():
     closed = []
-    with pytest.raises(Broken), closing(ahead(numbers(10**9, closed=closed), 2, "numbers")) as items:
+    with pytest.raises(Broken), closing(prefetch(numbers(10**9, closed=closed), 2, "numbers")) as items:
         for item in items:
             if item == 3:
                 raise Broken
@@ -121,7 +121,7 @@ def test_a_consumer_that_fails_stops_the_producer():
 def test_nothing_is_started_before_the_first_item_is_wanted():
     taken = []
     before = threading.enumerate()
-    items = ahead(numbers(3, taken), 2, "numbers")
+    items = prefetch(numbers(3, taken), 2, "numbers")
     assert threading.enumerate() == before and taken == []
     items.close()
     assert list(items) == [] and taken == []
@@ -129,12 +129,12 @@ def test_nothing_is_started_before_the_first_item_is_wanted():
 
 def test_work_is_done_in_order_behind():
     done = []
-    with closing(Behind(done.append, 3, "work")) as work:
+    with closing(BackgroundConsumer(done.append, 3, "work")) as work:
         for i in range(100):
-            work.give(i)
-            assert i - 5 < work.done <= i + 1
+            work.submit(i)
+            assert i - 5 < work.completed <= i + 1
         work.finish()
-        assert done == list(range(100)) and work.done == 100
+        assert done == list(range(100)) and work.completed == 100
 
 
 def test_what_the_work_raises_reaches_whoever_gives():
@@ -142,10 +142,10 @@ def test_what_the_work_raises_reaches_whoever_gives():
         if item == 3:
             raise Broken
 
-    with pytest.raises(Broken), closing(Behind(fail, 2, "work")) as work:
+    with pytest.raises(Broken), closing(BackgroundConsumer(fail, 2, "work")) as work:
         for i in range(100):
-            work.give(i)
-    assert work.done == 3 and i <= 6
+            work.submit(i)
+    assert work.completed == 3 and i <= 6
 
 
 @pytest.mark.parametrize("ask", ["check", "finish"])
@@ -153,8 +153,8 @@ def test_what_the_last_work_raises_is_not_lost(ask):
     def fail(item):
         raise Broken
 
-    with closing(Behind(fail, 2, "work")) as work:
-        work.give(0)
+    with closing(BackgroundConsumer(fail, 2, "work")) as work:
+        work.submit(0)
         until(lambda: not work._thread.is_alive())
         with pytest.raises(Broken):
             getattr(work, ask)()
@@ -169,9 +169,9 @@ def test_closing_drops_what_waits():
         go_on.wait(10)
         done.append(item)
 
-    with closing(Behind(slow, 3, "work")) as work:
+    with closing(BackgroundConsumer(slow, 3, "work")) as work:
         for i in range(4):
-            work.give(i)
+            work.submit(i)
         begun.wait(10)
         timer = threading.Timer(0.05, go_on.set)
         timer.start()
@@ -188,8 +188,8 @@ def test_stages_overlap():
             at_once.wait(60)
         return item
 
-    with closing(Behind(lambda item: meet(item, 0), 4, "third")) as third:
-        for item in ahead((meet(item, 2) for item in range(30)), 4, "first"):
-            third.give(meet(item, 1))
+    with closing(BackgroundConsumer(lambda item: meet(item, 0), 4, "third")) as third:
+        for item in prefetch((meet(item, 2) for item in range(30)), 4, "first"):
+            third.submit(meet(item, 1))
         third.finish()
-    assert third.done == 30
+    assert third.completed == 30

@@ -20,14 +20,17 @@ from clips import ffmpeg, make_sound
 from conftest import SIDE, portrait, save_video
 from filelock import FileLock
 
-from latentsync import STAGES, pipeline
+from latentsync import STAGES, painting, pipeline
 from latentsync.__main__ import Bars, Lines, main
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.faces import Face, track_faces
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_frames, segments
-from latentsync.pipeline import Enough, Painter, lipsync
+from latentsync.painting import Painter
+from latentsync.pipeline import Hooks, StopEarly, lipsync
 from latentsync.settings import Settings
+from latentsync.vae import encode_conditioning
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -39,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ def interrupted(*run, at: int = 50) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(Stop):
         patched.setattr(VideoWriter, "write", stopping)
-        lipsync(*run, say=said.append, segment_frames=SEGMENT)
+        lipsync(*run, Hooks(on_message=said.append), segment_frames=SEGMENT)
     return said
 
 
@@ -124,7 +127,7 @@ def number(n):
     return lambda *_: calls.append(0) or len(calls) == n
 
 if where == "denoising":  # the second step of the fourth window
-    kill_at(pipeline.Painter, "step_given", number(8))
+    kill_at(painting.Painter, "on_denoising_step", number(8))
 elif where == "encoding":  # in the third segment
     kill_at(media.VideoWriter, "write", number(50))
 elif where == "final move":
@@ -181,20 +184,20 @@ def test_a_killed_job_goes_on_to_the_same_result(
 
 @pytest.mark.parametrize("settings", [{}, {"windows_per_pass": 2, "frames_per_pass": 3}])
 def test_a_looped_video_goes_on_to_the_same_result(models, talking, sound, tmp_path, monkeypatch, settings):
-    encoded, condition = [], pipeline.condition
+    encoded = []
 
     def watched(vae, pixels, mask):
         encoded.append([float(face.sum()) for face in pixels])
-        return condition(vae, pixels, mask)
+        return encode_conditioning(vae, pixels, mask)
 
-    monkeypatch.setattr(pipeline, "condition", watched)
+    monkeypatch.setattr(painting, "encode_conditioning", watched)
     settings = Settings(steps=1, **settings)
     lipsync(talking, sound, tmp_path / "whole.mkv", models, settings, segment_frames=SEGMENT)
     run = (talking, sound, tmp_path / "out.mkv", models, settings)
     wanted = encoded.copy()
     said = interrupted(*run)
     encoded.clear()
-    report = lipsync(*run, say=said.append, segment_frames=SEGMENT)
+    report = lipsync(*run, Hooks(on_message=said.append), segment_frames=SEGMENT)
     assert report.resumed_from == 40
     assert encoded == wanted, "faces that come again are known from the same batches"
     kept, resumed = said
@@ -212,9 +215,10 @@ def test_a_run_that_goes_on_tells_its_own_progress(models, followed, sound, tmp_
     interrupted(*run)
     told, shown = {}, []
     report = lipsync(
-        *run, lambda stage, done, total: told.setdefault(stage, []).append(done),
-        on_frame=shown.append, segment_frames=SEGMENT,
-    )  # fmt: skip
+        *run,
+        Hooks(on_progress=lambda stage, done, total: told.setdefault(stage, []).append(done), on_frame=shown.append),
+        segment_frames=SEGMENT,
+    )
     assert len(shown) == FRAMES - 40 and report.frames == FRAMES
     assert told["faces"] == list(range(1, FRAMES + 1))
     assert told["writing"] == list(range(40, FRAMES + 1))
@@ -236,9 +240,9 @@ def test_a_run_that_goes_on_may_have_enough(models, followed, sound, tmp_path):
 
     def progress(stage, done, total):
         if stage == "writing" and done == 45:
-            raise Enough
+            raise StopEarly
 
-    report = lipsync(*run, progress, segment_frames=SEGMENT)
+    report = lipsync(*run, Hooks(on_progress=progress), segment_frames=SEGMENT)
     assert report.ended_early and 45 <= report.frames < FRAMES
     assert len(list(read_frames(probe_video(tmp_path / "out.mp4")))) == report.frames
     assert abs(probe_audio(tmp_path / "out.mp4").duration - report.frames / 25) < 0.3
@@ -513,7 +517,7 @@ def test_a_job_that_is_under_way_is_not_begun_again(models, followed, sound, tmp
                 lipsync(*run, segment_frames=SEGMENT)
             refused.append(str(caught.value))
 
-    assert lipsync(*run, meanwhile, segment_frames=SEGMENT).frames == FRAMES
+    assert lipsync(*run, Hooks(on_progress=meanwhile), segment_frames=SEGMENT).frames == FRAMES
     assert len(refused) == 1 and os.listdir(tmp_path) == ["out.mp4"]
 
 

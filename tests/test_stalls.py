@@ -14,7 +14,8 @@ import pytest
 import torch
 from clips import make_sound, make_video
 
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.media import (
     VideoWriter,
@@ -28,8 +29,8 @@ from latentsync.media import (
     writing,
 )
 from latentsync.media.watchdog import Watchdog
-from latentsync.pipeline import Enough, lipsync
-from latentsync.prefetch import Behind, ahead
+from latentsync.pipeline import Hooks, StopEarly, lipsync
+from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.settings import Settings
 from optim.serving import compare
 
@@ -61,7 +62,7 @@ def nothing_stays():
 @pytest.fixture(scope="module")
 def models(checkpoint):
     cpu = torch.device("cpu")
-    return load_models(resolve(str(checkpoint), cpu), cpu, torch.float32)
+    return load_models(resolve_model(str(checkpoint), cpu), cpu, torch.float32)
 
 
 @pytest.fixture
@@ -238,7 +239,13 @@ def test_a_job_hears_a_cancel_while_its_encoder_stands_still(
 
     with pytest.raises(error):
         lipsync(
-            talking, voice, out / "o.mp4", models, Settings(steps=1), on_wait=on_wait, segment_frames=segment_frames
+            talking,
+            voice,
+            out / "o.mp4",
+            models,
+            Settings(steps=1),
+            Hooks(on_wait=on_wait),
+            segment_frames=segment_frames,
         )
     assert os.listdir(out) == []
 
@@ -260,21 +267,21 @@ def test_a_job_hears_a_cancel_while_its_decoder_stands_still(models, talking, vo
         raise error
 
     with pytest.raises(error):
-        lipsync(talking, voice, out / "o.mp4", models, Settings(steps=1), on_wait=on_wait)
+        lipsync(talking, voice, out / "o.mp4", models, Settings(steps=1), Hooks(on_wait=on_wait))
     assert os.listdir(out) == []
 
 
 def test_a_job_that_has_nothing_left_to_end_early_becomes_whole(models, talking, tmp_path):
-    """`Enough` that comes when all frames are with the encoder."""
+    """`StopEarly` that comes when all frames are with the encoder."""
     voice = make_sound(tmp_path / "short.wav", seconds=0.4)
     ended = []
 
     def on_progress(stage, done, total):
         if stage == "writing" and done == total:
             ended.append(True)
-            raise Enough
+            raise StopEarly
 
-    report = lipsync(talking, voice, tmp_path / "o.mp4", models, Settings(steps=1), on_progress)
+    report = lipsync(talking, voice, tmp_path / "o.mp4", models, Settings(steps=1), Hooks(on_progress=on_progress))
     assert ended and not report.ended_early and probe_video(tmp_path / "o.mp4").n_frames == report.frames == 10
 
 
@@ -313,12 +320,12 @@ def test_a_thread_that_waits_for_another_calls_on_wait():
         assert release.wait(SOON)
         yield 1
 
-    assert list(ahead(slow(), 1, "slow", release.set)) == [1]
+    assert list(prefetch(slow(), 1, "slow", release.set)) == [1]
     release.clear()
-    behind = Behind(lambda _: release.wait(SOON), 1, "slow", release.set)
-    behind.give(1)
+    behind = BackgroundConsumer(lambda _: release.wait(SOON), 1, "slow", release.set)
+    behind.submit(1)
     behind.finish()
-    assert behind.done == 1
+    assert behind.completed == 1
     behind.close()
 
 
@@ -333,14 +340,14 @@ def test_what_is_in_hand_is_interrupted_when_it_does_not_end():
         yield 1
         work(2)
 
-    behind = Behind(work, 1, "stuck", interrupt=interrupted.set)
-    behind.give(1)
+    behind = BackgroundConsumer(work, 1, "stuck", interrupt=interrupted.set)
+    behind.submit(1)
     assert begun.wait(SOON)
     behind.close()
     assert interrupted.is_set()
     begun.clear()
     interrupted.clear()
-    items = ahead(slow(), 1, "stuck", interrupt=interrupted.set)
+    items = prefetch(slow(), 1, "stuck", interrupt=interrupted.set)
     assert next(items) == 1 and begun.wait(SOON)
     items.close()
     assert interrupted.is_set()

@@ -22,10 +22,11 @@ import torch
 from clips import ffmpeg, make_sound, make_video
 from conftest import FACE_FRAMES, portrait, save_video
 
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_video, process, read_frames, reading
-from latentsync.pipeline import lipsync
+from latentsync.pipeline import Hooks, lipsync
 from latentsync.settings import Settings
 from optim.serving import jobs
 from optim.serving.jobs import CANCELLED, DONE, FAILED, Request, Worker
@@ -42,7 +43,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def models(checkpoint):
     cpu = torch.device("cpu")
-    return load_models(resolve(str(checkpoint), cpu), cpu, torch.float32)
+    return load_models(resolve_model(str(checkpoint), cpu), cpu, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def run_and_spoil(models, talking, voice, output: Path, spoil: Callable[[], obje
             done.append(spoil())
 
     with pytest.raises(UserError) as caught:
-        lipsync(talking, voice, output, models, Settings(steps=1), progress)
+        lipsync(talking, voice, output, models, Settings(steps=1), Hooks(on_progress=progress))
     assert done and is_sentence(caught.value), caught.value
     assert not children()
     return caught.value
@@ -250,15 +251,15 @@ PLACES = {
     "sound": ("latentsync.pipeline", "read_audio"),
     "faces": ("latentsync.faces", "_detect_in"),
     "smoothing": ("latentsync.faces", "_smoothed_points"),
-    "alignment": ("latentsync.pipeline", "estimate_matrix"),
-    "crops": ("latentsync.pipeline", "crop_face"),
+    "alignment": ("latentsync.windows", "estimate_matrix"),
+    "crops": ("latentsync.windows", "crop_face"),
     "audio encoder": ("latentsync.whisper", "AudioEncoder.forward"),
     "VAE encoder": ("latentsync.vae", "encode"),
     "U-Net": ("latentsync.unet", "UNet.full"),
-    "VAE decoder": ("latentsync.pipeline", "decode"),
-    "soundness": ("latentsync.pipeline", "unusable"),
-    "merging": ("latentsync.pipeline", "merge_faces"),
-    "compositing": ("latentsync.pipeline", "paste_into_rectangle"),
+    "VAE decoder": ("latentsync.painting", "decode"),
+    "validation": ("latentsync.painting", "broken_faces"),
+    "merging": ("latentsync.painting", "merge_faces"),
+    "compositing": ("latentsync.painting", "paste_face"),
     "opening": (VideoWriter, "_encoding"),
     "writing": (VideoWriter, "write"),
     "loading": ("latentsync.checkpoints.load", "load_models"),
@@ -380,7 +381,7 @@ def test_memory_is_given_back_before_the_next_job(start, talking, short_voice, m
         collect()
         freed.append(network() is None)
 
-    monkeypatch.setattr("latentsync.pipeline.merge_faces", starved)
+    monkeypatch.setattr("latentsync.painting.merge_faces", starved)
     monkeypatch.setattr(jobs.gc, "collect", collected)
     job = worker.submit(Request(talking, short_voice, steps=1), ME)
     assert worker.wait(job, 60) and job.state == FAILED and settles(lambda: freed)

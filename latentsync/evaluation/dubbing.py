@@ -11,9 +11,11 @@ from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints.load import Models
 from latentsync.evaluation.clips import Clip
 from latentsync.faces import face_reader
-from latentsync.pipeline import Painter, Shot, align, batches, beside, paint, windows
+from latentsync.painting import Painter, paint_groups
+from latentsync.pipeline import on_side_stream
 from latentsync.retarget import MouthBank, retarget
 from latentsync.settings import Settings
+from latentsync.windows import AlignedFrame, align_frames, group_windows, split_windows
 
 
 class ElsewherePainter(Painter):
@@ -22,15 +24,17 @@ class ElsewherePainter(Painter):
     The pipeline's reference is the frame itself, whose mouth is the answer where a clip is dubbed with its own sound.
     """
 
-    def __init__(self, models: Models, settings: Settings, reference: list[Shot]):
+    def __init__(self, models: Models, settings: Settings, reference: list[AlignedFrame]):
         super().__init__(models, settings)
-        self.reference = reference  # of every shot, by its `source`
+        self.reference = reference  # of every frame, by its `source`
         self.channels = models.vae.config.latent_channels
 
-    def condition(self, shots: list[Shot], crops: Tensor) -> Tensor:
-        others = [self.reference[shot.source] for shot in shots]
-        there = super().condition(others, self.upload(torch.from_numpy(np.stack([other.crop for other in others]))))
-        return torch.cat([super().condition(shots, crops)[:, : 1 + self.channels], there[:, 1 + self.channels :]], 1)
+    def encode_conditioning(self, frames: list[AlignedFrame], crops: Tensor) -> Tensor:
+        others = [self.reference[frame.source] for frame in frames]
+        other_crops = self.copy_to_device(torch.from_numpy(np.stack([other.crop for other in others])))
+        masked = super().encode_conditioning(frames, crops)[:, : 1 + self.channels]
+        reference = super().encode_conditioning(others, other_crops)[:, 1 + self.channels :]
+        return torch.cat([masked, reference], 1)
 
 
 def elsewhere(n: int) -> np.ndarray:
@@ -49,17 +53,17 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own: bo
         yield from zip(clip.seen.frames[:n].copy(), clip.seen.faces[:n], strict=True)
 
     chunks = audio_chunks(models.audio_encoder, torch.from_numpy(wav), n, models.mel_range, models.speech_level)
-    heard = beside(chunks, models.device)
-    shots = list(align(tracked(), heard, models.resolution, most=n))
+    tokens = on_side_stream(chunks, models.device)
+    frames = list(align_frames(tracked(), tokens, models.resolution, max_crops=n))
     painter = Painter(models, settings)
     if own:
-        others = [shots[i] if shots[i].crop is not None else shots[k] for k, i in enumerate(elsewhere(n))]
+        others = [frames[i] if frames[i].crop is not None else frames[k] for k, i in enumerate(elsewhere(n))]
         painter = ElsewherePainter(models, settings, others)
-    with closing(paint(batches(windows(shots), settings.windows_per_pass), painter)) as painted:
+    with closing(paint_groups(group_windows(split_windows(frames), settings.windows_per_pass), painter)) as painted:
         if models.face is None:
-            return np.stack([shot.frame for shot in painted])
+            return np.stack([frame.frame for frame in painted])
         bank = MouthBank()
         for _ in bank.collect(zip(clip.seen.frames, clip.seen.faces, strict=True)):
             pass
         with face_reader() as read_face:
-            return np.stack([shot.frame for shot in retarget(painted, bank, read_face)])
+            return np.stack([frame.frame for frame in retarget(painted, bank, read_face)])

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from latentsync.faces import Face
-from latentsync.prefetch import POLL, close
+from latentsync.prefetch import POLL_SECONDS, close
 from latentsync.retarget.geometry import (
     HEAD,
     LIPS,
@@ -168,7 +168,7 @@ class MouthBank:
         chunk = position // CHUNK
         with self._changed:
             while chunk not in self._banks and self._last is None and self._error is None:
-                self._changed.wait(POLL)
+                self._changed.wait(POLL_SECONDS)
             if self._last is not None:
                 chunk = min(chunk, self._last)
             if chunk not in self._banks:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from latentsync.alignment import fixed_mask
 from latentsync.corpus import RESOLUTION, ClipSet, load_clips
-from latentsync.sampling import between_ends, ddim_scheduler
+from latentsync.sampling import ddim_scheduler, interpolate_ends
 from latentsync.settings import TRAIN_STEPS
 from latentsync.training import autoencoder, lips, listener
 from latentsync.training.looks import plain_look, random_look, random_mouth, random_people, render
 from latentsync.training.sound import Windows, draw_sound, draw_windows, segments_of, tokens_of
 from latentsync.training.state import load_state, load_weights, save_state
-from latentsync.unet import UNet, UNetConfig, frames_first, windows_first
+from latentsync.unet import UNet, UNetConfig, fold_frames, unfold_frames
 from latentsync.vae import latent_mask
 
 LATENTS = autoencoder.CONFIG["latent_channels"]
@@ -143,7 +143,8 @@ def draw_examples(data: ClipSet, pool: LatentPool, looks: int, rng: np.random.Ge
     look, shown = torch.randint(looks, (b, 1), device=device), shown_frames(windows)
     clean = pool.target[look, windows.frames].transpose(1, 2).float()
     masked, reference = (
-        between_ends(*part[look, shown].float().unbind(1), f).transpose(1, 2) for part in (pool.masked, pool.reference)
+        interpolate_ends(*part[look, shown].float().unbind(1), f).transpose(1, 2)
+        for part in (pool.masked, pool.reference)
     )
     seen = torch.rand(b, 1, 1, 1, 1, device=device) >= UNSEEN
     start, shared = (torch.rand(b, device=device) < share for share in (STARTS, SHARED_NOISE))
@@ -268,7 +269,7 @@ def train(
         """One step; returns the losses of the noise and of the mouths' shape, (2,)."""
         b, f = given.rows.shape[:2]
         with torch.autocast(device.type, torch.bfloat16):
-            shapes = reader(frames_first(given.clean)).float().unflatten(0, (b, f))
+            shapes = reader(fold_frames(given.clean)).float().unflatten(0, (b, f))
             tokens = tokens_of(encoder(given.mel), given.segment, given.rows) * given.heard[:, None, None, None]
         a = alphas[given.timestep][:, None, None, None, None]
         start = given.start[:, None, None, None, None]
@@ -276,12 +277,12 @@ def train(
         noise = (noisy - a.sqrt() * given.clean) / (1 - a).sqrt()  # whose removal leaves the clean latents
         x = torch.cat([noisy, shown.expand(b, 1, f, -1, -1), given.masked, given.reference], dim=1)
         audio = working.encode_audio(tokens.to(kind))
-        out, _ = working.full(frames_first(x).to(kind), given.timestep, audio, f)
-        out = windows_first(out.float(), b)
+        out, _ = working.full(fold_frames(x).to(kind), given.timestep, audio, f)
+        out = unfold_frames(out.float(), b)
         per_window = (weights * (out - noise).square()).mean((1, 2, 3, 4))
         estimate = (noisy - (1 - a).sqrt() * out) / a.sqrt()  # of the clean latents
         with torch.autocast(device.type, torch.bfloat16):
-            read = reader(frames_first(estimate))
+            read = reader(fold_frames(estimate))
         off = lips.shape_loss(read.float().unflatten(0, (b, f)), shapes)
         # By its root, a step counts the same for the noise whenever it is taken; the first one decides most. And nobody
         # knows how a mouth moves that is not heard.

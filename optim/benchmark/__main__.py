@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from latentsync.checkpoints.load import resolve
+from latentsync.checkpoints.find import resolve_model
 from latentsync.errors import UserError
 from latentsync.options import choose_device
 from latentsync.paths import check_writable, write_text
@@ -66,7 +66,7 @@ def launch(config: BenchmarkConfig) -> Callable[[dict, dict], dict]:
         job = job | {
             "device": str(config.device), "model": config.model, "steps": config.steps, "repeats": config.repeats,
         }  # fmt: skip
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "optim.benchmark", "--worker", json.dumps(job)]
         done = subprocess.run(
@@ -229,7 +229,7 @@ def measure(
 
     resolutions = args.resolutions
     if config.model is not None:  # found before the long work, and its resolution is the one
-        resolutions = [resolve(config.model, config.device).resolution]
+        resolutions = [resolve_model(config.model, config.device).resolution]
     if args.windows or not (args.start or args.job or args.vram):
         throughput = results["machine"]["matrix_flops"] = matrix_throughput(config.device, config.dtype)
         models = config.models(resolutions[0])

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentsync.checkpoints.load import Models, load_models, resolve, working_dtype
-from latentsync.pipeline import lipsync
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import Models, load_models, working_dtype
+from latentsync.pipeline import Hooks, lipsync
 from latentsync.settings import GUIDANCE_SCALE, INFERENCE_STEPS, WINDOW, DeepCache, Settings
 from optim import accelerate
 from optim.accelerate import Plan
@@ -127,7 +128,7 @@ class BenchmarkConfig:
         """The networks; a model has its own resolution."""
         if self.model is None:
             return random_models(self.device, self.dtype, resolution)
-        return load_models(resolve(self.model, self.device), self.device)
+        return load_models(resolve_model(self.model, self.device), self.device)
 
     def plan(self, level: Level, resolution: int, gpu: Gpu | None) -> Plan:
         return accelerate.make_plan(level, Settings(steps=self.steps), resolution, gpu)
@@ -251,7 +252,7 @@ def job_rows(video: Path, audio: Path, resolution: int, config: BenchmarkConfig)
                 output = Path(folder, "out.mp4")
                 lipsync(video, audio, output, models, plan.settings)
                 with Watch(config.device) as watch:
-                    report = lipsync(video, audio, output, models, plan.settings, on_progress)
+                    report = lipsync(video, audio, output, models, plan.settings, Hooks(on_progress=on_progress))
             stages = our_stages(models, plan.settings)
             timing = time_stages(stages, config.device, config.repeats)
             gpu = math.ceil((report.frames - report.frames_without_face) / WINDOW) * timing.seconds / stages.windows

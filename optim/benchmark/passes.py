@@ -27,7 +27,7 @@ from latentsync.checkpoints.load import Models
 from latentsync.sampling import Schedule, ddim_schedule, denoise, initial_noise
 from latentsync.settings import SEED, WINDOW, DeepCache
 from latentsync.unet import UNet, UNetConfig
-from latentsync.vae import condition, decode, encode
+from latentsync.vae import decode, encode, encode_conditioning
 from latentsync.whisper import AudioEncoder, WhisperDims
 from optim.benchmark.reference import PlainUNet, deepcache, denoise_window, make_pipe
 from optim.hardware import nvml_index
@@ -166,7 +166,7 @@ def plain_stages(models: Models, steps: int, guidance: float, cache: DeepCache |
     with deepcache(pipe, cache.interval, cache.branch) if cache else nullcontext():
         yield Stages(
             1,
-            lambda: condition(models.vae, given.pixels, given.mask),
+            lambda: encode_conditioning(models.vae, given.pixels, given.mask),
             denoised,
             lambda latents: decode(models.vae, latents[0].transpose(0, 1).contiguous()),
         )
@@ -180,7 +180,7 @@ def our_stages(models: Models, settings: "Settings", windows: int | None = None)
 
     def encoded() -> Tensor:
         parts = pixels.split(settings.frames_per_pass)
-        return torch.cat([condition(models.vae, some, given.mask) for some in parts])
+        return torch.cat([encode_conditioning(models.vae, some, given.mask) for some in parts])
 
     def denoised(conditions: Tensor) -> Tensor:
         conditions = conditions.unflatten(0, (b, WINDOW)).transpose(1, 2)

@@ -54,7 +54,8 @@ from optim.serving.speeds import Speeds
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
-    from latentsync.checkpoints.load import Checkpoint, Models
+    from latentsync.checkpoints.find import Checkpoint
+    from latentsync.checkpoints.load import Models
     from optim.monitor import History, Monitor
 
 IDLE_SECONDS = 600.0  # without a job, until the model is let go
@@ -614,7 +615,7 @@ class Worker:
 
     def _perform(self, job: Job) -> None:
         """Run a job to whatever end."""
-        from latentsync.pipeline import Enough
+        from latentsync.pipeline import StopEarly
 
         job.starts, job.frames_at_start = job.starts + 1, finished_frames(job)
         write_down(job, RUNNING)  # whatever ends the server from here on, the next one finds it so
@@ -627,7 +628,7 @@ class Worker:
             self._run_lent(job) if self.lent else self._run(job)
             state = CANCELLED if job.report and job.report["ended_early"] else DONE
             job.doing = "stopped; the finished part is kept" if state == CANCELLED else "done"
-        except (Cancelled, Enough):
+        except (Cancelled, StopEarly):
             state, job.doing = CANCELLED, "cancelled"
             if not job.interrupted:
                 discard(job.planned)
@@ -676,7 +677,7 @@ class Worker:
         job.report, job.output = self.lent(job.request, output, model), output
 
     def _run(self, job: Job) -> None:
-        from latentsync.pipeline import Enough, lipsync
+        from latentsync.pipeline import Hooks, StopEarly, lipsync
         from optim.accelerate import accelerate, reliever
         from optim.doctor import advise_report
         from optim.hardware import nvml_index
@@ -685,7 +686,7 @@ class Worker:
 
         def check() -> None:
             if job.ending.is_set():
-                raise Enough if job.keep else Cancelled
+                raise StopEarly if job.keep else Cancelled
 
         check()
         models = self._load(request, job)
@@ -712,9 +713,13 @@ class Worker:
         try:
             with interruptible(models, check):
                 report = lipsync(
-                    request.video, request.audio, output, models, plan.settings, progress, relieve, preview,
-                    on_wait=check,
-                )  # fmt: skip
+                    request.video,
+                    request.audio,
+                    output,
+                    models,
+                    plan.settings,
+                    Hooks(on_progress=progress, on_frame=preview, on_wait=check, on_out_of_memory=relieve),
+                )
         finally:
             preview.close()
         if not report.ended_early and not step_downs and not report.resumed_from:

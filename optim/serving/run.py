@@ -16,7 +16,8 @@ from optim.serving.job import Job, Request
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
-    from latentsync.checkpoints.load import Checkpoint, Models
+    from latentsync.checkpoints.find import Checkpoint
+    from latentsync.checkpoints.load import Models
     from optim.accelerate import Plan
     from optim.monitor import Monitor
     from optim.serving.jobs import Machine
@@ -66,18 +67,20 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
 
     model: as on the command line. Returns the report. Nobody can follow it, or end it. Raises UserError.
     """
-    from latentsync.checkpoints.load import load_models, resolve
+    from latentsync.checkpoints.find import resolve_model
+    from latentsync.checkpoints.load import load_models
     from latentsync.options import choose_device
-    from latentsync.pipeline import lipsync
+    from latentsync.pipeline import Hooks, lipsync
     from optim.accelerate import accelerate, reliever
 
     device = choose_device("auto")
-    models = load_models(resolve(model, device), device)
+    models = load_models(resolve_model(model, device), device)
     plan = make_plan(request, models, device)
     accelerate(models, plan, log)
     relieve = reliever(models, plan, log)
     # In one piece: no later job finds the segments of this one, as each has a folder of its own.
-    report = lipsync(request.video, request.audio, output, models, plan.settings, relieve=relieve, segment_frames=None)
+    hooks = Hooks(on_out_of_memory=relieve)
+    report = lipsync(request.video, request.audio, output, models, plan.settings, hooks, segment_frames=None)
     return report.as_dict() | {"level": plan.level.name, "position": plan.level.position, "step_downs": []}
 
 
