@@ -50,7 +50,7 @@ exit /b 2
 set REST=%REST:*sync=%
 call :install
 if errorlevel 1 goto stop
-"%VPY%" -c "import sys; sys.path[0] = sys.argv.pop(1); import runpy; runpy.run_module('optim', run_name='__main__', alter_sys=True)" "%ROOT%" %REST%
+"%VENV%\Scripts\latentsync.exe" sync %REST%
 exit /b %ERRORLEVEL%
 
 :demo
@@ -58,7 +58,7 @@ set REST=%REST:*demo=%
 call :install
 if errorlevel 1 goto stop
 if not exist "%ROOT%\outputs" mkdir "%ROOT%\outputs"
-"%VPY%" -c "import sys; sys.path[0] = sys.argv.pop(1); import runpy; runpy.run_module('optim', run_name='__main__', alter_sys=True)" "%ROOT%" "%ROOT%\assets\example\face.mp4" "%ROOT%\assets\example\speech.wav" -o "%ROOT%\outputs\demo.mp4" --model demo %REST%
+"%VENV%\Scripts\latentsync.exe" sync "%ROOT%\assets\example\face.mp4" "%ROOT%\assets\example\speech.wav" -o "%ROOT%\outputs\demo.mp4" --model demo %REST%
 if not "%ERRORLEVEL%"=="0" exit /b %ERRORLEVEL%
 echo The lip-synced example is "%ROOT%\outputs\demo.mp4"
 exit /b 0
@@ -125,6 +125,7 @@ for /f "usebackq tokens=1,2,* delims= " %%a in ("%VENV%\build") do (
 )
 "%VPY%" -c "import sys; print(sys.version_info[:2])" >"%VENV%\wanted"
 >>"%VENV%\wanted" echo torch: %BUILD%
+>>"%VENV%\wanted" echo project: "%ROOT%"
 >>"%VENV%\wanted" type "%ROOT%\requirements.txt"
 fc /b "%VENV%\wanted" "%VENV%\installed" >nul 2>nul && exit /b 0
 del "%VENV%\installed" >nul 2>nul
@@ -148,6 +149,9 @@ rem follows in a call of its own.
 "%VPY%" -m pip install --quiet --no-input --disable-pip-version-check --no-deps --require-hashes -r "%ROOT%\requirements.hashes.txt"
 if errorlevel 1 goto install_failed
 "%VPY%" -m pip install --quiet --no-input --disable-pip-version-check -r "%ROOT%\requirements.txt"
+if errorlevel 1 goto install_failed
+rem The command "latentsync", which runs the code in this folder.
+"%VPY%" -m pip install -qq --no-input --disable-pip-version-check --no-deps -e "%ROOT%"
 if errorlevel 1 goto install_failed
 copy /y "%VENV%\wanted" "%VENV%\installed" >nul
 exit /b 0

@@ -111,10 +111,10 @@ install_torch() {
     fi
 }
 
-# contents LIST TORCH: what a record says when the packages of LIST are installed for this Python, with that torch.
+# contents LIST TORCH: what a record says when the packages of LIST are installed here for this Python, with that torch.
 contents() {
     "$python" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null &&
-        printf '%s\n' "torch: $2" && cat -- "$1"
+        printf '%s\n' "torch: $2" "project: $here" && cat -- "$1"
 }
 
 # install LIST NAME: the packages of LIST into .venv, unless .venv/NAME records that exactly these were installed.
@@ -146,13 +146,12 @@ install() {
     fi
     "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw -r "$1" | show_progress ||
         fail_install
+    if [ "$2" = installed ]; then  # the command `latentsync`, which runs the code in this folder
+        "$python" -m pip install -qq --no-input --disable-pip-version-check --no-deps -e "$here" || fail_install
+    fi
     # Written last: after an interruption it is missing and the next start installs again.
     contents "$1" "$build" >"$record"
 }
-
-# Like `python -m optim`, but found beside this script, never in the folder where the user stands.
-run='import sys; sys.path[0] = sys.argv.pop(1); import runpy
-runpy.run_module("optim", run_name="__main__", alter_sys=True)'
 
 # Two runs of pytest: Triton settles at its import whether it interprets, so the kernels have a run of their own.
 # Options go to both; a run that has none of the tests that they select (exit code 5) is no failure unless both have none.
@@ -180,13 +179,13 @@ case $command in
     sync)
         shift
         install "$here/requirements.txt" installed
-        exec "$python" -c "$run" "$here" "$@"
+        exec "$venv/bin/latentsync" sync "$@"
         ;;
     demo)
         shift
         install "$here/requirements.txt" installed
         mkdir -p -- "$here/outputs"
-        "$python" -c "$run" "$here" "$here/assets/example/face.mp4" "$here/assets/example/speech.wav" \
+        "$venv/bin/latentsync" sync "$here/assets/example/face.mp4" "$here/assets/example/speech.wav" \
             -o "$here/outputs/demo.mp4" --model demo "$@"
         say "The lip-synced example is $here/outputs/demo.mp4"
         ;;

@@ -1,8 +1,9 @@
-"""Paths of files that are to be written: whether that harms another file, and writing them whole or not at all."""
+"""Paths of files to write: checking that no other file is harmed, and writing them whole or not at all."""
 
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
@@ -11,15 +12,15 @@ from pathlib import Path
 
 from latentsync.errors import UserError
 
-PARTIAL = ".latentsync-"  # begins the name of everything that is not finished
+PARTIAL = ".latentsync-"  # prefix of the names of unfinished files and folders
 
 
 def check_writable(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = (), what: str = "The output") -> Path:
     """Raise UserError, before long work begins, unless a file can be written to `path` without harm to another.
 
-    inputs: files that the same run reads or writes; `path` must be none of them, whatever links lead to it. Only a
-    regular file, which is to be replaced, or a new name will do: a pipe or a device would block, or swallow the result.
-    what: subject of the sentences, as "The report".
+    inputs: files that the same run reads or writes; `path` must be none of them, whatever links lead to it. It must be
+    a regular file, which will be replaced, or not exist: a pipe or a device would block, or swallow the result.
+    what: subject of the error message, such as "The report".
     """
     path = Path(path)
     try:
@@ -30,13 +31,13 @@ def check_writable(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] 
 
 
 def _check(path: Path, inputs: Iterable[str | os.PathLike], what: str) -> None:
-    folders = {path.absolute().parent, Path(os.path.realpath(path)).parent}  # of a link, and of what it leads to
-    known = status(path)
-    if known is not None and stat.S_ISDIR(known.st_mode):
+    folders = {path.absolute().parent, Path(os.path.realpath(path)).parent}  # of a link, and of its target
+    existing = status(path)
+    if existing is not None and stat.S_ISDIR(existing.st_mode):
         raise UserError(f"{what} '{path}' is a folder; give the name of a file to write.")
     if not all(folder.is_dir() for folder in folders):
         raise UserError(f"The folder of '{path}' does not exist; create it, or give another name.")
-    if known is not None and not stat.S_ISREG(known.st_mode):
+    if existing is not None and not stat.S_ISREG(existing.st_mode):
         raise UserError(f"{what} '{path}' is a pipe or a device, and no file; give the name of a file to write.")
     for other in inputs:
         if same_file(path, other):
@@ -44,8 +45,8 @@ def _check(path: Path, inputs: Iterable[str | os.PathLike], what: str) -> None:
                 f"{what} '{path}' is an input or another output of this run, '{other}', and would be overwritten; "
                 "choose another name."
             )
-    if known is not None:
-        # Not blocking, in case something else has taken the name meanwhile.
+    if existing is not None:
+        # Non-blocking, in case a pipe has taken the name meanwhile.
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)))
     for folder in folders:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL):
@@ -53,7 +54,7 @@ def _check(path: Path, inputs: Iterable[str | os.PathLike], what: str) -> None:
 
 
 def status(path: str | os.PathLike) -> os.stat_result | None:
-    """The status of what a path leads to; None where there is nothing. Raises OSError where that is not known."""
+    """Like os.stat, but None where there is no such file. Raises OSError where that cannot be determined."""
     try:
         return os.stat(path)
     except FileNotFoundError:
@@ -61,20 +62,21 @@ def status(path: str | os.PathLike) -> os.stat_result | None:
 
 
 def same_file(one: str | os.PathLike, other: str | os.PathLike) -> bool:
-    """Whether two paths lead to the same file, by whatever links, or would if it were there. Raises OSError."""
-    found = status(one), status(other)
-    if None not in found:
-        return os.path.samestat(*found)
+    """Whether two paths lead to the same file, by whatever links, or would if it existed. Raises OSError."""
+    first, second = status(one), status(other)
+    if first is not None and second is not None:
+        return os.path.samestat(first, second)
     return os.path.normcase(os.path.realpath(one)) == os.path.normcase(os.path.realpath(other))
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new name beside `path` for the block to write to, which takes the place of `path` when the block ends well.
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """Yield a new name to write to; when the block ends without an exception, that file replaces `path`.
 
-    Whatever happens, `path` is either as it was or whole, and nothing else is left. Raises OSError.
+    The name has the ending of `path` and lies in `folder` (None: beside `path`). Whatever happens, `path` is either
+    unchanged or whole, and nothing else is left. Raises OSError.
     """
-    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:12]}")
+    partial = (folder or path.parent) / f"{PARTIAL}{uuid.uuid4().hex[:12]}{path.suffix}"
     try:
         yield partial
         os.replace(partial, path)
@@ -84,20 +86,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes, what: str = "The output") -> None:
-    """Write a file, whole or not at all, in the place of a regular file or under a new name.
+    """Write a file, whole or not at all; it replaces a regular file, or has a new name.
 
-    A symbolic link still leads to it then; other hard links of an earlier file keep the earlier content. Raises
-    UserError.
+    A symbolic link stays one, and its target is replaced; other hard links of that file keep the earlier content.
+    Raises UserError.
     """
     target = Path(os.path.realpath(path))
     try:
-        known = status(target)
-        if known is not None and not stat.S_ISREG(known.st_mode):
+        existing = status(target)
+        if existing is not None and not stat.S_ISREG(existing.st_mode):
             raise UserError(f"{what} '{path}' is no regular file any more; choose another name for it.")
         with replacing(target) as partial:
             with open(partial, "xb") as file:
                 file.write(data)
-            if known is not None:
+            if existing is not None:
                 shutil.copymode(target, partial)
     except OSError as error:
         raise _not_writable(path, what, error) from error
@@ -109,22 +111,22 @@ def write_text(path: Path, text: str, what: str = "The output") -> None:
 
 
 def is_own_folder(path: Path) -> bool:
-    """Whether a path is itself a folder, no link to one, and belongs to this user. Raises FileNotFoundError."""
-    found = os.lstat(path)
-    if not stat.S_ISDIR(found.st_mode):
+    """Whether a path is a folder, not a link to one, and belongs to this user. Raises FileNotFoundError."""
+    info = os.lstat(path)
+    if not stat.S_ISDIR(info.st_mode):
         return False
-    if hasattr(stat, "FILE_ATTRIBUTE_REPARSE_POINT") and hasattr(found, "st_file_attributes"):  # Windows: a junction
-        return not found.st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT
-    return found.st_uid == os.geteuid()
+    if sys.platform == "win32":
+        return not info.st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT  # no junction
+    return info.st_uid == os.geteuid()
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a path is itself a regular file, no link to one, and belongs to this user."""
+    """Whether a path is a regular file, not a link to one, and belongs to this user."""
     try:
-        found = os.lstat(path)
+        info = os.lstat(path)
     except OSError:
         return False
-    return stat.S_ISREG(found.st_mode) and (not hasattr(os, "geteuid") or found.st_uid == os.geteuid())
+    return stat.S_ISREG(info.st_mode) and (sys.platform == "win32" or info.st_uid == os.geteuid())
 
 
 def _not_writable(path: str | os.PathLike, what: str, error: Exception) -> UserError:

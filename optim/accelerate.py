@@ -1,200 +1,194 @@
-"""From a level to a fast run: what the pipeline is asked for, and how the networks carry it out.
+"""From a level to a fast job: the settings for the pipeline, and the networks prepared for them.
 
 plan = make_plan(level, Settings(), models.resolution, gpu)
 models = accelerate(models, plan)
-lipsync(video, audio, output, models, plan.settings, relieve=reliever(models, plan))
+lipsync(video, audio, output, models, plan.settings, Hooks(on_out_of_memory=oom_handler(models, plan)))
 """
 
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from latentsync.checkpoints.load import Models
-from latentsync.machine import total_memory
-from latentsync.sampling import denoise
 from latentsync.settings import WINDOW, Settings
 from optim import kernels
-from optim.compilation import LONG_JOB, compile_unet, restore, use_cache_folder
-from optim.cores import denoise_side_by_side, windows_for
-from optim.fused import fuse, unfuse
-from optim.graphs import capture, ready_for, release
-from optim.hardware import (
-    GIB,
-    RELEASED,
-    BatchSizes,
-    Gpu,
-    apply_vram_fraction,
-    batch_sizes,
-    gpu_of,
-    recommended_level,
-)
+from optim.compilation import LONG_JOB, compile_unet, configure_compilers, restore_eager
+from optim.fused import fuse
+from optim.graphs import capture, captures_for, release
+from optim.hardware import GIB, BatchSizes, Gpu, apply_vram_fraction, batch_sizes, gpu_of, recommended_level
+from optim.lean import make_lean
 from optim.levels import STOPS, Level, find_level, override, steps_for
+from optim.swap import restore_classes
 
-CPU_FRAMES = 4  # faces at a time were as fast as 16 on two cores, with 0.3 GB less
-CPU_SHARE = 0.25  # of the memory, for the windows that a processor computes side by side
-FLOAT32 = 2  # times what a window takes in half precision
+log = logging.getLogger(__name__)
+
+# 4 frames at a time were as fast as 16 on two cores, with 0.3 GB less.
+PROCESSOR_BATCH = BatchSizes(frames=4, windows=1, tiling=False, planned=0, allowed=0)
 SAFE_VRAM_FRACTION = 0.75  # after memory ran out
-
-
-def say(line: str) -> None:
-    """One line on the console."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run at a level: batch, what goes through the device together; settings, what the pipeline is to be given."""
+    """A job at a level: its batch sizes, and the settings for the pipeline."""
 
     level: Level
     batch: BatchSizes
     settings: Settings
 
 
-def make_plan(level: Level, asked: Settings, resolution: int, gpu: Gpu | None) -> Plan:
-    """The plan for a level on a GPU, None for the processor; asked: settings as for the plain pipeline.
+def make_plan(level: Level, settings: Settings, resolution: int, gpu: Gpu | None) -> Plan:
+    """The plan for a level on a GPU, or on the processor (None).
 
-    Steps, cache and batches of the settings come from the level and the GPU, all else from what is asked.
+    Steps, cache and batch sizes come from the level and the GPU, all else from the settings for the plain pipeline.
     """
-    batch = batch_sizes(gpu, resolution, level) if gpu else processor_batch(resolution)
-    return Plan(level, batch, _settings(level, batch, asked))
+    batch = batch_sizes(gpu, resolution, level) if gpu else PROCESSOR_BATCH
+    settings = replace(
+        settings,
+        steps=steps_for(level, settings.steps),
+        cache=level.cache,
+        windows_per_pass=batch.windows,
+        frames_per_pass=batch.frames,
+    )
+    return Plan(level, batch, settings)
 
 
-def processor_batch(resolution: int) -> BatchSizes:
-    """The batches of a processor: as many windows as its cores are best used by, and its memory holds."""
-    fit = int(CPU_SHARE * total_memory() // (FLOAT32 * RELEASED.window_at(resolution)))
-    windows = max(1, min(fit, windows_for(torch.get_num_threads())))
-    return BatchSizes(CPU_FRAMES, windows, tiling=False, planned=0, allowed=0)
-
-
-def plan_as_asked(
+def plan_for_device(
     device: torch.device,
     resolution: int,
-    asked: Settings,
+    settings: Settings,
     level: str = "auto",
     batch: int | None = None,
-    **overrides: object,
+    **overrides: Any,
 ) -> Plan:
-    """The plan for a device: level as users name it, or `auto` for what suits the device; overrides: of single settings
-    of the level; batch: frames that go through the autoencoder together. Raises UserError."""
+    """The plan for a device. Raises UserError.
+
+    level: a name or a number, or `auto` for the level recommended for the device; batch: frames that go through the
+    autoencoder together, None for what fits; overrides: single fields of the level.
+    """
     gpu = gpu_of(device)
     chosen = recommended_level(gpu) if level == "auto" else find_level(level)
-    plan = make_plan(override(chosen, **overrides), asked, resolution, gpu)
+    plan = make_plan(override(chosen, **overrides), settings, resolution, gpu)
     if batch:
         settings = replace(plan.settings, frames_per_pass=batch)
         plan = replace(plan, batch=replace(plan.batch, frames=batch), settings=settings)
     return plan
 
 
-def _settings(level: Level, batch: BatchSizes, asked: Settings) -> Settings:
-    return replace(
-        asked,
-        steps=steps_for(level, asked.steps),
-        cache=level.cache,
-        windows_per_pass=batch.windows,
-        frames_per_pass=batch.frames,
-    )
+def accelerate(
+    models: Models, plan: Plan, on_message: Callable[[str], None] = log.info, frames: int | None = None
+) -> Models:
+    """Prepare the networks for a plan, in place, undoing what an earlier plan did. Returns the same models.
 
-
-def accelerate(models: Models, plan: Plan, say: Callable[[str], None] = say, frames: int | None = None) -> Models:
-    """Make the networks run as the plan says, in place; another plan may follow, and undoes what it does not want.
-
-    frames: of the job, None if that is not known; see `should_compile`. Says in a line what is done. Returns the same
-    models.
+    frames: length of the job, None if unknown; see `should_compile`. on_message gets one line with the plan's details.
     """
-    level, settings, on_gpu = plan.level, plan.settings, models.device.type == "cuda"
-    use_cache_folder()
-    # Of float32: the audio encoder, and all on a processor that has a mode for it.
+    level, batch, settings, on_gpu = plan.level, plan.batch, plan.settings, models.device.type == "cuda"
+    configure_compilers()
+    # For float32: the audio encoder, and everything on a processor that has such a mode.
     torch.set_float32_matmul_precision("high" if level.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = level.tf32
     if on_gpu:
-        torch.cuda.set_device(models.device)  # of this thread, for Triton's kernels and captures, which go by it
+        torch.cuda.set_device(models.device)  # of this thread, for Triton's kernels and for captures
         apply_vram_fraction(level.vram_fraction, models.device.index or 0)
-    models.denoise = denoise if on_gpu or settings.windows_per_pass == 1 else denoise_side_by_side
-    compiled, batch = False, plan.batch
-    # A job as the one before replays its graphs: fusing and capturing anew take 0.3 s (an H100, 2026-11-25).
-    purpose = level, batch.frames, batch.windows, batch.tiling, settings.cache, settings.guidance_scale > 1
-    if not ready_for(models.unet, purpose):
-        restore(models.unet)
-        release(models.unet, models.vae)
-        (fuse if level.fused else unfuse)(models.vae)
-        if should_compile(plan, on_gpu, frames):
-            compiled = compile_unet(replace(models, unet=unfuse(models.unet)), settings, say)
-        if not compiled:
-            (fuse if level.fused else unfuse)(models.unet)
-        if level.graphs and on_gpu and not compiled:
-            # Graphs keep their memory, of which a card has little that does not take a window's faces at once.
-            capture(models.unet, models.vae if batch.frames >= WINDOW else None, purpose)
+    compiled = False
+    configuration = level, batch.frames, batch.windows, batch.tiling, settings.cache, settings.guidance_scale > 1
+    if not captures_for(models.unet, configuration):  # else it replays the graphs of the job before, 0.3 s on an H100
+        compiled = _prepare_networks(models, plan, configuration, on_message, frames)
     (models.vae.enable_tiling if batch.tiling else models.vae.disable_tiling)()
-    say(describe(plan, models.device) + (", compiled" if compiled else ""))
+    on_message(details(plan, models.device) + (", compiled" if compiled else ""))
     return models
 
 
-def should_compile(plan: Plan, on_gpu: bool, frames: int | None) -> bool:
-    """Whether a job of so many frames, None if that is not known, is to run with torch.compile.
+def _prepare_networks(
+    models: Models, plan: Plan, configuration: tuple, on_message: Callable[[str], None], frames: int | None
+) -> bool:
+    """Swap the modules and the methods of the networks; returns whether the U-Net is compiled.
 
-    As the level says; where it leaves that open, a job compiles that is long enough to win back the compiler's time
-    and for which nothing faster runs: fused kernels on a GPU, several windows at a time on a processor.
+    Compiled code and graphs stand for the U-Net's methods, so either is undone before the modules change, and made
+    after it; the compiler gets the U-Net with its own modules.
+    """
+    unet, vae, level, on_gpu = models.unet, models.vae, plan.level, models.device.type == "cuda"
+    restore_eager(unet)
+    release(unet, vae)
+    restore_classes(unet)
+    restore_classes(vae)
+    swap = fuse if on_gpu else make_lean
+    if level.fused:
+        swap(vae)
+    if should_compile(plan, on_gpu, frames) and compile_unet(models, plan.settings, on_message):
+        return True
+    if level.fused:
+        swap(unet)
+    if level.graphs and on_gpu:
+        # Graphs keep their memory, of which a card has little if it does not take a window's faces at once.
+        capture(unet, vae if plan.batch.frames >= WINDOW else None, configuration)
+    return False
+
+
+def should_compile(plan: Plan, on_gpu: bool, frames: int | None) -> bool:
+    """Whether a job of so many frames, None if unknown, runs with torch.compile.
+
+    The level decides. Where it does not, a job compiles that is long enough to win back the compiler's time, except
+    with fused kernels on a GPU, which are faster.
     """
     if plan.level.compile is not None:
         return plan.level.compile
-    faster = plan.level.fused if on_gpu else plan.settings.windows_per_pass > 1
-    return not faster and frames is not None and frames >= LONG_JOB
+    return frames is not None and frames >= LONG_JOB and not (on_gpu and plan.level.fused)
 
 
-def describe(plan: Plan, device: torch.device) -> str:
-    """The plan in one line, as it is carried out on a device."""
+def details(plan: Plan, device: torch.device) -> str:
+    """Everything that a plan does on a device, in one line."""
     level, settings, cache = plan.level, plan.settings, plan.settings.cache
     parts = [f"{settings.steps} steps"]
     if cache and cache.interval > 1:
-        half = "" if cache.guided or settings.guidance_scale <= 1 else ", guidance in full passes only"
-        parts.append(f"DeepCache every {cache.interval} steps (branch {cache.branch}{half})")
+        guidance = "" if cache.guided or settings.guidance_scale <= 1 else ", guidance in full passes only"
+        parts.append(f"DeepCache every {cache.interval} steps (branch {cache.branch}{guidance})")
     if device.type == "cuda":
-        parts += [name for name, on in (
-            ("TF32", level.tf32), ("fused kernels", level.fused and kernels.triton is not None),
-            ("CUDA graphs", level.graphs),
-            ("VAE in tiles", plan.batch.tiling),
-        ) if on]  # fmt: skip
-        parts.append(a_pass(settings.frames_per_pass, settings.windows_per_pass))
+        switches = {
+            "TF32": level.tf32,
+            "fused kernels": level.fused and kernels.triton is not None,
+            "CUDA graphs": level.graphs,
+            "VAE in tiles": plan.batch.tiling,
+        }
+        parts += [name for name, on in switches.items() if on]
+        parts.append(batch_text(settings.frames_per_pass, settings.windows_per_pass))
         parts.append(f"at most {plan.batch.allowed / GIB:.1f} GB of GPU memory")
-    elif settings.windows_per_pass > 1:
-        parts.append(f"{settings.windows_per_pass} windows side by side")
     return f"{level.name}: {', '.join(parts)}"
 
 
-def a_pass(frames: int, windows: int) -> str:
-    """Batches in words."""
-    return " and ".join(f"{n} {one}{'s' * (n != 1)}" for n, one in ((frames, "frame"), (windows, "window"))) + " a pass"
+def batch_text(frames: int, windows: int) -> str:
+    """Batch sizes in words."""
+    return f"{frames} frame{'s' * (frames != 1)} and {windows} window{'s' * (windows != 1)} a pass"
 
 
-def in_words(plan: Plan, device: torch.device) -> str:
-    """What a plan saves, as one says it: the level's name, steps, what is not computed anew, TF32 where it is used."""
+def summary(plan: Plan, device: torch.device) -> str:
+    """What a plan saves, in plain words: the level's name, steps, how many reuse earlier work, TF32 on a GPU."""
     settings, cache = plan.settings, plan.settings.cache
     parts = ["1 step" if settings.steps == 1 else f"{settings.steps} steps"]
     if cache and cache.interval > 1 and settings.steps > 1:
         if cache.interval == 2:
             parts.append("every other one reuses earlier work")
         else:
-            few = {2: "two", 3: "three", 4: "four", 5: "five"}
-            most, of = (few.get(count, count) for count in (cache.interval - 1, cache.interval))
-            parts.append(f"{most} of {of} reuse earlier work")
+            words = {2: "two", 3: "three", 4: "four", 5: "five"}
+            reused, of = (words.get(count, count) for count in (cache.interval - 1, cache.interval))
+            parts.append(f"{reused} of {of} reuse earlier work")
     if device.type == "cuda" and plan.level.tf32:
         parts.append("TF32")
     return f"{plan.level.name}: {', '.join(parts)}"
 
 
 def step_down(plan: Plan) -> tuple[Plan, str] | None:
-    """What to try when memory ran out, and what that is in words; None when there is nothing left to give up.
+    """A plan that needs less memory, and what was given up, in words; None where nothing is left.
 
     In this order: smaller batches, the autoencoder in tiles, no graphs, a smaller share of the card (the rest is
-    the desktop's and the driver's), the next level towards quality, whose batches are the smallest.
+    for the desktop and the driver), the next level towards quality, whose batches are the smallest.
     """
     level, batch = plan.level, plan.batch
     if batch.frames > 1 or batch.windows > 1:
-        frames, windows = max(1, batch.frames // 4), max(1, batch.windows // 4)
-        batch = replace(batch, frames=frames, windows=windows)
-        words = a_pass(frames, windows)
+        batch = replace(batch, frames=max(1, batch.frames // 4), windows=max(1, batch.windows // 4))
+        words = batch_text(batch.frames, batch.windows)
     elif not batch.tiling:
         batch, words = replace(batch, tiling=True), "the autoencoder in tiles"
     elif level.graphs:
@@ -206,42 +200,47 @@ def step_down(plan: Plan) -> tuple[Plan, str] | None:
         slower = [stop for stop in STOPS if stop.position < level.position]
         if not slower:
             return None
-        kept = {"graphs": False, "vram_fraction": level.vram_fraction}
-        level = replace(slower[-1], **kept)
+        level = replace(slower[-1], graphs=False, vram_fraction=level.vram_fraction)
         words = f"level {level.name}"
-    # The steps asked for are not known any more: they are those of the plan, at every level.
+    # The plan's steps stay at every level: the requested number is not known here.
     settings = replace(plan.settings, cache=level.cache, windows_per_pass=batch.windows, frames_per_pass=batch.frames)
     return Plan(level, batch, settings), words
 
 
-def reliever(
-    models: Models, plan: Plan, say: Callable[[str], None] = say, on_step_down: Callable[[str], None] | None = None
+def oom_handler(
+    models: Models,
+    plan: Plan,
+    on_message: Callable[[str], None] = log.warning,
+    on_step_down: Callable[[str], None] | None = None,
 ) -> Callable[[], Settings | None]:
-    """For the pipeline to call when memory ran out: every call steps down once, says so in one line, and gives the
-    settings to go on with; None at the end. on_step_down is told the words, for a report."""
+    """A function for the pipeline to call when memory ran out.
 
-    def relieve() -> Settings | None:
+    Each call steps down once and returns the settings to continue with, or None when nothing is left to give up.
+    on_message gets a sentence for each step, on_step_down its words alone, for a report.
+    """
+
+    def on_out_of_memory() -> Settings | None:
         nonlocal plan
-        found = step_down(plan)
-        if found is None:
+        smaller = step_down(plan)
+        if smaller is None:
             return None
-        plan, words = found
-        say(f"The GPU's memory ran short: going on with {words}.")
+        plan, words = smaller
+        on_message(f"The GPU's memory ran short: continuing with {words}.")
         if on_step_down:
             on_step_down(words)
         accelerate(models, plan, lambda _: None)
         return plan.settings
 
-    return relieve
+    return on_out_of_memory
 
 
-def log_memory(when: str, device: torch.device, say: Callable[[str], None] = say) -> None:
-    """A line on the GPU's memory, before or after a run; nothing for the processor."""
+def log_memory(when: str, device: torch.device) -> None:
+    """Log the GPU's memory, before or after a job; nothing for the processor."""
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
-    say(
-        f"GPU memory {when}: {torch.cuda.memory_allocated(device) / GIB:.2f} GB in use, "
-        f"{torch.cuda.max_memory_allocated(device) / GIB:.2f} GB at the peak, "
+    used, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    log.info(
+        f"GPU memory {when}: {used / GIB:.2f} GB in use, {peak / GIB:.2f} GB at the peak, "
         f"{torch.cuda.memory_reserved(device) / GIB:.2f} GB held, {free / GIB:.2f} of {total / GIB:.2f} GB free"
     )

@@ -1,8 +1,8 @@
-"""torch.compile for the two passes of the U-Net.
+"""torch.compile for the full and the shallow pass of the U-Net.
 
 Compiling takes minutes and saves about a tenth of a pass on a processor; on a GPU the fused kernels with CUDA graphs
-are faster still (docs/speed.md). So a level compiles only long jobs, and only where nothing faster runs; `--compile`
-compiles whatever the job. Artifacts stay in the user's cache folder, which makes a later start shorter.
+are faster still (docs/speed.md). Therefore a level compiles only for long jobs, and only without fused kernels;
+`--compile` compiles for any job. Artifacts stay in the user's cache folder, which makes a later start shorter.
 """
 
 import os
@@ -13,76 +13,83 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch._inductor.config
 
 from latentsync.checkpoints.load import Models
 from latentsync.checkpoints.releases import home
+from latentsync.machine import usable_cores
 from latentsync.sampling import ddim_schedule, denoise
 from latentsync.settings import WINDOW, Settings
 from latentsync.unet import UNet
-from optim.fused import CHECK_ERROR, in_a_line
+from optim.swap import has_swapped, restore_methods, swap_methods
+from optim.trial import disagreement, one_line
 
 # Frames from which a level compiles: 200 s of compiling (demo model, two cores of an AMD EPYC, 2026-11-24) are won
 # back three times over at half a second a frame, of which a tenth is saved.
 LONG_JOB = 15_000
-TOKENS = 50  # of the sound, a frame
+TOKENS = 50  # audio tokens per frame
+COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 
 
-def use_cache_folder() -> None:
-    """Have inductor and Triton keep their artifacts in our folder, unless the user has set another.
+def configure_compilers() -> None:
+    """Set the cache folders of inductor and Triton and inductor's threads, as far as the user has not set them.
 
-    To be called before anything is compiled: Triton's kernels, too, are compiled where these variables point then.
+    Must be called before anything is compiled, Triton's kernels included. By itself inductor starts a worker for every
+    core of the machine, too many in a container that may use fewer.
     """
     folder = home() / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    if COMPILE_THREADS not in os.environ:  # which inductor reads once, when it is imported
+        config = torch._inductor.config
+        config.compile_threads = min(config.compile_threads or sys.maxsize, usable_cores())
 
 
-def compile_unet(models: Models, settings: Settings, say: Callable[[str], None]) -> bool:
-    """Compile the full and the shallow pass for the full windows of a run, in place; returns whether that worked.
+def compile_unet(models: Models, settings: Settings, on_message: Callable[[str], None]) -> bool:
+    """Compile the full and the shallow pass for the full windows of a job, in place; returns whether that worked.
 
-    Passes of any other shape run eager: nothing is compiled in the middle of a run. The compiled passes must agree with
-    the eager ones; whatever goes wrong, the network stays eager, and `say` gets one line with the reason.
+    Passes of any other shape run eager: nothing is compiled in the middle of a job. The compiled passes must agree with
+    the eager ones; after any failure the network stays eager, and `on_message` gets one line with the reason.
     """
     unet = models.unet
-    if problem := missing_compiler(models.device.type):
-        say(f"torch.compile is off: {problem}; the network runs eager instead.")
-        return False
-    expected = _denoise_random(models, settings)
-    unet.full, unet.shallow = (torch.compile(run, dynamic=False, fullgraph=True) for run in (unet.full, unet.shallow))
-    try:
-        _denoise_random(models, settings)  # compiles
-        unet.full, unet.shallow = _eager_if_new(unet.full), _eager_if_new(unet.shallow)
-        error = float((_denoise_random(models, settings) - expected).norm() / expected.norm())
-        bound = CHECK_ERROR[models.dtype]
-        problem = "" if error <= bound else f"its result is off by {error:.1e} (at most {bound:.0e})"
-    except Exception as failure:  # no headers of Python, an unknown GPU, a full disk, ...
-        problem = in_a_line(failure)
+    problem = missing_compiler(models.device.type)
+    if not problem:
+        expected = _denoise_random(models, settings)
+        full, shallow = (torch.compile(run, dynamic=False, fullgraph=True) for run in (unet.full, unet.shallow))
+        swap_methods(unet, full=full, shallow=shallow)
+        try:
+            _denoise_random(models, settings)  # compiles
+            swap_methods(unet, full=_without_recompiling(full), shallow=_without_recompiling(shallow))
+            problem = disagreement(_denoise_random(models, settings), expected, models.dtype)
+        except Exception as error:  # Python's headers are missing, the GPU is unknown, the disk is full, ...
+            problem = one_line(error)
     if problem:
-        restore(unet)
-        say(f"torch.compile is off: {problem}; the network runs eager instead.")
+        restore_eager(unet)
+        on_message(f"torch.compile is off: {problem}; the network runs eager instead.")
     return not problem
 
 
 def is_compiled(unet: UNet) -> bool:
-    return "full" in vars(unet)
+    return has_swapped(unet, "full")
 
 
-def restore(unet: UNet) -> None:
+def restore_eager(unet: UNet) -> None:
     """Undo `compile_unet`."""
-    for name in ("full", "shallow"):
-        vars(unet).pop(name, None)
+    restore_methods(unet, "full", "shallow")
 
 
-def missing_compiler(device: str) -> str | None:
-    """What inductor lacks to compile for "cpu" or "cuda", in words; None where nothing is known to be missing."""
+def missing_compiler(device: str) -> str:
+    """What inductor lacks to compile for "cpu" or "cuda", as a phrase; empty where nothing is known to be missing."""
     if device == "cuda":
-        return None if find_spec("triton") else "Triton is not installed"
-    usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
-    name = os.environ.get("CXX", usual)
-    return None if shutil.which(name) or shutil.which(name.split()[0]) else f"there is no C++ compiler '{name}'"
+        return "" if find_spec("triton") else "Triton is not installed"
+    default = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    name = os.environ.get("CXX", default)
+    return "" if shutil.which(name) or shutil.which(name.split()[0]) else f"there is no C++ compiler '{name}'"
 
 
-def _eager_if_new(run: Callable) -> Callable:
+def _without_recompiling(run: Callable) -> Callable:
+    """The compiled pass, which runs eager for shapes that it was not compiled for."""
+
     def guarded(*arguments: Any) -> Any:
         with torch.compiler.set_stance("eager_on_recompile"):
             return run(*arguments)
@@ -92,7 +99,7 @@ def _eager_if_new(run: Callable) -> Callable:
 
 @torch.inference_mode()
 def _denoise_random(models: Models, settings: Settings) -> torch.Tensor:
-    """One full pass and the shallow ones that follow it, on fixed random inputs of a run's shape."""
+    """One full pass and the shallow ones that follow it, on fixed random inputs of a job's shape."""
     config, windows, cache = models.unet.config, settings.windows_per_pass, settings.cache
     side = models.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
     random = torch.Generator().manual_seed(0)

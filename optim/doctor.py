@@ -1,8 +1,8 @@
-"""What keeps this machine from being as fast as it could be, one sentence and a remedy each.
+"""Advice on what makes this machine slower than it could be: a problem and a remedy each, in a sentence.
 
     python -m optim.doctor [--resolution 512] [--output FOLDER]
 
-Exits with 0 if there is nothing to improve, else with 1.
+The exit code is 0 if there is nothing to improve, else 1.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import pynvml
 import torch
 
 from latentsync import FPS
-from optim.hardware import GIB, ask, batch_sizes, nvml_gpus, nvml_session
+from optim.hardware import GIB, batch_sizes, nvml_gpus, nvml_session, query
 from optim.levels import CONSERVATIVE
 from optim.monitor import GpuHistory, GpuProcess, other_processes, read_slowdowns
 from optim.torch_build import DRIVER
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from latentsync.settings import Report
     from optim.accelerate import Plan
 
-OTHERS_BYTES, OTHERS_SHARE = 10**9, 0.05  # what others may hold of a card: the larger of these
-OTHERS_BUSY = 20  # percent of the time in which others may compute
-DISK = 2 * 10**9  # bytes that should be free for outputs
-FEW_STEPS = 12
-MUCH_CACHE = 5  # a DeepCache interval that begins to show
-STARTING = 15.0  # seconds; in a shorter run the GPU waits for what is done once
-IDLE = 60  # percent of utilization under which a GPU waits for the rest of the machine
-FACELESS = 0.1  # of the frames
+MAX_OTHER_MEMORY, MAX_OTHER_SHARE = 10**9, 0.05  # bytes and share of a card that others may use: the larger of these
+MAX_OTHER_UTILIZATION = 20  # percent of the time in which others may compute
+MIN_FREE_DISK = 2 * 10**9  # bytes for outputs
+MIN_STEPS = 12
+VISIBLE_CACHE_INTERVAL = 5  # the DeepCache interval that begins to show
+START_SECONDS = 15.0  # in a shorter run the GPU waits mostly for what is done once
+MIN_UTILIZATION = 60  # percent; below it a GPU waits for the rest of the machine
+MAX_FACELESS = 0.1  # share of the frames
 
 # NVML's clock event reasons (nvml.h).
 HEAT = 0x20 | 0x40  # by software, by hardware
 POWER_BRAKE = 0x80
-HARDWARE = 0x8  # heat or power, set with one of the others where the card tells them apart
+HARDWARE = 0x8  # heat or power; set together with one of the others where the card can tell which
 POWER_CAP = 0x4
 
 Severity = Literal["error", "warning", "hint"]
@@ -48,8 +48,10 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "hint")
 
 @dataclass(frozen=True)
 class Advice:
-    """What is wrong and what helps, a sentence each. error: it will not work; warning: it is slower or worse than
-    it need be; hint: it may help."""
+    """A problem and its remedy, a sentence each.
+
+    severity: error: it will not work; warning: it is slower or worse than necessary; hint: it may help.
+    """
 
     problem: str
     remedy: str
@@ -58,33 +60,33 @@ class Advice:
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """A GPU as NVML shows it, whether or not torch can use it."""
+    """A GPU as NVML reports it, whether or not torch can use it."""
 
     name: str
     memory_total: int  # bytes
     used_by_others: int = 0  # bytes
-    others: tuple[str, ...] = ()  # their names, largest first
+    others: tuple[str, ...] = ()  # names of other processes, largest first
     utilization: int = 0  # percent
     slowdowns: int = 0  # NVML's clock event reasons, bits
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the checks look at."""
+    """Everything that the checks look at."""
 
     gpus: tuple[GpuFacts, ...]
     driver: str | None  # None without NVML
     torch_version: str
-    torch_cuda: str | None  # the CUDA or ROCm version that torch was built for
+    torch_cuda: str | None  # CUDA or ROCm version of this build of torch
     torch_sees_gpu: bool
-    resolution: int = 512  # px, of the model to run
+    resolution: int = 512  # px, of the model
     hardware_scheduling: bool | None = None  # Windows only
     output_folder: str | None = None
     output_free: int | None = None  # bytes
 
 
 def check_torch(facts: Facts) -> Iterator[Advice]:
-    """A GPU that is there but that torch cannot use."""
+    """A GPU that torch cannot use."""
     if facts.torch_sees_gpu:
         return
     if not facts.gpus:
@@ -112,7 +114,7 @@ def check_torch(facts: Facts) -> Iterator[Advice]:
 
 
 def check_driver(facts: Facts) -> Iterator[Advice]:
-    """A driver that is too old for the default build of torch."""
+    """A driver too old for the default build of torch."""
     major = (facts.driver or "").split(".")[0]
     if major.isdigit() and int(major) < DRIVER:
         yield Advice(
@@ -138,16 +140,16 @@ def check_memory(facts: Facts) -> Iterator[Advice]:
 
 
 def check_others(facts: Facts) -> Iterator[Advice]:
-    """Other applications that hold a GPU's memory or compute on it."""
+    """Other applications that use a GPU's memory or compute on it."""
     for gpu in facts.gpus:
         names = f" ({', '.join(gpu.others[:3])})" if gpu.others else ""
-        if gpu.used_by_others > max(OTHERS_BYTES, OTHERS_SHARE * gpu.memory_total):
+        if gpu.used_by_others > max(MAX_OTHER_MEMORY, MAX_OTHER_SHARE * gpu.memory_total):
             yield Advice(
                 f"Other applications{names} hold {gpu.used_by_others / GIB:.1f} GB of the memory of {gpu.name}.",
                 "Close what you do not need: games, browsers with video, other AI programs.",
                 "warning",
             )
-        elif gpu.utilization > OTHERS_BUSY:
+        elif gpu.utilization > MAX_OTHER_UTILIZATION:
             yield Advice(
                 f"Other applications{names} keep {gpu.name} busy for {gpu.utilization} % of the time.",
                 "Close them, or wait until they are done.",
@@ -156,7 +158,7 @@ def check_others(facts: Facts) -> Iterator[Advice]:
 
 
 def slowdown_advice(name: str, slowdowns: int) -> Iterator[Advice]:
-    """Clocks lowered by heat or by power; slowdowns: NVML's clock event reasons, bits."""
+    """Advice on clocks lowered by heat or power; slowdowns: NVML's clock event reasons, bits."""
     if slowdowns & HEAT:
         yield Advice(
             f"{name} lowers its clocks because it is too hot.",
@@ -178,7 +180,7 @@ def slowdown_advice(name: str, slowdowns: int) -> Iterator[Advice]:
 
 
 def check_slowdowns(facts: Facts) -> Iterator[Advice]:
-    """Thermal and power throttling, as of now."""
+    """Thermal and power throttling at this moment."""
     for gpu in facts.gpus:
         yield from slowdown_advice(gpu.name, gpu.slowdowns)
 
@@ -194,8 +196,8 @@ def check_scheduling(facts: Facts) -> Iterator[Advice]:
 
 
 def check_disk(facts: Facts) -> Iterator[Advice]:
-    """Room for outputs."""
-    if facts.output_free is not None and facts.output_free < DISK:
+    """Disk space for outputs."""
+    if facts.output_free is not None and facts.output_free < MIN_FREE_DISK:
         yield Advice(
             f"Only {facts.output_free / 1e9:.1f} GB are free for outputs in '{facts.output_folder}'.",
             "Free some space, or write to another disk.",
@@ -203,9 +205,7 @@ def check_disk(facts: Facts) -> Iterator[Advice]:
         )
 
 
-CHECKS = (
-    check_torch, check_driver, check_memory, check_others, check_slowdowns, check_scheduling, check_disk,
-)  # fmt: skip
+CHECKS = (check_torch, check_driver, check_memory, check_others, check_slowdowns, check_scheduling, check_disk)
 
 
 def advise(facts: Facts) -> list[Advice]:
@@ -215,24 +215,24 @@ def advise(facts: Facts) -> list[Advice]:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a finished run tells about itself."""
+    """A finished run."""
 
     frames: int
     seconds: float
     resolution: int  # px
-    steps: int  # those that were run
+    steps: int  # that were run
     device: str  # as torch names it: cpu, cuda:0
     position: float = 0.0  # of the level on its slider
     cache_interval: int = 1  # 1: no DeepCache
     frames_without_face: int = 0
-    face_width: float | None = None  # px in the frame, of the square that is cut out
+    face_width: float | None = None  # px; side of the face's square in the frame
     utilization: float | None = None  # percent, mean while generating
-    slowdowns: int = 0  # NVML's clock event reasons, all that were seen, bits
-    step_downs: tuple[str, ...] = ()  # what was given up for want of memory
+    slowdowns: int = 0  # NVML's clock event reasons during the run, bits
+    step_downs: tuple[str, ...] = ()  # what was given up when memory ran out
 
 
 def slow_advice(run: RunFacts) -> Iterator[Advice]:
-    """For a run that was slower than real time."""
+    """Advice for a run that was slower than real time."""
     speed = run.frames / max(run.seconds, 1e-9)
     if speed >= FPS:
         return
@@ -245,8 +245,8 @@ def slow_advice(run: RunFacts) -> Iterator[Advice]:
         )
         return
     yield from slowdown_advice("The GPU", run.slowdowns)
-    if run.utilization is not None and run.utilization < IDLE:
-        if run.seconds < STARTING:
+    if run.utilization is not None and run.utilization < MIN_UTILIZATION:
+        if run.seconds < START_SECONDS:
             return
         yield Advice(
             f"The GPU worked only {run.utilization:.0f} % of the time and waited for the processor or the disk.",
@@ -262,7 +262,7 @@ def slow_advice(run: RunFacts) -> Iterator[Advice]:
 
 
 def memory_advice(run: RunFacts) -> Iterator[Advice]:
-    """For a run that had to give something up for want of memory."""
+    """Advice for a run that ran out of memory and continued with less."""
     if run.step_downs:
         other = " or use the 256 px model" if run.resolution > 256 else ""
         yield Advice(
@@ -273,14 +273,14 @@ def memory_advice(run: RunFacts) -> Iterator[Advice]:
 
 
 def quality_advice(run: RunFacts) -> Iterator[Advice]:
-    """For a run whose result may look worse than it need."""
-    if run.steps < FEW_STEPS:
+    """Advice for a run whose result may look worse than necessary."""
+    if run.steps < MIN_STEPS:
         yield Advice(
             f"{run.steps} steps are few, and the mouth may look rough.",
-            f"Ask for more steps, or choose a level nearer to quality: {FEW_STEPS} to 15 are the fewest to recommend.",
+            f"Ask for more steps, or choose a level nearer to quality: {MIN_STEPS} to 15 are the fewest to recommend.",
             "warning",
         )
-    if run.cache_interval >= MUCH_CACHE:
+    if run.cache_interval >= VISIBLE_CACHE_INTERVAL:
         yield Advice(
             f"Only one step in {run.cache_interval} was worked out in full, which blurs the mouth.",
             "Choose a smaller DeepCache interval, or a level nearer to quality.",
@@ -293,7 +293,7 @@ def quality_advice(run: RunFacts) -> Iterator[Advice]:
             remedy,
             "hint",
         )
-    if run.frames_without_face > FACELESS * run.frames:
+    if run.frames_without_face > MAX_FACELESS * run.frames:
         yield Advice(
             f"{run.frames_without_face} of {run.frames} frames show no usable face and were left as they are.",
             "Use a video in which the face is seen from the front, well lit, with the whole mouth in the picture.",
@@ -309,7 +309,7 @@ def advise_run(run: RunFacts) -> list[Advice]:
 def advise_report(
     report: "Report", plan: "Plan", step_downs: Sequence[str] = (), gpu: GpuHistory | None = None
 ) -> list[Advice]:
-    """The advice on what `latentsync.pipeline.lipsync` reports of a run by a plan; gpu: that it ran on, meanwhile."""
+    """All advice on a run, from its report and plan; gpu: the GPU that it ran on, during the run."""
     cache = plan.settings.cache
     utilization, slowdowns = None, 0
     if gpu and np.isfinite(gpu.utilization).any():
@@ -333,22 +333,22 @@ def advise_report(
     )
 
 
-def _by_severity(found: list[Advice]) -> list[Advice]:
-    return sorted(found, key=lambda advice: SEVERITIES.index(advice.severity))
+def _by_severity(advice: list[Advice]) -> list[Advice]:
+    return sorted(advice, key=lambda one: SEVERITIES.index(one.severity))
 
 
 def read_facts(
     resolution: int = 512, output_folder: str | Path | None = None, nvml: Any = pynvml, cuda: Any = torch.cuda
 ) -> Facts:
-    """Look at this machine, while this process itself has nothing on the GPU.
+    """The facts of this machine; to be called while this process does not use the GPU.
 
-    nvml, cuda: pynvml and torch.cuda, or what answers like them.
+    nvml, cuda: pynvml and torch.cuda or substitutes.
     """
     driver, gpus = None, []
     processes = other_processes(nvml)
     with nvml_session(nvml) as session:
         if session is not None:
-            driver = ask(session, "nvmlSystemGetDriverVersion")
+            driver = query(session, "nvmlSystemGetDriverVersion")
             for index, handle in nvml_gpus(session):
                 gpus.append(_read_gpu(session, handle, [p for p in processes if p.gpu == index]))
     return Facts(
@@ -365,13 +365,13 @@ def read_facts(
 
 
 def _read_gpu(nvml: Any, handle: Any, others: list[GpuProcess]) -> GpuFacts:
-    memory = ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
-    load = ask(nvml, "nvmlDeviceGetUtilizationRates", handle)
+    memory = query(nvml, "nvmlDeviceGetMemoryInfo", handle)
+    load = query(nvml, "nvmlDeviceGetUtilizationRates", handle)
     used = sum(process.memory or 0 for process in others)
     if memory is not None and any(process.memory is None for process in others):
-        used = memory.used  # Windows tells the sum alone
+        used = memory.used  # Windows reports only the sum
     return GpuFacts(
-        name=ask(nvml, "nvmlDeviceGetName", handle) or "GPU",
+        name=query(nvml, "nvmlDeviceGetName", handle) or "GPU",
         memory_total=memory.total if memory else 0,
         used_by_others=used,
         others=tuple(dict.fromkeys(process.name for process in others)),
@@ -381,7 +381,7 @@ def _read_gpu(nvml: Any, handle: Any, others: list[GpuProcess]) -> GpuFacts:
 
 
 def read_hardware_scheduling() -> bool | None:
-    """Whether Windows lets the GPU schedule itself; None where there is no such setting."""
+    """Whether hardware-accelerated GPU scheduling is on in Windows; None where there is no such setting."""
     if sys.platform != "win32":
         return None
     import winreg
@@ -393,23 +393,23 @@ def read_hardware_scheduling() -> bool | None:
         return None
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m optim.doctor") -> int:
     """Print the advice; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m optim.doctor", description="What would make this machine faster.")
+    parser = argparse.ArgumentParser(prog=prog, description="What would make this machine faster.")
     parser.add_argument("--resolution", type=int, choices=(256, 512), default=512, help="of the model (default 512)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="look at the free space there, too")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="also check the free space there")
     args = parser.parse_args(arguments)
     if args.output and not args.output.is_dir():
         parser.error(f"there is no folder '{args.output}'")
     facts = read_facts(args.resolution, args.output)
     names = ", ".join(f"{gpu.name} ({gpu.memory_total / GIB:.0f} GB)" for gpu in facts.gpus) or "none"
     print(f"GPU: {names}; driver: {facts.driver or 'none'}; torch {facts.torch_version}")
-    found = advise(facts)
-    for advice in found:
-        print(f"{advice.severity}: {advice.problem} {advice.remedy}")
-    if not found:
+    advice = advise(facts)
+    for one in advice:
+        print(f"{one.severity}: {one.problem} {one.remedy}")
+    if not advice:
         print("nothing to improve")
-    return 1 if found else 0
+    return 1 if advice else 0
 
 
 if __name__ == "__main__":

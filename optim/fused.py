@@ -1,22 +1,24 @@
-"""Puts the hand-written kernels under a network: the same weights, fewer trips to memory.
+"""Replaces modules of a network with ones that call the hand-written kernels: the same weights, less memory traffic.
 
-`fuse(network)` gives modules of the U-Net or of diffusers' autoencoder another forward, `unfuse(network)` takes it
-back:
+`fuse(network)` does so for the modules of the U-Net or of diffusers' autoencoder; `optim.swap.restore_classes` undoes
+it:
 
-    GroupNorm            statistics in one pass, norm and SiLU in a second, straight on channels-last memory
-    residual blocks      the first convolution's bias and the time embedding vanish into the second norm; the second
+    GroupNorm            statistics in one pass, norm and SiLU in a second, directly on channels-last memory
+    residual blocks      the first convolution's bias and the time embedding are folded into the second norm; the second
                          bias and the residual are one addition; the 1×1 shortcut is a linear layer
-    transformer blocks   q, k and v are one product; residual additions are part of the layer norm that follows or of
-                         the product before; positions, too; attention over frames reads q, k and v where they lie
+    transformer blocks   q, k and v are one product; residual additions, and positions, are part of the layer norm that
+                         follows or of the product before; attention over frames reads q, k and v where they are
     GEGLU                one pass
     convolutions         the bias of those between resolutions is added in one pass
-    doubling             nearest ×2 and a 3×3 convolution are one transposed convolution of a 4×4 kernel with stride
-                         2: the same sums with four products in place of nine
+    upsampling           nearest ×2 and a 3×3 convolution are one transposed convolution with a 4×4 kernel and stride 2:
+                         the same sums with four products instead of nine
 
-All of it is equal to eager but for the rounding of half precision, so it serves every level.
+All of it equals eager except for the rounding of half precision, so it suits every level.
 """
 
-import sys
+import logging
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,66 +33,58 @@ from latentsync.layers import GEGLU, Attention, GroupNorm, ResnetBlock, SpatialB
 from latentsync.unet import Level, UNet
 from optim import kernels
 from optim.kernels import DTYPES, add_bias, frame_attention, geglu, group_norm, layer_norm
-from optim.lean import LEAN, lean
+from optim.swap import attach, restore_classes, swap_class, swap_classes
+from optim.trial import disagreement, one_line
 
-CHECK_SIDE, CHECK_FRAMES = 8, 16  # latent pixels and frames of the pass that `fuse` tries the kernels on
-CHECK_ERROR = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-3}  # relative; a wrong kernel is off by 1
+log = logging.getLogger(__name__)
 
-_said: set[str] = set()
+TRIAL_SIDE, TRIAL_FRAMES = 8, 16  # latent pixels and frames of the pass on which `fuse` tries the kernels
 
-
-def _say(sentence: str) -> None:
-    """One line on the standard error, once a process."""
-    if sentence not in _said:
-        _said.add(sentence)
-        print(sentence, file=sys.stderr)
+Fusible = TypeVar("Fusible", UNet, AutoencoderKL)
 
 
-def in_a_line(failure: Exception) -> str:
-    """An exception's kind and the first line of what it says."""
-    text = str(failure).strip()
-    return f"{type(failure).__name__}: {text.splitlines()[0] if text else 'no detail'}"
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
-def _serves(x: Tensor) -> bool:
-    """Whether the kernels take x; if not, say why once, and the module runs as PyTorch has it."""
+def _supported(x: Tensor) -> bool:
+    """Whether the kernels take x; if not, PyTorch's own module runs, and the log says why, once."""
     if not (x.is_cuda or kernels.INTERPRETED):
-        why = f"a tensor is on {x.device.type}"
+        reason = f"a tensor is on {x.device.type}"
     elif x.dtype not in DTYPES:
-        why = f"{x.dtype} has no kernel"
+        reason = f"{x.dtype} has no kernel"
     elif torch.is_grad_enabled():
-        why = "gradients are being recorded"
+        reason = "gradients are being recorded"
     else:
         return True
-    _say(f"Fused kernels are not used for some modules ({why}); PyTorch's own run instead.")
+    _warn_once(f"Fused kernels are not used for some modules ({reason}); PyTorch's own run instead.")
     return False
 
 
-def _multiplies(x: Tensor) -> bool:
+def _has_matrix_units(x: Tensor) -> bool:
     """Whether the products of `frame_attention` run on matrix units; without them they would spill registers."""
     if kernels.INTERPRETED or x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0):
         return True
-    _say("The fused attention over frames is not used (it wants half precision and an Ampere GPU or newer).")
+    _warn_once("The fused attention over frames is not used (it needs half precision and an Ampere GPU or newer).")
     return False
 
 
-# ---- weights that lie so that several products become one
+# ---- several products as one
 
 
 def stack_weights(attention: nn.Module) -> None:
-    """Lay the q, k and v weights of a self-attention end to end, as views of one tensor, without a second copy."""
-    parts = attention.to_q, attention.to_k, attention.to_v
-    whole = torch.cat([part.weight.data for part in parts])
-    for part, weight in zip(parts, whole.chunk(3), strict=True):
-        part.weight.data = weight
-    if parts[0].bias is not None:
-        whole = torch.cat([part.bias.data for part in parts])
-        for part, bias in zip(parts, whole.chunk(3), strict=True):
-            part.bias.data = bias
+    """Make the q, k and v weights of a self-attention views of one tensor, end to end."""
+    layers = attention.to_q, attention.to_k, attention.to_v
+    for name in ("weight", "bias") if layers[0].bias is not None else ("weight",):
+        parameters = [getattr(layer, name) for layer in layers]
+        stacked = torch.cat([parameter.data for parameter in parameters])
+        for parameter, view in zip(parameters, stacked.chunk(3), strict=True):
+            parameter.data = view
 
 
 def _stacked(parts: tuple[Tensor, Tensor, Tensor]) -> Tensor | None:
-    """The one tensor that three lie in end to end; None where they have been moved apart."""
+    """The tensor that three weights are views of, end to end; None where they have been moved apart."""
     q, k, v = parts
     step = q.numel() * q.element_size()
     if not (k.data_ptr() - q.data_ptr() == v.data_ptr() - k.data_ptr() == step and q.is_contiguous()):
@@ -98,41 +92,41 @@ def _stacked(parts: tuple[Tensor, Tensor, Tensor]) -> Tensor | None:
     return q.as_strided((3 * len(q), *q.shape[1:]), q.stride())
 
 
-def queries_keys_values(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project_qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (…, C) → q, k and v of its self-attention, each (…, C); slices of one tensor where the weights are stacked."""
-    parts = attention.to_q, attention.to_k, attention.to_v
-    weight = _stacked(tuple(part.weight for part in parts))
-    bias = None if parts[0].bias is None else _stacked(tuple(part.bias for part in parts))
-    if weight is None or (bias is None) != (parts[0].bias is None):
-        return tuple(part(x) for part in parts)
+    q, k, v = attention.to_q, attention.to_k, attention.to_v
+    weight = _stacked((q.weight, k.weight, v.weight))
+    bias = None if q.bias is None else _stacked((q.bias, k.bias, v.bias))
+    if weight is None or (bias is None) != (q.bias is None):
+        return q(x), k(x), v(x)
     return F.linear(x, weight, bias).chunk(3, dim=-1)
 
 
-def doubling_weight(conv: nn.Conv2d) -> Tensor:
-    """Of a 3×3 convolution after nearest ×2: (C_in, C_out, 4, 4), for a transposed one with stride 2, padding 1."""
-    # Along an axis, with weights w0, w1, w2: what a pixel adds to the 4 that it reaches.
+def upsample_kernel(conv: nn.Conv2d) -> Tensor:
+    """The kernel (C_in, C_out, 4, 4) of a transposed convolution (stride 2, padding 1) that equals nearest ×2 and then
+    this 3×3 convolution."""
+    # Along one axis, with weights w0, w1, w2: what a pixel contributes to the 4 pixels that it reaches.
     reach = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device=conv.weight.device).float()
     kernel = (reach @ conv.weight.float() @ reach.T).transpose(0, 1)
     return kernel.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def double(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Nearest ×2, then the 3×3 convolution; x (n, C_in, h, w) → (n, C_out, 2h, 2w)."""
-    kernel = getattr(conv, "doubling", None)
-    if kernel is None or kernel.device != x.device or kernel.dtype != x.dtype or not _serves(x):
+def upsample(x: Tensor, conv: nn.Conv2d, kernel: Tensor) -> Tensor:
+    """Nearest ×2, then the 3×3 convolution, whose `upsample_kernel` is given; (n, C_in, h, w) → (n, C_out, 2h, 2w)."""
+    if kernel.device != x.device or kernel.dtype != x.dtype or not _supported(x):
         return conv(F.interpolate(x, scale_factor=2.0))
     return add_bias(F.conv_transpose2d(x, kernel, stride=2, padding=1), None, conv.bias)
 
 
 def convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """The convolution, its bias added in one pass; x (n, C_in, h, w) → (n, C_out, …)."""
-    if not _serves(x):
+    if not _supported(x):
         return conv(x)
     return add_bias(F.conv2d(x, conv.weight, None, conv.stride, conv.padding), None, conv.bias)
 
 
 def _add_product(x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
-    """x + h · weightᵀ, written over x; x (…, C) contiguous, h (…, D), weight (C, D)."""
+    """x + h · weightᵀ, in place of x; x (…, C) contiguous, h (…, D), weight (C, D)."""
     return x.flatten(0, -2).addmm_(h.flatten(0, -2), weight.T).view(x.shape)
 
 
@@ -141,14 +135,14 @@ def _add_product(x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
 
 class FastGroupNorm(GroupNorm):
     def forward(self, x: Tensor, span: int = 1) -> Tensor:
-        if not _serves(x):
+        if not _supported(x):
             return super().forward(x, span)
         return group_norm(x, self, span, self.silu)
 
 
 class FastResnetBlock(ResnetBlock):
     def forward(self, x: Tensor, time: Tensor, frames: int) -> Tensor:
-        if not _serves(x):
+        if not _supported(x):
             return super().forward(x, time, frames)
         h = F.conv2d(self.norm1(x, frames), self.conv1.weight, padding=1)
         h = group_norm(h, self.norm2, frames, True, self.time_emb_proj(time), self.conv1.bias)
@@ -165,67 +159,70 @@ def _shortcut(x: Tensor, conv: nn.Conv2d | None) -> Tensor:
 
 class FastSpatialBlock(SpatialBlock):
     def forward(self, x: Tensor, audio: tuple[Tensor, Tensor], guided: bool = False) -> Tensor:
-        if not _serves(x):
+        if not _supported(x):
             return super().forward(x, audio, guided)
         x = x.contiguous()
         m = len(audio[0])
-        gate, back = self.ff.net[0], self.ff.net[2]
+        proj_in, proj_out = self.ff.net[0], self.ff.net[2]
         _, h = layer_norm(x, self.norm1)
-        branch = attend(self.attn1, queries_keys_values(self.attn1, h))
+        branch = attend(self.attn1, project_qkv(self.attn1, h))
         total = x.new_empty(2 * m if guided else m, *x.shape[1:])
         normed = torch.empty_like(total)
-        if guided:  # the silent half first: it reads what the heard half overwrites
-            silent = {"shift": self.attn2.to_out[0].bias, "total": total[:m], "out": normed[:m]}
-            layer_norm(x[:m], self.norm3, branch[:m], later=back.bias, **silent)
+        if guided:  # uncond first: it reads what cond overwrites
+            uncond = {"shift": self.attn2.to_out[0].bias, "total": total[:m], "out": normed[:m]}
+            layer_norm(x[:m], self.norm3, branch[:m], total_bias=proj_out.bias, **uncond)
         x, h = layer_norm(x[-m:], self.norm2, branch[-m:])
-        heard = attend(self.attn2, (self.attn2.to_q(h), *audio))
-        layer_norm(x, self.norm3, heard, later=back.bias, total=total[-m:], out=normed[-m:])
-        return _add_product(total, gate(normed), back.weight)
+        branch = attend(self.attn2, (self.attn2.to_q(h), *audio))
+        layer_norm(x, self.norm3, branch, total_bias=proj_out.bias, total=total[-m:], out=normed[-m:])
+        return _add_product(total, proj_in(normed), proj_out.weight)
 
 
-def attend(attention: Attention, parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def attend(attention: Attention | VaeAttention, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Attention and its output product; q (n, t, C), k and v (n, s, C) → (n, t, C)."""
-    q, k, v = (part.unflatten(-1, (attention.heads, -1)).transpose(-3, -2) for part in parts)
+    q, k, v = (part.unflatten(-1, (attention.heads, -1)).transpose(-3, -2) for part in qkv)
     return attention.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
 
 
 class FastTemporalBlock(TemporalBlock):
     def forward(self, x: Tensor) -> Tensor:
-        known = min(attention.pos_encoder.pe.shape[1] for attention in self.attention_blocks)
-        if x.shape[1] > min(known, kernels.ATTENTION_FRAMES) or not (_serves(x) and _multiplies(x)):
+        positions = min(attention.pos_encoder.pe.shape[1] for attention in self.attention_blocks)
+        fits = x.shape[1] <= min(positions, kernels.ATTENTION_FRAMES)
+        if not (fits and _supported(x) and _has_matrix_units(x)):
             return super().forward(x)
         x, branch = x.contiguous(), None
         for attention, norm in zip(self.attention_blocks, self.norms, strict=True):
             x, h = layer_norm(x, norm, branch, attention.pos_encoder.pe[0])
-            h = frame_attention(*queries_keys_values(attention, h), attention.heads)
+            h = frame_attention(*project_qkv(attention, h), attention.heads)
             branch = attention.to_out[0](h)
-        back = self.ff.net[2]
-        x, h = layer_norm(x, self.ff_norm, branch, later=back.bias)
-        return _add_product(x, self.ff.net[0](h), back.weight)
+        proj_in, proj_out = self.ff.net[0], self.ff.net[2]
+        x, h = layer_norm(x, self.ff_norm, branch, total_bias=proj_out.bias)
+        return _add_product(x, proj_in(h), proj_out.weight)
 
 
 class FastGEGLU(GEGLU):
     def forward(self, x: Tensor) -> Tensor:
-        if not _serves(x):
+        if not _supported(x):
             return super().forward(x)
         return geglu(self.proj(x).contiguous())
 
 
 class FastLevel(Level):
+    kernel: Tensor  # the `upsample_kernel` of its upsampler, if it has one
+
     def downsample(self, x: Tensor) -> Tensor:
         return convolve(x, self.downsamplers[0].conv) if self.downsamplers else x
 
     def upsample(self, x: Tensor) -> Tensor:
-        return double(x, self.upsamplers[0].conv) if self.upsamplers else x
+        return upsample(x, self.upsamplers[0].conv, self.kernel) if self.upsamplers else x
 
 
-# ---- the autoencoder's modules, which are diffusers'
+# ---- the autoencoder's modules (diffusers)
 
 
 class FastVaeResnetBlock(ResnetBlock2D):
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         x = input_tensor
-        if temb is not None or not _serves(x):
+        if temb is not None or not _supported(x):
             return super().forward(input_tensor, temb, *args, **kwargs)
         h = F.conv2d(group_norm(x, self.norm1, silu=True), self.conv1.weight, padding=1)
         h = group_norm(h, self.norm2, silu=True, conv_bias=self.conv1.bias)
@@ -236,46 +233,48 @@ class FastVaeResnetBlock(ResnetBlock2D):
 class FastVaeAttention(VaeAttention):
     """Self-attention of one head over all pixels, in the middle of encoder and decoder."""
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = hidden_states
-        if x.ndim != 4 or not _serves(x):
+        if x.ndim != 4 or not _supported(x):
             return super().forward(hidden_states, *args, **kwargs)
         n, c, h, w = x.shape
         tokens = group_norm(x, self.group_norm).permute(0, 2, 3, 1).reshape(n, h * w, c)
-        tokens = attend(self, queries_keys_values(self, tokens))
+        tokens = attend(self, project_qkv(self, tokens))
         return tokens.reshape(n, h, w, c).permute(0, 3, 1, 2) + x
 
 
 class FastUpsample(Upsample2D):
-    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args, **kwargs) -> Tensor:
+    kernel: Tensor  # its `upsample_kernel`
+
+    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if output_size is not None:
             return super().forward(hidden_states, output_size, *args, **kwargs)
-        return double(hidden_states, self.conv)
+        return upsample(hidden_states, self.conv, self.kernel)
 
 
 class FastDownsample(Downsample2D):
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        if not _serves(hidden_states):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not _supported(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         padded = hidden_states if self.padding else F.pad(hidden_states, (0, 1, 0, 1))
         return convolve(padded, self.conv)
 
 
 class FastNormSilu(nn.GroupNorm):
-    """The norm before the last convolution, with the activation that follows it."""
+    """The norm before the last convolution together with the activation that follows it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, self, silu=True) if _serves(x) else F.silu(super().forward(x))
+        return group_norm(x, self, silu=True) if _supported(x) else F.silu(super().forward(x))
 
 
-class DoneBefore(nn.SiLU):
-    """An activation that `FastNormSilu` has taken in."""
+class SkippedSilu(nn.SiLU):
+    """An activation that `FastNormSilu` has already applied."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-FAST = {
+FAST: dict[type[nn.Module], type[nn.Module]] = {
     GroupNorm: FastGroupNorm,
     ResnetBlock: FastResnetBlock,
     SpatialBlock: FastSpatialBlock,
@@ -289,9 +288,10 @@ FAST = {
 }
 
 
-def _swap(network: nn.Module) -> None:
+def fuse_untried(network: Fusible) -> Fusible:
+    """Swap the modules of a network for those that call the kernels. Returns the same network."""
+    swap_classes(network, FAST)
     for module in network.modules():
-        module.__class__ = FAST.get(type(module), type(module))
         if isinstance(module, FastSpatialBlock):
             stack_weights(module.attn1)
         elif isinstance(module, FastTemporalBlock):
@@ -299,68 +299,53 @@ def _swap(network: nn.Module) -> None:
                 stack_weights(attention)
         elif isinstance(module, FastVaeAttention):
             stack_weights(module)
-        elif isinstance(module, FastLevel | FastUpsample):
-            for conv in [up.conv for up in module.upsamplers] if isinstance(module, FastLevel) else [module.conv]:
-                conv.doubling = doubling_weight(conv)
+        elif isinstance(module, FastLevel) and module.upsamplers:
+            attach(module, kernel=upsample_kernel(module.upsamplers[0].conv))
+        elif isinstance(module, FastUpsample):
+            attach(module, kernel=upsample_kernel(module.conv))
     if isinstance(network, AutoencoderKL):
         for part in (network.encoder, network.decoder):
-            part.conv_norm_out.__class__, part.conv_act.__class__ = FastNormSilu, DoneBefore
+            swap_class(part.conv_norm_out, FastNormSilu)
+            swap_class(part.conv_act, SkippedSilu)
+    return network
 
 
 @torch.inference_mode()
-def _trial(network: UNet | AutoencoderKL) -> Tensor:
-    """A small pass on fixed random inputs: two guided windows, or two faces there and back."""
+def _trial_pass(network: UNet | AutoencoderKL) -> Tensor:
+    """A small pass on fixed random inputs: two guided windows, or two faces encoded and decoded."""
     random = torch.Generator().manual_seed(0)
     if isinstance(network, AutoencoderKL):
         like = {"device": network.device, "dtype": network.dtype}
-        faces = torch.randn(2, 3, 8 * CHECK_SIDE, 8 * CHECK_SIDE, generator=random).to(**like)
+        faces = torch.randn(2, 3, 8 * TRIAL_SIDE, 8 * TRIAL_SIDE, generator=random).to(**like)
         latents = network.encode(faces.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
         return torch.cat([latents.flatten(), network.decode(latents).sample.flatten()]).float()
     config, weight = network.config, network.conv_in.weight
     like = {"device": weight.device, "dtype": weight.dtype}
-    frames = min(CHECK_FRAMES, config.temporal_max_len)
-    x = torch.randn(2 * frames, config.in_channels, CHECK_SIDE, CHECK_SIDE, generator=random).to(**like)
+    frames = min(TRIAL_FRAMES, config.temporal_max_len)
+    x = torch.randn(2 * frames, config.in_channels, TRIAL_SIDE, TRIAL_SIDE, generator=random).to(**like)
     audio = torch.randn(2, frames, 50, config.cross_attention_dim, generator=random).to(**like)
     x, timestep = x.contiguous(memory_format=torch.channels_last), torch.tensor([500], device=weight.device)
     return network.full(x, timestep, network.encode_audio(audio), frames, guided=True)[0].float()
 
 
-def fuse(network: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
-    """Put the fused kernels under the modules of a network on a GPU; weights and their names stay as they are.
+def fuse(network: Fusible) -> Fusible:
+    """Swap the modules of a network on a GPU for those that call the kernels; weights and their names stay.
 
-    Tries them first: one small pass with and without must agree, or the network stays as it was and one line on
-    the standard error says why. The pass also compiles the kernels, so a graph can be captured right afterwards.
-    On the CPU it becomes lean, see `optim.lean`, and nothing is said. Returns the same network;
-    `unfuse` undoes it.
+    The kernels are tried first: where one small pass with and without them does not agree, the network stays as it was
+    and the log says why. The trial also compiles the kernels, so that a graph can be captured right afterwards.
+    Returns the same network; `restore_classes` undoes it.
     """
-    weight = next(network.parameters())
-    if not (weight.is_cuda or kernels.INTERPRETED):
-        return lean(network)
     if kernels.triton is None:
-        _say("Fused kernels are off: Triton is not installed; PyTorch's own run instead.")
+        _warn_once("Fused kernels are off: Triton is not installed; PyTorch's own run instead.")
         return network
-    expected = _trial(network)
-    _swap(network)
+    expected = _trial_pass(network)
+    fuse_untried(network)
     try:
-        kernels.compile_all(lambda: _trial(network))
-        error = float((_trial(network) - expected).norm() / expected.norm())
-    except Exception as failure:  # no C compiler, a GPU that Triton does not know, ...: whatever it is, eager works
-        problem = in_a_line(failure)
-    else:
-        bound = CHECK_ERROR.get(weight.dtype, 0.0)
-        problem = "" if error <= bound else f"their result is off by {error:.1e} (at most {bound:.0e})"
+        kernels.compile_all(lambda: _trial_pass(network))
+        problem = disagreement(_trial_pass(network), expected, next(network.parameters()).dtype)
+    except Exception as error:  # no C compiler, a GPU that Triton does not know, ...: eager works in any case
+        problem = one_line(error)
     if problem:
-        unfuse(network)
-        _say(f"Fused kernels are off: {problem}; PyTorch's own run instead.")
-    return network
-
-
-def unfuse(network: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
-    """Take back what `fuse` did."""
-    plain = {fast: plain for table in (FAST, LEAN) for plain, fast in table.items()}
-    plain |= {FastNormSilu: nn.GroupNorm, DoneBefore: nn.SiLU}
-    for module in network.modules():
-        module.__class__ = plain.get(type(module), type(module))
-        if hasattr(module, "doubling"):
-            del module.doubling
+        restore_classes(network)
+        _warn_once(f"Fused kernels are off: {problem}; PyTorch's own run instead.")
     return network

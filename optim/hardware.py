@@ -1,7 +1,7 @@
-"""What GPUs there are, the level that suits one, and how much goes through it at once.
+"""GPUs, the level recommended for each, and the batch size that fits into its memory.
 
-Batch sizes come from a model of memory, not from a list of cards: what the weights leave of the memory allowed
-is divided by the bytes that a frame and a window take.
+Batch sizes come from a model of memory, not from a list of cards: the memory that the weights and one window leave is
+divided by the bytes that a frame takes.
 """
 
 import math
@@ -21,24 +21,24 @@ GIB = 2**30
 # Cards report less than they are sold with: up to 1/16 goes to error correction, 1 to 2 % to the driver. An 11 GB
 # card is 8.3 % short of 12.
 NOMINAL = 0.92
-# How far CUDA's figure may lie below NVML's and still mean the whole card; less is a slice of it (MIG).
+# Share of NVML's memory size that CUDA must report for the device to be a whole card; less is a slice of it (MIG).
 WHOLE_CARD = 0.9
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as torch counts them, which is not NVML's order where CUDA_VISIBLE_DEVICES says otherwise."""
+    """A GPU that torch can use, numbered by torch, whose order differs from NVML's with CUDA_VISIBLE_DEVICES."""
 
     index: int  # cuda:index
     name: str
     memory_total: int  # bytes
-    memory_free: int  # bytes that this process may still take, with what its allocator already holds
+    memory_free: int  # bytes that this process can still use, including those that its allocator holds
     capability: tuple[int, int]
     driver: str | None = None  # None where NVML cannot be read
 
 
 def processor_name() -> str:
-    """The processor's name, as its maker and the system give it."""
+    """The name of this machine's processor."""
     if (info := Path("/proc/cpuinfo")).is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
@@ -48,7 +48,7 @@ def processor_name() -> str:
 
 @contextmanager
 def nvml_session(nvml: Any = pynvml) -> Iterator[Any | None]:
-    """NVML, ready for questions; None where it cannot be read. nvml: the pynvml module, or what answers like it."""
+    """An initialised NVML; None where it cannot be used. nvml: the pynvml module or a substitute."""
     session = nvml
     try:
         nvml.nvmlInit()
@@ -62,26 +62,28 @@ def nvml_session(nvml: Any = pynvml) -> Iterator[Any | None]:
                 nvml.nvmlShutdown()
 
 
-def ask(nvml: Any, question: str, *arguments: Any) -> Any | None:
-    """NVML's answer to a question by its name; None where this card or driver has none."""
+def query(nvml: Any, function: str, *arguments: Any) -> Any | None:
+    """The result of an NVML function; None where this card or driver does not support it."""
     try:
-        return getattr(nvml, question)(*arguments)
+        return getattr(nvml, function)(*arguments)
     except (nvml.NVMLError, UnicodeDecodeError):
         return None
 
 
 def nvml_gpus(nvml: Any | None) -> Iterator[tuple[int, Any]]:
-    """NVML's index and handle of every GPU that it shows; none for a session without NVML."""
-    for index in range(ask(nvml, "nvmlDeviceGetCount") or 0) if nvml is not None else ():
-        handle = ask(nvml, "nvmlDeviceGetHandleByIndex", index)
+    """NVML's index and handle of every GPU; nothing without a session."""
+    if nvml is None:
+        return
+    for index in range(query(nvml, "nvmlDeviceGetCount") or 0):
+        handle = query(nvml, "nvmlDeviceGetHandleByIndex", index)
         if handle is not None:
             yield index, handle
 
 
 def read_gpus(nvml: Any = pynvml, cuda: Any = torch.cuda) -> list[Gpu]:
-    """The GPUs that torch can use, in torch's order; empty without one.
+    """The GPUs that torch can use, in torch's order.
 
-    NVML adds the driver's version and what other processes take; where it cannot be read, torch's figures stand.
+    NVML adds the driver's version and the memory of other processes; without it the figures are torch's alone.
     """
     if not cuda.is_available():
         return []
@@ -90,56 +92,56 @@ def read_gpus(nvml: Any = pynvml, cuda: Any = torch.cuda) -> list[Gpu]:
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """The GPU that a torch device is; None for the processor."""
+    """The GPU of a torch device; None for the processor."""
     return read_gpus()[device.index or 0] if device.type == "cuda" else None
 
 
 def _read_gpu(index: int, nvml: Any | None, cuda: Any) -> Gpu:
-    found = cuda.get_device_properties(index)
-    total, driver, memory = found.total_memory, None, None
+    properties = cuda.get_device_properties(index)
+    total, driver, memory = properties.total_memory, None, None
     if nvml is not None:
-        driver = ask(nvml, "nvmlSystemGetDriverVersion")
-        handle = _nvml_handle(nvml, found)
-        memory = ask(nvml, "nvmlDeviceGetMemoryInfo", handle) if handle is not None else None
+        driver = query(nvml, "nvmlSystemGetDriverVersion")
+        handle = _nvml_handle(nvml, properties)
+        memory = query(nvml, "nvmlDeviceGetMemoryInfo", handle) if handle is not None else None
     if memory is not None and total >= WHOLE_CARD * memory.total:
         total, free = memory.total, memory.free
     else:
         free = cuda.mem_get_info(index)[0]
     free = min(total, free + cuda.memory_reserved(index))
-    return Gpu(index, found.name, total, free, (found.major, found.minor), driver)
+    return Gpu(index, properties.name, total, free, (properties.major, properties.minor), driver)
 
 
 def _nvml_handle(nvml: Any, properties: Any) -> Any | None:
-    """NVML's handle of a torch device: by UUID, else by its place on the PCI bus, else None."""
-    uuid = getattr(properties, "uuid", None)  # printed without NVML's prefix
+    """NVML's handle of a torch device, by UUID or else by its PCI address; None where neither works."""
+    uuid = getattr(properties, "uuid", None)  # without NVML's prefix
     for prefix in ("GPU-", "MIG-") if uuid else ():
-        handle = ask(nvml, "nvmlDeviceGetHandleByUUID", f"{prefix}{uuid}")
+        handle = query(nvml, "nvmlDeviceGetHandleByUUID", f"{prefix}{uuid}")
         if handle is not None:
             return handle
-    place = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
-    if None in place:
+    address: list[Any] = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    if None in address:
         return None
-    return ask(nvml, "nvmlDeviceGetHandleByPciBusId", "{:08X}:{:02X}:{:02X}.0".format(*place))
+    return query(nvml, "nvmlDeviceGetHandleByPciBusId", "{:08X}:{:02X}:{:02X}.0".format(*address))
 
 
 def nvml_index(device: torch.device, nvml: Any = pynvml, cuda: Any = torch.cuda) -> int:
-    """NVML's number of a torch device, which torch may count otherwise; torch's own where NVML cannot be asked."""
+    """NVML's index of a torch device; torch's own index where NVML cannot be used."""
     with nvml_session(nvml) as session:
         handle = None if session is None else _nvml_handle(session, cuda.get_device_properties(device))
-        index = None if handle is None else ask(session, "nvmlDeviceGetIndex", handle)
+        index = None if handle is None else query(session, "nvmlDeviceGetIndex", handle)
     return (device.index or 0) if index is None else index
 
 
 def recommended_level(gpu: Gpu | None) -> Level:
-    """The default level for a card, by the memory it is sold with; the one that costs no quality without a card."""
+    """The default level for a card, by the memory it is sold with; conservative without a card."""
     memory = gpu.memory_total if gpu else 0
     return [level for level in STOPS if memory >= NOMINAL * level.card_gib * GIB][-1]
 
 
 def apply_vram_fraction(fraction: float = VRAM_FRACTION, index: int = 0, cuda: Any = torch.cuda) -> bool:
-    """Let torch take no more than this fraction of a GPU's memory; says whether there is a GPU to hold to it.
+    """Limit torch to this fraction of a GPU's memory; returns whether there is a GPU.
 
-    An allocation beyond it fails as one beyond the card's memory would.
+    An allocation beyond the limit fails like one beyond the card's memory.
     """
     if not cuda.is_available():
         return False
@@ -147,16 +149,16 @@ def apply_vram_fraction(fraction: float = VRAM_FRACTION, index: int = 0, cuda: A
     return True
 
 
-SIDE = 512  # px: the side at which the memory model and the largest useful batches are stated
-TILE = 256  # px: side of the tiles in which diffusers' VAE works when it tiles
+SIDE = 512  # px; the resolution for which the memory model and the largest useful batch are stated
+TILE = 256  # px; side of the tiles of diffusers' VAE
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Bytes that inference takes. Those of a window and of a frame are for SIDE and go with the pixels."""
+    """Bytes that inference takes. Those of a window and of a frame are for SIDE and scale with the pixels."""
 
     weights: int  # U-Net, VAE and audio encoder
-    fixed: int  # workspaces, whatever the size
+    fixed: int  # workspaces of any resolution
     window: int  # one window of 16 frames with guidance in one U-Net pass
     encode_frame: int  # one frame in one VAE encode
     decode_frame: int  # one frame in one VAE decode
@@ -165,7 +167,7 @@ class MemoryModel:
         return math.ceil(self.window * (resolution / SIDE) ** 2)
 
     def frame_at(self, resolution: int) -> int:
-        """The larger of encode and decode, which take turns."""
+        """The larger of encode and decode, which do not run at the same time."""
         return math.ceil(max(self.encode_frame, self.decode_frame) * (resolution / SIDE) ** 2)
 
 
@@ -182,20 +184,20 @@ RELEASED = MemoryModel(
     decode_frame=467_000_000,
 )
 
-# The largest batches of use at SIDE, to be scaled with the pixels: the decode of 20 frames is 50 TFLOP and a step
-# over one window 35, 0.1 s each on an H100, so that beyond these a batch takes memory, and delays the stages that wait
-# for it, for nothing.
-MOST_FRAMES = 20
-MOST_WINDOWS = 1
-PLANNED = 0.95  # of the memory allowed; the rest is for fragments and for NVML's total being above CUDA's
+# The largest useful batches at SIDE, scaled with the pixels: the decode of 20 frames is 50 TFLOP and a step over one
+# window 35, 0.1 s each on an H100. Larger batches take memory, and delay the stages that wait for them, without being
+# faster.
+MAX_FRAMES = 20
+MAX_WINDOWS = 1
+PLANNED = 0.95  # of the allowed memory; the rest is for fragmentation and for NVML's total being above CUDA's
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """What goes through together, and the memory that it takes by the model."""
+    """Frames and windows per pass, and the memory that they take by the memory model."""
 
-    frames: int  # a pass of the frame-wise stages: VAE encode and decode, putting back
-    windows: int  # a U-Net pass
+    frames: int  # in one pass of the frame-wise stages: VAE encode and decode, compositing
+    windows: int  # in one U-Net pass
     tiling: bool  # the VAE takes its frame in tiles
     planned: int  # bytes, weights included
     allowed: int  # bytes
@@ -208,9 +210,9 @@ class BatchSizes:
 def batch_sizes(memory: Gpu | int, resolution: int, level: Level, model: MemoryModel = RELEASED) -> BatchSizes:
     """The batches for a GPU, or for a memory in bytes, at a resolution in px and a level.
 
-    Both are cut in the same proportion until they fit, to one frame and one window at the least. Window and
-    frames are counted as held together, since captured graphs keep their memory and stages overlap. Where not even
-    one window and one frame in tiles fit, these are returned all the same, and `fits` is False.
+    Frames and windows are reduced in the same proportion until they fit, to at least one of each. They are counted
+    together, since captured graphs keep their memory and stages overlap. Where not even one window and one frame in
+    tiles fit, these are returned all the same, and `fits` is False.
     """
     total, free = (memory.memory_total, memory.memory_free) if isinstance(memory, Gpu) else (memory, memory)
     allowed = int(min(level.vram_fraction * total, free))
@@ -218,11 +220,11 @@ def batch_sizes(memory: Gpu | int, resolution: int, level: Level, model: MemoryM
     base = model.weights + model.fixed
     tiling = level.vae_tiling and base + window + frame > PLANNED * allowed
     if tiling:
-        frame = model.frame_at(min(resolution, TILE))
-    most = int(MOST_FRAMES * level.batch_share * (SIDE / max(resolution, TILE)) ** 2)
-    frames = 1 if tiling else max(1, most)
+        frame, frames = model.frame_at(min(resolution, TILE)), 1
+    else:
+        frames = max(1, int(MAX_FRAMES * level.batch_share * (SIDE / max(resolution, TILE)) ** 2))
     while True:
-        windows = max(1, frames * MOST_WINDOWS // MOST_FRAMES)
+        windows = max(1, frames * MAX_WINDOWS // MAX_FRAMES)
         planned = base + windows * window + frames * frame
         if planned <= PLANNED * allowed or frames == 1:
             return BatchSizes(frames, windows, tiling, planned, allowed)

@@ -1,9 +1,9 @@
-"""Hand-written Triton kernels for what PyTorch's eager networks spend on memory traffic instead of arithmetic.
+"""Hand-written Triton kernels for operations that are bound by memory traffic in eager PyTorch.
 
-Every kernel reads its input once (a group norm twice) and writes its output once, works in float32 inside, and is
-equal to eager but for the rounding of half precision, so it serves every level. No kernel is tuned at run time:
-block sizes are the constants below, and the kernels compile in seconds and are kept in Triton's cache. None
-synchronises with the host, so captured graphs may contain them. `optim.fused` puts them under the networks.
+Every kernel reads its input once (a group norm twice), writes its output once, computes in float32, and equals eager
+except for the rounding of half precision, so it suits every level. No kernel is tuned at run time: block sizes are the
+constants below, and the kernels compile in seconds and stay in Triton's cache. None synchronises with the host, so
+captured graphs may contain them. `optim.fused` uses them in the networks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except (ImportError, OSError):  # not installed, or a library that it needs is not: `optim.fused` says so
+except (ImportError, OSError):  # not installed, or a library that it needs is missing: `optim.fused` logs it
     triton = None
 
     def jit(**_):
@@ -33,13 +33,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROWS, CHANNELS = 64, 64  # tile of the elementwise and group norm kernels; 64 channels = 128 bytes a row in float16
 CHUNK_TILES = 4  # tiles of rows in one program's share of a group norm's statistics
 MERGE_TILE = 4096  # elements of the partial statistics that a program merges at once
-NORM_TILE = 4096  # elements in a layer norm's program: whole rows
+NORM_TILE = 4096  # elements per program of a layer norm: whole rows
 GEGLU_TILE = (8, 256)
-# (frame, pixel, head) triples that one program's matrix products hold together: one pair's own 16 frames, on one warp,
-# was the fastest of 16 to 128 rows and 1 to 8 warps on an H100 (0.195 ms at 4,096 pixels of width 320).
+# Rows, (frame, pixel, head) triples, of one program's matrix products: the 16 frames of one pair, on one warp, were the
+# fastest of 16 to 128 rows and 1 to 8 warps on an H100 (0.195 ms at 4,096 pixels of width 320).
 ATTENTION_ROWS, ATTENTION_WARPS = 16, 1
-ATTENTION_FRAMES = 64  # the most frames of a window
-ATTENTION_DIM = 64  # most channels of a head loaded at once
+ATTENTION_FRAMES = 64  # maximum frames of a window
+ATTENTION_DIM = 64  # maximum channels of a head loaded at once
 
 
 # ---- group norm
@@ -101,11 +101,10 @@ def _group_scale(
     HAS_BIAS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
 ):
-    """What turns an input into its normalised output: factor and summand of every channel.
+    """Factor and summand of every channel that turn an input into its normalised output.
 
-    partial (windows, chunks, 2, channels) → scale (windows, 2, channels), float32. The input is x + conv_bias +
-    offset, per channel, as far as there are these, though x alone was measured. One program merges one group of one
-    window.
+    partial (windows, chunks, 2, channels) → scale (windows, 2, channels), float32. The input is x + conv_bias + offset
+    per channel, where these exist; the partial statistics are of x alone. One program merges one group of one window.
     """
     window = tl.program_id(0) // groups
     width = channels // groups
@@ -119,7 +118,7 @@ def _group_scale(
         move += tl.load(offset + window * offset_stride + c, mask=inside, other=0.0).to(tl.float32)
     partial += window.to(tl.int64) * chunks * 2 * channels
     k = tl.arange(0, CHUNKS)
-    # Means are summed as distances from the first, for the same reason as above.
+    # Means are summed as distances from the first, for the same reason as in `_channel_statistics`.
     origin = tl.sum(tl.where(inside, tl.load(partial + c, mask=inside, other=0.0) + move, 0.0), 0) / width
     total = tl.zeros((CHUNKS, WIDTH), tl.float32)
     for first in range(0, chunks, CHUNKS):
@@ -194,7 +193,7 @@ def _layer_norm(
     weight,
     bias,
     positions,
-    later,
+    total_bias,
     total,
     out,
     rows,
@@ -207,14 +206,14 @@ def _layer_norm(
     HAS_BRANCH: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
-    HAS_LATER: tl.constexpr,
+    HAS_TOTAL_BIAS: tl.constexpr,
     HAS_TOTAL: tl.constexpr,
 ):
-    """s = x + branch + shift; out = norm(s) + position of the row's frame; total = s + later.
+    """s = x + branch + shift; out = norm(s) + position of the row's frame; total = s + total_bias.
 
-    x, branch, total, out (rows, channels), rows ordered (window, frame, pixel); shift, later (channels);
-    positions (≥ frames, channels). total may be x or branch. CHANNELS ≥ channels: a program holds whole rows, so
-    mean and variance are taken one after the other.
+    x, branch, total, out (rows, channels), rows ordered (window, frame, pixel); shift, total_bias (channels);
+    positions (≥ frames, channels). total may be x or branch. CHANNELS ≥ channels: a program holds whole rows, so it
+    computes first the mean, then the variance.
     """
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CHANNELS)
@@ -228,8 +227,8 @@ def _layer_norm(
         y += tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)[None, :]
     if HAS_TOTAL:
         s = y
-        if HAS_LATER:
-            s = y + tl.load(later + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if HAS_TOTAL_BIAS:
+            s = y + tl.load(total_bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
         tl.store(total + at, s.to(total.dtype.element_ty), mask=live)
         y = y.to(total.dtype.element_ty).to(tl.float32)  # the norm sees the rounded sum, as it does in eager
     mean = tl.sum(y, 1) / channels
@@ -280,9 +279,8 @@ def _frame_attention(
     """Attention of every (pixel, head) over the frames of its window.
 
     q, k, v, out (windows, frames, pixels, heads · DIM), `stride` elements from pixel to pixel. A window of 16
-    frames is too small for a matrix product of its own, so a program takes ROWS // frames neighbouring
-    (pixel, head) pairs, which lie side by side in memory, as the rows of one product and masks out what pairs have
-    to do with one another.
+    frames is too small for a matrix product, so a program takes ROWS // frames neighbouring (pixel, head) pairs, which
+    are adjacent in memory, as the rows of one product, and masks out the scores between different pairs.
     """
     together = ROWS // frames
     pairs = pixels * heads
@@ -319,34 +317,34 @@ def _frame_attention(
 # ---- the kernels as functions of tensors
 
 
-_to_compile: dict[tuple, Callable[[], object]] | None = None  # set while `compile_all` looks what there is to do
+_to_compile: dict[tuple, Callable[[], object]] | None = None  # set while `compile_all` collects kernels
 
 
 def _launch(kernel, programs: int, x: Tensor, *args, **constants) -> None:
-    """Start the kernel on x's device, which need not be the current one."""
+    """Launch the kernel on x's device, which need not be the current one."""
     if _to_compile is not None:
 
         def compile_it() -> None:
             with torch.cuda.device_of(x):
                 kernel.warmup(x, *args, grid=(1,), **constants)
 
-        _to_compile[kernel, tuple(map(_kind, (x, *args))), tuple(constants.items())] = compile_it
+        _to_compile[kernel, tuple(map(_specialisation, (x, *args))), tuple(constants.items())] = compile_it
         return
     with torch.cuda.device_of(x):
         kernel[(programs,)](x, *args, **constants)
 
 
-def _kind(argument: Tensor | int | float) -> tuple:
-    """What Triton compiles a kernel anew for."""
+def _specialisation(argument: Tensor | int | float) -> tuple:
+    """The properties of an argument for which Triton compiles a kernel again."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     return type(argument), argument == 1, isinstance(argument, int) and argument % 16 == 0
 
 
 def compile_all(run: Callable[[], object]) -> None:
-    """Compile the kernels that `run` starts, side by side: `run` is called, but its kernels compute nothing.
+    """Compile the kernels that `run` launches in parallel: `run` is called, but its kernels compute nothing.
 
-    What cannot be compiled fails again, and is told, when it is started.
+    A kernel that cannot be compiled raises its error when it is launched.
     """
     global _to_compile
     if INTERPRETED:
@@ -354,12 +352,12 @@ def compile_all(run: Callable[[], object]) -> None:
     _to_compile = {}
     try:
         run()
-        waiting = list(_to_compile.values())
+        jobs = list(_to_compile.values())
     finally:
         _to_compile = None
     with ThreadPoolExecutor() as pool:
-        for compile_it in waiting:
-            pool.submit(compile_it)
+        for job in jobs:
+            pool.submit(job)
 
 
 def group_norm(
@@ -370,9 +368,9 @@ def group_norm(
     offset: Tensor | None = None,
     conv_bias: Tensor | None = None,
 ) -> Tensor:
-    """Group norm over `span` frames together of x + conv_bias + offset, then SiLU.
+    """Group norm of x + conv_bias + offset over `span` frames together, then SiLU.
 
-    x (n, C, h, w), best channels-last; offset (1, C), or (n, C) with the same row for all frames of a window;
+    x (n, C, h, w), preferably channels-last; offset (1, C), or (n, C) with the same row for all frames of a window;
     conv_bias (C). Returns (n, C, h, w) channels-last in x's dtype.
     """
     x = x.contiguous(memory_format=torch.channels_last)
@@ -388,9 +386,10 @@ def group_norm(
     _launch(
         _channel_statistics, windows * chunks * blocks, x, partial, rows, channels, chunks, **tile, TILES=CHUNK_TILES
     )
-    has_offset = offset is not None
-    if has_offset:
+    offset_stride = 0
+    if offset is not None:
         offset = offset.contiguous()
+        offset_stride = span * channels if len(offset) > 1 else 0
     width = triton.next_power_of_2(channels // norm.num_groups)
     _launch(
         _group_scale,
@@ -398,20 +397,20 @@ def group_norm(
         partial,
         norm.weight,
         norm.bias,
-        offset if has_offset else partial,  # any pointer: not read
+        partial if offset is None else offset,  # any pointer: not read
         partial if conv_bias is None else conv_bias,
         scale,
         rows,
         channels,
         chunks,
         norm.num_groups,
-        span * channels if has_offset and len(offset) > 1 else 0,
+        offset_stride,
         chunk_rows,
         norm.eps,
         CHUNKS=max(1, MERGE_TILE // width),
         WIDTH=width,
         HAS_BIAS=conv_bias is not None,
-        HAS_OFFSET=has_offset,
+        HAS_OFFSET=offset is not None,
     )
     programs = windows * triton.cdiv(rows, ROWS) * blocks
     _launch(_scale_channels, programs, x, scale, out, rows, channels, **tile, SILU=silu)
@@ -419,7 +418,7 @@ def group_norm(
 
 
 def add_bias(x: Tensor, residual: Tensor | None, bias: Tensor) -> Tensor:
-    """x + residual + bias, written over x where it is channels-last; x and residual (n, C, h, w), bias (C)."""
+    """x + residual + bias, in place of x where it is channels-last; x and residual (n, C, h, w), bias (C)."""
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -437,14 +436,15 @@ def layer_norm(
     branch: Tensor | None = None,
     positions: Tensor | None = None,
     shift: Tensor | None = None,
-    later: Tensor | None = None,
+    total_bias: Tensor | None = None,
     total: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(s + later, norm(s) + positions), where s = x + branch + shift; the norm is over the last axis.
+    """(s + total_bias, norm(s) + positions), where s = x + branch + shift; the norm is over the last axis.
 
-    x and branch (…, C) contiguous; shift and later (C). With positions (≥ f, C), x is (b, f, p, C). The first result
-    is written to `total`, by default over branch, and without one it is x; the second to `out`, by default new.
+    x and branch (…, C) contiguous; shift and total_bias (C). With positions (≥ f, C), x is (b, f, p, C). The first
+    result is written to `total`, by default over branch, and without a branch it is x; the second to `out`, by default
+    a new tensor.
     """
     channels = x.shape[-1]
     rows = x.numel() // channels
@@ -454,7 +454,7 @@ def layer_norm(
     out = torch.empty_like(x) if out is None else out
     width = triton.next_power_of_2(channels)
     tile_rows = max(1, NORM_TILE // width)
-    any_pointer = norm.weight  # of what is not there, and not read
+    any_pointer = norm.weight  # in place of missing tensors, which are not read
     _launch(
         _layer_norm,
         triton.cdiv(rows, tile_rows),
@@ -464,7 +464,7 @@ def layer_norm(
         norm.weight,
         norm.bias,
         any_pointer if positions is None else positions,
-        any_pointer if later is None else later,
+        any_pointer if total_bias is None else total_bias,
         x if total is None else total,
         out,
         rows,
@@ -477,7 +477,7 @@ def layer_norm(
         HAS_BRANCH=branch is not None,
         HAS_SHIFT=shift is not None,
         HAS_POSITIONS=positions is not None,
-        HAS_LATER=later is not None,
+        HAS_TOTAL_BIAS=total_bias is not None,
         HAS_TOTAL=total is not None,
     )
     return x if total is None else total, out
@@ -497,7 +497,7 @@ def geglu(x: Tensor) -> Tensor:
 def frame_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Attention over the frames, pixel by pixel; q, k, v (b, f, p, C) with f ≤ ATTENTION_FRAMES → (b, f, p, C).
 
-    The three may be slices of one (b, f, p, 3C) tensor: only the step from pixel to pixel must be the same.
+    The three may be slices of one (b, f, p, 3C) tensor, but must have the same stride from pixel to pixel.
     """
     b, f, p, channels = q.shape
     dim = channels // heads

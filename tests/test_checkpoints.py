@@ -13,9 +13,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentsync.checkpoints.convert import in_groups
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.checkpoints.releases import LICENCES, RELEASES, VAE_PARTS, recommend
+from latentsync.checkpoints.tensors import in_groups
 from latentsync.errors import UserError
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def folder(checkpoint, tmp_path) -> Path:
 
 
 def load(folder: Path):
-    return load_models(resolve(str(folder), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(folder), CPU), CPU, torch.float32)
 
 
 def refusal(folder: Path) -> str:
@@ -123,7 +124,7 @@ def test_weights_too_large_for_half_precision_are_refused_only_there(folder):
     edit(folder / UNET, lambda tensors: tensors["conv_in.weight"].view(-1)[:1].fill_(1e5))
     load(folder)
     with pytest.raises(UserError, match=r"latentsync_unet.*'conv_in.weight' that are not finite as float16"):
-        load_models(resolve(str(folder), CPU), CPU, torch.float16)
+        load_models(resolve_model(str(folder), CPU), CPU, torch.float16)
 
 
 def lie(path: Path, change) -> None:
@@ -350,29 +351,29 @@ def test_parts_of_different_models_are_refused(folder):
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError, match="no model 'nonsense'.*auto.*demo.*latentsync-1.5.*latentsync-1.6"):
-        resolve("nonsense", CPU)
+        resolve_model("nonsense", CPU)
 
 
 def test_a_released_model_that_is_absent_says_what_to_fetch_and_where(monkeypatch, tmp_path):
     monkeypatch.setenv("LATENTSYNC_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        resolve("latentsync-1.6", CPU)
+        resolve_model("latentsync-1.6", CPU)
     assert RELEASES["latentsync-1.6"].repository in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_a_released_model_is_found_in_the_users_folder(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setenv("LATENTSYNC_HOME", str(tmp_path))
     shutil.copytree(checkpoint, tmp_path / "checkpoints" / "latentsync-1.5")
-    found = resolve("latentsync-1.5", CPU)
+    found = resolve_model("latentsync-1.5", CPU)
     assert found.name == "latentsync-1.5" and found.unet.is_relative_to(tmp_path)
 
 
 def test_auto_takes_the_demo_model_without_a_gpu(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setenv("LATENTSYNC_HOME", str(tmp_path))
     shutil.copytree(checkpoint, tmp_path / "checkpoints" / "latentsync-1.6")  # needs more than this machine has
-    monkeypatch.setattr("latentsync.checkpoints.load.DEMO_FOLDER", checkpoint)
-    assert resolve("auto", CPU).name == "demo"
+    monkeypatch.setattr("latentsync.checkpoints.find.DEMO_FOLDER", checkpoint)
+    assert resolve_model("auto", CPU).name == "demo"
 
 
 def arrange(folder: Path, checkpoint: Path, vae: str = "vae") -> None:
@@ -387,7 +388,7 @@ def arrange(folder: Path, checkpoint: Path, vae: str = "vae") -> None:
 @pytest.mark.parametrize("vae", ["vae", "sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse"])
 def test_layouts_of_the_reference_and_its_wrappers_are_found(checkpoint, tmp_path, inner, vae):
     arrange(tmp_path / "LatentSync-1.5" / inner, checkpoint, vae)
-    found = resolve(str(tmp_path / "LatentSync-1.5"), CPU)
+    found = resolve_model(str(tmp_path / "LatentSync-1.5"), CPU)
     assert found.resolution == 256 and found.vae.parent == tmp_path / "LatentSync-1.5" / inner / vae
 
 
@@ -395,7 +396,7 @@ def test_the_autoencoder_that_the_reference_left_in_the_cache_is_found(checkpoin
     arrange(tmp_path / "reference-1.6" / "checkpoints", checkpoint)
     shutil.rmtree(tmp_path / "reference-1.6" / "checkpoints" / "vae")
     with pytest.raises(UserError, match="lacks vae/"):
-        resolve(str(tmp_path / "reference-1.6"), CPU)
+        resolve_model(str(tmp_path / "reference-1.6"), CPU)
     parts = []
     for part in VAE_PARTS:
         cached = tmp_path / "models--stabilityai--sd-vae-ft-mse" / "snapshots" / part.revision / part.file
@@ -403,21 +404,21 @@ def test_the_autoencoder_that_the_reference_left_in_the_cache_is_found(checkpoin
         shutil.copy(checkpoint / part.place, cached)
         parts.append(replace(part, size=cached.stat().st_size))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("latentsync.checkpoints.load.VAE_PARTS", parts)
-    found = resolve(str(tmp_path / "reference-1.6"), CPU)
+    monkeypatch.setattr("latentsync.checkpoints.find.VAE_PARTS", parts)
+    found = resolve_model(str(tmp_path / "reference-1.6"), CPU)
     assert found.vae.is_file() and found.vae_config.is_file() and found.resolution == 512
 
 
 def test_a_file_that_is_not_known_is_run_as_its_folder_says_with_a_remark(checkpoint, tmp_path):
     folder = tmp_path / "mine-1.6"
     arrange(folder, checkpoint)
-    remark = resolve(str(folder), CPU).remark
+    remark = resolve_model(str(folder), CPU).remark
     assert (
         "none of the released files" in remark and "512 px" in remark and str(folder / "latentsync_unet.pt") in remark
     )
     assert remark.endswith(".") and "\n" not in remark
     (folder / "config.json").write_text('{"Name": "LatentSync-1.5"}')  # the hub's own; the folder's name goes on first
-    assert resolve(str(folder.rename(tmp_path / "mine")), CPU).resolution == 256
+    assert resolve_model(str(folder.rename(tmp_path / "mine")), CPU).resolution == 256
 
 
 @pytest.mark.parametrize("place", ["wrongly named 1.6", "wrong latentsync.json", "right"])
@@ -429,7 +430,7 @@ def test_a_known_file_is_run_at_its_own_resolution_wherever_it_lies(checkpoint, 
     release = RELEASES["latentsync-1.5"]
     unet = replace(release.unet, size=(folder / "latentsync_unet.pt").stat().st_size)
     monkeypatch.setitem(RELEASES, "latentsync-1.5", replace(release, parts=(*release.parts[:-1], unet)))
-    found = resolve(str(folder), CPU)
+    found = resolve_model(str(folder), CPU)
     assert found.resolution == 256
     assert found.remark is None if place == "right" else "is the U-Net of latentsync-1.5" in found.remark
 
@@ -489,8 +490,8 @@ def test_the_container_copies_and_runs_what_exists():
     commands = re.findall(r"\./launch\.sh (\w+)", text)
     assert commands and all(f"    {command})" in (root / "launch.sh").read_text() for command in commands)
     assert [line[1:] for line in lines if line[0] == "CMD"] == [['["./launch.sh"]']]  # which serves the page
-    app = (root / "app.py").read_text()
-    assert all(f'"{name}"' in app for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "LATENTSYNC_GET"))
+    options = (root / "optim/serving/options.py").read_text()
+    assert all(f'"{name}"' in options for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "LATENTSYNC_GET"))
     assert all(f"{name}=" in text for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "LATENTSYNC_GET"))
 
 

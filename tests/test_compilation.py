@@ -1,7 +1,6 @@
 """A compiled network is the eager one, and a job compiles only where that cannot make it slower."""
 
 import os
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,8 +14,18 @@ from latentsync.settings import DeepCache, Settings
 from latentsync.unet import UNet, UNetConfig
 from optim import compilation
 from optim.accelerate import make_plan, should_compile
-from optim.compilation import LONG_JOB, compile_unet, is_compiled, missing_compiler, restore, use_cache_folder
-from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, override
+from optim.compilation import (
+    COMPILE_THREADS,
+    LONG_JOB,
+    compile_unet,
+    configure_compilers,
+    is_compiled,
+    missing_compiler,
+    restore_eager,
+)
+from optim.levels import CONSERVATIVE, STOPS, override
+
+_, BALANCED, AGGRESSIVE = STOPS
 
 CONFIG = UNetConfig(
     in_channels=9,
@@ -30,7 +39,7 @@ CONFIG = UNetConfig(
 )
 SIDE = 4
 SETTINGS = Settings(cache=DeepCache(2, 0))
-VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
+VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", COMPILE_THREADS)
 
 
 @pytest.fixture(autouse=True)
@@ -65,16 +74,14 @@ def passes(unet: UNet, frames: int) -> list[torch.Tensor]:
 # ---- when
 
 
-def planned(level, windows=1):
-    plan = make_plan(level, SETTINGS, 128, None)
-    return replace(plan, settings=replace(plan.settings, windows_per_pass=windows))
+def planned(level):
+    return make_plan(level, SETTINGS, 128, None)
 
 
-def test_a_level_compiles_long_jobs_for_which_nothing_faster_runs():
+def test_a_level_compiles_long_jobs_without_fused_kernels():
     assert should_compile(planned(AGGRESSIVE), False, LONG_JOB)
     assert not should_compile(planned(AGGRESSIVE), False, LONG_JOB - 1)
     assert not should_compile(planned(AGGRESSIVE), False, None)
-    assert not should_compile(planned(AGGRESSIVE, windows=2), False, LONG_JOB)  # side by side
     assert not should_compile(planned(AGGRESSIVE), True, LONG_JOB)  # the fused kernels
     assert should_compile(planned(override(AGGRESSIVE, fused=False)), True, LONG_JOB)
     assert not any(should_compile(planned(level), False, LONG_JOB) for level in (CONSERVATIVE, BALANCED))
@@ -82,15 +89,27 @@ def test_a_level_compiles_long_jobs_for_which_nothing_faster_runs():
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_an_explicit_choice_goes_before_the_rule(asked):
-    plan = planned(override(AGGRESSIVE, compile=asked), windows=2)
+    plan = planned(override(AGGRESSIVE, compile=asked))
     assert should_compile(plan, True, 25) is should_compile(plan, False, 10 * LONG_JOB) is asked
 
 
 def test_the_cache_folder_is_the_users_unless_they_set_another(home, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
-    use_cache_folder()
+    configure_compilers()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(home / "compiled" / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
+
+
+@pytest.mark.parametrize("threads", [8, 2])
+def test_inductor_takes_no_more_threads_than_there_are_cores_to_use(monkeypatch, threads):
+    monkeypatch.setattr(compilation, "usable_cores", lambda: 3)
+    monkeypatch.setattr(inductor, "compile_threads", threads)
+    monkeypatch.setenv(COMPILE_THREADS, str(threads))
+    configure_compilers()
+    assert inductor.compile_threads == threads, "the user's choice"
+    monkeypatch.delenv(COMPILE_THREADS)
+    configure_compilers()
+    assert inductor.compile_threads == min(threads, 3)
 
 
 # ---- the network
@@ -105,7 +124,7 @@ def test_failure_leaves_it_eager_with_one_line(models, monkeypatch):
 
     expected = passes(models.unet, 16)
     monkeypatch.setattr(torch, "compile", fail)
-    monkeypatch.setattr(compilation, "missing_compiler", lambda _: None)
+    monkeypatch.setattr(compilation, "missing_compiler", lambda _: "")
     lines = []
     assert not compile_unet(models, SETTINGS, lines.append)
     assert len(lines) == 1 and "no such compiler" in lines[0] and "much more" not in lines[0]
@@ -122,7 +141,7 @@ def test_a_wrong_result_is_turned_down(models, monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(compilation, "missing_compiler", lambda _: None)
+    monkeypatch.setattr(compilation, "missing_compiler", lambda _: "")
     lines = []
     assert not compile_unet(models, SETTINGS, lines.append)
     assert len(lines) == 1 and "off by" in lines[0] and not is_compiled(models.unet)
@@ -148,7 +167,7 @@ def test_one_shape_is_compiled_and_nothing_later(models, monkeypatch):
         return lambda *inputs: ran.append(None) or graph(*inputs)
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(compilation, "missing_compiler", lambda _: None)
+    monkeypatch.setattr(compilation, "missing_compiler", lambda _: "")
     expected = {frames: passes(models.unet, frames) for frames in (16, 5)}
     lines, before = [], graphs()
     assert compile_unet(models, SETTINGS, lines.append), lines
@@ -165,13 +184,13 @@ def test_one_shape_is_compiled_and_nothing_later(models, monkeypatch):
     torch.set_num_threads(2)  # compiled code is for one number of threads, but this must not compile it anew
     passes(models.unet, 16)
     assert len(ran) == 2 and graphs() == made
-    restore(models.unet)
+    restore_eager(models.unet)
     assert not is_compiled(models.unet)
     torch.set_num_threads(1)
     assert all(torch.equal(*pair) for pair in zip(passes(models.unet, 16), expected[16], strict=True))
 
 
-@pytest.mark.skipif(missing_compiler("cpu") is not None, reason=str(missing_compiler("cpu")))
+@pytest.mark.skipif(bool(missing_compiler("cpu")), reason=missing_compiler("cpu"))
 def test_compiled_is_eager(models, monkeypatch):
     def full(unet, x, timestep, context, frames, branch=None, guided=False):
         # A network of these lines takes seconds to compile, the whole one minutes.
@@ -186,7 +205,7 @@ def test_compiled_is_eager(models, monkeypatch):
         return models.unet.full(x, torch.tensor([500]), context, 16, 0, True)[0]
 
     monkeypatch.setattr(UNet, "full", full)
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # starting workers takes longer than the work
+    monkeypatch.setattr(inductor, "compile_threads", 1)  # starting workers takes longer than the work
     monkeypatch.setattr(inductor.cpp, "simdlen", 1)  # as does reading the headers of vector instructions
     expected = full_pass()
     lines, before = [], graphs()

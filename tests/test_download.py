@@ -26,7 +26,8 @@ from small_release import COMMIT, NAME, UNET, release_of
 from latentsync.checkpoints import __main__ as command_line
 from latentsync.checkpoints import download, store
 from latentsync.checkpoints.download import Cancelled
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.checkpoints.releases import RELEASES, folder_of
 from latentsync.errors import UserError
 
@@ -55,7 +56,7 @@ def partial() -> int:
 def test_a_release_is_fetched_converted_and_loads_as_its_original(hub, originals):
     seen = []
     folder = store.get(NAME, lambda *progress: seen.append(progress))
-    found = resolve(NAME, CPU)
+    found = resolve_model(NAME, CPU)
     assert found.unet == folder / "latentsync_unet.safetensors" and found.remark is None
     wanted = torch.load(originals / UNET, weights_only=True)["state_dict"]
     converted = load_file(found.unet)
@@ -87,7 +88,7 @@ def test_a_second_time_nothing_is_fetched(hub):
 
 def test_the_pickle_goes_on_request_and_nothing_misses_it(hub):
     folder = store.get(NAME, keep_pickle=False)
-    assert not (folder / UNET).exists() and resolve(NAME, CPU).unet.exists()
+    assert not (folder / UNET).exists() and resolve_model(NAME, CPU).unet.exists()
     sent = len(hub.sent(UNET))
     store.get(NAME)
     assert len(hub.sent(UNET)) == sent and store.verify(NAME) == []
@@ -231,7 +232,7 @@ def test_offline_with_nothing_here_says_how_to_get_it(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refusal()
     assert not hub.requests
-    assert resolve("auto", CPU).name == "demo" and "checkpoints list" in resolve("auto", CPU).remark
+    assert resolve_model("auto", CPU).name == "demo" and "checkpoints list" in resolve_model("auto", CPU).remark
 
 
 def fill_cache(originals: Path) -> None:
@@ -248,9 +249,9 @@ def fill_cache(originals: Path) -> None:
 def test_offline_the_hugging_face_cache_is_enough(hub, originals, monkeypatch):
     fill_cache(originals)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert resolve(NAME, CPU).unet.is_relative_to(constants.HF_HUB_CACHE)
+    assert resolve_model(NAME, CPU).unet.is_relative_to(constants.HF_HUB_CACHE)
     store.get(NAME)
-    assert resolve(NAME, CPU).unet.is_relative_to(folder_of(NAME)) and not hub.requests
+    assert resolve_model(NAME, CPU).unet.is_relative_to(folder_of(NAME)) and not hub.requests
     assert store.verify(NAME) == []
 
 
@@ -275,7 +276,7 @@ def test_files_of_a_folder_are_taken_instead_of_fetched(hub, originals, tmp_path
 
 
 def test_what_killed_processes_left_goes_with_the_next_get(hub, originals):
-    left = [folder_of(NAME) / "latentsync_unet.safetensors.1.converting", folder_of(NAME) / "vae/a.1.copying"]
+    left = [folder_of(NAME) / ".latentsync-1.safetensors", folder_of(NAME) / "vae/.latentsync-2.json"]
     left.append(download.partial_path(folder_of(NAME) / UNET, RELEASES[NAME].unet))
     for path in left:
         path.parent.mkdir(exist_ok=True)
@@ -341,7 +342,7 @@ folder = folder_of(sys.argv[2])
 folder.mkdir(parents=True, exist_ok=True)
 download.CHUNK = 1 << 16
 try:
-    with download.alone(folder, download.no_progress, None):
+    with download.folder_lock(folder, download.no_progress, None):
         download.fetch(sys.argv[2])
 except UserError as error:
     sys.exit(str(error))
@@ -435,8 +436,10 @@ STEPS = """
 import json, pickle, sys, time
 from pathlib import Path
 import torch
-from latentsync.checkpoints import load as checkpoints, store
-from latentsync.__main__ import peak_memory
+from latentsync.checkpoints import store, tensors
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
+from latentsync.machine import peak_memory
 from latentsync.checkpoints.releases import LICENCES, RELEASES, folder_of
 
 release, name, step = pickle.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2], sys.argv[3]
@@ -457,13 +460,13 @@ else:
         def read(tensor, device, dtype):
             tensor.sum()
             return tensor.to("meta", dtype)
-        checkpoints._to_device = read
+        tensors._to_device = read
     else:
         torch.zeros(1, device=device)
         before, began = peak_memory(), time.monotonic()
-    found = checkpoints.resolve(name, torch.device("cpu"))
+    found = resolve_model(name, torch.device("cpu"))
     assert found.unet.suffix == step and found.remark is None, found
-    models = checkpoints.load_models(found, device, torch.float16)
+    models = load_models(found, device, torch.float16)
     if device.type == "cuda":
         torch.cuda.synchronize()
         parts["GPU GB"] = torch.cuda.max_memory_allocated() / 1e9

@@ -6,7 +6,8 @@ import torch
 from conftest import portrait
 
 from latentsync import painting
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.painting import Painter
 from latentsync.pipeline import Source, generate_frames, lipsync
@@ -16,8 +17,8 @@ from latentsync.timing import StageClock
 from latentsync.unet import UNet
 from latentsync.validation import broken_faces, in_dtype
 from latentsync.windows import AlignedFrame
-from optim.fused import fuse
 from optim.graphs import capture
+from optim.lean import make_lean
 
 CPU = torch.device("cpu")
 FRAMES = 24  # a window and a slid-back second, of which 8 frames are new
@@ -26,12 +27,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture
 def half(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float16)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float16)
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def spoil(models, monkeypatch, spoilt) -> list:
             latents[-1, :, -1, 2, 2] = torch.nan  # one number of the last frame
         return latents
 
-    monkeypatch.setattr(models, "denoise", spoiling)
+    monkeypatch.setattr(painting, "denoise", spoiling)
     return passes
 
 
@@ -135,7 +136,7 @@ def test_the_next_type_serves_where_memory_is_short_of_the_widest(narrow, wav, m
 def test_a_job_whose_numbers_stay_broken_ends_with_a_sentence_and_keeps_the_old_file(
     checkpoint, talking, voice, tmp_path, monkeypatch, dtype
 ):
-    models = load_models(resolve(str(checkpoint), CPU), CPU, dtype)
+    models = load_models(resolve_model(str(checkpoint), CPU), CPU, dtype)
     spoil(models, monkeypatch, range(100))
     output = tmp_path / "out.mp4"
     output.write_bytes(b"an earlier result")
@@ -185,7 +186,7 @@ def test_what_is_no_picture_is_noticed_frame_by_frame(kind, dtype):
 
 
 def test_the_wider_networks_are_plain_and_the_others_stay_as_they_are(half):
-    fuse(half.vae)
+    make_lean(half.vae)
     capture(half.unet)
     half.vae.enable_tiling()
     kinds = [type(module) for network in (half.unet, half.vae) for module in network.modules()]
@@ -212,7 +213,7 @@ def test_the_demo_model_is_far_from_every_limit(wav, monkeypatch, steps):
         return real(predicted, pixels, hidden)
 
     monkeypatch.setattr(painting, "broken_faces", measured)
-    models = load_models(resolve("demo", CPU), CPU, torch.float32)
+    models = load_models(resolve_model("demo", CPU), CPU, torch.float32)
     frames = enumerate(portrait(t) for t in range(3))
     shots = list(generate_frames(Source(frames, wav, 3), models, Settings(steps=steps), StageClock()))
     assert not any(shot.recomputed for shot in shots)

@@ -12,6 +12,7 @@ from latentsync.sampling import ddim_schedule, denoise
 from latentsync.settings import DeepCache
 from latentsync.unet import UNet, UNetConfig
 from optim import fused, kernels
+from optim.swap import restore_classes
 
 if kernels.triton is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -42,7 +43,7 @@ VAE = {
 def inference(monkeypatch):
     """No gradients, fixed inputs, and memory that shows up as NaN where nothing was written."""
     monkeypatch.setattr(network, "TEMPORAL_GROUPS", GROUPS)
-    monkeypatch.setattr(fused, "CHECK_SIDE", 2)
+    monkeypatch.setattr(fused, "TRIAL_SIDE", 2)
     monkeypatch.setattr(kernels, "ATTENTION_ROWS", 64)  # few programs: interpreting one costs more than its size
     if kernels.INTERPRETED:
         monkeypatch.setattr(kernels, "CHANNELS", 128)  # tiles that do not fill are tried in test_kernels.py
@@ -53,12 +54,6 @@ def inference(monkeypatch):
     with torch.inference_mode():
         yield
     torch.use_deterministic_algorithms(False)
-
-
-def swapped(unet: UNet) -> UNet:
-    """Fused without the trial."""
-    fused._swap(unet)
-    return unet
 
 
 def small_unet(dtype: torch.dtype = SINGLE) -> UNet:
@@ -78,7 +73,7 @@ def loop(unet: UNet, windows: int = 1) -> Tensor:
     return denoise(unet, noise, condition, audio, ddim_schedule(2), 1.5, DeepCache(2, 0))
 
 
-def test_a_fused_loop_equals_eager_and_unfuse_undoes_it():
+def test_a_fused_loop_equals_eager_and_is_undone():
     unet = small_unet()
     names, plain = list(unet.state_dict()), [type(m) for m in unet.modules()]
     wanted = loop(unet, 2)
@@ -87,14 +82,14 @@ def test_a_fused_loop_equals_eager_and_unfuse_undoes_it():
     assert {type(m) for m in unet.modules()} >= own
     assert list(unet.state_dict()) == names
     assert error(loop(unet, 2), wanted) <= 1e-5
-    assert [type(m) for m in fused.unfuse(unet).modules()] == plain
+    assert [type(m) for m in restore_classes(unet).modules()] == plain
     assert torch.equal(loop(unet, 2), wanted)
 
 
 def test_half_precision_is_no_further_from_the_truth_than_eager():
     unet = small_unet(HALF)
-    eager, ours = loop(unet), loop(swapped(unet))
-    truth = loop(fused.unfuse(unet).float())  # the same rounded weights; inputs differ by their rounding
+    eager, ours = loop(unet), loop(fused.fuse_untried(unet))
+    truth = loop(restore_classes(unet).float())  # the same rounded weights; inputs differ by their rounding
     assert not torch.equal(ours, eager)
     # Both err by the rounding of half precision, which is scattered by the processor: 0.9 to 1.03 times was seen.
     assert error(ours, truth) <= 2 * error(eager, truth)
@@ -105,7 +100,7 @@ def test_timesteps_may_differ_between_windows():
     sample, audio = rand(2, 13, FRAMES, 4, 4), rand(2, FRAMES, 50, CONFIG.cross_attention_dim)
     timesteps = torch.tensor([900, 20], device=DEVICE)
     wanted = unet(sample, timesteps, audio)
-    assert error(swapped(unet)(sample, timesteps, audio), wanted) <= 1e-5
+    assert error(fused.fuse_untried(unet)(sample, timesteps, audio), wanted) <= 1e-5
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA GPU")
@@ -125,14 +120,14 @@ def test_a_fused_pass_can_be_captured_and_replayed():
     assert error(out, wanted) <= BOUND[HALF]
 
 
-def test_modules_that_cannot_be_served_run_as_before_and_say_so_once(capsys, monkeypatch):
-    monkeypatch.setattr(fused, "_said", set())
-    unet = swapped(small_unet())
+def test_modules_that_cannot_be_served_run_as_before_and_log_it_once(caplog):
+    fused._warn_once.cache_clear()
+    unet = fused.fuse_untried(small_unet())
     block = unet.down_blocks[0].resnets[0].double()
     x, time = image(2, 96, 3, 3, torch.float64), rand(1, 384, dtype=torch.float64)
     out = block(x, time, 2)
-    assert torch.equal(out, fused.unfuse(unet).down_blocks[0].resnets[0](x, time, 2))
-    assert [line for line in capsys.readouterr().err.splitlines() if "ernels" in line] == [
+    assert torch.equal(out, restore_classes(unet).down_blocks[0].resnets[0](x, time, 2))
+    assert caplog.messages == [
         "Fused kernels are not used for some modules (torch.float64 has no kernel); PyTorch's own run instead."
     ]
 
@@ -146,37 +141,30 @@ def test_gradients_pass_through_pytorchs_own_modules():
 
 
 @pytest.mark.parametrize("fault", ["wrong", "broken"])
-def test_kernels_that_fail_their_trial_are_taken_out_with_one_message(fault, capsys, monkeypatch):
+def test_kernels_that_fail_their_trial_are_taken_out_with_one_message(fault, caplog, monkeypatch):
     def geglu(x: Tensor) -> Tensor:
         if fault == "broken":
             raise RuntimeError("Failed to find C compiler.\nmore")
         return F.gelu(x.chunk(2, dim=-1)[0])
 
-    monkeypatch.setattr(fused, "_said", set())
+    fused._warn_once.cache_clear()
     monkeypatch.setattr(fused, "geglu", geglu)
     unet = small_unet()
     plain = [type(m) for m in unet.modules()]
     fused.fuse(unet)
     assert [type(m) for m in unet.modules()] == plain
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "ernels" in line]
+    (line,) = caplog.messages
     reason = "RuntimeError: Failed to find C compiler.;" if fault == "broken" else "off by"
     assert line.startswith("Fused kernels are off: ") and reason in line
 
 
-def test_no_kernel_is_put_under_a_network_on_the_cpu(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    unet = small_unet().cpu()
-    assert not {type(m) for m in fused.fuse(unet).modules()} & set(fused.FAST.values())
-    assert capsys.readouterr().err == ""
-
-
-def test_without_triton_eager_runs_and_one_line_says_so(monkeypatch, capsys):
+def test_without_triton_eager_runs_and_one_line_says_so(monkeypatch, caplog):
     monkeypatch.setattr(kernels, "triton", None)
-    monkeypatch.setattr(fused, "_said", set())
+    fused._warn_once.cache_clear()
     unet = small_unet()
     plain = [type(m) for m in unet.modules()]
     assert [type(m) for m in fused.fuse(fused.fuse(unet)).modules()] == plain
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert len(caplog.messages) == 1
 
 
 def small_vae(dtype: torch.dtype = SINGLE) -> AutoencoderKL:
@@ -191,7 +179,7 @@ VAE_BOUNDS = [(SINGLE, 1e-5), (HALF, 5e-3)]
 
 
 @pytest.mark.parametrize("dtype, bound", VAE_BOUNDS[:1] if kernels.INTERPRETED else VAE_BOUNDS, ids=str)
-def test_a_fused_autoencoder_equals_eager_and_unfuse_undoes_it(dtype, bound):
+def test_a_fused_autoencoder_equals_eager_and_is_undone(dtype, bound):
     vae = small_vae(dtype)
     faces, latents = image(2, 3, 6, 4, dtype), image(2, 4, 3, 2, dtype)
 
@@ -203,7 +191,7 @@ def test_a_fused_autoencoder_equals_eager_and_unfuse_undoes_it(dtype, bound):
     assert fused.FastVaeAttention in {type(m) for m in vae.modules()}
     for ours, theirs in zip(there_and_back(), wanted, strict=True):
         assert ours.shape == theirs.shape and error(ours, theirs) <= bound
-    assert [type(m) for m in fused.unfuse(vae).modules()] == plain
+    assert [type(m) for m in restore_classes(vae).modules()] == plain
     for ours, theirs in zip(there_and_back(), wanted, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -223,18 +211,18 @@ def test_passes_that_part_at_the_second_level_are_fused_right(guided):
         return out, unet.shallow(x, timestep, context, FRAMES, 1, cached, guided)
 
     wanted = passes()
-    swapped(unet)
+    fused.fuse_untried(unet)
     for ours, theirs in zip(passes(), wanted, strict=True):
         assert len(ours) == (2 * FRAMES if guided else FRAMES) and error(ours, theirs) <= 1e-5
 
 
 def test_weights_moved_apart_again_are_noticed():
-    unet = swapped(small_unet())
+    unet = fused.fuse_untried(small_unet())
     attention = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     x = rand(2, 3, 96)
     wanted = attention.to_q(x), attention.to_k(x), attention.to_v(x)
     for _ in range(2):
-        for ours, theirs in zip(fused.queries_keys_values(attention, x), wanted, strict=True):
+        for ours, theirs in zip(fused.project_qkv(attention, x), wanted, strict=True):
             assert error(ours, theirs) <= 1e-6
         attention.to_k.weight.data = attention.to_k.weight.data.clone()
     assert fused._stacked((attention.to_q.weight, attention.to_k.weight, attention.to_v.weight)) is None

@@ -10,7 +10,7 @@ from latentsync.settings import DeepCache
 from latentsync.unet import Context, UNet, UNetConfig
 from latentsync.vae import decode, encode_conditioning
 from optim import graphs
-from optim.graphs import MOST_GRAPHS, RUNS_TO_REPLACE, Graphs, Pass, capture, release
+from optim.graphs import MAX_GRAPHS, RUNS_TO_REPLACE, CapturedPass, Graphs, capture, release
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,11 +30,11 @@ class Recorded:
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch) -> list[Pass]:
+def on_a_gpu(monkeypatch) -> list[CapturedPass]:
     """Let tensors of the processor be captured; returns the passes as they are."""
     captured = []
 
-    def record(_: Graphs, run, x: Tensor, timestep: Tensor, context: Context, cached: Tensor | None) -> Pass:
+    def record(_: Graphs, run, x: Tensor, timestep: Tensor, context: Context, cached: Tensor | None) -> CapturedPass:
         x, timestep = x.clone(), None if timestep is None else timestep.clone()
         context = [(k.clone(), v.clone()) for k, v in context]
         cached = None if cached is None else cached.clone()
@@ -46,7 +46,7 @@ def on_a_gpu(monkeypatch) -> list[Pass]:
             if kept is not None:
                 kept.copy_(new_kept)
 
-        captured.append(Pass(Recorded(again), x, timestep, context, cached, out, kept))
+        captured.append(CapturedPass(Recorded(again), x, timestep, context, cached, out, kept))
         return captured[-1]
 
     monkeypatch.setattr(graphs, "_capture", record)
@@ -84,14 +84,14 @@ def test_loops_over_replayed_passes_equal_eager_ones_window_after_window(on_a_gp
 
 def test_other_shapes_are_captured_on_their_own_as_long_as_there_is_room(on_a_gpu):
     unet = small_unet()
-    for frames in range(1, MOST_GRAPHS + 3):
+    for frames in range(1, MAX_GRAPHS + 3):
         inputs = window(frames)
         wanted = denoise(unet, *inputs, ddim_schedule(3)) if frames == 1 else None
         capture(unet)
         ours = denoise(unet, *inputs, ddim_schedule(3))
         if wanted is not None:
             assert torch.allclose(ours, wanted, **ROUNDING)
-    assert len(unet.graphs.passes) == len(on_a_gpu) == MOST_GRAPHS
+    assert len(unet.graphs.passes) == len(on_a_gpu) == MAX_GRAPHS
 
 
 def test_a_film_of_scenes_of_every_length_captures_few_graphs(on_a_gpu):
@@ -101,17 +101,17 @@ def test_a_film_of_scenes_of_every_length_captures_few_graphs(on_a_gpu):
         for frames in range(1, 17):
             denoise(unet, *window(frames), ddim_schedule(7), 1.5, DeepCache(3, 0))
             runs += 7
-    assert len(on_a_gpu) <= MOST_GRAPHS + runs / RUNS_TO_REPLACE
+    assert len(on_a_gpu) <= MAX_GRAPHS + runs / RUNS_TO_REPLACE
 
 
 def test_a_shape_that_comes_to_stay_takes_the_place_of_the_graph_that_was_used_least_recently(on_a_gpu):
     unet = small_unet()
     capture(unet)
-    for frames in range(1, MOST_GRAPHS + 1):
+    for frames in range(1, MAX_GRAPHS + 1):
         denoise(unet, *window(frames), ddim_schedule(3))
     oldest = next(iter(unet.graphs.passes))
     denoise(unet, *window(16), ddim_schedule(RUNS_TO_REPLACE + 2))
-    assert len(unet.graphs.passes) == MOST_GRAPHS and oldest not in unet.graphs.passes
+    assert len(unet.graphs.passes) == MAX_GRAPHS and oldest not in unet.graphs.passes
     assert on_a_gpu[-1].x.shape[0] == 16 and on_a_gpu[-1].graph.replays == 2
 
 

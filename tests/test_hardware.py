@@ -6,8 +6,9 @@ import torch
 from fake_nvml import GIB, MIB, Card, FakeCuda, FakeNvml, card_of
 
 from optim.hardware import RELEASED, Gpu, apply_vram_fraction, batch_sizes, nvml_index, read_gpus, recommended_level
-from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, STOPS, override
+from optim.levels import CONSERVATIVE, STOPS, override
 
+_, BALANCED, AGGRESSIVE = STOPS
 SIZES = (6, 8, 12, 16, 24, 48, 80)
 RESOLUTIONS = (256, 512)
 

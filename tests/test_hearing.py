@@ -8,7 +8,8 @@ import torch
 from clips import ffmpeg
 
 from latentsync.audio import audio_chunks, raise_quiet_speech, speech_gains
-from latentsync.checkpoints.load import load_audio_encoder, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_audio_encoder
 from latentsync.media import read_audio
 from latentsync.media.mixing import mix_down
 
@@ -249,7 +250,7 @@ def test_a_quiet_sound_of_a_few_samples_is_left_alone(samples):
 
 def test_only_a_model_that_asks_for_it_hears_quiet_speech_raised(checkpoint):
     """The released models' numbers stay; the demo model hears quiet speech as it hears loud speech."""
-    plain, demo = (resolve(name, torch.device("cpu")) for name in (str(checkpoint), "demo"))
+    plain, demo = (resolve_model(name, torch.device("cpu")) for name in (str(checkpoint), "demo"))
     assert plain.speech_level is None and demo.speech_level == LEVEL
     encoder = load_audio_encoder(demo.whisper)
     heard = {

@@ -21,7 +21,7 @@ from small_release import NAME
 
 from latentsync import STAGES, painting, pipeline
 from latentsync.checkpoints import store
-from latentsync.checkpoints.load import resolve
+from latentsync.checkpoints.find import resolve_model
 from latentsync.errors import UserError
 from latentsync.media import COMMENT, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped, segments
 from latentsync.settings import DeepCache, Settings
@@ -100,7 +100,7 @@ def test_a_job_is_done_and_told(worker, talking, voice):
 
 
 def test_who_asks_for_no_lip_strength_gets_the_model_s_own(checkpoint, tmp_path):
-    model = replace(resolve(str(checkpoint), CPU), guidance_scale=2.25)
+    model = replace(resolve_model(str(checkpoint), CPU), guidance_scale=2.25)
     request = Request(tmp_path, tmp_path)
     assert make_plan(request, model, CPU).settings.guidance_scale == 2.25
     assert make_plan(replace(request, guidance=1.0), model, CPU).settings.guidance_scale == 1.0
@@ -711,7 +711,7 @@ def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeyp
     assert job.state == FAILED and "SystemExit" in job.error
     with monkeypatch.context() as patch:  # in what says why a job has failed
         patch.setattr("latentsync.pipeline.lipsync", fault)
-        patch.setattr(jobs, "short_of_memory", fault)
+        patch.setattr(jobs, "is_out_of_memory", fault)
         job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     assert job.state == FAILED and "Something inside the program failed" in job.error
     with monkeypatch.context() as patch:  # between two jobs
@@ -873,7 +873,6 @@ def test_where_a_gpu_is_lent_the_best_model_that_is_here_runs(hub, talking, voic
     store.get(NAME)
     worker.look_for_models()
     assert worker.machine.chosen == NAME
-    monkeypatch.setattr("optim.accelerate.windows_for", lambda _: 4)
     line, details = worker.describe(Request(talking, voice), 10)
     assert f"model {NAME} (64 px), on a GPU lent for each job." in line and details == "conservative: 20 steps."
     assert ended(worker, worker.submit(Request(talking, voice), ME)).state == DONE and calls == [NAME]

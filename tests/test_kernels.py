@@ -113,9 +113,9 @@ def test_layer_norm_adds_the_branch_before_and_the_positions_after(channels, dty
     assert error(out, F.layer_norm(x.double(), (channels,), *plain)) <= BOUND[dtype]
 
     total = x + branch
-    shift, later, apart = rand(channels, dtype=dtype), rand(channels, dtype=dtype), torch.empty_like(x)
-    ours, out = kernels.layer_norm(x, norm, branch, shift=shift, later=later, total=apart)
-    assert ours is apart and error(apart, total.double() + shift.double() + later.double()) <= BOUND[dtype]
+    shift, total_bias, apart = rand(channels, dtype=dtype), rand(channels, dtype=dtype), torch.empty_like(x)
+    ours, out = kernels.layer_norm(x, norm, branch, shift=shift, total_bias=total_bias, total=apart)
+    assert ours is apart and error(apart, total.double() + shift.double() + total_bias.double()) <= BOUND[dtype]
     assert error(out, F.layer_norm(total.double() + shift.double(), (channels,), *plain)) <= 2 * BOUND[dtype]
 
     ours, out = kernels.layer_norm(x, norm, branch, positions)

@@ -24,12 +24,13 @@ case "$*" in
     *torch_build.py) [ -n "$FAKE_TORCH" ] && echo "$FAKE_TORCH" || exec {sys.executable!r} -S "$@" ;;  # -S: no torch
     *download.pytorch.org*) exit "${{FAKE_TORCH_STATUS:-0}}" ;;
     *"-m pip install"*"-r "*) exit "${{FAKE_PIP_STATUS:-0}}" ;;
+    *"-m pip install"*" -e "*) cp "${{!#}}/latentsync" "${{0%/*}}/latentsync" ;;
     "-m pytest"*) [ -z "$TRITON_INTERPRET" ] || exit "$FAKE_KERNELS_STATUS"; exit "$FAKE_TESTS_STATUS" ;;
-    *runpy*) exec {sys.executable!r} "$@" ;;
 esac
 """
 
-REPORT_ARGUMENTS = "import json, os, sys\nprint(json.dumps([os.getcwd(), sys.argv[1:]]))\n"
+# What pip makes of the project's command, for a stand-in that shows what it is given.
+REPORT_ARGUMENTS = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.getcwd(), sys.argv[1:]]))\n"
 
 
 class Copy:
@@ -41,8 +42,8 @@ class Copy:
         self.calls_file = folder / "calls"
         (self.root / "optim").mkdir(parents=True)
         self.tools.mkdir()
-        (self.root / "optim" / "__init__.py").touch()
-        (self.root / "optim" / "__main__.py").write_text(REPORT_ARGUMENTS)
+        (self.root / "latentsync").write_text(REPORT_ARGUMENTS)
+        (self.root / "latentsync").chmod(0o755)
         (self.root / "requirements.txt").write_text("torch==2.13.0\n")
         shutil.copy(ROOT / "launch.sh", self.root)
         (self.root / "tests").mkdir()
@@ -158,6 +159,14 @@ def test_second_start_installs_nothing_until_the_requirements_change(with_python
     assert len(with_python.installs()) == 1
 
 
+def test_a_folder_that_was_moved_is_installed_again(with_python):
+    with_python.start("sync")
+    with_python.root = with_python.root.rename(with_python.root.with_name("moved"))
+    assert with_python.start("sync", "a").returncode == 0
+    assert len(with_python.installs()) == 1 and with_python.start("sync").returncode == 0
+    assert with_python.installs() == []
+
+
 def test_a_failed_install_is_said_and_repeated(with_python):
     result = with_python.start("sync", FAKE_PIP_STATUS="1")
     assert result.returncode == 2
@@ -170,18 +179,17 @@ def test_a_failed_install_is_said_and_repeated(with_python):
 def test_sync_keeps_the_folder_and_every_argument(with_python, tmp_path):
     odd = ["a b.mp4", 'it\'s "it".wav', "-o", "", "--", "-x.mp4", "$HOME*", "日本語.mp4", "a\nb", "\\ %s"]
     stand = tmp_path / "where the user stands"
-    # A package of the same name there must not be run.
-    (stand / "optim").mkdir(parents=True)
-    (stand / "optim" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    stand.mkdir()
     result = with_python.start("sync", *odd, cwd=stand)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == [str(stand), odd]
+    assert json.loads(result.stdout) == [str(stand), ["sync", *odd]]
 
 
 def test_demo_uses_the_bundled_example_and_says_where_the_result_is(with_python):
     result = with_python.start("demo", "--steps", "5")
     assert result.returncode == 0, result.stderr
-    video, audio, *options = json.loads(result.stdout)[1]
+    command, video, audio, *options = json.loads(result.stdout)[1]
+    assert command == "sync"
     for path in (video, audio):
         assert (ROOT / Path(path).relative_to(with_python.root)).is_file()
     assert options == ["-o", str(with_python.root / "outputs/demo.mp4"), "--model", "demo", "--steps", "5"]
@@ -191,7 +199,7 @@ def test_demo_uses_the_bundled_example_and_says_where_the_result_is(with_python)
 def test_a_link_to_the_script_finds_its_folder(with_python, tmp_path):
     os.symlink(with_python.root / "launch.sh", tmp_path / "lipsync")
     result = with_python.start("sync", "a", script=tmp_path / "lipsync", cwd=tmp_path)
-    assert json.loads(result.stdout)[1] == ["a"]
+    assert json.loads(result.stdout)[1] == ["sync", "a"]
 
 
 def audited(folder: Path, report: str, log: str = "") -> tuple[int, str]:

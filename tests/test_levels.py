@@ -1,13 +1,19 @@
 """The levels, the slider and the overriding of settings."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from latentsync.errors import UserError
 from latentsync.settings import DeepCache
-from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, SETTINGS, STOPS, find_level, level_at, override, steps_for
+from optim.levels import CONSERVATIVE, SETTINGS, STOPS, find_level, level_at, override, steps_for
 
+_, BALANCED, AGGRESSIVE = STOPS
+
+ROOT = Path(__file__).resolve().parent.parent
 POSITIONS = [i / 100 for i in range(101)]
 
 
@@ -15,6 +21,12 @@ def test_named_stops_lie_at_the_ends_and_the_middle_of_the_slider():
     assert [level_at(p) for p in (0, 0.5, 1)] == [CONSERVATIVE, BALANCED, AGGRESSIVE]
     assert [find_level(stop.name.upper()) for stop in STOPS] == list(STOPS)
     assert find_level("0.5") is BALANCED
+
+
+def test_levels_are_known_without_torch():
+    """A page and --help show them before torch is loaded, which takes seconds."""
+    code = "import sys, optim.levels; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_conservative_leaves_the_result_as_it_is():

@@ -20,7 +20,8 @@ from skimage.metrics import peak_signal_noise_ratio as psnr
 from latentsync import STAGES, painting, pipeline
 from latentsync.alignment import frame_rectangle
 from latentsync.audio import audio_chunks, frame_count
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.compositing import match_colours
 from latentsync.errors import UserError
 from latentsync.faces import track_faces
@@ -53,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -638,7 +639,7 @@ def failing_denoise(models, monkeypatch, failures: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return denoise(unet, noise, conditioning, *rest)
 
-    monkeypatch.setattr(models, "denoise", short_of_memory)
+    monkeypatch.setattr(painting, "denoise", short_of_memory)
     return passes
 
 
@@ -729,7 +730,7 @@ def test_faces_that_come_again_are_painted_as_if_encoded_anew(models, wav, monke
         )
 
     wanted = painted()
-    monkeypatch.setattr(Painter, "encode_conditioning", forgetful(Painter.encode_conditioning))
+    monkeypatch.setattr(Painter, "cached_conditioning", forgetful(Painter.cached_conditioning))
     assert np.abs(painted().astype(int) - wanted.astype(int)).max() <= 1
 
 
@@ -805,7 +806,8 @@ def test_a_model_that_reads_cheeks_and_jaw_is_told_of_a_windows_ends(models, wav
         return encode_conditioning(vae, pixels, mask)
 
     monkeypatch.setattr(painting, "encode_conditioning", counted)
-    run(replace(models, ends_only=ends_only, denoise=watched), wav)
+    monkeypatch.setattr(painting, "denoise", watched)
+    run(replace(models, ends_only=ends_only), wav)
     assert sum(encoded) == sum(2 if ends_only else group.shape[1] for group in told for _ in group)
     for frames in (window for group in told for window in group):
         steps = torch.linspace(0, 1, len(frames))

@@ -16,7 +16,8 @@ from clips import ffmpeg, ffmpeg_messages, make_sound, make_video
 
 from latentsync import pipeline
 from latentsync.__main__ import main
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_audio, read_frames
 from latentsync.media.segments import work_folder
@@ -327,7 +328,7 @@ def test_segments_of_other_tracks_are_not_gone_on_with(tmp_path, talking, voice,
         raise Stop
 
     monkeypatch.setattr(pipeline, "work_folder", stop)
-    models = load_models(resolve(str(checkpoint), torch.device("cpu")), torch.device("cpu"))
+    models = load_models(resolve_model(str(checkpoint), torch.device("cpu")), torch.device("cpu"))
     for tracks in ({}, {"video_track": 1}, {"audio_track": 1}, {}):
         with pytest.raises(Stop):
             pipeline.lipsync(talking, voice, tmp_path / "out.mp4", models, segment_frames=1, **tracks)

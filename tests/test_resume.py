@@ -21,8 +21,9 @@ from conftest import SIDE, portrait, save_video
 from filelock import FileLock
 
 from latentsync import STAGES, painting, pipeline
-from latentsync.__main__ import Bars, Lines, main
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.__main__ import ProgressBars, ProgressLines, main
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.faces import Face, track_faces
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_frames, segments
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def models(checkpoint):
-    return load_models(resolve(str(checkpoint), CPU), CPU, torch.float32)
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -523,7 +524,7 @@ def test_a_job_that_is_under_way_is_not_begun_again(models, followed, sound, tmp
 # What is shown
 
 
-@pytest.mark.parametrize("kind", [Bars, Lines])
+@pytest.mark.parametrize("kind", [ProgressBars, ProgressLines])
 def test_what_an_earlier_run_has_done_says_nothing_of_the_speed(monkeypatch, capsys, kind):
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

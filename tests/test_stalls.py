@@ -14,7 +14,8 @@ import pytest
 import torch
 from clips import make_sound, make_video
 
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.media import (
     VideoWriter,
@@ -61,7 +62,7 @@ def nothing_stays():
 @pytest.fixture(scope="module")
 def models(checkpoint):
     cpu = torch.device("cpu")
-    return load_models(resolve(str(checkpoint), cpu), cpu, torch.float32)
+    return load_models(resolve_model(str(checkpoint), cpu), cpu, torch.float32)
 
 
 @pytest.fixture

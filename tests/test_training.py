@@ -13,7 +13,9 @@ from torch import nn
 
 from latentsync.alignment import fixed_mask
 from latentsync.audio import SAMPLE_RATE, audio_chunks, log_powers, mel_segments
-from latentsync.checkpoints.load import DEMO_FOLDER, load_models, read_tensors, resolve
+from latentsync.checkpoints.find import DEMO_FOLDER, resolve_model
+from latentsync.checkpoints.load import load_models
+from latentsync.checkpoints.tensors import read_tensors
 from latentsync.corpus import (
     CORNERS,
     INNER_LOWER,
@@ -346,7 +348,7 @@ def test_an_export_is_a_checkpoint_that_loads(tmp_path):
     save_state(state / "autoencoder.pt", {"vae": vae}, optimizer, 1, scaling_factor=0.5)
     save_state(state / "denoiser.pt", {"average": nn.ModuleDict({"unet": unet, "encoder": encoder})}, optimizer, 1)
     export(state, folder)
-    models = load_models(resolve(str(folder), CPU), CPU, torch.float32)
+    models = load_models(resolve_model(str(folder), CPU), CPU, torch.float32)
     assert models.resolution == RESOLUTION and models.match_colours and models.mel_range == QUIETEST
     assert models.vae.config.scaling_factor == 0.5
     assert torch.equal(models.unet.conv_out.weight, unet.conv_out.weight.half().float())
@@ -369,7 +371,7 @@ def test_an_imported_model_goes_on_and_is_exported_the_same(tmp_path):
         found, metadata = read_tensors(folder / file.relative_to(DEMO_FOLDER))
         assert metadata == its_metadata and wanted.keys() == found.keys()
         assert all(torch.equal(wanted[name], found[name]) for name in wanted), file
-    assert resolve(str(folder), CPU).unet_config == resolve("demo", CPU).unet_config
+    assert resolve_model(str(folder), CPU).unet_config == resolve_model("demo", CPU).unet_config
     for name in ("latentsync.json", "vae/config.json"):
         assert (folder / name).read_text() == (DEMO_FOLDER / name).read_text()
 

@@ -1,5 +1,5 @@
-"""The networks' files: which models are released, fetching and converting them, and loading them exactly.
+"""Model files: which models are released, downloading, converting, finding and loading them.
 
-`load.resolve(name, device)` finds a checkpoint, `load.load_models(checkpoint, device)` loads it;
+`find.resolve_model(name, device)` finds a checkpoint, `load.load_models(checkpoint, device)` loads it;
 `python -m latentsync.checkpoints` lists, fetches, verifies and removes the released models.
 """

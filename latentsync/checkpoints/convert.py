@@ -1,42 +1,24 @@
-"""A released U-Net, a float32 pickle, once to float16 safetensors: half the size, and mapped straight from the disk."""
+"""Convert a released U-Net, a float32 pickle, to float16 safetensors: half the size, and mapped straight from disk."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from latentsync.checkpoints.download import Progress, check_cancel, no_progress
+from latentsync.checkpoints.tensors import in_groups
 from latentsync.errors import UserError
+from latentsync.paths import replacing
 
-GROUP = 256 << 20  # bytes of a file that are mapped in memory at a time
-SOURCE = "source_sha256"  # in the metadata of a converted file: the hash of the pickle that it was made of
-LARGEST = 65520  # from here on, float16 rounds to infinity
+MAX_HALF = 65520  # from here on, float16 rounds to infinity
 ALIGNMENT = 8  # bytes, of the data in a safetensors file
-
-
-def in_groups(read: Callable[[], Mapping[str, Tensor]], most: float = GROUP) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The tensors that `read` maps from a file, about `most` bytes of them at a time, with the bytes so far.
-
-    Every group is mapped anew: what has been read of a mapping counts as this process's memory until it is let go.
-    The tensors of a group must not be kept.
-    """
-    sizes = {name: tensor.nbytes for name, tensor in read().items()}
-    done, names, size = 0, [], 0
-    for position, name in enumerate(sizes, 1):
-        names.append(name)
-        size += sizes[name]
-        if size >= most or position == len(sizes):
-            tensors = read()
-            done += size
-            yield done, {name: tensors[name] for name in names}
-            del tensors
-            names, size = [], 0
 
 
 def convert(
@@ -49,38 +31,43 @@ def convert(
     """Write the tensors that `read` maps from a file as float16 safetensors; returns the new file's SHA-256.
 
     Written tensor by tensor under another name, read back through the safetensors library and compared, then renamed,
-    so that `target` is whole or not there. Little memory is taken, see `in_groups`. Raises UserError where a number
+    so that `target` is whole or not there. Needs little memory, see `in_groups`. Raises UserError where a number
     does not fit into float16 or the disk fails.
     """
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.converting")
     try:
-        digest = _write(read, temporary, metadata, target.name, progress, cancel)
-        _compare(read, temporary, target.name, progress, cancel)
-        os.replace(temporary, target)
+        with replacing(target) as partial:
+            digest = _write(read, partial, metadata, target.name, progress, cancel)
+            _compare(read, partial, target.name, progress, cancel)
     except OSError as error:
         raise UserError(
             f"'{target}' cannot be written ({error.strerror or error}): make room on that disk, or set "
             "LATENTSYNC_HOME to another folder."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return digest
 
 
-def half(name: str, tensor: Tensor) -> Tensor:
-    """Rounded to float16. Raises UserError where a number is too large for that."""
+def to_half(name: str, tensor: Tensor) -> Tensor:
+    """Round to float16. Raises UserError where a number is too large for that, or NaN."""
     low, high = tensor.aminmax()
-    if not max(-low, high) < LARGEST:  # nor is it with numbers that are none
+    if not max(-low, high) < MAX_HALF:  # so written, it is also true of NaN
         raise UserError(f"The tensor '{name}' holds numbers that float16 cannot; it cannot be converted.")
     return tensor.to(torch.float16)
 
 
-def _write(read, path: Path, metadata: Mapping[str, str], name: str, progress: Progress, cancel: Event | None) -> str:
-    """The safetensors format: the length of the header, the header in JSON, the numbers of all tensors in its order.
+def _write(
+    read: Callable[[], Mapping[str, Tensor]],
+    path: Path,
+    metadata: Mapping[str, str],
+    name: str,
+    progress: Progress,
+    cancel: Event | None,
+) -> str:
+    """Write the safetensors format: the header's length, the header in JSON, the numbers of all tensors in its order.
 
-    The library writes only what is in memory as a whole.
+    The library's own function writes only what is in memory as a whole.
     """
-    header, end = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
     for key, tensor in read().items():
         begin, end = end, end + 2 * tensor.numel()
         header[key] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
@@ -89,7 +76,7 @@ def _write(read, path: Path, metadata: Mapping[str, str], name: str, progress: P
     digest = hashlib.sha256()
     with path.open("wb") as file:
 
-        def put(data) -> None:
+        def put(data: Any) -> None:  # bytes or an array of them
             digest.update(data)
             file.write(data)
 
@@ -98,14 +85,16 @@ def _write(read, path: Path, metadata: Mapping[str, str], name: str, progress: P
         for done, tensors in in_groups(read):
             for key, tensor in tensors.items():
                 check_cancel(cancel)
-                put(half(key, tensor).reshape(-1).view(torch.uint8).numpy())
+                put(to_half(key, tensor).reshape(-1).view(torch.uint8).numpy())
             progress(done // 2, end, f"converting to {name}")
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
-def _compare(read, path: Path, name: str, progress: Progress, cancel: Event | None) -> None:
+def _compare(
+    read: Callable[[], Mapping[str, Tensor]], path: Path, name: str, progress: Progress, cancel: Event | None
+) -> None:
     total = path.stat().st_size
     for done, tensors in in_groups(read):
         with safe_open(path, "pt") as written:
@@ -117,5 +106,5 @@ def _compare(read, path: Path, name: str, progress: Progress, cancel: Event | No
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Compared as whole numbers, which is several times as fast on a processor as comparing float16."""
+    """Whether two float16 tensors are equal; as integers the comparison is several times as fast on a processor."""
     return one.dtype == other.dtype and torch.equal(one.view(torch.int16), other.view(torch.int16))

@@ -1,7 +1,7 @@
 """Fetching released files from the Hugging Face hub: continued where it stopped, cancellable, checked by hash.
 
-Addresses, tokens, proxies, HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's business. Its own download function
-is not used: since version 1.18 it throws away what an interrupted download had fetched.
+huggingface_hub handles addresses, tokens, proxies, HF_ENDPOINT and HF_HUB_OFFLINE. Its own download function is not
+used: since version 1.18 it throws away what an interrupted download had fetched.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 
@@ -25,12 +25,13 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_s
 
 from latentsync.checkpoints.releases import RELEASES, Part, folder_of, gigabytes, released_as
 from latentsync.errors import UserError
+from latentsync.paths import replacing
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
-CHUNK = 1 << 20  # bytes between two looks at whether to stop
-PAUSES = (0.5, 1, 2, 4, 8)  # seconds to wait after failures in a row that brought no byte; then it is given up
-GLANCE = 0.1  # seconds between two reports of progress
+CHUNK = 1 << 20  # bytes between two checks for cancellation
+PAUSES = (0.5, 1, 2, 4, 8)  # seconds to wait after consecutive failures that brought no byte; then it gives up
+POLL_SECONDS = 0.1  # between two reports of progress
 DISK_MARGIN = 200_000_000  # bytes to leave free on the disk
 
 
@@ -44,16 +45,16 @@ def no_progress(done: int, total: int, what: str) -> None:
 
 def check_cancel(cancel: Event | None) -> None:
     if cancel is not None and cancel.is_set():
-        raise Cancelled("Stopped; what was fetched is kept, and the next time goes on from there.")
+        raise Cancelled("Stopped; what was fetched is kept, and the next download continues from there.")
 
 
 @contextmanager
-def alone(folder: Path, progress: Progress, cancel: Event | None) -> Iterator[None]:
-    """Hold the folder against other processes that fetch into it; waits for them."""
+def folder_lock(folder: Path, progress: Progress, cancel: Event | None) -> Iterator[None]:
+    """Keep other processes from fetching into the folder; waits for one that does."""
     while True:
         check_cancel(cancel)
         try:
-            lock = WeakFileLock(folder / ".lock", timeout=2 * GLANCE)
+            lock = WeakFileLock(folder / ".lock", timeout=2 * POLL_SECONDS)
             lock.__enter__()
             break
         except TimeoutError:
@@ -65,7 +66,7 @@ def alone(folder: Path, progress: Progress, cancel: Event | None) -> Iterator[No
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise UserError where the disk of the folder has not that many bytes, and a little more, free."""
+    """Raise UserError unless the disk of the folder has `needed` bytes, and DISK_MARGIN more, free."""
     free = shutil.disk_usage(folder).free
     if free < needed + DISK_MARGIN:
         raise UserError(
@@ -79,10 +80,10 @@ def partial_path(path: Path, part: Part) -> Path:
     return path.with_name(f"{path.name}.{part.sha256[:12]}.incomplete")
 
 
-def found_here(part: Part, folders: Iterable[Path] = ()) -> Path | None:
-    """A file of the part's name and size on this machine: in one of the folders, or in the Hugging Face cache.
+def find_local(part: Part, folders: Iterable[Path] = ()) -> Path | None:
+    """Find a file of the part's name and size on this machine: in one of the folders, or in the Hugging Face cache.
 
-    In a folder the files may lie as in that of a released model, or as the reference and its wrappers have them.
+    Files of a folder may be laid out as in that of a released model, or as the reference and its wrappers have them.
     """
     names = (part.place, f"{part.repository}/{part.file}", f"{part.repository.split('/')[1]}/{part.file}")
     roots = [root for folder in folders for root in (folder, folder / "checkpoints")]
@@ -94,22 +95,18 @@ def found_here(part: Part, folders: Iterable[Path] = ()) -> Path | None:
     return next((path for path in candidates if path.is_file() and path.stat().st_size == part.size), None)
 
 
-def adopt(found: Path, path: Path) -> None:
-    """Take a file of this machine to `path`: as a second name where the disk allows it, else as a copy."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.copying")
-    try:
+def link_or_copy(source: Path, path: Path) -> None:
+    """Put a file of this machine at `path`: as a hard link where the disk allows it, else as a copy."""
+    with replacing(path) as partial:
         try:
-            os.link(found.resolve(), temporary)
+            os.link(source.resolve(), partial)
         except OSError:
-            check_space(path.parent, found.stat().st_size)
-            shutil.copyfile(found, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            check_space(path.parent, source.stat().st_size)
+            shutil.copyfile(source, partial)
 
 
 def sha256_of(path: Path, what: str, progress: Progress = no_progress, cancel: Event | None = None) -> str:
-    """Hash of a file, in hexadecimal digits; what: the words for progress."""
+    """Hash of a file, in hexadecimal digits; what: the text passed to `progress`."""
     digest, total, done = hashlib.sha256(), path.stat().st_size, 0
     buffer = bytearray(8 * CHUNK)
     view = memoryview(buffer)
@@ -124,14 +121,16 @@ def sha256_of(path: Path, what: str, progress: Progress = no_progress, cancel: E
 
 @dataclass
 class _Transfer:
-    """What the downloading thread and the one that waits for it share."""
+    """State shared by the downloading thread and the one that waits for it."""
 
-    done: int = 0  # bytes of this part that are there
+    stop: Event = field(default_factory=Event)
+    done: int = 0  # bytes of this part that are on the disk
     waiting: bool = False  # for the connection to come back
+    error: BaseException | None = None  # that ended the thread
 
 
 def download(parts: list[tuple[Part, Path]], progress: Progress = no_progress, cancel: Event | None = None) -> None:
-    """Fetch parts to their paths, one after the other, each continued from what is there of it.
+    """Fetch parts to their paths, one after the other, each continued from what an earlier call has fetched.
 
     progress is called in this thread, with bytes of all the parts. Raises UserError, and Cancelled within a second
     of `cancel` being set, whatever the connection does.
@@ -140,46 +139,47 @@ def download(parts: list[tuple[Part, Path]], progress: Progress = no_progress, c
     before = 0
     for part, path in parts:
         path.parent.mkdir(parents=True, exist_ok=True)
-        transfer, stop, failure = _Transfer(), Event(), []
-
-        def run(part=part, path=path, transfer=transfer, stop=stop, failure=failure) -> None:
-            try:
-                _download_part(part, partial_path(path, part), transfer, stop)
-            except BaseException as error:  # handed on to the thread that waits
-                failure.append(error)
-
-        thread = Thread(target=run, name="download", daemon=True)
+        transfer = _Transfer()
+        arguments = part, partial_path(path, part), transfer
+        thread = Thread(target=_download_thread, args=arguments, name="download", daemon=True)
         thread.start()
         try:
             while thread.is_alive():
-                thread.join(GLANCE)
+                thread.join(POLL_SECONDS)
                 check_cancel(cancel)
-                words = "waiting for the connection" if transfer.waiting else part.file
-                progress(before + transfer.done, total, words)
+                what = "waiting for the connection" if transfer.waiting else part.file
+                progress(before + transfer.done, total, what)
         finally:
-            stop.set()
+            transfer.stop.set()
             thread.join(1)  # a chunk that is being written is written to its end
-        if failure:
-            raise failure[0]
+        if transfer.error is not None:
+            raise transfer.error
         before += part.size
 
 
-def _download_part(part: Part, partial: Path, transfer: _Transfer, stop: Event) -> None:
-    """All of a part into `partial`, which may hold the beginning of it; again and again while it gets on."""
+def _download_thread(part: Part, partial: Path, transfer: _Transfer) -> None:
+    try:
+        _download_part(part, partial, transfer)
+    except BaseException as error:  # raised again in the thread that waits
+        transfer.error = error
+
+
+def _download_part(part: Part, partial: Path, transfer: _Transfer) -> None:
+    """Download the rest of a part into `partial`, which may hold its beginning; retries while that makes progress."""
     url = hf_hub_url(part.repository, part.file, revision=part.revision)
     failures, checked = 0, False
-    while not stop.is_set():
-        there = transfer.done = partial.stat().st_size if partial.exists() else 0
-        if there == part.size:
+    while not transfer.stop.is_set():
+        begin = transfer.done = partial.stat().st_size if partial.exists() else 0
+        if begin == part.size:
             return
         try:
             if not checked:
                 _check_metadata(part, url)
                 checked = True
-            _receive(part, url, partial, transfer, stop)
+            _receive(part, url, partial, transfer)
             if transfer.done == part.size:
                 return
-            reason = "the answer ends too early"
+            reason = "the response ends too early"
         except OfflineModeIsEnabled as error:
             raise UserError(
                 f"'{part.file}' of {part.repository} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it: "
@@ -197,42 +197,42 @@ def _download_part(part: Part, partial: Path, transfer: _Transfer, stop: Event) 
                 f"'{partial}' cannot be written ({error.strerror or error}): make room on that disk, or set "
                 "LATENTSYNC_HOME to another folder; what was fetched is kept."
             ) from error
-        failures = 0 if transfer.done > there else failures + 1
+        failures = 0 if transfer.done > begin else failures + 1
         if failures > len(PAUSES):
             raise UserError(
                 f"'{part.file}' of {part.repository} cannot be fetched from {constants.ENDPOINT}: {reason}; what was "
-                "fetched is kept, so try again later and it goes on from there."
+                "fetched is kept, so try again later, and it continues from there."
             )
         transfer.waiting = True
-        stop.wait(PAUSES[max(failures - 1, 0)])
+        transfer.stop.wait(PAUSES[max(failures - 1, 0)])
         transfer.waiting = False
 
 
 def _check_metadata(part: Part, url: str) -> None:
-    """Ask what is behind the address, before gigabytes of something else are fetched."""
-    found = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    other_hash = found.etag and len(found.etag) == len(part.sha256) and found.etag != part.sha256
-    if other_hash or (found.size is not None and found.size != part.size):
+    """Compare size and hash of what the URL leads to, before gigabytes of something else are fetched."""
+    remote = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    other_hash = remote.etag and len(remote.etag) == len(part.sha256) and remote.etag != part.sha256
+    if other_hash or (remote.size is not None and remote.size != part.size):
         raise UserError(
             f"What {constants.ENDPOINT} has as '{part.file}' of {part.repository} is another file than the released "
             "one, so it was not fetched: unset HF_ENDPOINT, or name another mirror in it."
         )
 
 
-def _receive(part: Part, url: str, partial: Path, transfer: _Transfer, stop: Event) -> None:
-    """One request, from where the file ends; returns when the answer ends."""
+def _receive(part: Part, url: str, partial: Path, transfer: _Transfer) -> None:
+    """One request, from where the file ends; returns when the response ends."""
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if transfer.done:
         headers["Range"] = f"bytes={transfer.done}-"
     with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
         hf_raise_for_status(response)
-        begins = response.headers.get("Content-Range", "").startswith(f"bytes {transfer.done}-")
-        goes_on = response.status_code == 206 and begins
-        if not goes_on:  # a server that knows no ranges sends everything
+        same_begin = response.headers.get("Content-Range", "").startswith(f"bytes {transfer.done}-")
+        continues = response.status_code == 206 and same_begin
+        if not continues:  # a server that does not support ranges sends everything
             transfer.done = 0
-        with partial.open("ab" if goes_on else "wb") as file:
+        with partial.open("ab" if continues else "wb") as file:
             for chunk in response.iter_bytes(CHUNK):
-                if stop.is_set():
+                if transfer.stop.is_set():
                     return
                 if transfer.done + len(chunk) > part.size:
                     raise UserError(f"{constants.ENDPOINT} sends more than '{part.file}' has; fetch it again.")
@@ -262,11 +262,11 @@ def fetch(
     spare: int = 0,
     parts: Sequence[Part] | None = None,
 ) -> None:
-    """Bring parts of a released model, None for all, into its folder, each checked by its hash.
+    """Bring parts of a released model (None: all) into its folder, each checked by its hash.
 
     sources: folders, besides those of the other releases and the Hugging Face cache, where a part may already be.
-    spare: bytes that must be free on the disk afterwards. To be called by who holds the folder, see `alone`. Raises
-    UserError. A file that the user put there is never overwritten.
+    spare: bytes that must be free on the disk afterwards. The caller holds the `folder_lock`. A file that the user put
+    there is never overwritten. Raises UserError.
     """
     folder = folder_of(name)
     folders = [*sources, *(folder_of(other) for other in RELEASES if other != name)]
@@ -275,11 +275,11 @@ def fetch(
         path = folder / part.place
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            if not is_part(part, path, progress, cancel):
-                raise UserError(not_released(part, path))
-        elif found := found_here(part, folders):
-            adopt(found, path)
-            if not is_part(part, path, progress, cancel):
+            if not is_released(part, path, progress, cancel):
+                raise UserError(not_released_message(part, path))
+        elif local := find_local(part, folders):
+            link_or_copy(local, path)
+            if not is_released(part, path, progress, cancel):
                 path.unlink()
                 missing.append((part, path))
         else:
@@ -292,7 +292,7 @@ def fetch(
     download(missing, progress, cancel)
     for part, path in missing:
         partial = partial_path(path, part)
-        if not is_part(part, partial, progress, cancel):
+        if not is_released(part, partial, progress, cancel):
             partial.unlink()
             raise UserError(
                 f"What was fetched as '{part.file}' of {part.repository} does not have its hash and was removed: fetch "
@@ -301,29 +301,30 @@ def fetch(
         os.replace(partial, path)
 
 
-def is_part(part: Part, path: Path, progress: Progress = no_progress, cancel: Event | None = None) -> bool:
-    """Whether a file is the released one, by its size and hash."""
+def is_released(part: Part, path: Path, progress: Progress = no_progress, cancel: Event | None = None) -> bool:
+    """Whether the file at `path` is the released `part`, by its size and hash."""
     return (
         path.stat().st_size == part.size and sha256_of(path, f"checking {part.file}", progress, cancel) == part.sha256
     )
 
 
-def not_released(part: Part, path: Path) -> str:
-    """The sentence on a file that stands in the place of a part and is not it."""
+def not_released_message(part: Part, path: Path) -> str:
+    """The message for a file that has the place of a part and is not it."""
     other = released_as(size=path.stat().st_size) if part.place == "latentsync_unet.pt" else None
     what = f"is that of {other}" if other and RELEASES[other].unet != part else "is damaged, or of another version"
     return f"'{path}' is not the released '{part.file}' of {part.repository}; it {what}: move it away and fetch again."
 
 
-def keep_cards(name: str, folder: Path) -> None:
-    """Put the model cards of a release, which state the licences, beside its files; where they can be had."""
+def save_model_cards(name: str, folder: Path) -> None:
+    """Save the model cards of a release, which state the licences, beside its files; without them if that fails."""
     for repository, revision in {part.repository: part.revision for part in RELEASES[name].parts}.items():
         path = folder / "licences" / f"{repository.replace('/', '--')}.md"
         if path.exists():
             continue
         with suppress(HTTPError, OSError):
             url = hf_hub_url(repository, "README.md", revision=revision)
-            answer = get_session().get(url, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            hf_raise_for_status(answer)
+            response = get_session().get(url, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            hf_raise_for_status(response)
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(answer.content)
+            with replacing(path) as partial:
+                partial.write_bytes(response.content)

@@ -1,6 +1,6 @@
-"""What was released: files with their sizes and hashes, licences, and which model suits a machine and a clip.
+"""The released models: files with sizes and hashes, licences, and which one suits a machine and a clip.
 
-Imports nothing heavy, so that what only asks about models does not wait for torch.
+Imports nothing heavy, so that asking about models does not wait for torch.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a release: where it comes from, where it lies in the folder of the model, what is in it."""
+    """One file of a release: its source, its place in the folder of the model, its size and hash."""
 
     repository: str
     revision: str  # commit
@@ -28,7 +28,7 @@ class Release:
     repository: str
     resolution: int  # pixels
     vram: float  # bytes
-    parts: tuple[Part, ...]  # the U-Net last, so that where it is, all the others are
+    parts: tuple[Part, ...]  # the U-Net last: where it is complete, the others are
 
     @property
     def unet(self) -> Part:
@@ -93,7 +93,7 @@ def folder_of(name: str) -> Path:
 
 
 def released_as(sha256: str | None = None, size: int | None = None) -> str | None:
-    """The release that a U-Net belongs to, by the hash or the size of its file; None for one that is not known."""
+    """The release that a U-Net belongs to, by the hash or the size of its file; None for an unknown one."""
     for name, release in RELEASES.items():
         if sha256 == release.unet.sha256 or size == release.unet.size:
             return name
@@ -105,7 +105,7 @@ def gigabytes(size: float) -> str:
 
 
 def notice(name: str) -> str:
-    """What would be fetched for a released model, how big it is, and under which licences; several lines."""
+    """The licences of a released model and the size of its download; several lines."""
     release = RELEASES[name]
     lines = [f"{name}: {gigabytes(sum(part.size for part in release.parts))} from the Hugging Face hub"]
     for repository in dict.fromkeys(part.repository for part in reversed(release.parts)):
@@ -115,10 +115,10 @@ def notice(name: str) -> str:
 
 
 def recommend(fits: Callable[[int], bool], face: float | None = None) -> tuple[str, str]:
-    """The released model for a device and a clip, and the reason as a sentence.
+    """Name of the model that suits a device and a clip, and the reason as a sentence.
 
-    fits: whether the device has the memory for face crops of a side in pixels. face: height of the face crop in
-    the frames of the clip, in their pixels, if it is known.
+    fits(side): whether the device has the memory for face crops of that side, in pixels. face: height of the face crop
+    in the frames of the clip, in their pixels; None: not measured.
     """
     large, small = RELEASES["latentsync-1.6"].resolution, RELEASES["latentsync-1.5"].resolution
     if not fits(small):

@@ -1,4 +1,4 @@
-"""The released models on this machine: what is there, and getting, verifying and removing it."""
+"""The released models on this machine: list, get, verify and remove them."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -6,22 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from latentsync.checkpoints.convert import SOURCE, convert
+from latentsync.checkpoints.convert import convert
 from latentsync.checkpoints.download import (
     Progress,
-    alone,
     check_space,
     fetch,
-    is_part,
-    keep_cards,
+    folder_lock,
+    is_released,
     no_progress,
-    not_released,
+    not_released_message,
     partial_path,
+    save_model_cards,
     sha256_of,
 )
-from latentsync.checkpoints.load import UNET_NAMES, recognise, resolve_released, unet_reader
+from latentsync.checkpoints.find import SOURCE_HASH, UNET_NAMES, find_released, release_of
 from latentsync.checkpoints.releases import RELEASES, folder_of, notice
+from latentsync.checkpoints.tensors import unet_reader
 from latentsync.errors import UserError
+from latentsync.paths import PARTIAL, replacing
 
 SUMS = "SHA256SUMS"  # of the converted U-Net, in the format of sha256sum
 LICENCE = "LICENCES.txt"
@@ -42,11 +44,11 @@ class Stored:
 
 
 def stored(name: str) -> Stored:
-    """What is here of a released model, without reading the files."""
+    """What this machine has of a released model, without reading the files."""
     release, folder = RELEASES[name], folder_of(name)
     checkpoint = None
     with suppress(UserError):  # its parts are not all there
-        checkpoint = resolve_released(name)
+        checkpoint = find_released(name)
     converted = folder / UNET_NAMES[0]
     pickle = folder / release.unet.place
     to_fetch = 0
@@ -76,10 +78,10 @@ def get(
 ) -> Path:
     """Fetch what is missing of a released model, check it, and convert its U-Net; returns its folder.
 
-    What is in the Hugging Face cache, in the folder of another release or in one of `sources` is taken from there.
+    Files in the Hugging Face cache, in the folder of another release or in one of `sources` are taken from there.
     progress is called often, in this thread, with bytes done, bytes in all (0: not known) and what is being done;
-    `cancel`, set by another thread, ends it within a second. Raises UserError, and its kind Cancelled; a later call
-    goes on where this one stopped.
+    `cancel`, set by another thread, ends it within a second. Raises UserError, and its subclass Cancelled; a later
+    call continues where this one stopped.
     """
     release, folder = RELEASES[name], folder_of(name)
     target, pickle = folder / UNET_NAMES[0], folder / release.unet.place
@@ -89,22 +91,22 @@ def get(
             raise UserError(f"The folder '{source}' to take files from does not exist; check its name.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder, progress, cancel):
+        with folder_lock(folder, progress, cancel):
             for path in _unfinished(folder):
                 path.unlink()
-            if recognise(target) != name:
+            if release_of(target) != name:
                 if target.exists():
                     raise UserError(f"'{target}' was not made from the released {name}: move it away and fetch again.")
                 size = release.unet.size // 2
                 fetch(name, progress, cancel, sources, spare=size)
                 check_space(folder, size)
-                read, metadata = unet_reader(pickle), {"format": "pt", SOURCE: release.unet.sha256}
+                read, metadata = unet_reader(pickle), {"format": "pt", SOURCE_HASH: release.unet.sha256}
                 digest = convert(read, target, metadata, progress, cancel)
-                (folder / SUMS).write_text(f"{digest}  {target.name}\n", encoding="utf-8")
+                _write_text(folder / SUMS, f"{digest}  {target.name}\n")
             else:
                 fetch(name, progress, cancel, parts=release.parts[:-1])
-            (folder / LICENCE).write_text(notice(name) + "\n", encoding="utf-8")
-            keep_cards(name, folder)
+            _write_text(folder / LICENCE, notice(name) + "\n")
+            save_model_cards(name, folder)
             if not keep_pickle:
                 pickle.unlink(missing_ok=True)
             for part in release.parts:  # what was fetched of a file that was then found on this machine
@@ -118,36 +120,41 @@ def get(
 
 
 def verify(name: str, progress: Progress = no_progress, cancel: Event | None = None) -> list[str]:
-    """Read all files of a released model and compare their hashes: a sentence for each that is not as it should be."""
+    """Compare the hashes of all files of a released model; returns a sentence for each that is missing or damaged."""
     release, folder = RELEASES[name], folder_of(name)
     converted = folder / UNET_NAMES[0]
-    wrong = []
+    problems = []
     for part in release.parts:
         path = folder / part.place
         if path.is_file():
-            if not is_part(part, path, progress, cancel):
-                wrong.append(not_released(part, path))
+            if not is_released(part, path, progress, cancel):
+                problems.append(not_released_message(part, path))
         elif part is not release.unet or not converted.is_file():
-            wrong.append(f"'{path}' is missing: run `python -m latentsync.checkpoints get {name}`.")
+            problems.append(f"'{path}' is missing: run `python -m latentsync.checkpoints get {name}`.")
     if converted.is_file():
-        wanted = ""
-        with suppress(OSError, IndexError, ValueError):  # a file of no text, too
-            wanted = (folder / SUMS).read_text(encoding="utf-8").split()[0]
-        if sha256_of(converted, f"checking {converted.name}", progress, cancel) != wanted:
-            wrong.append(
+        digest = ""
+        with suppress(OSError, IndexError, ValueError):  # ValueError: not UTF-8
+            digest = (folder / SUMS).read_text(encoding="utf-8").split()[0]
+        if sha256_of(converted, f"checking {converted.name}", progress, cancel) != digest:
+            problems.append(
                 f"'{converted}' is not as it was converted: remove it, and run `python -m latentsync.checkpoints get "
                 f"{name}`."
             )
-    return wrong
+    return problems
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _unfinished(folder: Path) -> list[Path]:
-    """What a process that was killed while it copied or converted has left."""
-    return [*folder.glob("*.converting"), *folder.rglob("*.copying")]
+    """Files left by a process that was killed while it copied or converted."""
+    return [*folder.rglob(f"{PARTIAL}*")]
 
 
 def _files(name: str) -> list[Path]:
-    """All that `get` may have put into the folder of a model."""
+    """All files that `get` may have put into the folder of a model."""
     folder, files = folder_of(name), []
     for part in RELEASES[name].parts:
         files += [folder / part.place, partial_path(folder / part.place, part)]
@@ -161,7 +168,7 @@ def remove(name: str, pickle_only: bool = False) -> int:
     Files of other names stay, and so does what lies in the Hugging Face cache. Raises UserError.
     """
     release, folder = RELEASES[name], folder_of(name)
-    if pickle_only and recognise(folder / UNET_NAMES[0]) != name:
+    if pickle_only and release_of(folder / UNET_NAMES[0]) != name:
         raise UserError(f"'{folder / release.unet.place}' is needed: it has not been converted yet.")
     paths = [folder / release.unet.place] if pickle_only else _files(name)
     removed = 0

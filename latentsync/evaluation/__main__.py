@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentsync.checkpoints.load import Models, load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import Models, load_models
 from latentsync.errors import UserError
 from latentsync.evaluation.clips import TRACKS, held_out, read_clip
 from latentsync.evaluation.judge import WEIGHTS, Judge, judge_clip, load_judge, train, verdict
@@ -101,7 +102,7 @@ def find_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
 def load_and_make_folder(args: argparse.Namespace, prepare: Prepare) -> tuple[Models, Settings]:
     """The prepared models and settings of a run; makes its folder `out`. Raises UserError."""
     device = choose_device(args.device)
-    models = load_models(resolve(args.model, device), device)
+    models = load_models(resolve_model(args.model, device), device)
     settings = Settings.suiting(models, args.guidance, steps=args.steps, seed=args.seed)
     models, settings = prepare(args, models, settings)
     try:
@@ -164,8 +165,8 @@ def evaluate_people(args: argparse.Namespace, prepare: Prepare) -> None:
     found, blocks = [], []
     for measures, before, after in measure_people(films, voices, models, settings):
         found.append(measures)
-        say(f"{measures['person']}: {measures['outside']:.0f} dB, correlation {measures['correlation']:.2f}")
-        blocks.append(contact(measures["person"], (before, after)))
+        say(f"{measures.person}: {measures.outside:.0f} dB, correlation {measures.correlation:.2f}")
+        blocks.append(contact(measures.person, (before, after)))
         save_picture(args.out / "people.png", np.vstack(blocks))
         (args.out / "people.md").write_text(people_table(found) + "\n", encoding="utf-8")
     print(people_table(found))

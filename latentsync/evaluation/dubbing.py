@@ -29,11 +29,11 @@ class ElsewherePainter(Painter):
         self.reference = reference  # of every frame, by its `source`
         self.channels = models.vae.config.latent_channels
 
-    def encode_conditioning(self, frames: list[AlignedFrame], crops: Tensor) -> Tensor:
+    def cached_conditioning(self, frames: list[AlignedFrame], crops: Tensor) -> Tensor:
         others = [self.reference[frame.source] for frame in frames]
         other_crops = self.copy_to_device(torch.from_numpy(np.stack([other.crop for other in others])))
-        masked = super().encode_conditioning(frames, crops)[:, : 1 + self.channels]
-        reference = super().encode_conditioning(others, other_crops)[:, 1 + self.channels :]
+        masked = super().cached_conditioning(frames, crops)[:, : 1 + self.channels]
+        reference = super().cached_conditioning(others, other_crops)[:, 1 + self.channels :]
         return torch.cat([masked, reference], 1)
 
 

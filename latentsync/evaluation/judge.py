@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latentsync.audio import MEL_RANGE, log_powers
-from latentsync.checkpoints.load import load_exactly, read_tensors
+from latentsync.checkpoints.tensors import load_exactly, read_tensors
 from latentsync.corpus import (
     MARGIN,
     MEL_BASE,

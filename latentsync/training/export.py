@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
 
-from latentsync.checkpoints.load import CONFIG, UNET_NAMES, VAE_CONFIG, VAE_NAMES, WHISPER_NAMES
+from latentsync.checkpoints.find import CONFIG, UNET_NAMES, VAE_CONFIG, VAE_NAMES, WHISPER_NAMES
 from latentsync.corpus import RESOLUTION
 from latentsync.paths import check_writable, write_bytes, write_text
 from latentsync.training import autoencoder, denoiser, listener

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from latentsync.checkpoints.load import load_models, resolve
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.training import autoencoder, denoiser, listener
 from latentsync.training.state import save_state
@@ -17,7 +18,7 @@ def restore(folder: Path, state: Path) -> None:
 
     Raises UserError where the folder does not hold a model of the sizes that are trained here.
     """
-    models = load_models(resolve(str(folder), torch.device("cpu")), torch.device("cpu"), torch.float32)
+    models = load_models(resolve_model(str(folder), torch.device("cpu")), torch.device("cpu"), torch.float32)
     vae, unet, encoder = models.vae, models.unet, models.audio_encoder
     same = unet.config == UNetConfig.from_dict(denoiser.CONFIG) and encoder.dims == listener.DIMS
     if not same or any(vae.config[name] != value for name, value in autoencoder.CONFIG.items()):

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from latentsync.checkpoints.load import resolve
+from latentsync.checkpoints.find import resolve_model
 from latentsync.errors import UserError
 from latentsync.options import choose_device
 from latentsync.paths import check_writable, write_text
@@ -229,7 +229,7 @@ def measure(
 
     resolutions = args.resolutions
     if config.model is not None:  # found before the long work, and its resolution is the one
-        resolutions = [resolve(config.model, config.device).resolution]
+        resolutions = [resolve_model(config.model, config.device).resolution]
     if args.windows or not (args.start or args.job or args.vram):
         throughput = results["machine"]["matrix_flops"] = matrix_throughput(config.device, config.dtype)
         models = config.models(resolutions[0])

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentsync.checkpoints.load import Models, load_models, resolve, working_dtype
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import Models, load_models, working_dtype
 from latentsync.pipeline import Hooks, lipsync
 from latentsync.settings import GUIDANCE_SCALE, INFERENCE_STEPS, WINDOW, DeepCache, Settings
 from optim import accelerate
@@ -127,7 +128,7 @@ class BenchmarkConfig:
         """The networks; a model has its own resolution."""
         if self.model is None:
             return random_models(self.device, self.dtype, resolution)
-        return load_models(resolve(self.model, self.device), self.device)
+        return load_models(resolve_model(self.model, self.device), self.device)
 
     def plan(self, level: Level, resolution: int, gpu: Gpu | None) -> Plan:
         return accelerate.make_plan(level, Settings(steps=self.steps), resolution, gpu)
@@ -302,7 +303,7 @@ def memory_row(limit: float, resolution: int, config: BenchmarkConfig) -> Memory
             apply_vram_fraction(min(1.0, level.vram_fraction * limit * GIB / total), device.index or 0)
 
         given_up: list[str] = []
-        relieve = accelerate.reliever(models, plan, lambda _: None, given_up.append)
+        relieve = accelerate.oom_handler(models, plan, lambda _: None, given_up.append)
         settings = plan.settings
         shrink()
         accelerated(models, plan)

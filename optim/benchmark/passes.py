@@ -184,7 +184,7 @@ def our_stages(models: Models, settings: "Settings", windows: int | None = None)
 
     def denoised(conditions: Tensor) -> Tensor:
         conditions = conditions.unflatten(0, (b, WINDOW)).transpose(1, 2)
-        return models.denoise(
+        return denoise(
             models.unet, given.noise, conditions, given.audio, schedule, settings.guidance_scale, settings.cache
         )
 

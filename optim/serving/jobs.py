@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentsync import FPS, STAGES
-from latentsync.errors import UserError, short_of_memory
+from latentsync.errors import UserError, is_out_of_memory
 from latentsync.media import probe_audio, probe_video
 from latentsync.media.segments import discard
 from optim.serving.curves import NO_CURVES, latest, live, thinned
@@ -54,7 +54,8 @@ from optim.serving.speeds import Speeds
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
-    from latentsync.checkpoints.load import Checkpoint, Models
+    from latentsync.checkpoints.find import Checkpoint
+    from latentsync.checkpoints.load import Models
     from optim.monitor import History, Monitor
 
 IDLE_SECONDS = 600.0  # without a job, until the model is let go
@@ -457,24 +458,23 @@ class Worker:
 
         if self.machine is None:
             raise UserError(self.problem or "")
-        from optim.accelerate import describe, in_words
+        from optim.accelerate import details, summary
 
         device = torch.device(self.machine.device)
         checkpoint = self._checkpoint(request)
         plan = make_plan(request, checkpoint, device)
-        words = f"{in_words(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
+        line = details(plan, device) + "."
+        words = f"{summary(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
         if self.lent:  # the plan is for the processor that is here, and only its level and steps hold there
-            alone = replace(plan, settings=replace(plan.settings, windows_per_pass=1))
-            return f"{words}, on {self.machine.device_name}.", f"{describe(alone, device)}."
-        details = describe(plan, device) + "."
+            return f"{words}, on {self.machine.device_name}.", line
         if seconds is None:
-            return words + ".", details
+            return words + ".", line
         frames = math.ceil(seconds * FPS)
         found = self.speeds.estimate(self._where(checkpoint), plan.settings, frames)
         if found is None:
-            return words + "; how long it takes here is not known before the first job.", details
+            return words + "; how long it takes here is not known before the first job.", line
         estimate, measured = found
-        return f"{words}; {'about' if measured else 'roughly'} {spoken(estimate)} for this clip.", details
+        return f"{words}; {'about' if measured else 'roughly'} {spoken(estimate)} for this clip.", line
 
     def wait(self, job: Job, timeout: float) -> bool:
         """Whether a job has ended within that many seconds."""
@@ -637,7 +637,7 @@ class Worker:
             self._fail(job, said(error, names), remedy)
         except BaseException as error:  # also a SystemExit of a library: it ends a thread without a word
             broken = True
-            if short_of_memory(error):
+            if is_out_of_memory(error):
                 self._fail(job, *out_of_memory(self.machine, self._ran))
             else:
                 traceback.print_exc()
@@ -677,7 +677,7 @@ class Worker:
 
     def _run(self, job: Job) -> None:
         from latentsync.pipeline import Hooks, StopEarly, lipsync
-        from optim.accelerate import accelerate, reliever
+        from optim.accelerate import accelerate, oom_handler
         from optim.doctor import advise_report
         from optim.hardware import nvml_index
 
@@ -703,7 +703,7 @@ class Worker:
             step_downs.append(words)
             self.monitor.mark(words)
 
-        relieve = reliever(models, plan, job.messages.append, stepped_down)
+        relieve = oom_handler(models, plan, job.messages.append, stepped_down)
         progress = Progress(job, plan.settings.steps, self.monitor, check)
         output = job.planned
         preview = Preview(job)

@@ -22,7 +22,7 @@ from latentsync.errors import UserError
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
-    from latentsync.checkpoints.load import Checkpoint
+    from latentsync.checkpoints.find import Checkpoint
     from optim.hardware import Gpu
     from optim.serving.jobs import Worker
 
@@ -56,13 +56,13 @@ def meant(model: str, device: "torch.device", lent: bool = False) -> "Checkpoint
 
     Raises UserError where there is none.
     """
-    from latentsync.checkpoints.load import resolve, resolve_released
+    from latentsync.checkpoints.find import find_released, resolve_model
 
     if lent and model == "auto":
         for name in RELEASES:  # the best first
-            if found := resolve_released(name):
+            if found := find_released(name):
                 return found
-    return resolve(model, device)
+    return resolve_model(model, device)
 
 
 def survey(model: str, device: "torch.device", lent: bool = False) -> dict[str, Any]:
@@ -70,13 +70,13 @@ def survey(model: str, device: "torch.device", lent: bool = False) -> dict[str, 
 
     model: what the server was told that `auto` is; lent: see `meant`. Raises UserError where that is not there.
     """
-    from latentsync.checkpoints.load import NAMES, resolve
+    from latentsync.checkpoints.find import MODEL_NAMES, resolve_model
 
     chosen = meant(model, device, lent)
     models = []
-    for name in [*NAMES[1:], *([chosen.name] if chosen.name not in NAMES else [])]:
+    for name in [*MODEL_NAMES[1:], *([chosen.name] if chosen.name not in MODEL_NAMES else [])]:
         try:
-            found = chosen if name == chosen.name else resolve(name, device)
+            found = chosen if name == chosen.name else resolve_model(name, device)
             facts = {"resolution": found.resolution, "guidance": found.guidance_scale, "remark": found.remark}
         except UserError:
             facts = dict.fromkeys(("resolution", "guidance", "remark"))

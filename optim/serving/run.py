@@ -16,7 +16,8 @@ from optim.serving.job import Job, Request
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
 
-    from latentsync.checkpoints.load import Checkpoint, Models
+    from latentsync.checkpoints.find import Checkpoint
+    from latentsync.checkpoints.load import Models
     from optim.accelerate import Plan
     from optim.monitor import Monitor
     from optim.serving.jobs import Machine
@@ -49,7 +50,7 @@ def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]
 def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.device") -> "Plan":
     """The plan for a request with a model on a device. Raises UserError."""
     from latentsync.settings import DeepCache, Settings
-    from optim.accelerate import plan_as_asked
+    from optim.accelerate import plan_for_device
 
     asked = Settings.suiting(
         model, request.guidance, steps=request.steps, seed=request.seed, crf=request.crf, face=request.face
@@ -58,7 +59,7 @@ def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.dev
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if request.cache != "level":
         overrides["cache"] = request.cache and DeepCache(request.cache, 0)
-    return plan_as_asked(device, model.resolution, asked, request.level, request.batch, **overrides)
+    return plan_for_device(device, model.resolution, asked, request.level, request.batch, **overrides)
 
 
 def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
@@ -66,16 +67,17 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
 
     model: as on the command line. Returns the report. Nobody can follow it, or end it. Raises UserError.
     """
-    from latentsync.checkpoints.load import load_models, resolve
+    from latentsync.checkpoints.find import resolve_model
+    from latentsync.checkpoints.load import load_models
     from latentsync.options import choose_device
     from latentsync.pipeline import Hooks, lipsync
-    from optim.accelerate import accelerate, reliever
+    from optim.accelerate import accelerate, oom_handler
 
     device = choose_device("auto")
-    models = load_models(resolve(model, device), device)
+    models = load_models(resolve_model(model, device), device)
     plan = make_plan(request, models, device)
     accelerate(models, plan, log)
-    relieve = reliever(models, plan, log)
+    relieve = oom_handler(models, plan, log)
     # In one piece: no later job finds the segments of this one, as each has a folder of its own.
     hooks = Hooks(on_out_of_memory=relieve)
     report = lipsync(request.video, request.audio, output, models, plan.settings, hooks, segment_frames=None)
