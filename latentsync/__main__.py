@@ -1,102 +1,126 @@
 """The command line: `python -m latentsync VIDEO AUDIO -o OUT.mp4`."""
 
 import argparse
+import io
 import json
 import os
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentsync import STAGES, __version__
-from latentsync.errors import UserError, short_of_memory
-from latentsync.options import between, choose_device, interrupt_on_signals
+from latentsync.errors import UserError, is_out_of_memory
+from latentsync.machine import peak_memory
+from latentsync.options import between, choose_device, interrupt_on_signals, log_to_stderr
 from latentsync.paths import check_writable, write_text
+from latentsync.settings import FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
 
-if TYPE_CHECKING:  # torch takes seconds to load
+if TYPE_CHECKING:  # these import torch, which takes seconds
+    from tqdm import tqdm
+
     from latentsync.checkpoints.load import Models
-    from latentsync.settings import Report, Settings
 
 LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 REPORT = "The report"
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="python -m latentsync", description="Make the mouth in VIDEO say the words of AUDIO."
     )
-    found.add_argument("video", metavar="VIDEO", help="any video of a face, or a picture")
-    found.add_argument("audio", metavar="AUDIO", help="any recording of a voice, or a video with sound")
-    found.add_argument("-o", "--output", required=True, metavar="OUT", help="what to write: .mp4, .mov or .mkv")
-    found.add_argument(
-        "--model", default="auto", metavar="NAME|PATH",
+    parser.add_argument("video", metavar="VIDEO", help="any video of a face, or a picture")
+    parser.add_argument("audio", metavar="AUDIO", help="any recording of a voice, or a video with sound")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="what to write: .mp4, .mov or .mkv")
+    parser.add_argument(
+        "--model",
+        default="auto",
+        metavar="NAME|PATH",
         help="auto (default), demo, latentsync-1.5, latentsync-1.6, or a checkpoint folder",
-    )  # fmt: skip
-    found.add_argument(
-        "--steps", type=between(int, 1, 999), default=20, help="diffusion steps, 12 to 50 are useful (default 20)"
     )
-    found.add_argument(
-        "--guidance", type=between(float, 0, 10),
-        help="lip strength, 1 (off) to 3 (default: what suits the model; 1.5 for the released ones)",
-    )  # fmt: skip
-    found.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=1247, help="default 1247")
-    found.add_argument(
-        "--face", choices=("largest", "left", "right", "centre"), default="largest",
-        help="which one, where several are seen (default largest)",
-    )  # fmt: skip
+    parser.add_argument(
+        "--steps",
+        type=between(int, 1, TRAIN_STEPS - 1),
+        default=INFERENCE_STEPS,
+        help="diffusion steps, 12 to 50 are useful (default %(default)s)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=between(float, 0, 10),
+        help=f"lip strength, 1 (off) to 3 (default: what suits the model; {GUIDANCE_SCALE} for the released ones)",
+    )
+    parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=SEED, help="default %(default)s")
+    parser.add_argument(
+        "--face",
+        choices=FACES,
+        default=Settings.face,
+        help="which one, if the video shows several (default %(default)s)",
+    )
     for kind in ("video", "audio"):
-        found.add_argument(
-            f"--{kind}-track", type=between(int, 1, 1000), metavar="N",
+        parser.add_argument(
+            f"--{kind}-track",
+            type=between(int, 1, 1000),
+            metavar="N",
             help=f"which track of {kind.upper()}, from 1 (default: the one with the default flag, else the first)",
-        )  # fmt: skip
-    found.add_argument(
-        "--copy-audio", action="store_true",
+        )
+    parser.add_argument(
+        "--copy-audio",
+        action="store_true",
         help="keep the sound of .mp4 and .mov bit for bit, which not every player knows (default: AAC; .mkv keeps it)",
-    )  # fmt: skip
-    found.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
-    found.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
-    found.add_argument(
-        "--discard-unfinished", action="store_true",
-        help="first remove what interrupted runs with this output have kept, and begin anew",
-    )  # fmt: skip
-    found.add_argument("--version", action="version", version=__version__)
-    return found
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
+    parser.add_argument(
+        "--discard-unfinished",
+        action="store_true",
+        help="first remove what interrupted runs with this output have finished, and start from the beginning",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
 
 
 def shield_dashes(arguments: list[str]) -> list[str]:
     """Let file names begin with a dash: one that exists, or that follows an option for a file, gets a './'."""
-    out: list[str] = []
+    shielded: list[str] = []
     for argument in arguments:
-        names_file = bool(out) and out[-1] in ("-o", "--output", "--report")
+        names_file = bool(shielded) and shielded[-1] in ("-o", "--output", "--report")
         dashed = argument.startswith("-") and argument != "--"
-        out.append(os.path.join(".", argument) if dashed and (names_file or os.path.isfile(argument)) else argument)
-    return out
+        is_file = dashed and (names_file or os.path.isfile(argument))
+        shielded.append(os.path.join(".", argument) if is_file else argument)
+    return shielded
 
 
-class Bars:
-    """Progress on a terminal: a bar a stage, with frames per second and time left."""
+class ProgressBars:
+    """Progress on a terminal: one bar for each stage, with frames per second and time left."""
 
     def __init__(self) -> None:
-        self.bars = {}
+        self.bars: dict[str, tqdm] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         from tqdm import tqdm
 
         if not self.bars:  # all at once, so that a stage's time counts from the start of the run
-            shape = "{desc:8} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left"
+            layout = "{desc:8} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left"
             size = shutil.get_terminal_size()
             for position, name in enumerate(STAGES):
                 self.bars[name] = tqdm(
-                    total=total, desc=name, unit=" frames", bar_format=shape, position=position,
-                    mininterval=0.2, miniters=1, smoothing=0, ncols=size.columns, nrows=size.lines,
-                )  # fmt: skip
+                    total=total,
+                    desc=name,
+                    unit=" frames",
+                    bar_format=layout,
+                    position=position,
+                    mininterval=0.2,
+                    miniters=1,
+                    smoothing=0,
+                    ncols=size.columns,
+                    nrows=size.lines,
+                )
         bar = self.bars[stage]
-        if not bar.n and done > 1:  # what an earlier run has done says nothing of the speed
+        if not bar.n and done > 1:  # frames of an earlier run do not count for the speed
             bar.initial = bar.n = done
         bar.update(done - bar.n)
 
@@ -105,73 +129,61 @@ class Bars:
             bar.close()
 
 
-class Lines:
-    """Progress where stderr is no terminal: now and then a line, without control characters."""
+class ProgressLines:
+    """Progress where stderr is no terminal: a line every LINE_SECONDS, without control characters."""
 
     def __init__(self) -> None:
-        self.began = self.written = time.monotonic()
+        self.start = self.last_line = time.monotonic()
         self.done: dict[str, int] = {}
-        self.before: dict[str, int] = {}  # what an earlier run has done says nothing of the speed
+        self.resumed: dict[str, int] = {}  # frames of an earlier run do not count for the speed
         self.total = 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        self.before.setdefault(stage, max(done - 1, 0))
+        self.resumed.setdefault(stage, max(done - 1, 0))
         self.done[stage], self.total = done, total
-        if time.monotonic() - self.written >= LINE_SECONDS:
+        if time.monotonic() - self.last_line >= LINE_SECONDS:
             self.write()
 
     def write(self) -> None:
-        self.written = time.monotonic()
-        seconds = self.written - self.began
+        self.last_line = time.monotonic()
+        seconds = self.last_line - self.start
         counts = ", ".join(f"{stage} {done}/{self.total}" for stage, done in self.done.items())
-        # Of the frames that every stage so far has passed on.
-        rate = min(done - self.before[stage] for stage, done in self.done.items()) / seconds
+        # The rate of frames that have passed all stages so far.
+        rate = min(done - self.resumed[stage] for stage, done in self.done.items()) / seconds
         left = f", {(self.total - min(self.done.values())) / rate:.0f} s left" if rate else ""
         print(f"{counts}, {rate:.2f} frames/s{left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.done:
             self.write()
-            self.done = {}  # said once, however often it is closed
-
-
-def peak_memory() -> int:
-    """The most memory that this process ever held, in bytes."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    with suppress(OSError, TypeError):  # Linux; there getrusage also counts what the parent held when it started us
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+            self.done = {}  # closing again writes nothing
 
 
 @dataclass
-class Job:
-    """What a run is to be given, and what is to be said of it afterwards."""
+class PreparedRun:
+    """The settings of a run, and what to do during it and afterwards."""
 
-    settings: "Settings"
-    relieve: "Callable[[], Settings | None] | None" = None  # see `latentsync.pipeline.lipsync`
-    finished: "Callable[[Report], None]" = lambda _: None  # called with the report, before it is written
-    notes: dict = field(default_factory=dict)  # more for the report's file
+    settings: Settings
+    on_out_of_memory: Callable[[], Settings | None] | None = None  # see `latentsync.pipeline.lipsync`
+    on_finished: Callable[[Report], None] = lambda report: None  # called before the report is written
+    report_extras: dict[str, Any] = field(default_factory=dict)  # added to the file of --report
 
 
-# Arguments, models, settings, seconds of sound.
-Prepare = Callable[[argparse.Namespace, "Models", "Settings", float], AbstractContextManager[Job]]
+# (arguments, models, settings, seconds of sound) → context manager of the run
+Prepare = Callable[[argparse.Namespace, "Models", Settings, float], AbstractContextManager[PreparedRun]]
 
 
 @contextmanager
-def as_asked(args: argparse.Namespace, models: "Models", settings: "Settings", seconds: float) -> Iterator[Job]:
-    """The plain pipeline."""
-    yield Job(settings)
+def prepare_plain(
+    args: argparse.Namespace, models: "Models", settings: Settings, seconds: float
+) -> Iterator[PreparedRun]:
+    """Run the pipeline as it is, with the settings that the user gave."""
+    yield PreparedRun(settings)
 
 
-def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
-    """One job, from checked arguments; what `prepare` makes of its models and settings is run."""
-    # Imported here, so that --help is answered at once, and mistakes in the files before torch is there.
+def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
+    """Run one job from parsed arguments; `prepare` may change its models and settings. Raises UserError."""
+    # Imported late: --help needs none of it, and the files are checked before torch is imported.
     from latentsync.media import check_output, probe_audio, probe_video
 
     info = probe_video(args.video, args.video_track)
@@ -188,7 +200,6 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     from latentsync.checkpoints.load import load_models
     from latentsync.media.segments import discard
     from latentsync.pipeline import Hooks, lipsync
-    from latentsync.settings import Settings
 
     if args.discard_unfinished:
         discard(Path(args.output))
@@ -198,50 +209,50 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
     if args.report:
         check_writable(args.report, checkpoint.files, REPORT)
     settings = Settings.suiting(checkpoint, args.guidance, steps=args.steps, seed=args.seed, face=args.face)
-    bars = Bars() if sys.stderr.isatty() else Lines()
+    progress = ProgressBars() if sys.stderr.isatty() else ProgressLines()
 
-    def say(line: str) -> None:
-        bars.close()
-        print(line, file=sys.stderr, flush=True)
+    def print_message(message: str) -> None:
+        progress.close()
+        print(message, file=sys.stderr, flush=True)
 
     try:
         models = load_models(checkpoint, device)
-        say(f"model {models.name}, {models.resolution} px, on {device}")
+        print_message(f"model {models.name}, {models.resolution} px, on {device}")
         if checkpoint.remark:
-            say(checkpoint.remark)
-        with prepare(args, models, settings, sound.duration) as job:
+            print_message(checkpoint.remark)
+        with prepare(args, models, settings, sound.duration) as prepared:
             report = lipsync(
                 args.video,
                 args.audio,
                 args.output,
                 models,
-                job.settings,
-                Hooks(on_progress=bars, on_out_of_memory=job.relieve, on_message=say),
+                prepared.settings,
+                Hooks(on_progress=progress, on_out_of_memory=prepared.on_out_of_memory, on_message=print_message),
                 video_track=args.video_track,
                 audio_track=args.audio_track,
                 copy_audio=args.copy_audio,
             )
-            bars.close()
+            progress.close()
             for remark in report.remarks:
-                say(remark)
-            job.finished(report)
+                print_message(remark)
+            prepared.on_finished(report)
     except Exception as error:
-        if not short_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"The memory of {device} is not enough for '{args.video}' with the model {checkpoint.name}: close other "
             "programs that use it, take --model latentsync-1.5 or demo, or --device cpu."
         ) from error
     finally:
-        bars.close()
+        progress.close()
     if report.frames_without_face:
         print(f"{report.frames_without_face} frames show no usable face and were left as they are", file=sys.stderr)
     if args.report:
-        found = report.as_dict() | job.notes | {"peak_memory_bytes": peak_memory()}
+        contents = report.as_dict() | prepared.report_extras | {"peak_memory_bytes": peak_memory()}
         if device.type == "cuda":
-            found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+            contents["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         try:
-            write_text(args.report, json.dumps(found, indent=2) + "\n", REPORT)
+            write_text(args.report, json.dumps(contents, indent=2) + "\n", REPORT)
         except UserError as error:
             raise UserError(f"'{args.output}' is done. {error}") from error
     print(args.output)
@@ -249,16 +260,22 @@ def run(args: argparse.Namespace, prepare: Prepare = as_asked) -> None:
 
 def main(
     arguments: list[str] | None = None,
-    parser: Callable[[], argparse.ArgumentParser] = parser,
-    prepare: Prepare = as_asked,
+    make_parser: Callable[[], argparse.ArgumentParser] = make_parser,
+    prepare: Prepare = prepare_plain,
+    prog: str | None = None,
 ) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 when interrupted.
 
-    parser and prepare: for a command line that knows more options, and does more with them.
+    make_parser and prepare: of a command line with more options. prog: the command's name in messages, if not that of
+    the parser.
     """
-    args = parser().parse_args(shield_dashes(sys.argv[1:] if arguments is None else arguments))
-
+    parser = make_parser()
+    parser.prog = prog or parser.prog
+    args = parser.parse_args(shield_dashes(sys.argv[1:] if arguments is None else arguments))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may have letters that the console's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     interrupt_on_signals()
+    log_to_stderr()
     try:
         run(args, prepare)
     except UserError as error:
@@ -271,12 +288,11 @@ def main(
 
 
 def leave(code: int) -> None:
-    """End the process at once: Python would take a second or more to take torch apart."""
+    """Exit the process at once: Python would take a second or more to unload torch."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # of the output's name, where its letters are not the console's
     leave(main())

@@ -1,15 +1,15 @@
-"""The one exception that a user is meant to read, and the one kind of others that has its own sentence."""
+"""`UserError`, the one exception whose message a user is meant to read, and recognizing errors of memory."""
 
 
 class UserError(Exception):
-    """What the user can put right: one sentence that names the file or setting and the remedy.
+    """A problem that the user can solve: one sentence that names the file or setting and the remedy.
 
-    The command line prints it and exits with code 2; the page shows it. It never carries a traceback.
+    The command line prints it and exits with code 2; the page shows it. It is never shown with a traceback.
     """
 
 
-def short_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory could not be had, the device's or the processor's."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out, the device's or the processor's."""
     from torch import OutOfMemoryError
 
     words = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory", "CUDA error: out of memory"

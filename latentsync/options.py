@@ -1,9 +1,10 @@
-"""What several command lines have in common."""
+"""What the command lines share: option types, logging, signals, the choice of a device."""
 
 import argparse
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:  # takes seconds to load
 
 
 def between(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
-    """A type for argparse: a number of `kind`, int or float, in a range."""
+    """A type for argparse: an int or float, as `kind` says, from `low` to `high`."""
 
     def number(text: str) -> float:
         if low <= (value := kind(text)) <= high:
@@ -26,8 +27,8 @@ def between(kind: Callable[[str], float], low: float, high: float) -> Callable[[
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Let a program show what the packages log, a line a message, on stderr; a library stays silent without it."""
-    handler = logging.StreamHandler()
+    """Print what the packages log on stderr, one line for each message; without this call they are silent."""
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("latentsync", "optim"):
         logger = logging.getLogger(name)
@@ -36,24 +37,31 @@ def log_to_stderr(level: int = logging.INFO) -> None:
             logger.addHandler(handler)
 
 
-def interrupt_on_signals() -> None:
-    """Let every signal that asks a process to end raise KeyboardInterrupt, as Ctrl-C does, so that it cleans up.
+class _StderrHandler(logging.Handler):
+    """Unlike logging's own, this one writes to what sys.stderr is at the time of the message."""
 
-    These are SIGTERM, SIGQUIT, SIGHUP and, on Windows, SIGBREAK; only the first one counts. SIGHUP says that the
-    terminal is gone: what is written to it from then on is dropped. A signal that is ignored, as by nohup, stays so. To
-    be called in the main thread.
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def interrupt_on_signals() -> None:
+    """Make every signal that asks a process to end raise KeyboardInterrupt, as Ctrl-C does, so that it cleans up.
+
+    These are SIGTERM, SIGQUIT, SIGHUP and, on Windows, SIGBREAK; only the first one counts. SIGHUP means that the
+    terminal is gone: what is written to it from then on is dropped. A signal that is ignored, as under nohup, stays
+    ignored. Call this in the main thread.
     """
     interrupted = False
-    terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # one that is gone says that it is none
+    terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # asked now: isatty is false once a terminal is gone
 
-    def interrupt(number: int, _: object) -> None:
+    def interrupt(number: int, frame: object) -> None:
         nonlocal interrupted
         if number == getattr(signal, "SIGHUP", None):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
+            null = os.open(os.devnull, os.O_WRONLY)
             for stream in terminals:
-                os.dup2(nowhere, stream)
-            os.close(nowhere)
-        if not interrupted:  # another one must not interrupt the cleaning up
+                os.dup2(null, stream)
+            os.close(null)
+        if not interrupted:  # a second signal must not interrupt the cleaning up
             interrupted = True
             raise KeyboardInterrupt
 
@@ -64,10 +72,10 @@ def interrupt_on_signals() -> None:
 
 
 def choose_device(name: str) -> "torch.device":
-    """The torch device of a `--device`; `auto` is the GPU where there is one. Raises UserError.
+    """The torch device for a `--device` option; `auto` is the GPU if there is one. Raises UserError.
 
-    From then on torch uses at most as many threads as this process may use cores. By itself it starts one for every
-    core of the machine, too many in a container that has fewer.
+    Also limits torch's threads to the cores that this process may use. By default torch starts one for every core of
+    the machine, too many in a container that has fewer.
     """
     import torch
 

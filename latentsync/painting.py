@@ -15,7 +15,7 @@ from torch import Tensor
 from latentsync.alignment import fixed_mask
 from latentsync.checkpoints.load import Models
 from latentsync.compositing import match_colours, merge_faces, paste_face, paste_rectangle
-from latentsync.errors import UserError, short_of_memory
+from latentsync.errors import UserError, is_out_of_memory
 from latentsync.sampling import Schedule, ddim_schedule, denoise, initial_noise, interpolate_ends
 from latentsync.settings import Settings
 from latentsync.vae import decode, encode_conditioning, to_pixels
@@ -235,14 +235,14 @@ class Painter:
             return self.conditioning[OWN_FACE].expand(b, f, *self.conditioning[OWN_FACE].shape)
         if not self.models.ends_only:
             frames = [frame for window in windows for frame in window.frames]
-            return self.encode_conditioning(frames, crops).unflatten(0, (b, f))
+            return self.cached_conditioning(frames, crops).unflatten(0, (b, f))
         crops = crops.unflatten(0, (b, f))
         ends = [frame for window in windows for frame in (window.frames[0], window.frames[-1])]
-        encoded = self.encode_conditioning(ends, torch.stack([crops[:, 0], crops[:, -1]], 1).flatten(0, 1))
+        encoded = self.cached_conditioning(ends, torch.stack([crops[:, 0], crops[:, -1]], 1).flatten(0, 1))
         first, last = encoded.unflatten(0, (b, 2)).unbind(1)
         return interpolate_ends(first, last, f)
 
-    def encode_conditioning(self, frames: list[AlignedFrame], crops: Tensor) -> Tensor:
+    def cached_conditioning(self, frames: list[AlignedFrame], crops: Tensor) -> Tensor:
         """Conditioning of n faces, (n, 1 + 2c, h, w); of a frame that is shown more than once it is encoded once."""
         sources = [frame.source for frame in frames]
         if all(source in self.conditioning for source in sources):
@@ -318,7 +318,7 @@ def paint_groups(
             try:
                 passes = submit(group, painter, skip=frames <= done)
             except Exception as error:
-                if not short_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 # Without its frames, which hold the tensors that did not fit.
                 out_of_memory = error.with_traceback(None)
@@ -372,7 +372,7 @@ def repaint(windows: list[Window], painter: Painter) -> None:
                 for frame in left.popleft().new:
                     frame.recomputed = True
         except Exception as error:
-            if not short_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             continue
         if not left:

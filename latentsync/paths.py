@@ -112,21 +112,21 @@ def write_text(path: Path, text: str, what: str = "The output") -> None:
 
 def is_own_folder(path: Path) -> bool:
     """Whether a path is a folder, not a link to one, and belongs to this user. Raises FileNotFoundError."""
-    status = os.lstat(path)
-    if not stat.S_ISDIR(status.st_mode):
+    info = os.lstat(path)
+    if not stat.S_ISDIR(info.st_mode):
         return False
     if sys.platform == "win32":
-        return not status.st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT  # no junction
-    return status.st_uid == os.geteuid()
+        return not info.st_file_attributes & stat.FILE_ATTRIBUTE_REPARSE_POINT  # no junction
+    return info.st_uid == os.geteuid()
 
 
 def is_own_file(path: Path) -> bool:
     """Whether a path is a regular file, not a link to one, and belongs to this user."""
     try:
-        status = os.lstat(path)
+        info = os.lstat(path)
     except OSError:
         return False
-    return stat.S_ISREG(status.st_mode) and (sys.platform == "win32" or status.st_uid == os.geteuid())
+    return stat.S_ISREG(info.st_mode) and (sys.platform == "win32" or info.st_uid == os.geteuid())
 
 
 def _not_writable(path: str | os.PathLike, what: str, error: Exception) -> UserError:

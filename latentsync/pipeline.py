@@ -24,7 +24,8 @@ from torch import Tensor
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
-from latentsync.faces import Face, face_reader, track_faces
+from latentsync.faces import Face, track_faces
+from latentsync.landmarks import face_reader
 from latentsync.machine import available_memory
 from latentsync.media import (
     VideoInfo,

@@ -6,16 +6,13 @@ All options of `python -m latentsync`, the level, and every setting of a level o
 import argparse
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from latentsync import FPS
 from latentsync import __main__ as plain
-from latentsync.options import between, log_to_stderr
+from latentsync.options import between
 from optim.levels import SWITCHES, VRAM_FRACTION
 from optim.options import add_level_options, cache_override
 
@@ -26,9 +23,8 @@ if TYPE_CHECKING:  # torch takes seconds to load
 log = logging.getLogger(__name__)
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = plain.parser()
-    parser.prog = prog
+def build_parser() -> argparse.ArgumentParser:
+    parser = plain.make_parser()
     add_level_options(parser, default="auto")
     fraction, batch, share = between(float, 0.1, 1), between(int, 1, 256), between(float, 0.01, 1)
     parser.add_argument(
@@ -49,7 +45,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def prepare(args: argparse.Namespace, models: "Models", settings: "Settings", seconds: float) -> Iterator[plain.Job]:
+def prepare(
+    args: argparse.Namespace, models: "Models", settings: "Settings", seconds: float
+) -> Iterator[plain.PreparedRun]:
     """Accelerate the models for a job with this many seconds of sound, watch the GPU, and give advice at the end."""
     from optim.accelerate import accelerate, log_memory, oom_handler, plan_for_device
     from optim.doctor import advise_report
@@ -63,27 +61,24 @@ def prepare(args: argparse.Namespace, models: "Models", settings: "Settings", se
     accelerate(models, plan, frames=math.ceil(seconds * FPS))
     log_memory("before the run", device)
     step_downs: list[str] = []
-    job = plain.Job(plan.settings, oom_handler(models, plan, on_step_down=step_downs.append))
-    job.notes = {"level": plan.level.name, "step_downs": step_downs}
+    prepared = plain.PreparedRun(plan.settings, oom_handler(models, plan, on_step_down=step_downs.append))
+    prepared.report_extras = {"level": plan.level.name, "step_downs": step_downs}
     with Monitor() if device.type == "cuda" else nullcontext() as monitor:
 
-        def finished(report: "Report") -> None:
+        def on_finished(report: "Report") -> None:
             log_memory("after the run", device)
             gpu = monitor.snapshot().gpu(nvml_index(device)) if monitor else None
             for advice in advise_report(report, plan, step_downs, gpu):
                 log.info(f"{advice.severity}: {advice.problem} {advice.remedy}")
 
-        job.finished = finished
-        yield job
+        prepared.on_finished = on_finished
+        yield prepared
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m optim") -> int:
     """Run the command line; returns the exit code, see `latentsync.__main__.main`."""
-    log_to_stderr()
-    return plain.main(arguments, partial(build_parser, prog), prepare)
+    return plain.main(arguments, build_parser, prepare, prog)
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may have letters that the console lacks
     plain.leave(main())

@@ -49,9 +49,6 @@ def serve(folder: Path, *options: object, port: int | None = None):
     # And no network, nor anything of the Hugging Face cache: the page must do without.
     environment = os.environ | {"LATENTSYNC_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "huggingface"), "PYTHONFAULTHANDLER": "1"}
-    imported = sys.modules.get("app")  # by another test: its folder for uploads is not that of this server
-    if imported and environment.get("GRADIO_TEMP_DIR") == imported.OWN_TEMP:
-        del environment["GRADIO_TEMP_DIR"]
     with open(log, "w") as out:
         began = time.monotonic()
         process = subprocess.Popen(

@@ -490,8 +490,8 @@ def test_the_container_copies_and_runs_what_exists():
     commands = re.findall(r"\./launch\.sh (\w+)", text)
     assert commands and all(f"    {command})" in (root / "launch.sh").read_text() for command in commands)
     assert [line[1:] for line in lines if line[0] == "CMD"] == [['["./launch.sh"]']]  # which serves the page
-    app = (root / "app.py").read_text()
-    assert all(f'"{name}"' in app for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "LATENTSYNC_GET"))
+    options = (root / "optim/serving/options.py").read_text()
+    assert all(f'"{name}"' in options for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "LATENTSYNC_GET"))
     assert all(f"{name}=" in text for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "LATENTSYNC_GET"))
 
 

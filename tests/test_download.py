@@ -439,7 +439,7 @@ import torch
 from latentsync.checkpoints import store, tensors
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
-from latentsync.__main__ import peak_memory
+from latentsync.machine import peak_memory
 from latentsync.checkpoints.releases import LICENCES, RELEASES, folder_of
 
 release, name, step = pickle.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2], sys.argv[3]

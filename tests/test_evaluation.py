@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -15,7 +16,7 @@ from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.evaluation import judge as judging
 from latentsync.evaluation.__main__ import main
-from latentsync.evaluation.appearance import NEAR, ciede2000, keeps, mouth_hulls
+from latentsync.evaluation.appearance import NEAR, ciede2000, compare_appearance, mouth_hulls
 from latentsync.evaluation.clips import held_out, look
 from latentsync.evaluation.dubbing import ElsewherePainter, elsewhere
 from latentsync.evaluation.measures import (
@@ -30,7 +31,7 @@ from latentsync.evaluation.measures import (
     pauses,
     peak,
 )
-from latentsync.evaluation.people import people_table
+from latentsync.evaluation.people import PersonMeasures, people_table
 from latentsync.evaluation.report import Result, pause_variance, summary, table
 from latentsync.painting import Painter
 from latentsync.settings import Settings
@@ -221,11 +222,11 @@ def test_the_reference_of_a_self_dub_is_another_moment(checkpoint):
     here, there = [shots[0], shots[2]], [shots[2], shots[1]]
     plain = Painter(models, Settings())
     shown, reference = (
-        plain.encode_conditioning(some, torch.from_numpy(np.stack([shot.crop for shot in some])))
+        plain.cached_conditioning(some, torch.from_numpy(np.stack([shot.crop for shot in some])))
         for some in (here, there)
     )
     painter = ElsewherePainter(models, Settings(), [shots[2], shots[0], shots[1]])
-    told = painter.encode_conditioning(here, torch.from_numpy(crops[[0, 2]]))
+    told = painter.cached_conditioning(here, torch.from_numpy(crops[[0, 2]]))
     masked = 1 + models.vae.config.latent_channels
     assert torch.equal(told[:, :masked], shown[:, :masked]) and torch.equal(told[:, masked:], reference[:, masked:])
     assert not torch.equal(told, shown)
@@ -323,7 +324,7 @@ def test_a_level_gives_the_settings_that_are_measured(checkpoint):
         assert cache == (found.cache and (found.cache.interval, found.cache.branch))
 
 
-# What a result keeps of a person.
+# Appearance: what a result keeps of a person.
 
 
 def mouths_of(n: int, side: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -335,8 +336,9 @@ def mouths_of(n: int, side: int = 64) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_person_that_stays_keeps_everything():
     faces, points = mouths_of(4)
-    found = keeps(faces, faces, points, points)
-    assert found == {"outside": math.inf, "detail": 1, "colour": 0, "seam": 1, "flicker": 1}
+    measures = compare_appearance(faces, faces, points, points)
+    assert measures.pop("flicker_levels") > 0
+    assert measures == {"outside": math.inf, "detail": 1, "colour": 0, "seam": 1, "flicker": 1}
 
 
 def test_what_changes_inside_the_hull_is_told_from_what_changes_beside_it():
@@ -344,23 +346,23 @@ def test_what_changes_inside_the_hull_is_told_from_what_changes_beside_it():
     hulls = mouth_hulls(points, 64, NEAR * 64 / 256)
     inside = faces.copy()
     inside[hulls] = np.clip(inside[hulls].astype(int) + (30, 0, 0), 0, 255)
-    found = keeps(inside, faces, points, points)
-    assert found["outside"] == math.inf
-    assert found["colour"] > 3
+    measures = compare_appearance(inside, faces, points, points)
+    assert measures["outside"] == math.inf
+    assert measures["colour"] > 3
     below = np.zeros_like(hulls)
     below[:, 32:] = True
     beside = faces.copy()
     beside[below & ~hulls] += 5
-    assert keeps(beside, faces, points, points)["outside"] == pytest.approx(20 * math.log10(255 / 5))
+    assert compare_appearance(beside, faces, points, points)["outside"] == pytest.approx(20 * math.log10(255 / 5))
     above = faces.copy()
     above[:, :32] = 0
-    assert keeps(above, faces, points, points)["outside"] == math.inf
+    assert compare_appearance(above, faces, points, points)["outside"] == math.inf
 
 
 def test_a_blurred_mouth_keeps_less_detail():
     faces, points = mouths_of(4)
     soft = np.stack([cv2.GaussianBlur(face, (0, 0), 2) for face in faces])
-    assert keeps(soft, faces, points, points)["detail"] < 0.3
+    assert compare_appearance(soft, faces, points, points)["detail"] < 0.3
 
 
 def test_ciede2000_is_that_of_scikit_image():
@@ -371,9 +373,9 @@ def test_ciede2000_is_that_of_scikit_image():
 
 
 def test_the_table_of_people_has_a_row_for_each_and_their_means():
-    row = {"person": "a", "voice": "v", "detail": 1.0, "colour": 1.0, "correlation": 0.8, "lag": 0, "old": 0.1,
-           "seam": 1.0, "flicker": 1.0, "outside": math.inf}  # fmt: skip
-    lines = people_table([row, row | {"person": "b", "outside": 50.0, "correlation": 0.6, "lag": None}]).splitlines()
+    row = PersonMeasures("a", "v", math.inf, 1.0, 1.0, 1.0, 1.0, 3.0, correlation=0.8, lag=0, old=0.1)
+    other = replace(row, person="b", outside=50.0, correlation=0.6, lag=None)
+    lines = people_table([row, other]).splitlines()
     assert len(lines) == 5
     assert "| b | v | 50 |" in lines[3] and "| – |" in lines[3]
     assert lines[4].startswith("| mean |  | 50 | 1.00 | 1.0 | 0.70 |")

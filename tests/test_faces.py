@@ -10,9 +10,10 @@ import pytest
 from mediapipe.tasks.python.vision import FaceLandmarker
 from skimage.data import astronaut
 
-from latentsync import faces
+from latentsync import faces, landmarks, shots
 from latentsync.errors import UserError
-from latentsync.faces import ALIGNMENT_POINTS, FADE, mouth_opening, track_faces
+from latentsync.faces import FADE, track_faces
+from latentsync.landmarks import ALIGNMENT_POINTS, mouth_opening
 
 WIDTH, HEIGHT = 640, 360
 
@@ -20,15 +21,15 @@ WIDTH, HEIGHT = 640, 360
 @pytest.fixture
 def looks(monkeypatch) -> list[tuple[int, ...]]:
     """The rectangles (x0, y0, x1, y1) that are searched for new and lost faces, in order."""
-    seen, detect = [], faces._detect
+    boxes, detect = [], landmarks.detect
 
-    def noted(landmarker, frame, *where):
-        if where[-1] == faces.TILE_PIXELS:
-            seen.append(where[:-1])
-        return detect(landmarker, frame, *where)
+    def recorded(landmarker, frame, box, max_side):
+        if max_side == landmarks.TILE_PIXELS:
+            boxes.append(box)
+        return detect(landmarker, frame, box, max_side)
 
-    monkeypatch.setattr(faces, "_detect", noted)
-    return seen
+    monkeypatch.setattr(landmarks, "detect", recorded)
+    return boxes
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +137,14 @@ def test_a_lost_face_is_looked_for_only_where_it_can_be(portrait, looks):
     within, touching = (
         {
             (x, y, x + side, y + side)
-            for x in faces._starts(WIDTH, side)
-            for y in faces._starts(HEIGHT, side)
+            for x in landmarks.tile_starts(WIDTH, side)
+            for y in landmarks.tile_starts(HEIGHT, side)
             if np.abs(np.array([x, y]) + side / 2 - (low + high) / 2).max() < side / 2 + sizes * (high - low).max()
         }
         for sizes in (reach, reach + 0.6)
     )
     assert within <= {look for look in looks if look[2] - look[0] == side} <= touching
-    assert len(touching) < 0.5 * len(faces._starts(WIDTH, side)) * len(faces._starts(HEIGHT, side))
+    assert len(touching) < 0.5 * len(landmarks.tile_starts(WIDTH, side)) * len(landmarks.tile_starts(HEIGHT, side))
 
 
 def test_a_large_lost_face_is_not_looked_for_in_tiles_that_it_would_not_fit_into(portrait, looks):
@@ -184,7 +185,7 @@ def test_a_cut_is_found_though_much_of_the_room_and_the_place_of_the_face_stay(p
     frames = [
         put(here, person, 200 + 0.5 * t, 20, 1.3) for t, (here, person) in enumerate(views[n % 2] for n in wanted)
     ]
-    assert not any(faces._is_cut(*map(faces._thumbnail, pair)) for pair in itertools.pairwise(frames))
+    assert not any(shots.is_clear_cut(*map(shots.thumbnail, pair)) for pair in itertools.pairwise(frames))
     assert scenes(frames) == wanted
 
 
@@ -253,7 +254,7 @@ def test_a_face_that_leaves_and_comes_back_fades(portrait):
 
 def test_a_face_whose_mouth_is_outside_the_picture_is_not_usable(portrait):
     inside = track([put(room(), portrait, 200, 50)])[0]
-    lower = HEIGHT - inside.landmarks[faces.LOWER_LIP][1] + 50
+    lower = HEIGHT - inside.landmarks[landmarks.LOWER_LIP][1] + 50
     assert track([put(room(), portrait, 200, lower + 2)] * 2) == [None, None]
 
 
@@ -306,8 +307,8 @@ def test_a_usable_face_that_comes_to_one_that_never_was_is_taken_at_once(portrai
 
 def test_a_face_that_is_not_usable_costs_two_looks_a_frame(portrait, monkeypatch):
     """One that follows it and one for others, between the searches in tiles."""
-    looked, detect = [], faces._detect
-    monkeypatch.setattr(faces, "_detect", lambda *where: (looked.append(where), detect(*where))[1])
+    looked, detect = [], landmarks.detect
+    monkeypatch.setattr(landmarks, "detect", lambda *where: (looked.append(where), detect(*where))[1])
 
     def frames():
         yield from [cut_off(portrait, 200)] * 6
@@ -321,13 +322,13 @@ def test_a_face_that_is_not_usable_costs_two_looks_a_frame(portrait, monkeypatch
 def test_a_face_that_its_own_crop_does_not_confirm_hides_no_other(portrait, monkeypatch):
     """As noise that looks like a face from afar, or a face that is usable only so."""
     scene = put(room(), portrait, 400, 80, 0.8)
-    ghost = faces._Sighting(2 * track([scene])[0].landmarks - (790, 130), usable=True)
-    detect = faces._detect
+    ghost = landmarks.Detection(2 * track([scene])[0].landmarks - (790, 130), usable=True)
+    detect = landmarks.detect
 
     def haunted(*where):
-        return detect(*where) + ([ghost] if where[-1] == faces.TILE_PIXELS else [])
+        return detect(*where) + ([ghost] if where[-1] == landmarks.TILE_PIXELS else [])
 
-    monkeypatch.setattr(faces, "_detect", haunted)
+    monkeypatch.setattr(landmarks, "detect", haunted)
     assert all(face is not None and middle(face) > 400 for face in track([scene] * 2))
 
 
@@ -374,13 +375,13 @@ def test_when_a_face_is_given_up_searches_begin_anew(portrait, looks):
 def test_when_a_face_that_is_not_usable_is_lost_searches_begin_anew(portrait, looks, monkeypatch):
     scene = cut_off(portrait, 200, 0.3)
     frames = [scene.copy() for _ in range(56)]
-    detect = faces._detect
+    detect = landmarks.detect
 
     def hidden_for_a_moment(landmarker, frame, *where):
         seen = detect(landmarker, frame, *where)
         return [] if any(frame is hidden for hidden in frames[46:49]) else seen
 
-    monkeypatch.setattr(faces, "_detect", hidden_for_a_moment)
+    monkeypatch.setattr(landmarks, "detect", hidden_for_a_moment)
     assert thorough_searches(frames, looks) == [0, 5, 15, 40, 46, 51]
 
 
@@ -416,10 +417,10 @@ def test_few_frames_are_held(portrait, landmarkers):
 
 
 def test_mouth_opening_is_small_on_closed_lips_and_grows(portrait):
-    landmarks = track([put(room(), portrait, 200, 50)])[0].landmarks.copy()
-    closed = mouth_opening(landmarks)
-    landmarks[faces.LOWER_LIP, 1] += 10
-    assert closed < 0.2 < mouth_opening(landmarks)
+    mesh = track([put(room(), portrait, 200, 50)])[0].landmarks.copy()
+    closed = mouth_opening(mesh)
+    mesh[landmarks.LOWER_LIP, 1] += 10
+    assert closed < 0.2 < mouth_opening(mesh)
 
 
 def test_nothing_is_written_to_the_console(portrait, capfd):
@@ -428,7 +429,7 @@ def test_nothing_is_written_to_the_console(portrait, capfd):
 
 
 def test_a_missing_model_file_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(faces, "MODEL_FILE", tmp_path / "face_landmarker.task")
+    monkeypatch.setattr(landmarks, "MODEL_FILE", tmp_path / "face_landmarker.task")
     with pytest.raises(UserError, match=r"face_landmarker\.task"):
         track([room()])
 
@@ -436,7 +437,7 @@ def test_a_missing_model_file_is_named(monkeypatch, tmp_path):
 def test_a_face_that_looks_away_is_not_usable(portrait, monkeypatch):
     frames = [put(room(), portrait, 200, 50)] * 2
     assert all(track(frames))
-    monkeypatch.setattr(faces, "MIN_FACING", 1.01)  # turns every face into one that looks away
+    monkeypatch.setattr(landmarks, "MIN_FACING", 1.01)  # turns every face into one that looks away
     assert track(frames) == [None, None]
 
 
@@ -465,14 +466,14 @@ def test_several_landmarkers_see_in_tiles_what_one_sees_however_long_each_takes(
     large = cut_off(portrait, 20, 1.5)
     both = put(put(large, portrait, 420, 40, 0.25), portrait, 540, 200, 0.25)
     frames = [*[large] * 7, *[both] * 4, *[room()] * 8, *[put(room(), portrait, 440, 50, 0.25)] * 4]
-    detect, random = faces._detect, np.random.default_rng(0)
+    detect, random = landmarks.detect, np.random.default_rng(0)
     pauses = iter(random.exponential(0.002, 100_000))
 
     def delayed(*where):
         time.sleep(next(pauses))
         return detect(*where)
 
-    monkeypatch.setattr(faces, "_detect", delayed)
+    monkeypatch.setattr(landmarks, "detect", delayed)
     assert_same(frames, [1, 2, 4])
 
 
@@ -492,21 +493,22 @@ def assert_same(frames: list[np.ndarray], landmarkers: list[int]) -> None:
 def test_what_several_landmarkers_see_is_in_the_order_of_the_tiles(monkeypatch):
     """Equal faces in all tiles: the first one's is taken, though its landmarker is the last to be done."""
 
-    def in_the_middle(_, frame, x0, y0, x1, y1, pixels):
-        if pixels == faces.TILE_PIXELS and x1 - x0 >= HEIGHT / 2:
+    def in_the_middle(_, frame, box, max_side):
+        x0, y0, x1, y1 = box
+        if max_side == landmarks.TILE_PIXELS and x1 - x0 >= HEIGHT / 2:
             return []
         time.sleep(0.05 if (x0, y0) == (0, 0) else 0.0)
         corners = np.array([(-9, -9), (9, 9)] * 239)
-        return [faces._Sighting(corners + ((x0 + x1) // 2, (y0 + y1) // 2), usable=True)]
+        return [landmarks.Detection(corners + ((x0 + x1) // 2, (y0 + y1) // 2), usable=True)]
 
-    monkeypatch.setattr(faces, "_detect", in_the_middle)
+    monkeypatch.setattr(landmarks, "detect", in_the_middle)
     (_, alone), (_, together) = (next(track_faces(iter([room()]), landmarkers=n)) for n in (1, 3))
     assert alone.box == together.box == (36, 36, 54, 54)
 
 
 def test_idle_landmarkers_share_the_tiles(monkeypatch):
-    threads, detect = [], faces._detect
-    monkeypatch.setattr(faces, "_detect", lambda *where: (threads.append(threading.get_ident()), detect(*where))[1])
+    threads, detect = [], landmarks.detect
+    monkeypatch.setattr(landmarks, "detect", lambda *where: (threads.append(threading.get_ident()), detect(*where))[1])
     assert not next(track_faces(iter([room()]), landmarkers=2))[1]
     assert threads.count(threading.get_ident()) == 1  # the picture as a whole
     assert len(threads) > 30 and len(set(threads)) == 3
@@ -514,8 +516,8 @@ def test_idle_landmarkers_share_the_tiles(monkeypatch):
 
 def test_a_still_face_is_searched_once_a_frame(portrait, monkeypatch):
     calls = []
-    detect = faces._detect
-    monkeypatch.setattr(faces, "_detect", lambda *rest: (calls.append(threading.current_thread()), detect(*rest))[1])
+    detect = landmarks.detect
+    monkeypatch.setattr(landmarks, "detect", lambda *rest: (calls.append(threading.current_thread()), detect(*rest))[1])
     frames = [put(room(), portrait, 200, 50)] * 12
     assert all(face for _, face in track_faces(iter(frames), landmarkers=2))
     here = threading.current_thread()

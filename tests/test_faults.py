@@ -76,7 +76,7 @@ def spoil(models, monkeypatch, spoilt) -> list:
             latents[-1, :, -1, 2, 2] = torch.nan  # one number of the last frame
         return latents
 
-    monkeypatch.setattr(models, "denoise", spoiling)
+    monkeypatch.setattr(painting, "denoise", spoiling)
     return passes
 
 

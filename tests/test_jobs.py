@@ -711,7 +711,7 @@ def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeyp
     assert job.state == FAILED and "SystemExit" in job.error
     with monkeypatch.context() as patch:  # in what says why a job has failed
         patch.setattr("latentsync.pipeline.lipsync", fault)
-        patch.setattr(jobs, "short_of_memory", fault)
+        patch.setattr(jobs, "is_out_of_memory", fault)
         job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     assert job.state == FAILED and "Something inside the program failed" in job.error
     with monkeypatch.context() as patch:  # between two jobs

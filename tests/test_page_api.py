@@ -11,13 +11,20 @@ from pathlib import Path
 
 import httpx
 import pytest
-from clips import make_sound
+from clips import ffmpeg, make_sound
 from conftest import portrait, save_video
 from gradio_client import Client, handle_file
 from serving import ROOT, serve
 
+from latentsync.errors import UserError
 from latentsync.media import COMMENT, probe_video
-from optim.serving.job import owner_of
+from optim.levels import find_level
+from optim.serving import form, options
+from optim.serving.endpoints import Endpoints
+from optim.serving.job import Job, Request, owner_of
+from optim.serving.jobs import Worker
+from optim.serving.models import Fetcher
+from optim.serving.uploads import Uploads
 
 LOGIN = ("anna", "a long password")
 UPLOAD_LIMIT = 2_000_000  # bytes
@@ -74,7 +81,8 @@ def browser(server) -> httpx.Client:
 def test_the_page_is_there_before_torch_is_and_within_seconds(server):
     assert server.seconds_until_ready < 8
     code = (
-        "import app, sys; w = app.Worker(app.Path('x')); app.Page(w, app.Fetcher(w, True)); "
+        "import app, sys; w = app.Worker(app.Path('x')); "
+        "app.Page(app.Endpoints(w, app.Fetcher(w, True), app.Uploads(app.Path('x')))); "
         "print('torch' in sys.modules, 'cv2' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -276,69 +284,84 @@ def test_a_job_that_has_ended_is_told_once_unless_there_is_something_new(server,
 
 
 def test_a_level_is_known_or_refused_at_once_and_can_be_shown_again():
-    import app
-    from optim.levels import STOPS, find_level
+    defaults = {setting.name: setting.default for setting in form.SETTINGS}
 
-    assert [(name.lower(), at) for name, at in app.STOPS] == [(stop.name, stop.position) for stop in STOPS]
+    def parsed(level):
+        return form.parse_settings(defaults | {"level": level}, form.MODELS)
 
-    def asked(level):
-        rest = ["auto", 4, 1, 0.85, 0, app.AS_LEVEL, app.AS_LEVEL, "largest", 16, None]
-        return app.asked(app.MODELS, Path("video"), Path("voice"), level, *rest)
+    for value, position in (("Balanced", 0.5), (" aggressive ", 1.0), ("auto", 0.7), (0.25, 0.25), ("0.25", 0.25)):
+        fields = parsed(value)
+        assert fields["level"] == "auto" or find_level(fields["level"]).position == position
+        assert form.page_values(fields, 0.7)["level"] == position, "as the page's slider has it"
+    for value in ("fast", "", "nan", 1.5, None, "-1", []):
+        with pytest.raises(UserError, match="The level is .* or auto, conservative, balanced, aggressive"):
+            parsed(value)
 
-    for given, position in (("Balanced", 0.5), (" aggressive ", 1.0), ("auto", 0.7), (0.25, 0.25), ("0.25", 0.25)):
-        request = asked(given)
-        assert request.level == "auto" or find_level(request.level).position == position
-        assert app.as_settings(request.settings(), 0.7)[0] == position, "as the page's slider has it"
-    for given in ("fast", "", "nan", 1.5, None, "-1", []):
-        with pytest.raises(app.UserError, match="The level is .* or auto, conservative, balanced, aggressive"):
-            asked(given)
+
+def test_what_the_page_shows_at_first_are_the_defaults_of_a_request():
+    defaults = {setting.name: setting.default for setting in form.SETTINGS}
+    suiting = {"level": "auto", "guidance": None, "vram_fraction": None}  # the machine's and the model's
+    request = Request(Path("video"), Path("voice"), **form.parse_settings(defaults, form.MODELS) | suiting)
+    assert request == Request(Path("video"), Path("voice"))
 
 
 def test_all_settings_of_a_job_can_be_changed_and_come_back_as_they_were_told():
-    import app
-
-    old = app.Request(Path("video"), Path("voice"), level="0.5", steps=30, cache=3, compile=True, face="left")
-    other = app.Request(Path("a"), Path("b"), level="auto", guidance=2.0, batch=8, vram_fraction=0.5, crf=20, seed=3)
-    assert app.changed(app.MODELS, old, {}) == {}
-    assert app.changed(app.MODELS, old, other.settings()) == other.settings(), "as /watch tells them"
-    assert app.changed(app.MODELS, other, old.settings()) == old.settings() | {"vram_fraction": 0.85}
+    old = Request(Path("video"), Path("voice"), level="0.5", steps=30, cache=3, compile=True, face="left")
+    other = Request(Path("a"), Path("b"), level="auto", guidance=2.0, batch=8, vram_fraction=0.5, crf=20, seed=3)
+    assert form.parse_changes({}, old, form.MODELS) == {}
+    assert form.parse_changes(other.settings(), old, form.MODELS) == other.settings(), "as /watch tells them"
+    expected = old.settings() | {"vram_fraction": 0.85}
+    assert form.parse_changes(old.settings(), other, form.MODELS) == expected
     named = {"level": "Balanced", "deepcache": "every 2nd step", "compile": "off", "batch": 0, "face": "right"}
-    found = {"level": "balanced", "cache": 2, "compile": False, "batch": None, "face": "right"}
-    assert app.changed(app.MODELS, old, named) == found, "as /submit takes them"
+    fields = {"level": "balanced", "cache": 2, "compile": False, "batch": None, "face": "right"}
+    assert form.parse_changes(named, old, form.MODELS) == fields, "as /submit takes them"
     for name, value in (("costs", 1), ("video", "/etc/passwd"), ("", 1)):
-        with pytest.raises(app.UserError, match=f"no setting '{name}' to change"):
-            app.changed(app.MODELS, old, {name: value})
-    for name, value in (("steps", 0), ("steps", "x"), ("seed", None), ("cache", 9), ("compile", 1), ("model", "none")):
-        with pytest.raises(app.UserError, match="give"):
-            app.changed(app.MODELS, old, {name: value})
+        with pytest.raises(UserError, match=f"no setting '{name}' to change"):
+            form.parse_changes({name: value}, old, form.MODELS)
+    wrong = {"steps": 0, "seed": None, "cache": 9, "compile": 1, "model": "none", "audio_track": -1, "video_track": "x"}
+    for name, value in [*wrong.items(), ("steps", "x")]:
+        with pytest.raises(UserError, match="give"):
+            form.parse_changes({name: value}, old, form.MODELS)
 
 
-def test_a_result_that_cannot_be_given_away_is_said(tmp_path, monkeypatch):
-    import app
-
-    worker = app.Worker(tmp_path)
-    page = app.Page(worker, app.Fetcher(worker, True))
-    job = app.Job(app.Request(Path("a"), Path("b")), owner_of("v" * 24), tmp_path, ("a.mp4", "b"), (2, 2), 1.0)
+def test_a_result_that_cannot_be_given_away_is_said(tmp_path):
+    worker = Worker(tmp_path)
+    api = Endpoints(worker, Fetcher(worker, True), Uploads(tmp_path / "missing"))
+    job = Job(Request(Path("a"), Path("b")), owner_of("v" * 24), tmp_path, ("a.mp4", "b"), (2, 2), 1.0)
     job.output, worker._jobs = job.planned, {job.id: job}
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "missing"))
-    with pytest.raises(app.gr.Error, match="'a-synced.mp4' is not on this server any more"):
-        page.result(job.id, "v" * 24)
+    with pytest.raises(UserError, match="'a-synced.mp4' is not on this server any more"):
+        api.result(job.id, "v" * 24)
     job.output.touch()
-    with pytest.raises(app.gr.Error, match="'a-synced.mp4' cannot be given away .*GRADIO_TEMP_DIR") as caught:
-        page.result(job.id, "v" * 24)
+    with pytest.raises(UserError, match="'a-synced.mp4' cannot be given away .*GRADIO_TEMP_DIR") as caught:
+        api.result(job.id, "v" * 24)
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_public_link_asks_for_a_login_unless_it_is_refused(capsys):
-    import app
+def test_a_file_with_several_tracks_lets_one_be_chosen(server, clips, tmp_path):
+    """Two sounds of different lengths in one file: the default is described, and the other one on request."""
+    both = tmp_path / "both.mka"
+    inputs = ("-i", clips / "short.wav", "-i", clips / "long.wav")
+    ffmpeg(*inputs, "-map", "0:a", "-map", "1:a", "-disposition:a:0", "default", "-c", "copy", both)
+    client = connect(server)
+    seconds, reply = client.predict(handle_file(both), api_name="/measure")
+    assert 0.2 < seconds < 0.4 and reply["track"] == 1 and [each["number"] for each in reply["tracks"]] == [1, 2]
+    assert all("pcm_s16le" in each["label"] for each in reply["tracks"])
+    seconds, reply = client.predict(handle_file(both), 2, api_name="/measure")
+    assert 27 < seconds < 29 and reply["track"] == 2
+    assert "3" in client.predict(handle_file(both), 3, api_name="/measure")[1]["error"]
+    refused = client.predict(
+        video=handle_file(clips / "talking.mp4"), audio=handle_file(both), audio_track="x", api_name="/submit"
+    )
+    assert "The sound track is 'x'" in refused["error"]
 
+
+def test_a_public_link_asks_for_a_login_unless_it_is_refused(capsys):
     def auth(*arguments):
-        args = app.parser().parse_args(arguments)
-        return app.logins(args, args.share)
+        return options.parse_options(list(arguments), Path("outputs")).accounts
 
     ((name, password),) = auth("--share")
     assert re.fullmatch(r"[\w-]{12,}", password) and password in capsys.readouterr().out
     assert auth("--share", "--no-auth") is None and auth() is None
     assert auth("--share", "--auth", "a:b:c,d:e") == [("a", "b:c"), ("d", "e")]
-    with pytest.raises(app.UserError, match="NAME:PASSWORD"):
+    with pytest.raises(UserError, match="NAME:PASSWORD"):
         auth("--auth", "anna")

@@ -14,9 +14,11 @@ from latentsync.checkpoints import download, store
 from latentsync.checkpoints.releases import RELEASES
 from latentsync.errors import UserError
 from optim.hardware import Gpu
+from optim.serving.endpoints import Endpoints
 from optim.serving.job import Request
 from optim.serving.jobs import Worker
 from optim.serving.models import DONE, FAILED, RUNNING, STOPPED, Fetcher, best_for
+from optim.serving.uploads import Uploads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,14 +56,18 @@ def fetcher(worker):
     fetcher.close()
 
 
+def page_of(fetcher) -> app.Page:
+    return app.Page(Endpoints(fetcher.worker, fetcher, Uploads(fetcher.worker.folder / "uploads")))
+
+
 @contextmanager
 def served(fetcher):
     """The page of a fetcher, in this process; gives its address."""
-    page = app.Page(fetcher.worker, fetcher)
+    page = page_of(fetcher)
     try:
         _, url, _ = page.blocks.launch(
-            prevent_thread_lock=True, quiet=True, ssr_mode=False, app_kwargs={"routes": app.routes(fetcher.worker)},
-            theme=app.theme(), css_paths=[app.ROOT / "assets" / "page.css"],
+            prevent_thread_lock=True, quiet=True, ssr_mode=False, app_kwargs={"routes": app.routes(page.api)},
+            theme=app.theme(), css_paths=[app.ASSETS / "page.css"],
         )  # fmt: skip
         yield url
     finally:
@@ -111,7 +117,7 @@ def test_a_client_fetches_a_model_and_it_can_be_chosen_without_a_restart(hub, fe
     # `auto` takes it now, and it runs at its own resolution.
     assert f"model {NAME} (64 px)" in fetcher.worker.describe(Request("v", "a"), None)[0]
     assert "demo (128 px)" in fetcher.worker.describe(Request("v", "a", model="demo"), None)[0]
-    assert (f"{NAME} (64 px)", NAME) in app.Page(fetcher.worker, fetcher).choices().choices
+    assert (f"{NAME} (64 px)", NAME) in page_of(fetcher).model_dropdown().choices
 
 
 def test_a_stopped_download_goes_on_where_it_was(hub, fetcher):
@@ -181,11 +187,11 @@ def test_a_fetched_model_is_verified_and_removed(hub, fetcher):
 
 def test_visitors_of_a_public_server_see_the_models_and_cannot_fetch(hub, worker):
     fetcher = Fetcher(worker, allowed=False)
-    page = app.Page(worker, fetcher)
-    for reply in (page.fetch(NAME), page.fetch(NAME, "verify"), page.stop_fetching(), page.remove_model(NAME)):
+    api = page_of(fetcher).api
+    for reply in (api.fetch(NAME), api.fetch(NAME, "verify"), api.stop_fetching(), api.remove_model(NAME)):
         assert "--allow-download" in reply["error"]
     assert fetcher.view() is None and not hub.requests
-    seen = page.models()
+    seen = api.models()
     assert not seen["allowed"] and {each["folder"] for each in seen["models"]} == {None}
     fetcher.start(NAME)  # as --get does
     assert ended(fetcher)["state"] == DONE and row(fetcher)["present"]
@@ -216,8 +222,8 @@ def test_only_who_serves_a_page_to_others_opens_downloads_to_them(
     class Seen(Exception):
         pass
 
-    def stop(worker, fetcher):
-        made.append(fetcher.allowed)
+    def stop(api, _):
+        made.append(api.fetcher.allowed)
         raise Seen
 
     monkeypatch.setattr(app, "Page", stop)
@@ -229,8 +235,9 @@ def test_only_who_serves_a_page_to_others_opens_downloads_to_them(
 
 def test_results_that_cannot_be_read_are_not_taken_for_a_port_that_is_in_use(monkeypatch, tmp_path, capsys):
     class Launched:
-        def __init__(self, *_):
+        def __init__(self, api, _):
             self.blocks = self._queue = self
+            self.api = api
 
         def launch(self, **_):
             pass
@@ -304,6 +311,6 @@ def test_the_lip_strength_follows_the_model(tmp_path, checkpoint):
     with looking(tmp_path) as worker:
         own = {model["name"]: model["guidance"] for model in worker.machine.models}
         assert worker.machine.chosen == "demo" and own["demo"] > 1
-        page = app.Page(worker, Fetcher(worker, allowed=True))
-        assert page.strength("auto") == page.strength("demo") == own["demo"]
-        assert own["latentsync-1.6"] is None and page.strength("latentsync-1.6") == app.gr.skip()
+        page = page_of(Fetcher(worker, allowed=True))
+        assert page.guidance_of("auto") == page.guidance_of("demo") == own["demo"]
+        assert own["latentsync-1.6"] is None and page.guidance_of("latentsync-1.6") == app.gr.skip()

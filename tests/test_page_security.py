@@ -19,6 +19,14 @@ from conftest import portrait, save_video
 from gradio_client import Client, handle_file
 from serving import ROOT, serve
 
+from latentsync.errors import UserError
+from optim.serving import endpoints
+from optim.serving.endpoints import MAX_PROBES, MAX_WAITING_PROBES, Endpoints
+from optim.serving.jobs import Worker
+from optim.serving.models import Fetcher
+from optim.serving.options import wait_for_signal
+from optim.serving.uploads import Uploads
+
 META = {"_type": "gradio.FileData"}
 SLOW = 120  # seconds that anything may take on a busy machine
 
@@ -405,23 +413,22 @@ def test_polling_and_files_go_on_while_previews_wait(tmp_path, monkeypatch):
     import app
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    worker = app.Worker(tmp_path / "outputs")
+    worker = Worker(tmp_path / "outputs")
     worker.ready.set()
     held, entered = threading.Event(), threading.Semaphore(0)
 
     def stuck(*_):
         entered.release()
         held.wait(SLOW)
-        raise app.UserError("This is no video.")
+        raise UserError("This is no video.")
 
-    monkeypatch.setattr(app, "probe_video", stuck)
-    uploads = app.Uploads(tmp_path)
-    built = app.Page(worker, app.Fetcher(worker, False))
-    built.uploads = uploads
-    guard = app.guarded(built, app.policy_for(None, [], {}))
+    monkeypatch.setattr(endpoints, "probe_video", stuck)
+    api = Endpoints(worker, Fetcher(worker, False), Uploads(tmp_path))
+    built = app.Page(api)
+    guard = app.guarded(api, app.policy_for(None, [], {}))
     _, url, _ = built.blocks.launch(
         prevent_thread_lock=True, quiet=True, ssr_mode=False,
-        app_kwargs={"routes": app.routes(worker, uploads), "lifespan": guard},
+        app_kwargs={"routes": app.routes(api), "lifespan": guard},
     )  # fmt: skip
     try:
         http = httpx.Client(base_url=url, timeout=SLOW)
@@ -437,9 +444,9 @@ def test_polling_and_files_go_on_while_previews_wait(tmp_path, monkeypatch):
         threads = [threading.Thread(target=look) for _ in range(60)]
         for thread in threads:
             thread.start()
-        for _ in range(app.PROBES):
+        for _ in range(MAX_PROBES):
             assert entered.acquire(timeout=SLOW)
-        wait(lambda: len(replies) >= 60 - app.PROBES - app.PROBES_WAITING, "those beyond the limit must be refused")
+        wait(lambda: len(replies) >= 60 - MAX_PROBES - MAX_WAITING_PROBES, "those beyond the limit must be refused")
         assert set(replies) == {"This server looks at as many files as it can now: try again in a minute."}
         for _ in range(3):  # with none of the probes at its end
             assert http.post("/gradio_api/run/watch", json={"data": ["v" * 24]}).json()["data"][0]["jobs"] == []
@@ -449,7 +456,7 @@ def test_polling_and_files_go_on_while_previews_wait(tmp_path, monkeypatch):
         held.set()
         for thread in threads:
             thread.join(SLOW)
-        assert replies.count("This is no video.") == app.PROBES + app.PROBES_WAITING
+        assert replies.count("This is no video.") == MAX_PROBES + MAX_WAITING_PROBES
     finally:
         held.set()
         built.blocks.close(verbose=False)
@@ -533,18 +540,15 @@ def test_a_foreign_page_in_a_real_browser_gets_nowhere(server, quiet):
 
 
 def test_a_sound_is_looked_at_for_as_long_as_the_page_takes_it(tmp_path, monkeypatch, clips):
-    import app
-
     asked = []
 
-    def probe(path, **options):
+    def probe(path, track, **options):
         asked.append(options)
-        raise app.UserError(f"The sound in {path} lasts too long.")
+        raise UserError(f"The sound in {path} lasts too long.")
 
-    monkeypatch.setattr(app, "probe_audio", probe)
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(clips))
-    worker = app.Worker(tmp_path, max_seconds=30)
-    seconds, reply = app.Page(worker, app.Fetcher(worker, False)).measure(str(clips / "short.wav"))
+    monkeypatch.setattr(endpoints, "probe_audio", probe)
+    worker = Worker(tmp_path, max_seconds=30)
+    seconds, reply = Endpoints(worker, Fetcher(worker, False), Uploads(clips)).measure(str(clips / "short.wav"))
     assert asked == [{"max_seconds": 30}] and seconds is None and "'short.wav' lasts too long" in reply["error"]
 
 
@@ -554,8 +558,9 @@ def test_the_share_link_s_host_is_answered(tmp_path, monkeypatch):
     policies, offered = [], []
 
     class Launched:
-        def __init__(self, *_):
+        def __init__(self, api, _):
             self.blocks = self._queue = self
+            self.api = api
 
         def launch(self, **options):
             offered.append(options)
@@ -570,7 +575,7 @@ def test_the_share_link_s_host_is_answered(tmp_path, monkeypatch):
     monkeypatch.setattr(app, "Page", Launched)
     monkeypatch.setattr(app, "guarded", lambda _, policy: policies.append(policy))
     monkeypatch.setattr(app, "wait_for_signal", stop)
-    monkeypatch.setattr(app.Worker, "start", lambda _: None)
+    monkeypatch.setattr(Worker, "start", lambda _: None)
     assert app.main(["--share", "--outputs", str(tmp_path)]) == 0
     assert policies[0].allows("0a1b.gradio.live") and not policies[0].allows("ffff.gradio.live")
     assert policies[0].throttle and callable(offered[0]["auth"]) and offered[0]["max_file_size"] == 200 * 2**20
@@ -578,8 +583,6 @@ def test_the_share_link_s_host_is_answered(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads on this system")
 def test_a_signal_that_another_thread_gets_ends_the_server_all_the_same():
-    import app
-
     class Ended(Exception):
         pass
 
@@ -602,7 +605,7 @@ def test_a_signal_that_another_thread_gets_ends_the_server_all_the_same():
         signal.alarm(SLOW)
         with pytest.raises(Ended):
             go.set()
-            app.wait_for_signal()
+            wait_for_signal()
         assert time.monotonic() - began < SLOW / 2
     finally:
         signal.alarm(0)

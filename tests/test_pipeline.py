@@ -639,7 +639,7 @@ def failing_denoise(models, monkeypatch, failures: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return denoise(unet, noise, conditioning, *rest)
 
-    monkeypatch.setattr(models, "denoise", short_of_memory)
+    monkeypatch.setattr(painting, "denoise", short_of_memory)
     return passes
 
 
@@ -730,7 +730,7 @@ def test_faces_that_come_again_are_painted_as_if_encoded_anew(models, wav, monke
         )
 
     wanted = painted()
-    monkeypatch.setattr(Painter, "encode_conditioning", forgetful(Painter.encode_conditioning))
+    monkeypatch.setattr(Painter, "cached_conditioning", forgetful(Painter.cached_conditioning))
     assert np.abs(painted().astype(int) - wanted.astype(int)).max() <= 1
 
 
@@ -806,7 +806,8 @@ def test_a_model_that_reads_cheeks_and_jaw_is_told_of_a_windows_ends(models, wav
         return encode_conditioning(vae, pixels, mask)
 
     monkeypatch.setattr(painting, "encode_conditioning", counted)
-    run(replace(models, ends_only=ends_only, denoise=watched), wav)
+    monkeypatch.setattr(painting, "denoise", watched)
+    run(replace(models, ends_only=ends_only), wav)
     assert sum(encoded) == sum(2 if ends_only else group.shape[1] for group in told for _ in group)
     for frames in (window for group in told for window in group):
         steps = torch.linspace(0, 1, len(frames))

@@ -21,7 +21,7 @@ from conftest import SIDE, portrait, save_video
 from filelock import FileLock
 
 from latentsync import STAGES, painting, pipeline
-from latentsync.__main__ import Bars, Lines, main
+from latentsync.__main__ import ProgressBars, ProgressLines, main
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
@@ -524,7 +524,7 @@ def test_a_job_that_is_under_way_is_not_begun_again(models, followed, sound, tmp
 # What is shown
 
 
-@pytest.mark.parametrize("kind", [Bars, Lines])
+@pytest.mark.parametrize("kind", [ProgressBars, ProgressLines])
 def test_what_an_earlier_run_has_done_says_nothing_of_the_speed(monkeypatch, capsys, kind):
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -1,4 +1,4 @@
-"""Mouth shapes on the film's own pixels: what changes in a frame, what is chosen, what is held, and how it goes on."""
+"""Mouth shapes on the film's own pixels: what changes in a frame, which mouth is chosen, memory, and resuming."""
 
 import json
 import shutil
@@ -21,13 +21,14 @@ from latentsync import pipeline
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
-from latentsync.faces import Face, face_reader, track_faces
+from latentsync.faces import Face, track_faces
+from latentsync.landmarks import face_reader
 from latentsync.media import probe_video, read_frames
 from latentsync.painting import Painter
 from latentsync.pipeline import lipsync
 from latentsync.retarget import CONTEXT, HELD_FRAMES, MouthBank, bank, mouth_points, retarget, stage
-from latentsync.retarget.bank import choose_mouths, cut_mouth, limit_mouths
-from latentsync.retarget.drawing import HULL_OUTSIDE, GeneratedMouth, Layer, show_mouth, soft_hull, warp_map
+from latentsync.retarget.bank import limit_mouths
+from latentsync.retarget.drawing import HULL_OUTSIDE, GeneratedMouth, Layer, draw_mouths, soft_hull
 from latentsync.retarget.geometry import (
     CHIN,
     INNER_LIPS,
@@ -36,14 +37,16 @@ from latentsync.retarget.geometry import (
     OUTER,
     OUTER_LIPS,
     RIGHT,
-    anchor,
-    apply,
     head_similarity,
-    opening,
+    lip_anchor,
+    lip_opening,
+    lip_width,
     pixels_per_unit,
     reshape_lips,
-    width,
+    transform,
 )
+from latentsync.retarget.mouths import choose_mouths, cut_mouth
+from latentsync.retarget.warping import thin_plate_map
 from latentsync.settings import Settings
 from latentsync.windows import AlignedFrame, Window
 
@@ -60,14 +63,14 @@ def still() -> tuple[np.ndarray, np.ndarray]:
     return frame, face.landmarks
 
 
-def moved(landmarks: np.ndarray, wanted_opening: float) -> np.ndarray:
-    """The mesh with its lips brought to another opening."""
+def moved(landmarks: np.ndarray, target_opening: float) -> np.ndarray:
+    """The mesh with its lips with another opening."""
     points = mouth_points(landmarks)
     head = head_similarity(points)
-    lips = apply(head, points[LIPS])
-    shaped = anchor(lips) + reshape_lips(lips - anchor(lips), wanted_opening, width(lips))
+    lips = transform(head, points[LIPS])
+    shaped = lip_anchor(lips) + reshape_lips(lips - lip_anchor(lips), target_opening, lip_width(lips))
     out = landmarks.copy()
-    out[[*OUTER_LIPS, *INNER_LIPS]] = apply(cv2.invertAffineTransform(head), shaped)
+    out[[*OUTER_LIPS, *INNER_LIPS]] = transform(cv2.invertAffineTransform(head), shaped)
     return out
 
 
@@ -76,36 +79,43 @@ def face(landmarks: np.ndarray, **others) -> Face:
 
 
 def film(still, count: int = COUNT) -> list[tuple[np.ndarray, Face]]:
-    """A face whose mouth says something, by its landmarks; its pixels are told apart by their brightness."""
+    """A face whose landmarks say something; the frames differ in brightness."""
     frame, landmarks = still
     return [
-        (np.clip(frame.astype(int) + i % 7, 0, 255).astype(np.uint8), face(moved(landmarks, said(i)), first=i == 0))
+        (
+            np.clip(frame.astype(int) + i % 7, 0, 255).astype(np.uint8),
+            face(moved(landmarks, source_opening_at(i)), first=i == 0),
+        )
         for i in range(count)
     ]
 
 
-def said(i: int) -> float:
+def source_opening_at(i: int) -> float:
     return 0.06 + 0.05 * np.sin(i * 0.9)
 
 
-def wanted(i: int) -> float:
+def target_opening_at(i: int) -> float:
     return 0.08 + 0.06 * np.sin(i * 0.6 + 1)
 
 
-def shots_of(frames: list[tuple[np.ndarray, Face]], painted: int = 0) -> list[SimpleNamespace]:
-    """Shots of a film; the generated faces of those from `painted` on are their own numbers."""
+def frames_of(tracked: list[tuple[np.ndarray, Face]], painted: int = 0) -> list[SimpleNamespace]:
+    """Frames for `retarget`; the generated faces of those from `painted` on show their own numbers."""
     return [
         SimpleNamespace(
-            frame=frame.copy(), points=mouth_points(seen.landmarks), position=i, scene=0, opacity=seen.opacity,
+            frame=frame.copy(),
+            points=mouth_points(face.landmarks),
+            position=i,
+            scene=0,
+            opacity=face.opacity,
             generated=np.full((8, 8, 3), i, np.uint8) if i >= painted else None,
         )
-        for i, (frame, seen) in enumerate(frames)
-    ]  # fmt: skip
+        for i, (frame, face) in enumerate(tracked)
+    ]
 
 
 def reader(landmarks: np.ndarray):
-    """In place of the landmarker: the wanted opening of the face whose number the picture shows."""
-    return lambda picture: moved(landmarks, wanted(int(picture[0, 0, 0])))
+    """In place of the landmarker: the target opening of the face whose number the picture shows."""
+    return lambda picture: moved(landmarks, target_opening_at(int(picture[0, 0, 0])))
 
 
 def collected(frames) -> MouthBank:
@@ -115,8 +125,8 @@ def collected(frames) -> MouthBank:
 
 
 def run(still, frames, painted: int = 0) -> list[np.ndarray]:
-    shots = retarget(iter(shots_of(frames, painted)), collected(frames), reader(still[1]))
-    return [shot.frame for shot in shots]
+    results = retarget(iter(frames_of(frames, painted)), collected(frames), reader(still[1]))
+    return [result.frame for result in results]
 
 
 def test_beyond_the_hull_of_lips_and_chin_every_pixel_stays(still):
@@ -132,28 +142,30 @@ def test_beyond_the_hull_of_lips_and_chin_every_pixel_stays(still):
 
 
 @pytest.mark.parametrize("target", [0.02, 0.05, 0.15])
-def test_a_mouth_opens_as_far_as_is_wanted(target):
-    """Seen by the landmarker, on a face that it has not been told of."""
+def test_a_mouth_opens_as_far_as_the_target(target):
+    """As the landmarker sees it, on a face that no landmarks were given for."""
     frame = cv2.resize(portrait(3), (3 * SIDE, 3 * SIDE), interpolation=cv2.INTER_CUBIC)
     with face_reader() as read:
         points = mouth_points(read(frame))
         head = head_similarity(points)
         mouth = cut_mouth(frame, points, 0)
-        lips = apply(head, points[LIPS])
-        goal = apply(cv2.invertAffineTransform(head), anchor(lips) + reshape_lips(mouth.lips, target, width(lips)))
+        lips = transform(head, points[LIPS])
+        goal = transform(
+            cv2.invertAffineTransform(head), lip_anchor(lips) + reshape_lips(mouth.lips, target, lip_width(lips))
+        )
         layer = Layer(mouth, goal, 1.0, 0.0)
-        show_mouth(frame, points, pixels_per_unit(head), [layer], GeneratedMouth(frame, points[LIPS]))
+        draw_mouths(frame, points, pixels_per_unit(head), [layer], GeneratedMouth(frame, points[LIPS]))
         shown = mouth_points(read(frame))
-    assert opening(apply(head_similarity(shown), shown[LIPS])) == pytest.approx(target, abs=0.025)
+    assert lip_opening(transform(head_similarity(shown), shown[LIPS])) == pytest.approx(target, abs=0.025)
 
 
 def test_reshaped_lips_have_the_opening_and_the_width_and_never_cross(still):
     points = mouth_points(still[1])
-    lips = apply(head_similarity(points), points[LIPS])
+    lips = transform(head_similarity(points), points[LIPS])
     for target in (0.0, 0.03, 0.2):
         shaped = reshape_lips(lips, target, 0.5)
-        assert opening(shaped) == pytest.approx(max(target, 0.004), abs=0.01)
-        assert width(shaped) == pytest.approx(0.5, abs=0.01)
+        assert lip_opening(shaped) == pytest.approx(max(target, 0.004), abs=0.01)
+        assert lip_width(shaped) == pytest.approx(0.5, abs=0.01)
         assert (shaped[39:30:-1, 1] >= shaped[21:30, 1]).all()
         assert np.allclose(shaped[[LEFT, RIGHT], 1], lips[[LEFT, RIGHT], 1])
 
@@ -163,10 +175,10 @@ def test_a_face_in_the_frame_it_was_filmed_in_stays_nearly_as_it_is(still):
     after = frame.copy()
     points = mouth_points(landmarks)
     layer = Layer(cut_mouth(frame, points, 0), points[LIPS].astype(float), 1.0, 0.0)
-    show_mouth(after, points, pixels_per_unit(head_similarity(points)), [layer], GeneratedMouth(frame, points[LIPS]))
+    draw_mouths(after, points, pixels_per_unit(head_similarity(points)), [layer], GeneratedMouth(frame, points[LIPS]))
     assert np.abs(after.astype(int) - frame).mean() < 0.2
     untouched = frame.copy()
-    show_mouth(untouched, points, 100.0, [layer], GeneratedMouth(frame, points[LIPS]), opacity=0.0)
+    draw_mouths(untouched, points, 100.0, [layer], GeneratedMouth(frame, points[LIPS]), opacity=0.0)
     assert np.array_equal(untouched, frame)
 
 
@@ -176,12 +188,12 @@ def test_a_patch_takes_on_the_light_of_the_frame_that_it_is_laid_into(still):
     mouth = cut_mouth((frame * 0.8).astype(np.uint8), points, 0)
     after = frame.copy()
     layer = Layer(mouth, points[LIPS].astype(float), 1.0, 0.0)
-    show_mouth(after, points, pixels_per_unit(head_similarity(points)), [layer], GeneratedMouth(frame, points[LIPS]))
+    draw_mouths(after, points, pixels_per_unit(head_similarity(points)), [layer], GeneratedMouth(frame, points[LIPS]))
     changed = (after != frame).any(-1)
     assert np.abs(after[changed].astype(float).mean(0) - frame[changed].mean(0)).max() < 4
 
 
-def test_what_was_never_filmed_inside_a_mouth_is_generated_there_and_nowhere_else(still):
+def test_a_missing_inside_is_generated_there_and_nowhere_else(still):
     frame, landmarks = still
     closed = moved(landmarks, 0.0)
     points = mouth_points(closed)
@@ -191,7 +203,7 @@ def test_what_was_never_filmed_inside_a_mouth_is_generated_there_and_nowhere_els
     for missing in (0.0, 1.0):
         after = frame.copy()
         generated = GeneratedMouth(np.full_like(frame, (0, 255, 0)), mouth_points(landmarks)[LIPS])
-        show_mouth(after, points, scale, [Layer(cut_mouth(frame, points, 0), goal, 1.0, missing)], generated)
+        draw_mouths(after, points, scale, [Layer(cut_mouth(frame, points, 0), goal, 1.0, missing)], generated)
         shown.append(after.astype(int))
     differs = np.abs(shown[1] - shown[0]).max(-1) > 8
     inside = np.zeros(frame.shape[:2], np.uint8)
@@ -200,16 +212,16 @@ def test_what_was_never_filmed_inside_a_mouth_is_generated_there_and_nowhere_els
     assert not differs[cv2.dilate(inside, np.ones((5, 5))) == 0].any()
 
 
-def test_a_warp_takes_every_point_to_its_place():
-    some = np.random.default_rng(0)
-    points = some.uniform(10, 90, (20, 2))
-    values = points + some.normal(0, 3, points.shape)
-    places = warp_map(points, values, (100, 100), 80.0)
-    found = cv2.remap(places, points[:, 0].astype(np.float32), points[:, 1].astype(np.float32), cv2.INTER_LINEAR)
-    assert np.abs(found.reshape(-1, 2) - values).max() < 1
+def test_a_warp_maps_every_point_to_its_value():
+    random = np.random.default_rng(0)
+    points = random.uniform(10, 90, (20, 2))
+    values = points + random.normal(0, 3, points.shape)
+    warp = thin_plate_map(points, values, (100, 100), 80.0)
+    mapped = cv2.remap(warp, points[:, 0].astype(np.float32), points[:, 1].astype(np.float32), cv2.INTER_LINEAR)
+    assert np.abs(mapped.reshape(-1, 2) - values).max() < 1
 
 
-def test_a_path_takes_mouths_like_those_wanted_and_goes_on_where_it_can(still):
+def test_a_path_takes_mouths_like_the_targets_and_keeps_the_order_of_the_film(still):
     mouths = tuple(cut_mouth(frame, mouth_points(seen.landmarks), i) for i, (frame, seen) in enumerate(film(still)))
     features = np.stack([mouth.features for mouth in mouths])
     assert np.array_equal(choose_mouths(mouths, features), np.arange(COUNT))
@@ -220,31 +232,31 @@ def test_a_path_takes_mouths_like_those_wanted_and_goes_on_where_it_can(still):
     assert features[choose_mouths(mouths, wide), 0].min() > features[:, 0].mean()
 
 
-def test_a_bank_is_bounded_in_number_and_in_bytes_and_keeps_what_differs(still, monkeypatch):
+def test_a_bank_is_bounded_in_number_and_in_bytes_and_keeps_different_mouths(still, monkeypatch):
     frames = film(still)
     size = cut_mouth(frames[0][0], mouth_points(frames[0][1].landmarks), 0).pixels.nbytes
-    for limits in ({"BANK_MOUTHS": 12}, {"BANK_BYTES": int(12.5 * size)}):
+    for limits in ({"MAX_MOUTHS": 12}, {"MAX_BYTES": int(12.5 * size)}):
         with monkeypatch.context() as patched:
             for name, value in limits.items():
                 patched.setattr(bank, name, value)
-            kept = collected(frames).mouths_for(0)
-        assert 10 <= len(kept) <= 13
-        openings = [mouth.features[0] for mouth in kept]
+            mouths = collected(frames).mouths_for(0)
+        assert 10 <= len(mouths) <= 13
+        openings = [mouth.features[0] for mouth in mouths]
         assert max(openings) - min(openings) > 0.08
     alone = [cut_mouth(frames[0][0], mouth_points(frames[0][1].landmarks), 0)]
-    monkeypatch.setattr(bank, "BANK_BYTES", 1)
+    monkeypatch.setattr(bank, "MAX_BYTES", 1)
     limit_mouths(alone)
     assert len(alone) == 1
 
 
-def test_frames_take_mouths_of_their_chunk_and_before_and_beyond_the_end_of_all(still, monkeypatch):
+def test_frames_use_mouths_up_to_the_end_of_their_chunk_and_beyond_the_film_all(still, monkeypatch):
     monkeypatch.setattr(bank, "CHUNK", 20)
     mouths = collected(film(still, 50))
     for position, count in ((0, 20), (19, 20), (20, 40), (45, 50), (1000, 50)):
         assert [mouth.position for mouth in mouths.mouths_for(position)] == list(range(count))
 
 
-def test_a_bank_that_is_waited_for_comes_or_says_what_went_wrong(still, monkeypatch):
+def test_waiting_for_a_bank_ends_with_the_bank_or_the_error(still, monkeypatch):
     monkeypatch.setattr(bank, "CHUNK", 20)
     frames = film(still, 30)
 
@@ -253,16 +265,16 @@ def test_a_bank_that_is_waited_for_comes_or_says_what_went_wrong(still, monkeypa
         raise UserError("The film is damaged.")
 
     mouths = MouthBank()
-    faces, asked = mouths.collect(damaged()), threading.Event()
+    faces, waiting = mouths.collect(damaged()), threading.Event()
     got = []
 
     def wait():
-        asked.set()
+        waiting.set()
         got.append(len(mouths.mouths_for(0)))
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    asked.wait()
+    waiting.wait()
     with pytest.raises(UserError, match="damaged"):
         list(faces)
     thread.join(60)
@@ -271,7 +283,7 @@ def test_a_bank_that_is_waited_for_comes_or_says_what_went_wrong(still, monkeypa
         mouths.mouths_for(25)
 
 
-def test_the_result_is_the_same_again_and_where_earlier_frames_were_finished_before(still):
+def test_the_result_is_deterministic_and_the_same_when_resumed(still):
     frames = film(still)
     whole = run(still, frames)
     assert all(map(np.array_equal, whole, run(still, frames)))
@@ -280,9 +292,9 @@ def test_the_result_is_the_same_again_and_where_earlier_frames_were_finished_bef
         assert all(map(np.array_equal, whole[done:], resumed[done:]))
 
 
-def test_shots_come_in_order_few_wait_and_gaps_and_cuts_end_a_run(still):
+def test_frames_come_in_order_few_wait_and_gaps_and_cuts_end_a_run(still):
     frames = film(still)
-    shots = shots_of(frames)
+    shots = frames_of(frames)
     shots[10].points = shots[10].generated = None
     for shot in shots[30:]:
         shot.scene = 1
@@ -300,9 +312,9 @@ def test_shots_come_in_order_few_wait_and_gaps_and_cuts_end_a_run(still):
     assert np.array_equal(shots[10].frame, frames[10][0])
 
 
-def test_a_shot_without_a_generated_face_or_one_that_cannot_be_read_does_no_harm(still):
+def test_a_frame_without_a_generated_face_or_with_an_unreadable_one_stays_as_it_is(still):
     frames = film(still, 40)
-    shots = shots_of(frames)
+    shots = frames_of(frames)
     shots[5].generated = None
     blind = {7, 8}
 
@@ -312,27 +324,27 @@ def test_a_shot_without_a_generated_face_or_one_that_cannot_be_read_does_no_harm
     after = [shot.frame for shot in retarget(iter(shots), collected(frames), read)]
     assert np.array_equal(after[5], frames[5][0])
     assert not np.array_equal(after[6], frames[6][0])
-    none = [shot.frame for shot in retarget(iter(shots_of(frames)), collected(frames), lambda _: None)]
+    none = [shot.frame for shot in retarget(iter(frames_of(frames)), collected(frames), lambda _: None)]
     assert all(np.array_equal(one, frame) for one, (frame, _) in zip(none, frames, strict=True))
 
 
 def test_jumps_are_faded(still):
-    """A film of two pictures, between which the mouth that is wanted changes: no frame changes by all of it."""
+    """A film of two pictures, between which the target mouth changes: no frame changes by all of it."""
     frame, landmarks = still
     frames = [
         (np.clip(frame.astype(int) + 30 * (i >= 30), 0, 255).astype(np.uint8), face(moved(landmarks, o), first=i == 0))
         for i, o in enumerate([0.01] * 30 + [0.12] * 30)
     ]
     mouths = [cut_mouth(f, mouth_points(seen.landmarks), i) for i, (f, seen) in enumerate(frames)]
-    shown = None
-    shares = []
+    selection = None
+    weights = []
     for mouth in [mouths[0], mouths[1], *mouths[40:46]]:
-        shown = stage._next_shown(shown, mouth)
-        shares.append((shown.age + 1) / (stage.FADE_FRAMES + 1) if shown.replaced else 1.0)
-    assert shares == [1, 1, 0.25, 0.5, 0.75, 1, 1, 1]
+        selection = stage._next_selection(selection, mouth)
+        weights.append(selection.weight)
+    assert weights == [1, 1, 0.25, 0.5, 0.75, 1, 1, 1]
 
 
-def test_what_covers_a_mouth_is_not_taken_and_nothing_is_shown_there(still):
+def test_covered_mouths_are_not_taken_and_stay_as_they_are(still):
     frames = film(still, 50)
     hand = (210, 60, 40)
     for i in range(25, 32):
@@ -362,7 +374,7 @@ def test_a_turned_head_lends_no_mouth(still):
     assert [mouth.position for mouth in mouths.mouths_for(0)] == [0]
 
 
-# The whole pipeline, with a small network that paints a face of its own.
+# The whole pipeline, with a small network and a face for it to paint.
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +390,7 @@ def with_face(checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def own_face(with_face, still, monkeypatch):
-    """Its models; what it paints is read as an opening that depends on the picture, as no landmarker finds a mouth."""
+    """Its models; the opening is read from the brightness of what it paints, as no landmarker finds a mouth there."""
 
     @contextmanager
     def reading():
@@ -405,8 +417,8 @@ def test_released_models_have_no_face(checkpoint):
     assert resolve_model("demo", CPU).face is not None
 
 
-def test_what_the_model_paints_depends_on_the_sound_alone(own_face):
-    """Whoever is filmed: the same latents, as the model sees its own face."""
+def test_the_painted_mouth_depends_on_the_sound_alone(own_face):
+    """Whoever is filmed: the same latents, as the model is conditioned on its own face."""
     painter = Painter(own_face, Settings(steps=2))
     some = np.random.default_rng(0)
     painted = []
@@ -428,7 +440,7 @@ def sound(tmp_path_factory):
     return make_sound(tmp_path_factory.mktemp("sound") / "sound.wav", seconds=68 / 25)
 
 
-def test_a_run_that_goes_on_gives_the_same_film(own_face, clip, sound, tmp_path):
+def test_a_resumed_run_gives_the_same_film(own_face, clip, sound, tmp_path):
     settings = Settings(steps=2)
     whole = tmp_path / "whole.mp4"
     lipsync(clip, sound, whole, own_face, settings, segment_frames=20)
@@ -439,7 +451,7 @@ def test_a_run_that_goes_on_gives_the_same_film(own_face, clip, sound, tmp_path)
     assert hashes(resumed) == hashes(whole)
 
 
-def test_a_film_that_comes_again_and_a_picture_get_mouths(own_face, sound, tmp_path):
+def test_a_looped_film_and_a_picture_get_mouths(own_face, sound, tmp_path):
     short = save_video(tmp_path / "short.mp4", [portrait(t) for t in range(24)], *X264)
     picture = tmp_path / "picture.png"
     cv2.imwrite(str(picture), portrait(0)[:, :, ::-1])
@@ -453,7 +465,7 @@ def test_a_film_that_comes_again_and_a_picture_get_mouths(own_face, sound, tmp_p
         assert upper < 12 if source is short else upper < 1  # the picture stands still but for its mouth
 
 
-def test_the_released_way_is_untouched_by_it(checkpoint, clip, sound, tmp_path, monkeypatch):
+def test_released_models_do_not_use_the_stage(checkpoint, clip, sound, tmp_path, monkeypatch):
     models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
     monkeypatch.setattr(pipeline, "retarget", lambda *_: pytest.fail("retargeted"))
     monkeypatch.setattr(pipeline, "MouthBank", lambda *_: pytest.fail("collected"))

@@ -122,7 +122,7 @@ def test_a_mouth_rests_where_silence_is_heard(prepared, monkeypatch):
     one = replace(
         data, frames=data.frames[:n], lips=lips, mel=torch.full_like(data.mel[:, : n * MEL_PER_FRAME], 200),
         means=data.means[:1], rest=np.array([resting_ends(lips.numpy())]), starts=np.array([0]),
-        lengths=np.array([n]), weights=np.array([1.0]), names=["one"],
+        lengths=np.array([n]), weights=np.array([1.0]),
     )  # fmt: skip
     assert one.rest.tolist() == [[8, 5]]
     rng = np.random.default_rng(0)

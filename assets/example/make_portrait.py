@@ -15,7 +15,8 @@ import numpy as np
 from scipy.spatial import Delaunay
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from latentsync.faces import mouth_opening, track_faces
+from latentsync.faces import track_faces
+from latentsync.landmarks import mouth_opening
 from latentsync.media import probe_video, read_frames
 
 PEOPLE = ("s20", "s23", "s31", "s34")

@@ -165,8 +165,8 @@ def evaluate_people(args: argparse.Namespace, prepare: Prepare) -> None:
     found, blocks = [], []
     for measures, before, after in measure_people(films, voices, models, settings):
         found.append(measures)
-        say(f"{measures['person']}: {measures['outside']:.0f} dB, correlation {measures['correlation']:.2f}")
-        blocks.append(contact(measures["person"], (before, after)))
+        say(f"{measures.person}: {measures.outside:.0f} dB, correlation {measures.correlation:.2f}")
+        blocks.append(contact(measures.person, (before, after)))
         save_picture(args.out / "people.png", np.vstack(blocks))
         (args.out / "people.md").write_text(people_table(found) + "\n", encoding="utf-8")
     print(people_table(found))

@@ -1,6 +1,6 @@
-"""How much of a person a result keeps: aligned crops of the source and of the result, around the hull of the mouth.
+"""Compare a person's appearance in the source and in the result, around the hull of the mouth.
 
-Faces are uint8 RGB (n, R, R, 3); hulls are bool (n, R, R), of lips and chin in every frame of the source.
+Faces are aligned crops, uint8 RGB (n, R, R, 3); hulls of lips and chin in the source's frames are bool (n, R, R).
 """
 
 import cv2
@@ -9,33 +9,32 @@ import numpy as np
 from latentsync.evaluation.measures import border_energy, flicker
 
 HULL_POINTS = (61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 314, 17, 84, 181, 91, 146, 199)
-NEAR = 12.0  # pixels of a 256 crop that the hull is grown by: all that may differ from the source
+NEAR = 12.0  # pixels of a 256 px crop by which the hull is grown: only pixels within may differ from the source
 
 
 def mouth_hulls(points: np.ndarray, side: int, grown: float = 0.0) -> np.ndarray:
-    """Hulls of lips and chin: bool (n, side, side), of their points (n, k, 2) in the crop, grown by so many pixels."""
+    """Hulls of points (n, k, 2) in crops: bool (n, side, side), grown by `grown` pixels."""
     hulls = np.zeros((len(points), side, side), np.uint8)
-    for hull, each in zip(hulls, points, strict=True):
-        if np.isfinite(each).all():
-            corners = cv2.convexHull(each.astype(np.float32))
+    for hull, corners in zip(hulls, points, strict=True):
+        if np.isfinite(corners).all():
+            corners = cv2.convexHull(corners.astype(np.float32))
             cv2.fillConvexPoly(hull, np.round(corners * 16).astype(np.int32), 1, shift=4)
     if grown:
-        away = [cv2.distanceTransform(1 - hull, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for hull in hulls]
-        return np.stack(away) <= grown
+        distances = [cv2.distanceTransform(1 - hull, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for hull in hulls]
+        return np.stack(distances) <= grown
     return hulls > 0
 
 
 def outside_psnr(result: np.ndarray, source: np.ndarray, hulls: np.ndarray) -> float:
-    """dB of the lower half of the faces, outside the hulls; infinite where nothing differs."""
-    below = np.zeros_like(hulls)
-    below[:, hulls.shape[1] // 2 :] = True
-    outside = below & ~hulls
+    """PSNR in dB over the lower half of the faces, outside the hulls; infinite where nothing differs."""
+    outside = ~hulls
+    outside[:, : hulls.shape[1] // 2] = False
     error = np.mean((result[outside].astype(np.float32) - source[outside].astype(np.float32)) ** 2)
     return float(10 * np.log10(255**2 / error)) if error > 0 else np.inf
 
 
 def detail_ratio(result: np.ndarray, source: np.ndarray, hulls: np.ndarray) -> float:
-    """Mean size of the Laplacian of the grey values inside the hulls, over that of the source."""
+    """Mean absolute Laplacian of the grey values inside the hulls, over that of the source."""
 
     def detail(faces: np.ndarray) -> float:
         edges = (cv2.Laplacian(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY), cv2.CV_32F, ksize=3) for face in faces)
@@ -46,9 +45,12 @@ def detail_ratio(result: np.ndarray, source: np.ndarray, hulls: np.ndarray) -> f
 
 def colour_difference(result: np.ndarray, source: np.ndarray, hulls: np.ndarray) -> float:
     """CIEDE2000 between the mean colours inside the hulls, over all frames."""
-    one, other = (cv2.cvtColor((faces[hulls].mean(0) / 255).astype(np.float32)[None, None], cv2.COLOR_RGB2Lab)[0, 0]
-                  for faces in (result, source))  # fmt: skip
-    return ciede2000(one, other)
+
+    def mean_colour(faces: np.ndarray) -> np.ndarray:
+        mean = (faces[hulls].mean(0) / 255).astype(np.float32)
+        return cv2.cvtColor(mean[None, None], cv2.COLOR_RGB2Lab)[0, 0]
+
+    return ciede2000(mean_colour(result), mean_colour(source))
 
 
 def ciede2000(one: np.ndarray, other: np.ndarray) -> float:
@@ -59,9 +61,9 @@ def ciede2000(one: np.ndarray, other: np.ndarray) -> float:
     a1, a2 = a1 * stretch, a2 * stretch
     c1, c2 = np.hypot(a1, b1), np.hypot(a2, b2)
     h1, h2 = (np.degrees(np.arctan2(b, a)) % 360 for a, b in ((a1, b1), (a2, b2)))
-    turned = (h2 - h1 + 180) % 360 - 180 if c1 * c2 else 0.0
-    mean_hue = (h1 + turned / 2) % 360 if c1 * c2 else h1 + h2
-    dl, dc, dh = l2 - l1, c2 - c1, 2 * np.sqrt(c1 * c2) * np.sin(np.radians(turned / 2))
+    hue_change = (h2 - h1 + 180) % 360 - 180 if c1 * c2 else 0.0
+    mean_hue = (h1 + hue_change / 2) % 360 if c1 * c2 else h1 + h2
+    dl, dc, dh = l2 - l1, c2 - c1, 2 * np.sqrt(c1 * c2) * np.sin(np.radians(hue_change / 2))
     ml, mc = (l1 + l2) / 2, (c1 + c2) / 2
     t = (
         1
@@ -80,31 +82,32 @@ def ciede2000(one: np.ndarray, other: np.ndarray) -> float:
 
 def seam_ratio(result: np.ndarray, source: np.ndarray, hulls: np.ndarray) -> float:
     """Gradient energy across the border of the hulls, over the source's."""
-    energies = [
-        sum(border_energy(face[None], hull) for face, hull in zip(faces, hulls, strict=True) if hull.any())
-        for faces in (result, source)
-    ]
-    return energies[0] / energies[1]
+
+    def energy(faces: np.ndarray) -> float:
+        return sum(border_energy(face[None], hull) for face, hull in zip(faces, hulls, strict=True) if hull.any())
+
+    return energy(result) / energy(source)
 
 
-def flicker_ratio(result: np.ndarray, source: np.ndarray, hulls: np.ndarray) -> float:
-    """Change of the change from frame to frame where most hulls are, over the source's."""
-    usual = hulls.mean(0) > 0.5
-    return flicker(result, usual) / flicker(source, usual)
+def compare_appearance(
+    result: np.ndarray, source: np.ndarray, source_points: np.ndarray, result_points: np.ndarray
+) -> dict[str, float]:
+    """All measures of one clip; points (n, k, 2): HULL_POINTS of each frame's mesh, NaN without a face.
 
-
-def keeps(result: np.ndarray, source: np.ndarray, points: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """All measures of one clip; points, after (n, k, 2): HULL_POINTS of the source's and of the result's mesh.
-
-    The seam is looked for around both, as the corners of a mouth that has become wider are none.
+    The seam is measured around the mouths of both, as the corners of a mouth that has become wider are no seam.
+    Flicker is measured where most hulls are: over the source's, and in grey levels for sources that stand still.
     """
     side = source.shape[1]
-    both = np.concatenate([points, np.where(np.isfinite(after), after, points)], axis=1)
-    inner, outer = (mouth_hulls(points, side, grown) for grown in (0.0, NEAR * side / 256))
+    near = NEAR * side / 256
+    inner, outer = mouth_hulls(source_points, side), mouth_hulls(source_points, side, near)
+    both = np.concatenate([source_points, np.where(np.isfinite(result_points), result_points, source_points)], axis=1)
+    usual = outer.mean(0) > 0.5
+    levels = flicker(result, usual)
     return {
         "outside": outside_psnr(result, source, outer),
         "detail": detail_ratio(result, source, outer),
         "colour": colour_difference(result, source, inner),
-        "seam": seam_ratio(result, source, mouth_hulls(both, side, 0.75 * NEAR * side / 256)),
-        "flicker": flicker_ratio(result, source, outer),
+        "seam": seam_ratio(result, source, mouth_hulls(both, side, 0.75 * near)),
+        "flicker": levels / flicker(source, usual),
+        "flicker_levels": levels,
     }

@@ -7,9 +7,10 @@ import numpy as np
 
 from latentsync import FPS
 from latentsync.alignment import crop_face, crop_size, estimate_matrix
-from latentsync.corpus import HELD_OUT_EVERY, HELD_OUT_SPEAKERS, LIPS, clips_below, is_held_out
+from latentsync.corpus import HELD_OUT_EVERY, HELD_OUT_SPEAKERS, LIPS, is_held_out, list_clips
 from latentsync.errors import UserError
-from latentsync.faces import Face, mouth_opening, track_faces
+from latentsync.faces import Face, track_faces
+from latentsync.landmarks import mouth_opening
 from latentsync.media import probe_video, read_audio, read_frames
 
 SIDE = 256  # pixels of the crops that are measured, whatever the model's resolution
@@ -85,7 +86,7 @@ def held_out(folder: Path, speakers: list[str] | None) -> dict[str, list[Path]]:
     Counted as `latentsync.training prepare` counts them where it skips none. Raises UserError where there are none.
     """
     files: dict[str, list[Path]] = {}
-    for speaker, path in clips_below(folder):
+    for speaker, path in list_clips(folder):
         files.setdefault(speaker, []).append(path)
     if unknown := sorted(set(speakers or ()) - set(files)):
         raise UserError(f"'{folder}' has no clips of {', '.join(unknown)}: give names of its folders.")

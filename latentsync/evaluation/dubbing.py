@@ -10,7 +10,7 @@ from torch import Tensor
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints.load import Models
 from latentsync.evaluation.clips import Clip
-from latentsync.faces import face_reader
+from latentsync.landmarks import face_reader
 from latentsync.painting import Painter, paint_groups
 from latentsync.pipeline import on_side_stream
 from latentsync.retarget import MouthBank, retarget
@@ -29,11 +29,11 @@ class ElsewherePainter(Painter):
         self.reference = reference  # of every frame, by its `source`
         self.channels = models.vae.config.latent_channels
 
-    def encode_conditioning(self, frames: list[AlignedFrame], crops: Tensor) -> Tensor:
+    def cached_conditioning(self, frames: list[AlignedFrame], crops: Tensor) -> Tensor:
         others = [self.reference[frame.source] for frame in frames]
         other_crops = self.copy_to_device(torch.from_numpy(np.stack([other.crop for other in others])))
-        masked = super().encode_conditioning(frames, crops)[:, : 1 + self.channels]
-        reference = super().encode_conditioning(others, other_crops)[:, 1 + self.channels :]
+        masked = super().cached_conditioning(frames, crops)[:, : 1 + self.channels]
+        reference = super().cached_conditioning(others, other_crops)[:, 1 + self.channels :]
         return torch.cat([masked, reference], 1)
 
 

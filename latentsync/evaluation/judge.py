@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from latentsync.audio import MEL_RANGE, log_powers
 from latentsync.checkpoints.tensors import load_exactly, read_tensors
-from latentsync.corpus import MARGIN, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, RESOLUTION, ClipSet, load_clips
+from latentsync.corpus import (
+    MARGIN,
+    MEL_BASE,
+    MEL_PER_FRAME,
+    MEL_STEP,
+    N_MELS,
+    RESOLUTION,
+    ClipSet,
+    load_clips,
+    load_held_out_clips,
+)
 
 WEIGHTS = Path(__file__).parent.parent.parent / "assets" / "judge" / "judge.safetensors"
 SPAN = 5  # frames that are judged together, 0.2 s (SyncNet)
@@ -136,7 +146,7 @@ def train(prepared: Path, output: Path, seconds: float, device: torch.device) ->
             print(f"judge step {step} loss {average:.3f} {elapsed:.0f} s", flush=True)
     save_file({name: tensor.half().cpu().contiguous() for name, tensor in judge.state_dict().items()}, output)
     print(f"judge: {step} steps; {output}", flush=True)
-    if unseen := load_clips(prepared, torch.device("cpu"), held_out=True):
+    if unseen := load_held_out_clips(prepared, torch.device("cpu")):
         print("on clips that were held out: " + check(*tables(judge.eval(), unseen, device)).sentence())
 
 

@@ -1,20 +1,21 @@
 """Films of people dubbed with real clips' voices: what each person keeps, and whether the mouth follows the voice."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from latentsync.alignment import crop_size
 from latentsync.checkpoints.load import Models
-from latentsync.evaluation.appearance import HULL_POINTS, keeps
+from latentsync.evaluation.appearance import HULL_POINTS, compare_appearance
 from latentsync.evaluation.clips import MOST_FRAMES, SIDE, Clip, Seen, alignments, look
 from latentsync.evaluation.dubbing import dub
 from latentsync.evaluation.measures import LAGS, correlation, peak
 from latentsync.media import probe_video, read_frames
 from latentsync.settings import Settings
 
-# key, heading, format
+# Field of PersonMeasures, heading, format
 COLUMNS = (
     ("person", "person", "{}"),
     ("voice", "voice", "{}"),
@@ -26,14 +27,35 @@ COLUMNS = (
     ("old", "with the old mouth", "{:.2f}"),
     ("seam", "seam", "{:.2f}"),
     ("flicker", "flicker", "{:.2f}"),
+    ("flicker_levels", "flicker, grey levels", "{:.1f}"),
 )
 
 
-def hull_points(seen: Seen, like: Seen) -> np.ndarray:
-    """HULL_POINTS of every face in the crops, (n, k, 2), aligned as those of `like`; NaN where there is no face."""
+@dataclass(frozen=True)
+class PersonMeasures:
+    """Measures of one dubbed film; see `compare_appearance` for outside to flicker_levels.
+
+    correlation, lag: of the mouth's opening with that of the voice's own clip; old: with that of the source.
+    """
+
+    person: str
+    voice: str
+    outside: float
+    detail: float
+    colour: float
+    seam: float
+    flicker: float
+    flicker_levels: float
+    correlation: float
+    lag: int | None
+    old: float
+
+
+def hull_points(seen: Seen, aligned_as: Seen) -> np.ndarray:
+    """HULL_POINTS of every face in the crops, (n, k, 2), aligned as in another clip; NaN where there is no face."""
     to_square = SIDE / np.array(crop_size(SIDE))
     points = np.full((len(seen.faces), len(HULL_POINTS), 2), np.nan)
-    for row, face, matrix in zip(points, seen.faces, alignments(like.faces), strict=False):
+    for row, face, matrix in zip(points, seen.faces, alignments(aligned_as.faces), strict=False):
         if face is not None and matrix is not None:
             row[:] = (face.landmarks[list(HULL_POINTS)] @ matrix[:, :2].T + matrix[:, 2] + 0.5) * to_square - 0.5
     return points
@@ -41,7 +63,7 @@ def hull_points(seen: Seen, like: Seen) -> np.ndarray:
 
 def measure_people(
     films: list[Path], voices: list[Clip], models: Models, settings: Settings
-) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[PersonMeasures, np.ndarray, np.ndarray]]:
     """Dub each film with one of the voices, in turn: its measures, and the faces (n, SIDE, SIDE, 3) before, after."""
     for i, film in enumerate(films):
         voice = voices[i % len(voices)]
@@ -49,21 +71,31 @@ def measure_people(
         frames = dub(Clip(film.stem, film.stem, source, voice.wav), voice.wav, models, settings)
         n = len(frames)
         result = look(frames, source.faces[:n])
-        in_step = correlation(result.opening, voice.seen.opening)
-        found = {"person": film.stem, "voice": voice.name}
-        found |= keeps(result.crops, source.crops[:n], hull_points(source, source)[:n], hull_points(result, source))
-        found["correlation"], found["lag"] = peak(in_step)
-        found["old"] = float(correlation(result.opening, source.opening[:n])[list(LAGS).index(0)])
-        yield found, source.crops[:n], result.crops
+        source_points, result_points = hull_points(source, source)[:n], hull_points(result, source)
+        appearance = compare_appearance(result.crops, source.crops[:n], source_points, result_points)
+        best, lag = peak(correlation(result.opening, voice.seen.opening))
+        old = float(correlation(result.opening, source.opening[:n])[LAGS == 0][0])
+        yield (
+            PersonMeasures(film.stem, voice.name, correlation=best, lag=lag, old=old, **appearance),
+            source.crops[:n],
+            result.crops,
+        )
 
 
-def people_table(found: list[dict]) -> str:
+def people_table(people: list[PersonMeasures]) -> str:
     """A row for every person, and one of means, in Markdown."""
-    mean = {"person": "mean", "voice": ""}
-    for key, _, _ in COLUMNS[2:]:
-        values = [float(each[key]) for each in found if each[key] is not None and np.isfinite(each[key])]
-        mean[key] = None if key == "lag" or not values else float(np.mean(values))
-    rows = [[heading for _, heading, _ in COLUMNS], ["---"] * len(COLUMNS)]
-    for each in (*found, mean):
-        rows.append(["–" if each[key] is None else form.format(each[key]) for key, _, form in COLUMNS])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    def row(values: dict[str, object]) -> str:
+        return line(["–" if (value := values[key]) is None else form.format(value) for key, _, form in COLUMNS])
+
+    means: dict[str, object] = {"person": "mean", "voice": "", "lag": None}
+    for name in [field.name for field in fields(PersonMeasures) if field.name not in means]:
+        values = np.array([getattr(person, name) for person in people], float)
+        finite = values[np.isfinite(values)]
+        means[name] = float(finite.mean()) if len(finite) else None
+    headings = [heading for _, heading, _ in COLUMNS]
+    rows = [row(vars(person)) for person in people]
+    return "\n".join([line(headings), line(["---"] * len(COLUMNS)), *rows, row(means)])

@@ -1,12 +1,12 @@
 """Show the mouth shapes of generated faces with the film's own pixels.
 
 A small model knows how a mouth moves with a voice, but not what this person looks like. So it paints a face that it
-knows well, and only the mouth's shape over time is read off that. For every frame of the film another one is looked up
-whose mouth is nearly so; its lips and chin are warped the rest of the way and laid into a soft hull around the mouth.
-All else stays the source's frame, to the bit.
+knows well, and only the mouth's shape over time is read from that. Every frame of the film is given a mouth from
+another frame with nearly that shape; its lips and chin are warped the rest of the way and composited into a soft hull
+around the mouth. All other pixels stay the source's, to the bit.
 
-    film, followed → MouthBank.collect → mouths of the film, up to ten seconds ahead
-    painted shots → retarget → the shots with their new mouths
+    film, tracked → MouthBank.collect → mouths of the film, up to ten seconds ahead
+    frames with generated faces → retarget → the frames with their new mouths
 
 Lengths without a unit are in distances between the outer eye corners ("head units"), in a head frame whose origin lies
 between the eyes and whose y axis points down the face.

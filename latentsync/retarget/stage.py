@@ -1,47 +1,51 @@
-"""The stage of the pipeline: shots with generated faces in, the same shots with new mouths in their frames out."""
+"""The pipeline stage: frames with generated faces in, the same frames with new mouths out."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import cv2
 import numpy as np
 
 from latentsync.alignment import crop_size
-from latentsync.retarget.bank import Mouth, MouthBank, choose_mouths, features, mouth_box
-from latentsync.retarget.drawing import GeneratedMouth, Layer, missing_inside, show_mouth
+from latentsync.retarget.bank import MouthBank
+from latentsync.retarget.drawing import GeneratedMouth, Layer, draw_mouths, missing_inside
 from latentsync.retarget.geometry import (
     LIPS,
-    anchor,
-    apply,
     head_similarity,
+    lip_anchor,
+    lip_opening,
+    lip_width,
     mouth_points,
-    opening,
     pixels_per_unit,
     reshape_lips,
-    width,
+    transform,
 )
+from latentsync.retarget.mouths import OPENING, WIDTH, Mouth, choose_mouths, mouth_box, mouth_features
 
-READ_AT = 256  # generated faces are read at this resolution's size
+READ_RESOLUTION = 256  # generated faces are resized to it before their landmarks are read
 BLOCK = 16  # frames whose mouths are chosen together
 LOOKAHEAD = 12  # frames after a block that its choice takes into account
-RUN_UP = 16  # frames before it
+LOOKBACK = 16  # frames before it
 HELD_FRAMES = BLOCK + LOOKAHEAD  # frames that wait in this stage
-CONTEXT = RUN_UP + 2 * BLOCK  # frames before the first one that is wanted, whose faces are needed for the same result
+CONTEXT = LOOKBACK + 2 * BLOCK  # frames before the first new one whose faces a resumed run needs for the same result
 
 USUAL_WIDTH = 0.555  # of a mouth that the model paints
-WIDTH_RANGE = (0.85, 1.12)  # of the person's own usual width
-SIZE_RANGE = (0.6, 1.0)  # of an opening, as the person's mouth is narrower than the model's; wide ones only smile
-STEADY = 4.0  # frames: deviation of the Gaussian over which a mouth's place and usual width are averaged
-FADE_FRAMES = 3  # of a cross-fade after a jump from one mouth to another
+MIN_WIDTH, MAX_WIDTH = 0.85, 1.12  # of the person's own usual width
+MIN_SIZE, MAX_SIZE = 0.6, 1.0  # of an opening, as the person's mouth may be narrower than the model's
+SMOOTHING_SIGMA = 4.0  # frames, for a mouth's place and usual width
+FADE_FRAMES = 3  # of the cross-fade after a jump from one mouth to another
+
+ReadFace = Callable[[np.ndarray], np.ndarray | None]  # the mesh (478, 2) of the face in a picture, or None
 
 
-class PaintedShot(Protocol):
-    """What this stage needs of a shot.
+class RetargetFrame(Protocol):
+    """A frame as this stage needs it.
 
     frame: uint8 (H, W, 3), changed in place; points: `mouth_points` of its face, None without a usable one; generated:
-    uint8 (R, R, 3), an aligned face with the mouth that is wanted, None where none was painted; position: the number
-    of the frame; scene: of the stretch between two cuts; opacity: 0 to 1.
+    uint8 (R, R, 3), an aligned face with the target mouth, None where none was painted; position: the frame's number;
+    scene: number of the stretch between two cuts; opacity: 0 to 1.
     """
 
     frame: np.ndarray
@@ -52,147 +56,166 @@ class PaintedShot(Protocol):
     opacity: float
 
 
-@dataclass(eq=False)
-class _Entry:
-    """A shot of the current run and what was measured of it; the shot is dropped when it has been passed on."""
-
-    shot: PaintedShot | None
-    head: np.ndarray  # (2, 3)
-    anchor: np.ndarray  # (2,)
-    features: np.ndarray  # of its own mouth
-    generated: GeneratedMouth | None
-    wanted: np.ndarray | None  # opening and width of the generated mouth
+Frame = TypeVar("Frame", bound=RetargetFrame)
 
 
 @dataclass(frozen=True, eq=False)
-class _Shown:
-    """What the last frame showed: a mouth for `age` frames, which replaces another one."""
+class _Measured:
+    """Measurements of a frame."""
+
+    points: np.ndarray  # (73, 2)
+    head: np.ndarray  # (2, 3)
+    anchor: np.ndarray  # (2,)
+    features: np.ndarray  # (6,) of the mouth in the source
+    generated: GeneratedMouth | None
+    target: np.ndarray | None  # (2,) opening and width of the generated mouth
+
+
+@dataclass(frozen=True, eq=False)
+class _Selection:
+    """The mouth of a frame, for how many frames it has been there, and the mouth that it is replacing."""
 
     mouth: Mouth
     age: int
     replaced: Mouth | None
 
+    @property
+    def weight(self) -> float:
+        """Of `mouth` in the cross-fade."""
+        return (self.age + 1) / (FADE_FRAMES + 1) if self.replaced else 1.0
 
-def retarget(
-    shots: Iterable[PaintedShot], bank: MouthBank, read_face: Callable[[np.ndarray], np.ndarray | None]
-) -> Iterator[PaintedShot]:
-    """Show the mouth of every generated face in its shot's frame, and pass the shots on in order.
 
-    read_face: the mesh (478, 2) of the face in a picture, or None. Up to HELD_FRAMES shots wait. A shot whose face was
-    not painted stays as it is.
+def retarget(frames: Iterable[Frame], bank: MouthBank, read_face: ReadFace) -> Iterator[Frame]:
+    """Draw the mouth of every generated face into its frame, and yield the frames in order.
+
+    Up to HELD_FRAMES wait. A frame whose face was not painted stays as it is.
     """
-    run: list[_Entry] = []  # entries before `start` only lend context
-    start = 0
-    shown: _Shown | None = None
+    run: _Run[Frame] = _Run(bank)
     scene: int | None = None
-
-    def finish(count: int) -> Iterator[PaintedShot]:
-        nonlocal start, shown
-        shown = _show_block(run, start, count, bank, shown)
-        for entry in run[start : start + count]:
-            shot, entry.shot, entry.generated = entry.shot, None, None
-            yield shot
-        start += count
-        spare = max(start - max(RUN_UP, LOOKAHEAD), 0)
-        del run[:spare]
-        start -= spare
-
-    def finish_run() -> Iterator[PaintedShot]:
-        nonlocal start, shown
-        while start < len(run):
-            yield from finish(min(BLOCK, len(run) - start))
-        run.clear()
-        start, shown = 0, None
-
-    for shot in shots:
-        if shot.points is None or shot.scene != scene:
-            yield from finish_run()
-            scene = shot.scene
-        if shot.points is None:
-            yield shot
+    for frame in frames:
+        if frame.points is None or frame.scene != scene:
+            yield from run.finish()
+            run, scene = _Run(bank), frame.scene
+        if frame.points is None:
+            yield frame
             continue
-        run.append(_measure(shot, read_face))
-        if len(run) - start >= HELD_FRAMES:
-            yield from finish(BLOCK)
-    yield from finish_run()
+        run.append(frame, _measure(frame, frame.points, read_face))
+        if len(run.waiting) >= HELD_FRAMES:
+            yield from run.draw(BLOCK)
+    yield from run.finish()
 
 
-def _measure(shot: PaintedShot, read_face: Callable[[np.ndarray], np.ndarray | None]) -> _Entry:
-    head = head_similarity(shot.points)
-    x0, y0, x1, y1 = mouth_box(shot.points, shot.frame.shape)
-    generated = wanted = None
-    if shot.generated is not None:
-        face = cv2.resize(shot.generated, crop_size(READ_AT), interpolation=cv2.INTER_CUBIC)
+def _measure(frame: RetargetFrame, points: np.ndarray, read_face: ReadFace) -> _Measured:
+    head = head_similarity(points)
+    x0, y0, x1, y1 = mouth_box(points, frame.frame.shape)
+    features = mouth_features(points, frame.frame[y0:y1, x0:x1])
+    generated = target = None
+    if frame.generated is not None:
+        face = cv2.resize(frame.generated, crop_size(READ_RESOLUTION), interpolation=cv2.INTER_CUBIC)
         landmarks = read_face(face)
         if landmarks is not None:
-            points = mouth_points(landmarks)
-            lips = apply(head_similarity(points), points[LIPS])
-            generated, wanted = GeneratedMouth(face, points[LIPS]), np.array([opening(lips), width(lips)])
-    lips = apply(head, shot.points[LIPS])
-    return _Entry(shot, head, anchor(lips), features(shot.points, shot.frame[y0:y1, x0:x1]), generated, wanted)
+            painted = mouth_points(landmarks)
+            lips = transform(head_similarity(painted), painted[LIPS])
+            generated, target = GeneratedMouth(face, painted[LIPS]), np.array([lip_opening(lips), lip_width(lips)])
+    return _Measured(points, head, lip_anchor(transform(head, points[LIPS])), features, generated, target)
 
 
-def _show_block(run: list[_Entry], start: int, count: int, bank: MouthBank, shown: _Shown | None) -> _Shown | None:
-    """Choose and show the mouths of `count` entries from `start` on; returns what the last one shows.
+class _Run(Generic[Frame]):
+    """Consecutive frames with a face, without a cut."""
 
-    The choice takes RUN_UP entries before and LOOKAHEAD after them into account, and nothing else.
+    def __init__(self, bank: MouthBank):
+        self.bank = bank
+        self.waiting: deque[Frame] = deque()
+        self.measured: list[_Measured] = []  # of the waiting frames, after those of frames that lend context
+        self.selection: _Selection | None = None  # of the last frame that was drawn
+
+    def append(self, frame: Frame, measured: _Measured) -> None:
+        self.waiting.append(frame)
+        self.measured.append(measured)
+
+    def finish(self) -> Iterator[Frame]:
+        while self.waiting:
+            yield from self.draw(min(BLOCK, len(self.waiting)))
+
+    def draw(self, count: int) -> Iterator[Frame]:
+        """Draw the mouths of the next `count` frames, and yield these."""
+        self._draw_mouths(count)
+        for _ in range(count):
+            yield self.waiting.popleft()
+        start = len(self.measured) - len(self.waiting)
+        del self.measured[: max(start - max(LOOKBACK, LOOKAHEAD), 0)]
+
+    def _draw_mouths(self, count: int) -> None:
+        """Choose and draw the mouths of the next `count` frames.
+
+        The choice takes LOOKBACK frames before and LOOKAHEAD after them into account, and nothing else.
+        """
+        start = len(self.measured) - len(self.waiting)
+        first, last = max(start - LOOKBACK, 0), min(start + count + LOOKAHEAD, len(self.measured))
+        mouths: tuple[Mouth, ...] = ()
+        if any(measured.target is not None for measured in self.measured[first:last]):
+            mouths = self.bank.mouths_for(self.waiting[count - 1].position)
+        if not mouths:
+            self.selection = None
+            return
+        targets = _target_features(self.measured, first, last)
+        path = choose_mouths(mouths, targets)
+        anchors = np.stack([measured.anchor for measured in self.measured])
+        for index, frame in zip(range(start, start + count), self.waiting, strict=False):
+            self.selection = _next_selection(self.selection, mouths[path[index - first]])
+            anchor, target = gaussian_mean(anchors, index), targets[index - first]
+            _draw_frame(frame, self.measured[index], self.selection, anchor, target)
+
+
+def _next_selection(current: _Selection | None, mouth: Mouth) -> _Selection:
+    """The selection of the next frame: the film's next mouth, or another one that is faded in."""
+    if current is None:
+        return _Selection(mouth, FADE_FRAMES, None)
+    if abs(current.mouth.position - mouth.position) > 1:
+        return _Selection(mouth, 0, current.mouth)
+    age = current.age + 1
+    return _Selection(mouth, age, current.replaced if age < FADE_FRAMES else None)
+
+
+def _draw_frame(
+    frame: RetargetFrame, measured: _Measured, selection: _Selection, anchor: np.ndarray, target: np.ndarray
+) -> None:
+    """Draw the selected mouth into a frame, with its anchor at (2,) and target features (6,)."""
+    if measured.generated is None:
+        return
+    to_frame = cv2.invertAffineTransform(measured.head)
+
+    def layer(mouth: Mouth, weight: float) -> Layer:
+        lips = anchor + reshape_lips(mouth.lips, target[OPENING], target[WIDTH])
+        missing = missing_inside(mouth.features[OPENING], target[OPENING])
+        return Layer(mouth, transform(to_frame, lips), weight, missing)
+
+    layers = [layer(selection.mouth, selection.weight)]
+    if selection.replaced is not None:
+        layers.append(layer(selection.replaced, 1 - selection.weight))
+    scale = pixels_per_unit(measured.head)
+    draw_mouths(frame.frame, measured.points, scale, layers, measured.generated, frame.opacity)
+
+
+def _target_features(frames: list[_Measured], first: int, last: int) -> np.ndarray:
+    """Features (last - first, 6) of the mouths to be chosen for a range of frames.
+
+    Opening and width are the generated mouth's, smoothed over three frames; pose, light and detail the frame's own.
     """
-    end = start + count
-    first, last = max(start - RUN_UP, 0), min(end + LOOKAHEAD, len(run))
-    if all(entry.wanted is None for entry in run[first:last]):
-        return None
-    mouths = bank.mouths_for(run[end - 1].shot.position)
-    if not mouths:
-        return None
-    wanted = _wanted_features(run, first, last)
-    path = choose_mouths(mouths, wanted)
-    anchors = np.stack([entry.anchor for entry in run])
-    for index in range(start, end):
-        entry, mouth = run[index], mouths[path[index - first]]
-        shown = _next_shown(shown, mouth)
-        if entry.generated is None:
-            continue
-        layers = []
-        share = (shown.age + 1) / (FADE_FRAMES + 1) if shown.replaced else 1.0
-        target_opening, target_width = wanted[index - first, :2]
-        to_frame = cv2.invertAffineTransform(entry.head)
-        for one, part in ((mouth, share), (shown.replaced, 1 - share)):
-            if one is not None:
-                lips = steady(anchors, index) + reshape_lips(one.lips, target_opening, target_width)
-                missing = missing_inside(one.features[0], target_opening)
-                layers.append(Layer(one, apply(to_frame, lips), part, missing))
-        shot = entry.shot
-        show_mouth(shot.frame, shot.points, pixels_per_unit(entry.head), layers, entry.generated, shot.opacity)
-    return shown
-
-
-def _next_shown(shown: _Shown | None, mouth: Mouth) -> _Shown:
-    """What a frame shows after another: the next mouth of the film, or a new one that is faded in."""
-    if shown is None:
-        return _Shown(mouth, FADE_FRAMES, None)
-    if abs(shown.mouth.position - mouth.position) > 1:
-        return _Shown(mouth, 0, shown.mouth)
-    age = shown.age + 1
-    return _Shown(mouth, age, shown.replaced if age < FADE_FRAMES else None)
-
-
-def _wanted_features(run: list[_Entry], first: int, last: int) -> np.ndarray:
-    """The features (last - first, 6) of the mouths to be chosen: opening and width of the generated ones, smoothed over
-    three frames, head, light and detail as they are."""
-    known = [i for i in range(first, last) if run[i].wanted is not None]
-    shapes = np.stack([run[i].wanted for i in known])
-    shapes = np.stack([np.interp(np.arange(first, last), known, column) for column in shapes.T], axis=1)
+    painted = {i: target for i in range(first, last) if (target := frames[i].target) is not None}
+    columns = np.stack(list(painted.values())).T
+    shapes = np.stack([np.interp(np.arange(first, last), list(painted), column) for column in columns], axis=1)
     padded = np.pad(shapes, ((1, 1), (0, 0)), "edge")
     shapes = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
-    own = np.stack([entry.features for entry in run])
-    wanted = own[first:last].copy()
-    usual = np.array([steady(own[:, 1], index) for index in range(first, last)])
-    wanted[:, 0] = shapes[:, 0] * np.clip(usual / USUAL_WIDTH, *SIZE_RANGE)
-    wanted[:, 1] = usual * np.clip(shapes[:, 1] / USUAL_WIDTH, *WIDTH_RANGE)
-    return wanted
+    features = np.stack([measured.features for measured in frames])
+    usual_width = np.array([gaussian_mean(features[:, WIDTH], index) for index in range(first, last)])
+    targets = features[first:last].copy()
+    targets[:, OPENING] = shapes[:, 0] * np.clip(usual_width / USUAL_WIDTH, MIN_SIZE, MAX_SIZE)
+    targets[:, WIDTH] = usual_width * np.clip(shapes[:, 1] / USUAL_WIDTH, MIN_WIDTH, MAX_WIDTH)
+    return targets
 
 
-def steady(values: np.ndarray, index: int) -> np.ndarray:
-    """The Gaussian mean of values (n, …) around an index."""
-    share = np.exp(-0.5 * ((np.arange(len(values)) - index) / STEADY) ** 2)
-    return np.tensordot(share / share.sum(), values, 1)
+def gaussian_mean(values: np.ndarray, index: int) -> np.ndarray:
+    """Mean of values (n, …), weighted by a Gaussian around an index."""
+    weights = np.exp(-0.5 * ((np.arange(len(values)) - index) / SMOOTHING_SIGMA) ** 2)
+    return np.tensordot(weights / weights.sum(), values, 1)

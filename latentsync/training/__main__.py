@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from latentsync.corpus import clips_below
+from latentsync.corpus import list_clips
 from latentsync.errors import UserError
 from latentsync.training import autoencoder, decoder, denoiser, listener
 from latentsync.training.export import export
@@ -47,7 +47,7 @@ def main() -> None:
             # Needs MediaPipe, which a training machine may lack.
             from latentsync.training.prepare import prepare as run
 
-            run(clips_below(args.clips), args.prepared, args.crf)
+            run(list_clips(args.clips), args.prepared, args.crf)
         elif args.stage == "voices":
             # Needs SciPy.
             from latentsync.training.voices import add_voices

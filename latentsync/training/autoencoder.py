@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from latentsync.corpus import ClipSet, load_clips
+from latentsync.corpus import ClipSet, load_clips, load_held_out_clips
 from latentsync.training.looks import plain_look, random_look, random_mouth, render
 from latentsync.training.state import load_state, save_state
 
@@ -76,7 +76,7 @@ def train(prepared: Path, state: Path, seconds: float, device: torch.device, bat
             print(f"autoencoder step {step} loss {float(recon.detach()):.4f} {elapsed:.0f} s", flush=True)
     scale = latent_scale(vae, data)
     print(f"autoencoder: {step - first} steps, latents scaled by {scale:.4f}")
-    if unseen := load_clips(prepared, device, held_out=True):
+    if unseen := load_held_out_clips(prepared, device):
         print(f"  held-out PSNR {held_out_psnr(vae, unseen):.2f} dB", flush=True)
     save_state(state / "autoencoder.pt", {"vae": vae}, optimizer, step, scaling_factor=scale)
 

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from latentsync.corpus import ClipSet, load_clips
+from latentsync.corpus import ClipSet, load_clips, load_held_out_clips
 from latentsync.training.autoencoder import CONFIG, detail_loss, held_out_psnr, there_and_back
 from latentsync.training.looks import random_look, random_mouth, render
 from latentsync.training.state import load_weights, save_state
@@ -71,7 +71,7 @@ def train(prepared: Path, state: Path, seconds: float, device: torch.device, bat
     optimizer = torch.optim.AdamW(learnt, LEARNING_RATE, betas=(0.5, 0.99), weight_decay=0.0, fused=fused)
     critics = torch.optim.AdamW(critic.parameters(), CRITIC_RATE, betas=(0.5, 0.99), weight_decay=0.0, fused=fused)
     clip_of, mouths = data.clip_of(), data.mouths()
-    unseen = load_clips(prepared, device, held_out=True)
+    unseen = load_held_out_clips(prepared, device)
     if unseen:
         print(f"decoder: held-out {held_out_words(vae, unseen)}", flush=True)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentsync.corpus import INNER_LOWER, INNER_UPPER, LIPS, ClipSet, load_clips
+from latentsync.corpus import INNER_LOWER, INNER_UPPER, LIPS, ClipSet, load_clips, load_held_out_clips
 from latentsync.settings import WINDOW
 from latentsync.training.sound import draw_sound, draw_windows, segments_of, tokens_of
 from latentsync.training.state import load_state, save_state
@@ -86,7 +86,7 @@ def train(
         if step % 200 == 0:
             print(f"listener step {step} loss {float(loss):.4f} {elapsed:.0f} s", flush=True)
     print(f"listener: step {step}", flush=True)
-    if unseen := load_clips(prepared, device, held_out=True):
+    if unseen := load_held_out_clips(prepared, device):
         scores = [opening_correlation(encoder, reader, unseen)]
         if len(unseen.mel) > 1:
             scores.append(opening_correlation(encoder, reader, unseen, own=False))

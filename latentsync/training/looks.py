@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentsync.corpus import RESOLUTION, SIDE, ClipSet, to_device
+from latentsync.corpus import RESOLUTION, SIDE, ClipSet, copy_to_device
 
 WARP = 0.05  # of half the canvas: the largest standard deviation of the displacements that change a face's shape
 MOUTH_REACH = 2.0  # of half the mouth's width: how far from its middle a mouth warp moves anything
@@ -111,9 +111,9 @@ def random_people(data: ClipSet, rng: np.random.Generator) -> Tensor:
 
     The difference of two average faces leaves all motion as it is; few people become many.
     """
-    other = to_device(data.draw(rng, len(data.starts)), data.means.device)
+    other = copy_to_device(data.draw(rng, len(data.starts)), data.means.device)
     share = rng.uniform(0, MOST_BLENDED, len(other)) * (rng.random(len(other)) < BLENDED)
-    return to_device(share.astype(np.float32), data.means.device)[:, None, None, None] * (
+    return copy_to_device(share.astype(np.float32), data.means.device)[:, None, None, None] * (
         data.means[other] - data.means
     )
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentsync.audio import PADDING, ROWS_AFTER, ROWS_BEFORE, SEGMENT_FRAMES
-from latentsync.corpus import EDGE, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, ClipSet, to_device
+from latentsync.corpus import EDGE, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, ClipSet, copy_to_device
 from latentsync.errors import UserError
 from latentsync.settings import WINDOW
 
@@ -124,7 +124,7 @@ def draw_sound(data: ClipSet, rng: np.random.Generator, segments: int, augment: 
         for part, values in zip(parts, np.array(drawn).T, strict=True):
             part.append(values)
     device = data.mel.device
-    index, owner, voice, hum = (to_device(array, device) for array in (index, owner, voice, hum))
+    index, owner, voice, hum = (copy_to_device(array, device) for array in (index, owner, voice, hum))
     power = data.mel[voice, index.clamp(min=0)].float() * MEL_STEP + MEL_BASE  # (s, t, 80), log10
     power = torch.where((index < 0)[..., None], hum + noise_like(power), power)
     if augment:
@@ -202,7 +202,7 @@ def draw_windows(data: ClipSet, sound: Sound, rng: np.random.Generator, per_segm
     other = np.where(before + after > 0, other, (first + length // 2) % (length - WINDOW))
     rows = (2 * at[:, :, None] + np.arange(-ROWS_BEFORE, ROWS_AFTER)).clip(0, 2 * ends[:, None, None] - 1)
     arrays = frames, (start + other)[:, None] + span, segment, rows
-    return Windows(*(to_device(array, data.mel.device) for array in arrays))
+    return Windows(*(copy_to_device(array, data.mel.device) for array in arrays))
 
 
 def tokens_of(features: Tensor, segment: Tensor, rows: Tensor) -> Tensor:

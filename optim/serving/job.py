@@ -50,6 +50,8 @@ class Request:
     compile: bool | None = None
     face: str = "largest"
     crf: float = 16
+    video_track: int | None = None  # from 1; None: the file's own choice
+    audio_track: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """All but the files, ready for JSON."""

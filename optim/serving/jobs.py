@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentsync import FPS, STAGES
-from latentsync.errors import UserError, short_of_memory
+from latentsync.errors import UserError, is_out_of_memory
 from latentsync.media import probe_audio, probe_video
 from latentsync.media.segments import discard
 from optim.serving.curves import NO_CURVES, latest, live, thinned
@@ -637,7 +637,7 @@ class Worker:
             self._fail(job, said(error, names), remedy)
         except BaseException as error:  # also a SystemExit of a library: it ends a thread without a word
             broken = True
-            if short_of_memory(error):
+            if is_out_of_memory(error):
                 self._fail(job, *out_of_memory(self.machine, self._ran))
             else:
                 traceback.print_exc()

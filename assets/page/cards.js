@@ -1,0 +1,112 @@
+// A card for each of the visitor's jobs, and how far it is.
+
+const cards = new Map(); // by job: {card, job, version, …}
+const STAGES = { faces: "Faces", mouths: "Mouths", writing: "Written" };
+const STATES = { waiting: "Waiting", running: "Working", done: "Done", cancelled: "Cancelled", failed: "Failed" };
+const ratioOf = (job) => `aspect-ratio: ${job.size[0]} / ${job.size[1]}`;
+
+function makeCard(job) {
+  const [width, height] = job.size, ratio = ratioOf(job);
+  const blank = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}"/>`;
+  return asElement(html`
+    <article class="card" data-job="${job.id}" aria-label="Job ${job.names[0]}">
+      <div class="row"><h3>${job.names[0]} + ${job.names[1]}</h3><span class="state" role="status"></span></div>
+      <p class="doing"></p>
+      <div class="busy">
+        ${Object.entries(STAGES).map(([stage, label]) => html`<div class="stage" data-stage="${stage}">
+          <span>${label}</span>
+          <progress max="${job.frames}" value="0" aria-label="${label}"></progress><output></output>
+        </div>`)}
+        <p class="rate"></p>
+        <div class="pair">
+          <figure>
+            <img alt="The newest finished frame" style="${ratio}" src="data:image/svg+xml,${encodeURIComponent(blank)}">
+            <figcaption>Newest finished frame</figcaption>
+          </figure>
+          <figure class="first">
+            <div class="soon" style="${ratio}">The first seconds can be played here as soon as they are done.</div>
+            <video controls playsinline preload="none" hidden style="${ratio}"
+              aria-label="The first seconds of the result"></video>
+            <figcaption>Nothing to play yet</figcaption>
+          </figure>
+        </div>
+        <div class="buttons">
+          ${callButton("Cancel", ["cancel", job.id, false], "cancel")}
+          ${callButton("Stop and keep what is finished", ["cancel", job.id, true], "keep soft")}
+        </div>
+      </div>
+      <p class="error failure" role="alert" hidden></p>
+      <div class="buttons remedies" hidden></div>
+      <div class="result" hidden></div>
+    </article>`);
+}
+
+function doingText(job) {
+  const before = job.before ?? 0;
+  if (job.state === "waiting") return before === 1 ? "1 job comes before this one" : `${before} jobs come before this one`;
+  if (job.state === "running") return `${job.doing} · ${clockText(job.elapsed)} so far`;
+  return job.state === "done" ? `done in ${clockText(job.elapsed)}` : job.doing;
+}
+
+function updateCard(view, job) {
+  const { card } = view, busy = job.state === "running" || job.state === "waiting";
+  setText(find(".state", card), STATES[job.state]);
+  setText(find(".doing", card), doingText(job));
+  setShown(find(".busy", card), busy);
+  if (busy) updateProgress(view, job);
+  if (card.dataset.state !== job.state) {
+    card.dataset.state = job.state;
+    if (!busy) showEnd(view, job);
+  }
+  if (job.files.result) updateComparison(view, job);
+}
+
+function updateProgress(view, job) {
+  const { card } = view, part = (selector) => find(selector, card);
+  for (const stage of Object.keys(STAGES)) {
+    const done = stage === "mouths" ? job.mouths : job.stages[stage];
+    part(`[data-stage=${stage}] progress`).value = done;
+    setText(part(`[data-stage=${stage}] output`), `${Math.floor(done)} / ${job.frames}`);
+  }
+  const speed = job.frames_per_second;
+  const speedText = speed ? `${speed.toFixed(speed < 10 ? 2 : 0)} frames/s · ` : "";
+  const left = job.seconds_left == null ? null : `${speedText}about ${clockText(job.seconds_left)} left`;
+  setText(part(".rate"), left ?? "Time left: known once the first frames are painted");
+  if (job.picture && view.picture !== job.picture) {
+    view.picture = job.picture;
+    part("img").src = `${root}/lipsync/${job.picture}`;
+  }
+  const player = part(".first video"), untouched = (player.paused || player.ended) && !player.currentTime;
+  if (job.files.first && job.playable > 0 && view.playable !== job.playable && untouched) {
+    view.playable = job.playable;
+    setShown(part(".soon"), false);
+    setShown(player, true);
+    player.poster = part("img").src;
+    player.src = `${root}/lipsync/${job.files.first}?${job.playable}`;
+    setText(part(".first figcaption"), `The first ${job.playable} s of the result, with sound`);
+  }
+  part("button.cancel").disabled = job.ending;
+  part("button.keep").disabled = job.ending || job.stages.writing === 0;
+}
+
+/** Show how a job has ended: its result, or its error and what can be done. */
+function showEnd(view, job) {
+  const { card } = view, remedy = job.remedy ?? {}, buttons = [];
+  find(".first video", card).removeAttribute("src");
+  setShown(find(".failure", card), Boolean(job.error));
+  setText(find(".failure", card), job.error || "");
+  if (remedy.settings) buttons.push(callButton(remedy.label, ["again", job.id, remedy.settings], "main"));
+  if (remedy.focus) buttons.push(html`<button type="button" class="main focus">${remedy.label}</button>`);
+  if (!job.files.result) {
+    buttons.push(callButton("Run again", ["again", job.id, {}]), callButton("Remove", ["remove", job.id]));
+  }
+  const box = find(".remedies", card);
+  box.innerHTML = html`${buttons}`;
+  setShown(box, buttons.length > 0);
+  find("button.focus", box)?.addEventListener("click", () => {
+    const input = find(`#${remedy.focus}`);
+    input.scrollIntoView({ behavior: "smooth", block: "center" });
+    find("button, input", input)?.focus();
+  });
+  if (job.files.result) showResult(view, job);
+}

@@ -1,0 +1,113 @@
+// Curves of the machine: the last two minutes, and a job's own time. Plotly is loaded when the first one is drawn.
+
+const COLOURS = ["#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c"];
+const MAX_POINTS = 120;
+const curves = {}, times = [];
+let since = 0; // the time of the last point, by the server's clock
+let drawnPlot = null, drawnMarks = "", loadingPlotly = null;
+
+function loadPlotly() {
+  return (loadingPlotly ||= new Promise((resolve, reject) => {
+    const script = document.createElement("script");
+    script.src = `${root}/lipsync/plotly.min.js`;
+    script.onload = resolve;
+    script.onerror = () => {
+      script.remove();
+      loadingPlotly = null; // the next plot tries again
+      reject(new Error("plotly.min.js"));
+    };
+    document.head.append(script);
+  }));
+}
+
+/** Forget the curves: they are asked for again, and drawn anew. */
+function resetCurves() {
+  since = 0;
+  times.length = 0;
+  for (const name of Object.keys(curves)) delete curves[name];
+  drawnPlot = null;
+}
+
+const gridColour = () => (isDark() ? "#28323a" : "#e6ebee");
+const axis = (options) => ({ gridcolor: gridColour(), zeroline: false, fixedrange: true, ...options });
+const curve = (name, x, y, i, width) => ({ x, y, name, mode: "lines", line: { width, color: COLOURS[i % COLOURS.length] } });
+const baseLayout = () => ({
+  margin: { l: 42, r: 22, t: 8, b: 24 },
+  paper_bgcolor: "rgba(0,0,0,0)",
+  plot_bgcolor: "rgba(0,0,0,0)",
+  showlegend: true,
+  legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
+  font: { color: isDark() ? "#aebac2" : "#4a5861", size: 11, family: "system-ui, sans-serif" },
+  yaxis: axis({ range: [0, 102], ticksuffix: " %" }),
+});
+
+/** Lines for the marks, [time, text] each, that the monitor has set: a job's level, its stages, its end. */
+function markLayout(marks) {
+  const line = { color: isDark() ? "#6b7a83" : "#9aa8b0", width: 1, dash: "dot" };
+  return {
+    shapes: marks.map(([x]) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line })),
+    annotations: marks.map(([x, text], i) => ({
+      x, y: 0.97 - 0.13 * (i % 4), yref: "paper", yanchor: "top", xanchor: x > since - 18 ? "right" : "left",
+      text, showarrow: false, font: { size: 10 },
+    })),
+  };
+}
+
+function usageText(name, memory) {
+  const value = curves[name].at(-1), total = memory[name.replace(/ memory$/, "")] || memory[name];
+  if (value == null) return `${name} unknown`;
+  if (!/memory/i.test(name) || !total) return `${name} ${Math.round(value)} %`;
+  const gib = total / 2 ** 30;
+  return `${name} ${((value / 100) * gib).toFixed(1)} of ${gib.toFixed(1)} GB`;
+}
+
+/** Add the points that came to the curves of the last two minutes. */
+async function drawLive(live) {
+  if (!live.time.length && drawnPlot) return;
+  times.push(...live.time);
+  for (const [name, values] of Object.entries(live.curves)) (curves[name] ||= []).push(...values);
+  since = times.at(-1) ?? since;
+  for (const values of [times, ...Object.values(curves)]) values.splice(0, Math.max(0, values.length - MAX_POINTS));
+  const names = Object.keys(curves);
+  if (!names.length || !times.length) return;
+  setText(find("#now"), names.map((name) => usageText(name, live.memory)).join(" · "));
+  await loadPlotly();
+  const plot = find("#plot");
+  const xaxis = axis({
+    range: [since - MAX_POINTS, since], tickvals: [since - 120, since - 60, since],
+    ticktext: ["2 min ago", "1 min", "now"], ticklabelstandoff: 6,
+  });
+  const marks = live.marks.map(([, text]) => text).join() + isDark();
+  if (drawnPlot !== plot) {
+    drawnPlot = plot;
+    const traces = names.map((name, i) => ({ ...curve(name, [...times], [...curves[name]], i, 1.8), hoverinfo: "skip" }));
+    const layout = { ...baseLayout(), ...markLayout(live.marks), height: 210, xaxis };
+    await Plotly.newPlot(plot, traces, layout, { staticPlot: true, responsive: true });
+  } else {
+    const points = { x: names.map(() => [...times]), y: names.map((name) => [...curves[name]]) };
+    const changed = marks === drawnMarks ? {} : { ...baseLayout(), ...markLayout(live.marks) };
+    await Plotly.update(plot, points, { ...changed, xaxis });
+  }
+  drawnMarks = marks;
+  plot.dataset.points = String((Number(plot.dataset.points) || 0) + live.time.length);
+}
+
+/** Draw the machine's curves during a job, above bars of its stages. */
+async function drawTimeline(plot, job) {
+  if (plot.childElementCount || !job.timeline) return;
+  setText(plot, "");
+  await loadPlotly();
+  const { time, stages, curves: usage = {} } = job.timeline, count = Object.keys(stages).length;
+  const traces = Object.entries(usage).map(([name, y], i) => curve(name, time, y, i, 1.6));
+  Object.entries(stages).forEach(([stage, span], i) => {
+    const name = STAGES[stage] || stage;
+    traces.push({ ...curve(name, span, [stage, stage], i + 2, 11), showlegend: false, yaxis: "y2" });
+  });
+  const base = baseLayout();
+  const layout = {
+    ...base, height: 260, margin: { l: 58, r: 8, t: 8, b: 28 }, yaxis: { ...base.yaxis, domain: [0.42, 1] },
+    xaxis: { anchor: "y2", ticksuffix: " s", zeroline: false, range: [0, Math.max(job.elapsed, 1)], gridcolor: gridColour() },
+    yaxis2: axis({ domain: [0, 0.3], range: [count - 0.3, -0.7], showgrid: false }),
+  };
+  await Plotly.newPlot(plot, traces, layout, { displayModeBar: false, responsive: true });
+}

@@ -1,0 +1,333 @@
+"""What the endpoints of the page do: plain values in, JSON out. Nothing here knows Gradio (docs/api.md)."""
+
+import functools
+import html
+import inspect
+import logging
+import os
+import secrets
+from base64 import b64encode
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from latentsync.errors import UserError
+from latentsync.media import AudioInfo, VideoInfo, probe_audio, probe_video
+from optim.serving import form
+from optim.serving.guard import is_text, shorten
+from optim.serving.inputs import unwritten
+from optim.serving.job import Request
+from optim.serving.jobs import Worker, said
+from optim.serving.models import Fetcher
+from optim.serving.preview import first_picture
+from optim.serving.uploads import Uploads
+
+log = logging.getLogger(__name__)
+
+# Files that are probed at once, and requests that may wait for that; everything else goes on meanwhile.
+MAX_PROBES, MAX_WAITING_PROBES = 4, 24
+BUSY = {"error": "This server looks at as many files as it can now: try again in a minute."}
+DEMO_HINT = (
+    " Demo model: it shows mouth shapes with the video's own pixels. For a newly painted mouth fetch LatentSync 1.6, "
+    "under Advanced."
+)
+
+
+def as_reply(fn: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Let a function return {"error": sentence} in place of raising UserError."""
+
+    @functools.wraps(fn)
+    def reply(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return fn(*args, **kwargs)
+        except UserError as error:
+            return {"error": str(error)}
+
+    return reply
+
+
+def takes_settings(fn: Callable) -> Callable:
+    """Give a method each of `form.SETTINGS` as a parameter of its own, in the place of `settings`, a dict of them."""
+    signature = inspect.signature(fn)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = dict(signature.parameters)
+    before = list(parameters).index("settings")
+    del parameters["settings"]
+    settings = [
+        inspect.Parameter(setting.name, kind, default=None if setting.optional else inspect.Parameter.empty)
+        for setting in form.SETTINGS
+    ]
+    others = list(parameters.values())
+    expanded = signature.replace(parameters=[*others[:before], *settings, *others[before:]])
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = expanded.bind(*args, **kwargs)
+        bound.apply_defaults()
+        values = bound.arguments
+        return fn(settings={name: values.pop(name) for name in form.NAMES}, **values)
+
+    described: Any = call
+    described.__signature__ = expanded
+    return described
+
+
+def visitor_token(token: Any) -> str:
+    """Check a visitor's token, or make one for an empty one. Raises UserError: short tokens could be guessed."""
+    token = token or ""
+    if not isinstance(token, str) or not is_text(token):
+        raise UserError("A visitor's token is text: leave it empty to get one.")
+    token = token.strip()
+    if token and not 22 <= len(token) <= 100:
+        raise UserError("A visitor's token has 22 to 100 letters: leave it empty to get one.")
+    return token or secrets.token_urlsafe(24)
+
+
+def tracks_of(info: AudioInfo | VideoInfo) -> dict[str, Any]:
+    """The tracks of a file that can be chosen, and the number of the one that is used."""
+    return {"track": info.track, "tracks": [{"number": each.number, "label": str(each)} for each in info.tracks]}
+
+
+class Endpoints:
+    """The endpoints' functions; their parameters have the names that clients give.
+
+    A visitor's files are uploads: paths in the folder of `uploads`, or Gradio's dicts of such a path.
+    """
+
+    def __init__(self, worker: Worker, fetcher: Fetcher, uploads: Uploads):
+        self.worker, self.fetcher, self.uploads = worker, fetcher, uploads
+        self._probes = anyio.CapacityLimiter(MAX_PROBES)
+        self._pending_probes = 0  # that run or wait
+
+    # ---- how they are called
+
+    def when_ready(self, fn: Callable) -> Callable[..., Awaitable[Any]]:
+        """A function that is called once the machine has been looked at; until then it holds no thread."""
+
+        @functools.wraps(fn)
+        async def call(*args: Any) -> Any:
+            while not self.worker.ready.is_set():
+                await anyio.sleep(0.05)
+            return await anyio.to_thread.run_sync(fn, *args)
+
+        return call
+
+    def probing(self, fn: Callable, busy: Any = BUSY) -> Callable[..., Awaitable[Any]]:
+        """A function that probes files: few run at once, waiting ones hold no thread, and too many get `busy`."""
+
+        @functools.wraps(fn)
+        async def call(*args: Any) -> Any:
+            if self._pending_probes >= MAX_PROBES + MAX_WAITING_PROBES:
+                return busy
+            self._pending_probes += 1
+            try:
+                return await anyio.to_thread.run_sync(fn, *args, limiter=self._probes)
+            finally:
+                self._pending_probes -= 1
+
+        return call
+
+    # ---- helpers
+
+    @property
+    def models_to_choose(self) -> tuple[str, ...]:
+        machine = self.worker.machine
+        return *form.MODELS, *([machine.chosen] if machine else [])
+
+    def has_job(self, key: str) -> bool:
+        """Whether there is a job whose files that key opens."""
+        return self.worker.by_key(key) is not None
+
+    def _uploaded(self, file: dict[str, Any] | str | None, kind: str) -> Path:
+        """The path of an uploaded file. Raises UserError for none, and for what is no upload."""
+        path = file.get("path") if isinstance(file, dict) else file
+        if not path:
+            raise UserError(f"There is no {kind} yet: drop one, or record it.")
+        if not isinstance(path, str) or not self.uploads.holds(path):
+            raise UserError(f"This is no uploaded {kind}, or it is gone: upload it first.")
+        return Path(os.path.realpath(path))
+
+    # ---- jobs
+
+    @as_reply
+    @takes_settings
+    def submit(
+        self, video: Any, audio: Any, settings: Any, visitor: Any = "", video_track: Any = None, audio_track: Any = None
+    ) -> dict[str, Any]:
+        """Put a job into the queue: {"job", "visitor", "error"}. An empty visitor gets a token, to ask with later.
+        video_track, audio_track: numbers from 1, of files with several; without them the files' own choice."""
+        token = visitor_token(visitor)
+        files = self._uploaded(video, "video"), self._uploaded(audio, "voice")
+        request = Request(
+            *files,
+            **form.parse_settings(settings, self.models_to_choose),
+            video_track=form.parse_track(video_track, "video"),
+            audio_track=form.parse_track(audio_track, "sound"),
+        )
+        job = self.worker.submit(request, token)  # it has names of its own for the files now
+        for path in files:
+            self.uploads.use(path, job.key)
+        return {"job": job.id, "visitor": token, "error": None}
+
+    @as_reply
+    def watch(self, visitor: str, since: float = 0.0, known: dict[str, str] | None = None) -> dict[str, Any]:
+        """A visitor's jobs, the length of the queue, the machine's curves after the time `since`, and what is fetched.
+
+        known: "version" of jobs by "id", as they were told before: where it is the same, nothing else of a job is told.
+        server: another one after the server was started again, when `since` and the addresses of files mean nothing.
+        models: a number that changes when /models has something new to say; None before the machine was looked at.
+        measured: one that changes when /describe may know better how long a job takes.
+        """
+        versions, after = known or {}, form.parse_seconds(since, "The time since when")
+        if not isinstance(versions, dict):
+            raise UserError(f"The versions that are known are {shorten(known)}: give them by the jobs' ids.")
+        jobs = []
+        for job in self.worker.jobs_of(visitor_token(visitor)):
+            version = job.version()
+            unchanged = version is not None and version == versions.get(job.id)
+            jobs.append({"id": job.id, "version": version} | ({} if unchanged else self.worker.view(job)))
+        running, waiting = self.worker.load()
+        return {
+            "server": self.worker.server,
+            "jobs": jobs,
+            "running": running,
+            "waiting": waiting,
+            "live": self.worker.live(after),
+            "models": self.fetcher.version if self.worker.ready.is_set() else None,
+            "fetching": self.fetcher.view(),
+            "measured": self.worker.speeds.jobs if self.worker.speeds else 0,
+        }
+
+    @as_reply
+    def cancel(self, job: str, keep: bool, visitor: str) -> dict[str, Any]:
+        """End a job; keep: what is finished of it stays as a result."""
+        cancelled = self.worker.cancel(form.parse_text(job, "job"), visitor_token(visitor), bool(keep))
+        return {"job": cancelled.id, "error": None}
+
+    @as_reply
+    def again(self, job: str, changes: dict | None, visitor: str) -> dict[str, Any]:
+        """Run the files of a job of yours again, with some settings changed, as {"level": "balanced"}."""
+        if changes is not None and not isinstance(changes, dict):
+            raise UserError(f"The changes are {shorten(changes)}: give settings by their names.")
+        request = self.worker.find(form.parse_text(job, "job"), visitor_token(visitor)).request
+        fields = form.parse_changes(changes or {}, request, self.models_to_choose)
+        return {"job": self.worker.again(job, visitor, **fields).id, "visitor": visitor, "error": None}
+
+    @as_reply
+    def remove(self, job: str, visitor: str) -> dict[str, Any]:
+        """Forget a job that has ended, and delete its files."""
+        self.worker.remove(form.parse_text(job, "job"), visitor_token(visitor))
+        self.uploads.forget(self.has_job)
+        return {"removed": job, "error": None}
+
+    @as_reply
+    def compare(self, job: str, visitor: str) -> dict[str, Any]:
+        """Put original and result side by side, in the background; /watch says how far it is, /cancel ends it."""
+        done = self.worker.compare(form.parse_text(job, "job"), visitor_token(visitor))
+        return {"job": done.id, "comparison": done.comparison and done.comparison.view(), "error": None}
+
+    def result(self, job: str, visitor: str, compared: bool = False) -> str:
+        """The finished video of a job of yours, as a file; compared: beside the original, see /compare."""
+        done = self.worker.find(form.parse_text(job, "job"), visitor_token(visitor))
+        if done.output is None:
+            raise UserError("There is no result yet: watch the job until it is done.")
+        path = done.files().get("compared") if compared else done.output
+        if path is None:
+            raise UserError("There is no side-by-side video yet: ask for it by /compare, and watch until it is.")
+        try:
+            return str(self.uploads.offer(path, done.key))
+        except OSError as error:
+            log.warning("A result cannot be given away: %s", error)
+            if not path.is_file():
+                raise UserError(f"'{path.name}' is not on this server any more: run the job again.") from None
+            raise UserError(
+                f"'{path.name}' cannot be given away ({unwritten(error)}): let who serves the page look at the folder "
+                "for temporary files, which GRADIO_TEMP_DIR names."
+            ) from None
+
+    # ---- before a job
+
+    @takes_settings
+    def describe(self, settings: Any, seconds: Any = None) -> tuple[str, str]:
+        """What settings mean on this machine, in one line of HTML, and in detail; seconds: of sound, if it is known."""
+        kind = ""
+        try:
+            length = form.parse_seconds(seconds, "The length of the sound")
+            request = Request(Path(), Path(), **form.parse_settings(settings, self.models_to_choose))
+            line, details = self.worker.describe(request, length or None)
+            machine = self.worker.machine
+            if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
+                line += DEMO_HINT
+        except UserError as error:
+            line, details, kind = str(error), "", "problem"
+        return (
+            f"<p id='line' role='status' class='{kind}'>{html.escape(line)}</p>",
+            f"<p id='details'>{html.escape(details and 'In detail: ' + details)}</p>",
+        )
+
+    def measure(self, audio: Any, audio_track: Any = None) -> tuple[float | None, dict[str, Any]]:
+        """The seconds of a sound and its tracks, or the sentence that says what is wrong with it."""
+        reply = self._probe_voice(audio, audio_track) if audio else {}
+        return reply.pop("seconds", None), reply
+
+    @as_reply
+    def _probe_voice(self, audio: Any, track: Any) -> dict[str, Any]:
+        path, number = self._uploaded(audio, "voice"), form.parse_track(track, "sound")
+        try:
+            info = probe_audio(path, number, max_seconds=self.worker.max_seconds)  # no more of it is decoded
+        except UserError as error:
+            raise UserError(said(error, {path: path.name})) from None
+        return {"checked": "audio", "seconds": info.duration} | tracks_of(info)
+
+    @as_reply
+    def check_video(self, video: Any, video_track: Any = None) -> dict[str, Any]:
+        """The first frame of a video as a data URI, since browsers know few formats, and its tracks, or the sentence
+        that says what is wrong with it."""
+        if not video:
+            return {}
+        path, number = self._uploaded(video, "video"), form.parse_track(video_track, "video")
+        try:
+            info = probe_video(path, number)
+            picture = b64encode(first_picture(info)).decode()
+        except UserError as error:
+            raise UserError(said(error, {path: path.name})) from None
+        return {"checked": "video", "picture": f"data:image/jpeg;base64,{picture}"} | tracks_of(info)
+
+    # ---- the machine and its models
+
+    def machine(self) -> dict[str, Any]:
+        """What this machine is, its models and the doctor's advice; waits until it has been looked at."""
+        self.worker.ready.wait()
+        facts = asdict(self.worker.machine) if self.worker.machine else {"error": self.worker.problem}
+        return facts | {"queue_size": self.worker.queue_size, "max_seconds": self.worker.max_seconds}
+
+    @as_reply
+    def models(self) -> dict[str, Any]:
+        """The released models: what is here, what would be fetched under which licences, and which suits the machine.
+
+        Waits until the machine has been looked at.
+        """
+        return self.fetcher.models()
+
+    @as_reply
+    def fetch(self, name: str, task: str = "get") -> dict[str, Any]:
+        """Fetch a model, or resume that, or verify it (task: "verify"); /watch says how far it is."""
+        self.fetcher.check_allowed()
+        name, task = form.parse_text(name, "model"), form.parse_text(task or "get", "task")
+        return {"fetching": self.fetcher.start(name, task).view(), "error": None}
+
+    @as_reply
+    def stop_fetching(self) -> dict[str, Any]:
+        """End it; what was fetched is kept, and /fetch resumes from there."""
+        self.fetcher.check_allowed()
+        self.fetcher.stop()
+        return {"fetching": self.fetcher.view(), "error": None}
+
+    @as_reply
+    def remove_model(self, name: str, pickle_only: bool = False) -> dict[str, Any]:
+        """Remove a model, or only the original of its U-Net once that is converted: {"removed": bytes}."""
+        self.fetcher.check_allowed()
+        return {"removed": self.fetcher.remove(form.parse_text(name, "model"), bool(pickle_only)), "error": None}
