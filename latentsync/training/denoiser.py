@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentsync.alignment import fixed_mask
 from latentsync.corpus import RESOLUTION, ClipSet, load_clips
-from latentsync.sampling import ddim_scheduler, interpolate_ends
+from latentsync.sampling import cumulative_alphas, interpolate_ends
 from latentsync.settings import TRAIN_STEPS
 from latentsync.training import autoencoder, lips, listener
 from latentsync.training.looks import plain_look, random_look, random_mouth, random_people, render
@@ -256,7 +256,7 @@ def train(
     print(f"denoiser: latents ready after {time.time() - began:.0f} s, std {spread:.3f}", flush=True)
     reader = lips.train_reader(pool.target[:looks], data, lips.STEPS if on_gpu else 50)
 
-    alphas = ddim_scheduler().alphas_cumprod.to(device)
+    alphas = cumulative_alphas().to(device)
     snr = alphas / (1 - alphas)
     capped = snr.clamp(max=SNR_CAP) / snr
     weights, shown = loss_weights(mask), latent_mask(mask, LATENT_SIDE)
