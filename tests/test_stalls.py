@@ -291,7 +291,7 @@ def test_what_works_slowly_is_not_taken_for_standing_still(monkeypatch, short):
     monkeypatch.setattr(watchdog, "STALL_SECONDS", 0.5)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as sleeper:
         # Each look finds a little more done, for ten times as long as it may stand still; then nothing more.
-        monkeypatch.setattr(watchdog, "_work", lambda pid: (0.0, work.append(pid) or min(len(work), 50)))
+        monkeypatch.setattr(watchdog, "_activity", lambda pid: (0.0, work.append(pid) or min(len(work), 50)))
         with Watchdog(sleeper) as dog:
             assert dog.wait() == -signal.SIGKILL
     assert len(work) > 50 and dog.stalled == 0.5

@@ -23,10 +23,10 @@ QUICKTIME_LANGUAGES = {
     "fre": "fra", "deu": "ger", "nld": "dut", "swe": "sve", "ell": "gre", "isl": "ice", "zho": "chi", "gle": "iri",
     "sqi": "alb", "rum": "ron", "cze": "ces", "slo": "slk", "mkd": "mac",
 }  # fmt: skip
-MOST_CHAPTERS = 1000
-MOST_SUBTITLES = 32  # streams
-MOST_SUBTITLE_BYTES = 256 << 20  # of all of them
-LONGEST_TITLE = 200  # characters
+MAX_CHAPTERS = 1000
+MAX_SUBTITLES = 32  # streams
+MAX_SUBTITLE_BYTES = 256 << 20  # of all of them
+MAX_TITLE_LENGTH = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _program(messages: str, picture: int) -> int | None:
 def _chosen(codecs: tuple[str, ...], suffix: str) -> dict[int, str]:
     """What becomes of the subtitles that a container can hold: number → ffmpeg's name of the encoder, or "copy"."""
     chosen = {}
-    for number, codec in enumerate(codecs[:MOST_SUBTITLES]):
+    for number, codec in enumerate(codecs[:MAX_SUBTITLES]):
         if suffix == ".mkv" and codec in COPIED_TO_MATROSKA:
             chosen[number] = "copy"
         elif codec in TEXT:
@@ -215,7 +215,7 @@ def _extract(
         *("-loglevel", "error", "-nostats", "-y", "-t", f"{begins + ends:.3f}", "-itsoffset", f"{-begins:.6f}"),
         *(*input_arguments(path), "-f", "lavfi", "-i", f"color=s=16x16:r={FPS}:d={1 / FPS}"),
         *(*options, "-map", "1:v", "-c:v", "mjpeg", "-map_metadata", "-1", "-map_chapters", "-1", "-t", f"{ends:.3f}"),
-        *("-fs", str(MOST_SUBTITLE_BYTES), "-f", "matroska" if subtitles.suffix == ".mkv" else "mov"),
+        *("-fs", str(MAX_SUBTITLE_BYTES), "-f", "matroska" if subtitles.suffix == ".mkv" else "mov"),
         file_url(subtitles),
     ]
     counts = [*("-loglevel", "error", "-nostats", "-i", file_url(subtitles), "-map", "0:s", "-c", "copy")]
@@ -250,14 +250,14 @@ def _read_tags(text: str) -> Tags:
     """What of ffmpeg's `ffmetadata` format may be passed on."""
     metadata = parse_metadata(text)
     return Tags(
-        clean_text(metadata.file.get("title", ""), LONGEST_TITLE),
+        clean_text(metadata.file.get("title", ""), MAX_TITLE_LENGTH),
         tuple(map(_of_stream, metadata.streams)),
-        tuple(chapter for chapter in map(_chapter, metadata.chapters[:MOST_CHAPTERS]) if chapter),
+        tuple(chapter for chapter in map(_chapter, metadata.chapters[:MAX_CHAPTERS]) if chapter),
     )
 
 
 def _of_stream(texts: dict[str, str]) -> dict[str, str]:
-    title = clean_text(texts.get("title") or texts.get("name") or "", LONGEST_TITLE)
+    title = clean_text(texts.get("title") or texts.get("name") or "", MAX_TITLE_LENGTH)
     kept = {"language": _language(texts.get("language", "")), "title": title}
     return {key: value for key, value in kept.items() if value}
 
@@ -273,7 +273,7 @@ def _chapter(texts: dict[str, str]) -> Chapter | None:
         start, end = (int(texts[key]) * above / below for key in ("start", "end"))
     except (KeyError, ValueError, ZeroDivisionError, OverflowError):
         return None
-    return Chapter(start, end, clean_text(texts.get("title", ""), LONGEST_TITLE))
+    return Chapter(start, end, clean_text(texts.get("title", ""), MAX_TITLE_LENGTH))
 
 
 def _as_ffmetadata(chapters: list[Chapter]) -> str:

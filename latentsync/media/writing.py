@@ -16,7 +16,7 @@ from latentsync.media.colour import SCALE_MATRIX, TO_YUV, scale_matrix, scale_ra
 from latentsync.media.extras import collect_extras, ending_at
 from latentsync.media.info import AudioInfo, VideoInfo
 from latentsync.media.probe import probe_audio
-from latentsync.media.process import ended_by_signal, file_url, input_arguments, read_log, run_ffmpeg
+from latentsync.media.process import killed_error, file_url, input_arguments, read_log, run_ffmpeg
 from latentsync.media.sound import SUFFIXES, sound_options
 from latentsync.media.watchdog import OnWait, Watchdog
 from latentsync.paths import PARTIAL, check_writable
@@ -244,7 +244,7 @@ def _not_written(path: Path, partial: Path, process: subprocess.Popen, log, watc
     if not partial.parent.is_dir():
         return _removed(partial.parent, path)
     if process.returncode < 0:
-        return ended_by_signal(process, f"wrote {path}")
+        return killed_error(process, f"wrote {path}")
     return UserError(f"{path} could not be written ({failure(log)}); free some space or choose another name.")
 
 
