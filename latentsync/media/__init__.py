@@ -8,12 +8,11 @@ the result gets the original recording. Nothing here holds more than a few dozen
 from latentsync.media.info import HDR_REMARK, AudioInfo, VideoInfo
 from latentsync.media.probe import probe_audio, probe_video
 from latentsync.media.reading import read_audio, read_frames, read_frames_looped
-from latentsync.media.writing import COMMENT, PARTIAL, VideoWriter, check_output, join_segments
+from latentsync.media.writing import COMMENT, VideoWriter, check_output, join_segments
 
 __all__ = [
     "COMMENT",
     "HDR_REMARK",
-    "PARTIAL",
     "AudioInfo",
     "VideoInfo",
     "VideoWriter",
