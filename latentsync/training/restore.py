@@ -15,9 +15,9 @@ from latentsync.unet import UNetConfig
 
 
 def restore(folder: Path, state: Path) -> None:
-    """Write states at step 0 with the folder's weights and no optimizer; the listener's lip reader is a fresh one.
+    """Write states at step 0 with the folder's weights and no optimizer; the listener's lip reader is new.
 
-    Raises UserError where the folder does not hold a model of the sizes that are trained here.
+    Raises UserError if the folder's model has other sizes than those trained here.
     """
     models = load_models(resolve_model(str(folder), torch.device("cpu")), torch.device("cpu"), torch.float32)
     vae, unet, encoder = models.vae, models.unet, models.audio_encoder
