@@ -1,7 +1,6 @@
 """From a level to a plan, from a plan to networks, and down again when memory runs out."""
 
 import json
-import logging
 from dataclasses import replace
 
 import pytest
@@ -32,13 +31,6 @@ _, BALANCED, AGGRESSIVE = STOPS
 CPU = torch.device("cpu")
 CARDS = (6, 8, 12, 16, 24, 48, 80)  # GB
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def fresh_log(monkeypatch):
-    """Let the command line log to the stderr of this test, which is captured, not to that of an earlier one."""
-    for name in ("latentsync", "optim"):
-        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
 
 
 @pytest.fixture

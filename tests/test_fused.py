@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_kernels import BOUND, DEVICE, HALF, SINGLE, error, image, rand, with_random_weights
 from torch import Tensor, nn
 
-from latentsync import unet as network
+from latentsync import layers
 from latentsync.autoencoder import Autoencoder, AutoencoderConfig
 from latentsync.sampling import ddim_schedule, denoise
 from latentsync.settings import DeepCache
@@ -42,7 +42,7 @@ VAE = {
 @pytest.fixture(autouse=True)
 def inference(monkeypatch):
     """No gradients, fixed inputs, and memory that shows up as NaN where nothing was written."""
-    monkeypatch.setattr(network, "TEMPORAL_GROUPS", GROUPS)
+    monkeypatch.setattr(layers, "TEMPORAL_GROUPS", GROUPS)
     monkeypatch.setattr(fused, "TRIAL_SIDE", 2)
     monkeypatch.setattr(kernels, "ATTENTION_ROWS", 64)  # few programs: interpreting one costs more than its size
     if kernels.INTERPRETED:
@@ -78,7 +78,7 @@ def test_a_fused_loop_equals_eager_and_is_undone():
     names, plain = list(unet.state_dict()), [type(m) for m in unet.modules()]
     wanted = loop(unet, 2)
     assert fused.fuse(unet) is unet
-    own = {fast for kind, fast in fused.FAST.items() if kind.__module__ == network.__name__}
+    own = {fast for kind, fast in fused.FAST.items() if kind.__module__.startswith("latentsync.")}
     assert {type(m) for m in unet.modules()} >= own
     assert list(unet.state_dict()) == names
     assert error(loop(unet, 2), wanted) <= 1e-5
