@@ -29,7 +29,7 @@ from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_
 from optim.serving.guard import Policy, policy_for
 from optim.serving.jobs import Machine, Worker
 from optim.serving.limits import NO_LIMITS, SHARED_LIMITS
-from optim.serving.login import Throttle, checker
+from optim.serving.login import Throttle, password_checker
 from optim.serving.models import Fetcher
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
 from optim.serving.routes import guarded, routes
@@ -457,7 +457,7 @@ def serve(page: Page, options: Namespace, policy: Policy) -> None:
     """Serve the page until a signal ends it. Raises UserError, OSError, and what the signal's handler raises."""
     launched = page.blocks.launch(
         share=options.share,
-        auth=checker(options.accounts) if options.accounts else None,
+        auth=password_checker(options.accounts) if options.accounts else None,
         server_name=bracketed(options.server_name),
         server_port=options.server_port,
         root_path=options.root_path,

@@ -237,7 +237,7 @@ class Guard:
     async def _login(self, throttle: Throttle, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a login on when it is its turn, and remember how it ended."""
         address = visitor_address(scope)
-        if (seconds := throttle.refused_for(address)) > 0:
+        if (seconds := throttle.seconds_to_wait(address)) > 0:
             seconds = math.ceil(seconds)
             sentence = f"Too many wrong passwords came from your address: try again in {seconds} s."
             raise Refusal(429, sentence, **{"Retry-After": str(seconds)})
