@@ -26,12 +26,12 @@ from optim.levels import STOPS
 from optim.serving.calls import CallCheck
 from optim.serving.endpoints import BUSY, Endpoints
 from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_values, parse_settings
-from optim.serving.guard import Policy, policy_for
 from optim.serving.jobs import Machine, Worker
 from optim.serving.limits import NO_LIMITS, SHARED_LIMITS
-from optim.serving.login import Throttle, checker
+from optim.serving.login import Throttle, password_checker
 from optim.serving.models import Fetcher
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
+from optim.serving.policy import Policy, policy_for
 from optim.serving.routes import guarded, routes
 from optim.serving.run import run_alone
 from optim.serving.uploads import Limits, Uploads, make_folder, remove_orphans
@@ -457,7 +457,7 @@ def serve(page: Page, options: Namespace, policy: Policy) -> None:
     """Serve the page until a signal ends it. Raises UserError, OSError, and what the signal's handler raises."""
     launched = page.blocks.launch(
         share=options.share,
-        auth=checker(options.accounts) if options.accounts else None,
+        auth=password_checker(options.accounts) if options.accounts else None,
         server_name=bracketed(options.server_name),
         server_port=options.server_port,
         root_path=options.root_path,
