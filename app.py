@@ -412,10 +412,10 @@ def make_uploads(folder: Path, options: Namespace) -> Uploads:
     return Uploads(folder, Limits(largest, 16, 8, largest and PUBLIC_STORED * largest, PUBLIC_UNUSED_SECONDS))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "app.py") -> int:
     """Serve the page until interrupted; returns the exit code."""
     try:
-        options = parse_options(arguments, ROOT / "outputs")
+        options = parse_options(arguments, ROOT / "outputs", prog)
         policy = policy_for(options.server_name, options.hosts, dict(os.environ), options.root_path)
     except UserError as error:
         print(error, file=sys.stderr)
