@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
+from optim.serving.policy import Policy, policy_for
 
 from latentsync import __version__
 from latentsync.checkpoints.releases import LICENCES, RELEASES, VAE_REPOSITORY
@@ -31,7 +32,6 @@ from optim.serving.limits import NO_LIMITS, SHARED_LIMITS
 from optim.serving.login import Throttle, password_checker
 from optim.serving.models import Fetcher
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
-from optim.serving.policy import Policy, policy_for
 from optim.serving.routes import guarded, routes
 from optim.serving.run import run_alone
 from optim.serving.uploads import Limits, Uploads, make_folder, remove_orphans

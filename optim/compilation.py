@@ -98,7 +98,7 @@ def _without_recompiling(run: Callable) -> Callable:
 def _denoise_random(models: Models, settings: Settings) -> torch.Tensor:
     """One full pass and the shallow ones that follow it, on fixed random inputs of a job's shape."""
     config, windows, cache = models.unet.config, settings.windows_per_pass, settings.cache
-    side = models.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
+    side = models.resolution // models.vae.config.downscaling
     random = torch.Generator().manual_seed(0)
     noise, condition, audio = (
         torch.randn(shape, generator=random).to(models.device, models.dtype)

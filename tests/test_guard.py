@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from optim.serving.policy import Policy, policy_for
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
@@ -14,7 +15,6 @@ from starlette.testclient import TestClient
 from latentsync.errors import UserError
 from optim.serving.guard import Guard, visitor_address
 from optim.serving.login import FREE_FAILURES, MAX_WAIT, Throttle, parse_accounts, password_checker, read_accounts
-from optim.serving.policy import Policy, policy_for
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 (no server binds to it here)
 FILE = {"_type": "gradio.FileData"}
