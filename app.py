@@ -26,12 +26,12 @@ from optim.levels import STOPS
 from optim.serving.calls import CallCheck
 from optim.serving.endpoints import BUSY, Endpoints
 from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_values, parse_settings
-from optim.serving.guard import Policy, policy_for
 from optim.serving.jobs import Machine, Worker
 from optim.serving.limits import NO_LIMITS, SHARED_LIMITS
 from optim.serving.login import Throttle, password_checker
 from optim.serving.models import Fetcher
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
+from optim.serving.policy import Policy, policy_for
 from optim.serving.routes import guarded, routes
 from optim.serving.run import run_alone
 from optim.serving.uploads import Limits, Uploads, make_folder, remove_orphans

@@ -15,8 +15,8 @@ from latentsync import __version__
 from latentsync.checkpoints.releases import RELEASES
 from latentsync.errors import UserError
 from latentsync.options import between
-from optim.serving.guard import as_address, split_host
 from optim.serving.login import parse_accounts, read_accounts
+from optim.serving.policy import as_address, split_host
 
 PUBLIC_SECONDS, PUBLIC_UPLOAD, PUBLIC_HOURS = 120.0, "200mb", 24.0  # limits of a public server, unless given
 
