@@ -32,6 +32,7 @@ from optim.serving.limits import NO_LIMITS, SHARED_LIMITS
 from optim.serving.login import Throttle, password_checker
 from optim.serving.models import Fetcher
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
+from optim.serving.policy import Policy, policy_for
 from optim.serving.routes import guarded, routes
 from optim.serving.run import run_alone
 from optim.serving.uploads import Limits, Uploads, make_folder, remove_orphans

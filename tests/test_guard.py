@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from latentsync.errors import UserError
 from optim.serving.guard import Guard, visitor_address
 from optim.serving.login import FREE_FAILURES, MAX_WAIT, Throttle, parse_accounts, password_checker, read_accounts
+from optim.serving.policy import Policy, policy_for
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 (no server binds to it here)
 FILE = {"_type": "gradio.FileData"}
