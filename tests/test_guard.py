@@ -5,7 +5,6 @@ import json
 import re
 
 import pytest
-from optim.serving.policy import Policy, policy_for
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
