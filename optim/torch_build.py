@@ -86,7 +86,10 @@ def main() -> int:
         sentence = f"{VARIABLE}={requested!r} is no build of torch: set default, cpu, cu126 or cu130, or unset it."
         print(sentence, file=sys.stderr)
         return 2
-    build, reason = (requested, f"{VARIABLE} asks for it") if requested else choose_build(query_gpu(), sys.platform, installed)
+    if requested:
+        build, reason = requested, f"{VARIABLE} asks for it"
+    else:
+        build, reason = choose_build(query_gpu(), sys.platform, installed)
     print(build, installed, reason)
     return 0
 

@@ -94,9 +94,9 @@ def test_a_lean_autoencoder_gives_the_same_to_the_bit_and_is_taken_back(models):
     faces, latents = torch.randn(3, 3, 64, 64), torch.randn(3, 4, 8, 8)
     plain = [type(module) for module in vae.modules()]
     with torch.inference_mode():
-        wanted = vae.encode(faces).latent_dist.mode(), vae.decode(latents).sample
+        wanted = vae.encode(faces), vae.decode(latents)
         assert {type(module) for module in make_lean(vae).modules()} - set(plain) == {LeanVaeResnetBlock}
-        ours = vae.encode(faces).latent_dist.mode(), vae.decode(latents).sample
+        ours = vae.encode(faces), vae.decode(latents)
     assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
     assert [type(module) for module in restore_classes(vae).modules()] == plain
 

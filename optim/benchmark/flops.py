@@ -1,6 +1,5 @@
 """Floating-point operations: what a window needs, and how many a second the device can do."""
 
-import json
 import math
 import statistics
 import time
@@ -9,9 +8,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
+from latentsync.autoencoder import Autoencoder, AutoencoderConfig
 from latentsync.checkpoints.load import Models
 from latentsync.sampling import Schedule, ddim_schedule, denoise
 from latentsync.settings import WINDOW, DeepCache, Settings
@@ -47,7 +46,7 @@ def window_flops(models: Models, settings: Settings, reference: bool = False) ->
     it shares nothing). Counted on the networks as they are written, not as kernels fuse them.
     """
     guidance, cache, resolution = settings.guidance_scale, settings.cache, models.resolution
-    config, vae_config = models.unet.config, json.dumps(dict(models.vae.config), sort_keys=True, default=str)
+    config, vae_config = models.unet.config, models.vae.config
     autoencoder = _autoencoder_flops(config, vae_config, resolution)
     audio = audio_flops(config, vae_config) * (2 if reference and guidance > 1 else 1)
     full = _steps_flops(config, vae_config, resolution, guidance, None, reference, 1) - audio
@@ -62,9 +61,9 @@ def window_flops(models: Models, settings: Settings, reference: bool = False) ->
 
 
 @lru_cache(maxsize=1)
-def _meta_networks(config: UNetConfig, vae_config: str) -> tuple[UNet, AutoencoderKL]:
+def _meta_networks(config: UNetConfig, vae_config: AutoencoderConfig) -> tuple[UNet, Autoencoder]:
     with torch.device("meta"):
-        return UNet(config), AutoencoderKL.from_config(json.loads(vae_config))
+        return UNet(config), Autoencoder(vae_config)
 
 
 @torch.inference_mode()
@@ -75,17 +74,17 @@ def _count(run: Callable[[], object]) -> float:
 
 
 @lru_cache
-def _autoencoder_flops(config: UNetConfig, vae_config: str, resolution: int) -> float:
+def _autoencoder_flops(config: UNetConfig, vae_config: AutoencoderConfig, resolution: int) -> float:
     """FLOP of one window's two encodes and one decode."""
     _, vae = _meta_networks(config, vae_config)
-    side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    side = resolution // vae_config.downscaling
     pixels = torch.empty(WINDOW, 3, resolution, resolution, device="meta")
-    latents = torch.empty(WINDOW, vae.config.latent_channels, side, side, device="meta")
+    latents = torch.empty(WINDOW, vae_config.latent_channels, side, side, device="meta")
     return 2 * _count(lambda: encode(vae, pixels)) + _count(lambda: decode(vae, latents))
 
 
 @lru_cache
-def audio_flops(config: UNetConfig, vae_config: str) -> float:
+def audio_flops(config: UNetConfig, vae_config: AutoencoderConfig) -> float:
     """FLOP of the keys and values of one window's audio."""
     unet, _ = _meta_networks(config, vae_config)
     audio = torch.empty(1, WINDOW, TOKENS, config.cross_attention_dim, device="meta")
@@ -95,7 +94,7 @@ def audio_flops(config: UNetConfig, vae_config: str) -> float:
 @lru_cache
 def _steps_flops(
     config: UNetConfig,
-    vae_config: str,
+    vae_config: AutoencoderConfig,
     resolution: int,
     guidance: float,
     cache: DeepCache | None,
@@ -103,8 +102,8 @@ def _steps_flops(
     steps: int,
 ) -> float:
     """FLOP of the first denoising steps of one window, and of its audio's keys and values."""
-    unet, vae = _meta_networks(config, vae_config)
-    channels, side = vae.config.latent_channels, resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    unet, _ = _meta_networks(config, vae_config)
+    channels, side = vae_config.latent_channels, resolution // vae_config.downscaling
     windows = 1
     if reference and guidance > 1:  # as much as two windows without guidance: cond and uncond share nothing
         windows, guidance = 2, 1.0

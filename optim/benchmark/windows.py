@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from latentsync.alignment import fixed_mask
+from latentsync.autoencoder import Autoencoder, AutoencoderConfig
 from latentsync.checkpoints.load import Models
 from latentsync.sampling import ddim_schedule, denoise, initial_noise
 from latentsync.settings import SEED, WINDOW, Settings
@@ -32,14 +32,9 @@ from optim.monitor import GpuHistory, History, Monitor
 UTILIZATION_RATE = 10.0  # samples of the GPU's utilization a second
 MIN_UTILIZATION_SECONDS = 1.5  # a shorter denoising is repeated for this long, to sample the utilization
 SETTLE_SECONDS = 0.5  # NVML's utilization is a mean over the time before
-SD_VAE = {  # stabilityai/sd-vae-ft-mse
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 256,
-}
+SD_VAE = AutoencoderConfig(  # stabilityai/sd-vae-ft-mse
+    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=256
+)
 
 
 # ---- networks
@@ -49,7 +44,7 @@ def random_models(device: torch.device, dtype: torch.dtype, resolution: int) -> 
     """The released architecture with random weights, the same ones every time on one kind of device."""
     torch.manual_seed(0)
     with device:
-        unet, vae = UNet(UNetConfig()), AutoencoderKL.from_config(SD_VAE)
+        unet, vae = UNet(UNetConfig()), Autoencoder(SD_VAE)
         encoder = AudioEncoder(WhisperDims())
     for module in (unet, vae):
         nn.Module.to(module.eval().requires_grad_(False), dtype)
@@ -113,7 +108,7 @@ def make_inputs(models: Models, windows: int = 1) -> Inputs:
         audio.append(torch.randn(1, WINDOW, TOKENS, width, generator=random))
     like = {"device": models.device, "dtype": models.dtype}
     vae = models.vae.config
-    side = resolution // 2 ** (len(vae.block_out_channels) - 1)
+    side = resolution // vae.downscaling
     return Inputs(
         torch.cat(pixels).to(**like),
         torch.cat(audio).to(**like),
@@ -140,7 +135,7 @@ class Stages:
 
 @contextmanager
 def reference_stages(models: Models, settings: Settings) -> Iterator[Stages]:
-    """One window as the reference computes it: network and loop of `reference`, NCHW, eager, diffusers' autoencoder.
+    """One window as the reference computes it: network and loop of `reference`, NCHW, eager.
 
     The models must be in NCHW memory and not be accelerated; the plain network shares their weights.
     """
