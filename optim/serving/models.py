@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch takes seconds to load
 
     from latentsync.checkpoints.find import Checkpoint
     from optim.hardware import Gpu
-    from optim.serving.jobs import Worker
+    from optim.serving.worker import Worker
 
 RUNNING, DONE, STOPPED, FAILED = "running", "done", "stopped", "failed"
 SPEED_SECONDS = 10.0  # over which the speed is taken
@@ -187,7 +187,7 @@ class Fetcher:
 
     def look(self) -> None:
         """See anew which models there are, as files may have come by hand, too."""
-        self.worker.look_for_models()
+        self.worker.find_models()
         self.version += 1
 
     def view(self) -> dict[str, Any] | None:

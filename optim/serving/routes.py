@@ -67,7 +67,7 @@ def routes(api: Endpoints) -> list[Route]:
     watching = anyio.CapacityLimiter(4)  # threads of their own: whatever else goes on, the page moves
 
     def job_of(request: Request) -> Job | None:
-        return worker.by_key(request.path_params["key"]) if logged_in(request) else None
+        return worker.store.by_key(request.path_params["key"]) if logged_in(request) else None
 
     def job_file(request: Request) -> Response:
         """A file of a job, for who knows its key; no name in a request ever becomes a path."""
