@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 
 from optim.serving import uploads as module
 from optim.serving.guard import Refusal
-from optim.serving.uploads import OWNER, PREFIX, Limits, Uploads, file_name, make_folder, remove_orphans
+from optim.serving.multipart import file_name
+from optim.serving.uploads import OWNER, PREFIX, Limits, Uploads, make_folder, remove_orphans
 
 BOUNDARY = "a-boundary"
 KIND = f"multipart/form-data; boundary={BOUNDARY}"
@@ -115,7 +116,7 @@ def test_a_full_disk_is_said_and_later_uploads_succeed(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._MultipartForm, "write", full)
+        patch.setattr(module.MultipartForm, "write", full)
         with pytest.raises(Refusal, match="too full") as caught:
             send(uploads, body)
         assert caught.value.status == 507 and str(tmp_path) not in str(caught.value)
