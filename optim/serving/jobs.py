@@ -46,7 +46,7 @@ from optim.serving.job import (
     write_down,
 )
 from optim.serving.limits import NO_LIMITS, Limits, check_option
-from optim.serving.models import best_for, meant, survey
+from optim.serving.models import find_checkpoint, list_models, recommended_model
 from optim.serving.preview import Preview
 from optim.serving.run import Cancelled, Progress, interruptible, log, make_plan, out_of_memory
 from optim.serving.speeds import Speeds
@@ -550,8 +550,8 @@ class Worker:
         self.monitor = Monitor(rate=1.0, seconds=3600).start()
         device = torch.device("cpu") if self.lent else choose_device(self.device_name)
         gpu = gpu_of(device)
-        best, why = best_for(gpu, self.lent is not None)
-        found = survey(self.model, device, self.lent is not None)
+        best, why = recommended_model(gpu, self.lent is not None)
+        found = list_models(self.model, device, self.lent is not None)
         side = next(model["resolution"] for model in found["models"] if model["name"] == found["chosen"])
         self.folder.mkdir(parents=True, exist_ok=True)
         advice = advise(read_facts(side, self.folder))
@@ -572,7 +572,7 @@ class Worker:
             return
         import torch
 
-        found = survey(self.model, torch.device(self.machine.device), self.lent is not None)
+        found = list_models(self.model, torch.device(self.machine.device), self.lent is not None)
         self.machine = replace(self.machine, **found)
 
     def _checkpoint(self, request: Request) -> "Checkpoint":
@@ -581,7 +581,7 @@ class Worker:
 
         own = request.model == self.machine.chosen and self.model != "auto"  # the folder that the server was given
         name = self.model if own or request.model == "auto" else request.model
-        return meant(name, torch.device(self.machine.device), self.lent is not None)
+        return find_checkpoint(name, torch.device(self.machine.device), self.lent is not None)
 
     def _where(self, checkpoint: "Checkpoint") -> str:
         return f"{checkpoint.name}, {self.machine.device_name}"
