@@ -115,7 +115,9 @@ def usable_clips(table: "np.lib.npyio.NpzFile", held_out: bool) -> list[int]:
     clips: list[int] = []
     for speaker in dict.fromkeys(speakers):
         of_speaker = np.flatnonzero(speakers == speaker)
-        clips += [clip for i, clip in enumerate(of_speaker) if is_held_out(speaker, i, len(of_speaker)) == held_out]
+        clips += [
+            int(clip) for i, clip in enumerate(of_speaker) if is_held_out(speaker, i, len(of_speaker)) == held_out
+        ]
     # A clip must hold a window and a reference window besides its edges.
     return [clip for clip in sorted(clips) if lengths[clip] >= 2 * WINDOW + 2 * EDGE]
 

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ from conftest import FACE_FRAMES, portrait, save_video
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
-from latentsync.media import VideoWriter, probe_video, process, read_frames, reading
+from latentsync.media import VideoWriter, probe_video, process, read_frames, reading, writing
+from latentsync.paths import replacing
 from latentsync.pipeline import Hooks, lipsync
 from latentsync.settings import Settings
 from optim.serving import jobs
@@ -136,8 +137,15 @@ def test_a_full_disk_is_a_sentence(talking, tmp_path, monkeypatch):
     """ffmpeg writes to the device that is always full."""
     info = probe_video(talking)
     (out := tmp_path / "out").mkdir()
+
+    @contextmanager
+    def on_full_disk(path, folder=None):
+        with replacing(path, folder) as partial:
+            partial.symlink_to("/dev/full")
+            yield partial
+
+    monkeypatch.setattr(writing, "replacing", on_full_disk)
     writer = VideoWriter(out / "o.mp4", info)
-    writer._partial.symlink_to("/dev/full")
     with pytest.raises(UserError, match="o.mp4 could not be written .*No space left on device") as caught, writer:
         for frame in read_frames(info):
             writer.write(frame)
