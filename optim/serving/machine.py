@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optim.serving.models import best_for, survey
+from optim.serving.models import list_models, recommended_model
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
@@ -39,8 +39,8 @@ def inspect_machine(folder: Path, model: str, device_name: str, lent: bool) -> M
 
     device = torch.device("cpu") if lent else choose_device(device_name)
     gpu = gpu_of(device)
-    best, why = best_for(gpu, lent)
-    models = survey(model, device, lent)
+    best, why = recommended_model(gpu, lent)
+    models = list_models(model, device, lent)
     resolution = next(each["resolution"] for each in models["models"] if each["name"] == models["chosen"])
     folder.mkdir(parents=True, exist_ok=True)
     advice = advise(read_facts(resolution, folder))

@@ -42,7 +42,7 @@ from optim.serving.job import (
 )
 from optim.serving.limits import NO_LIMITS, Limits, check_option
 from optim.serving.machine import Machine, inspect_machine
-from optim.serving.models import meant, survey
+from optim.serving.models import find_checkpoint, list_models
 from optim.serving.run import Cancelled, check_cancel, out_of_memory, run_job
 from optim.serving.speeds import Speeds, speed_key
 from optim.serving.store import JobStore
@@ -259,7 +259,7 @@ class Worker:
             return
         import torch
 
-        models = survey(self.model, torch.device(self.machine.device), self.lent is not None)
+        models = list_models(self.model, torch.device(self.machine.device), self.lent is not None)
         self.machine = replace(self.machine, **models)
 
     def wait(self, job: Job, timeout: float) -> bool:
@@ -410,7 +410,7 @@ class Worker:
 
         own = request.model == self._inspected.chosen and self.model != "auto"  # the folder that the server was given
         name = self.model if own or request.model == "auto" else request.model
-        return meant(name, torch.device(self._inspected.device), self.lent is not None)
+        return find_checkpoint(name, torch.device(self._inspected.device), self.lent is not None)
 
     def _load(self, job: Job) -> "Models":
         """The models of a job: those that are loaded, or others in their place."""
