@@ -5,11 +5,9 @@ All of `python -m latentsync.evaluation`, with the level and its DeepCache added
 
 import argparse
 import sys
-from functools import partial
 
 from latentsync.checkpoints.load import Models
 from latentsync.evaluation import __main__ as plain
-from latentsync.options import log_to_stderr
 from latentsync.settings import Settings
 from optim.accelerate import accelerate, make_plan
 from optim.hardware import gpu_of
@@ -17,12 +15,9 @@ from optim.levels import CONSERVATIVE, find_level, override
 from optim.options import add_level_options, cache_override
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser, dubbing_commands = plain.parsers()
-    parser.prog = prog
-    for command in dubbing_commands:
-        add_level_options(command, default=CONSERVATIVE.name)
-    return parser
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of the level to a command that dubs."""
+    add_level_options(command, default=CONSERVATIVE.name)
 
 
 def prepare(args: argparse.Namespace, models: Models, settings: Settings) -> tuple[Models, Settings]:
@@ -34,8 +29,7 @@ def prepare(args: argparse.Namespace, models: Models, settings: Settings) -> tup
 
 def main(arguments: list[str] | None = None, prog: str = "python -m optim.evaluation") -> int:
     """Run a command; returns the exit code, see `latentsync.evaluation.__main__.main`."""
-    log_to_stderr()
-    return plain.main(arguments, partial(build_parser, prog), prepare)
+    return plain.main(arguments, prog, add_options, prepare)
 
 
 if __name__ == "__main__":

@@ -100,16 +100,15 @@ def test_the_cache_folder_is_the_users_unless_they_set_another(home, monkeypatch
     assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
 
 
-@pytest.mark.parametrize("threads", [8, 2])
-def test_inductor_takes_no_more_threads_than_there_are_cores_to_use(monkeypatch, threads):
-    monkeypatch.setattr(compilation, "usable_cores", lambda: 3)
-    monkeypatch.setattr(inductor, "compile_threads", threads)
-    monkeypatch.setenv(COMPILE_THREADS, str(threads))
-    configure_compilers()
-    assert inductor.compile_threads == threads, "the user's choice"
-    monkeypatch.delenv(COMPILE_THREADS)
-    configure_compilers()
-    assert inductor.compile_threads == min(threads, 3)
+@pytest.mark.parametrize("cores, threads", [(3, "3"), (200, "32")])
+def test_inductor_takes_no_more_threads_than_there_are_cores_to_use(monkeypatch, cores, threads):
+    monkeypatch.setattr(compilation, "usable_cores", lambda: cores)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
+    compilation.configure_compilers()
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "7", "the user's choice"
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    compilation.configure_compilers()
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == threads
 
 
 # ---- the network

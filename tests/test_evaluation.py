@@ -15,10 +15,10 @@ from skimage.color import deltaE_ciede2000
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.evaluation import judge as judging
-from latentsync.evaluation.__main__ import main
+from latentsync.evaluation.__main__ import build_parser, main
 from latentsync.evaluation.appearance import NEAR, ciede2000, compare_appearance, mouth_hulls
-from latentsync.evaluation.clips import held_out, look
-from latentsync.evaluation.dubbing import ElsewherePainter, elsewhere
+from latentsync.evaluation.clips import held_out_clips, track_clip
+from latentsync.evaluation.dubbing import OtherReferencePainter, reference_frames
 from latentsync.evaluation.measures import (
     LAGS,
     border_energy,
@@ -32,7 +32,7 @@ from latentsync.evaluation.measures import (
     peak,
 )
 from latentsync.evaluation.people import PersonMeasures, people_table
-from latentsync.evaluation.report import Result, pause_variance, summary, table
+from latentsync.evaluation.report import Result, pause_variance, summarise, table
 from latentsync.painting import Painter
 from latentsync.settings import Settings
 from latentsync.training.prepare import prepare
@@ -54,8 +54,8 @@ def wave(frames: int = 75, late: int = 0, period: float = 20.0) -> np.ndarray:
 
 def test_a_mouth_that_is_late_has_its_peak_at_that_lag():
     for late in (-3, 0, 2):
-        found, lag = peak(correlation(wave(late=late), 5 * wave() + 1))
-        assert lag == late and found == pytest.approx(1)
+        best, lag = peak(correlation(wave(late=late), 5 * wave() + 1))
+        assert lag == late and best == pytest.approx(1)
     in_step = correlation(wave(late=2), wave())[LAGS == 0][0]
     assert in_step == pytest.approx(np.cos(2 * np.pi * 2 / 20), abs=0.05)
 
@@ -142,10 +142,10 @@ def test_correlations_are_averaged_at_every_lag_before_their_peak_is_taken():
         })
         for late in (0, 2)
     ]  # fmt: skip
-    found = summary(results)
-    assert found["lag"] == 1 and found["correlation"] < 1 and found["lmd"] == 1 and found["nearest"] == 0.5
-    assert found["silent_variance"] == 1 / 5
-    assert "50%" in table({"s1": found}) and "+1" in table({"s1": found})
+    means = summarise(results)
+    assert means["lag"] == 1 and means["correlation"] < 1 and means["lmd"] == 1 and means["nearest"] == 0.5
+    assert means["silent_variance"] == 1 / 5
+    assert "50%" in table({"s1": means}) and "+1" in table({"s1": means})
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def people(tmp_path_factory):
 
 
 def test_only_clips_that_training_holds_out_are_measured(people, capsys, tmp_path):
-    assert {speaker: [path.stem for path in paths] for speaker, paths in held_out(people, None).items()} == {
+    assert {speaker: [path.stem for path in paths] for speaker, paths in held_out_clips(people, None).items()} == {
         "s3": ["one", "two"]
     }
     assert main(["clips", str(people), str(tmp_path), "--speakers", "other"]) == 2
@@ -187,10 +187,10 @@ def test_clips_are_dubbed_and_measured_and_shown(people, checkpoint, tmp_path, c
         "cpu",
     ]
     assert main([*map(str, arguments), "--judge", str(tmp_path / "none")]) == 0
-    found = json.loads((tmp_path / "out" / "measures.json").read_text())
-    group, (clip,) = found["groups"]["s3"], found["clips"]
+    report = json.loads((tmp_path / "out" / "measures.json").read_text())
+    group, (clip,) = report["groups"]["s3"], report["clips"]
     assert (clip["speaker"], clip["name"], clip["voice"]) == ("s3", "one", "s3/two")
-    assert found["settings"]["steps"] == 2 and found["judge"] is None and group["clips"] == 1 and group["tracks"] == 2
+    assert report["settings"]["steps"] == 2 and report["judge"] is None and group["clips"] == 1 and group["tracks"] == 2
     # A tiny network with random weights paints anything but a face.
     assert group["psnr"] < 30 and group["ssim"] < group["ssim_crop"] < 0.99
     assert group["lmd_kept"] > 0 and len(clip["correlation"]) == len(LAGS)
@@ -202,42 +202,42 @@ def test_clips_are_dubbed_and_measured_and_shown(people, checkpoint, tmp_path, c
 
 def test_a_result_is_aligned_as_its_source(talking):
     frames = np.stack([portrait(t) for t in range(14)])
-    seen = look(frames)
-    assert seen.crops.shape == (14, 256, 256, 3) and seen.lips.shape == (14, 40, 2)
-    x, y = np.nanmean(seen.lips, axis=(0, 1)) / 256
+    track = track_clip(frames)
+    assert track.crops.shape == (14, 256, 256, 3) and track.lips.shape == (14, 40, 2)
+    x, y = np.nanmean(track.lips, axis=(0, 1)) / 256
     assert abs(x - 0.5) < 0.06 and 0.5 < y < 0.7
     faded = (0.5 * frames).astype(np.uint8)
-    again = look(faded, seen.faces)
-    assert np.abs(again.crops.astype(int) - 0.5 * seen.crops).max() < 4, "the same pixels"
-    assert landmark_distance(again.lips, seen.lips) < 4
+    again = track_clip(faded, track.faces)
+    assert np.abs(again.crops.astype(int) - 0.5 * track.crops).max() < 4, "the same pixels"
+    assert landmark_distance(again.lips, track.lips) < 4
 
 
 def test_the_reference_of_a_self_dub_is_another_moment(checkpoint):
-    assert list(elsewhere(5)) == [2, 3, 4, 0, 1]
-    assert min(abs(elsewhere(74) - np.arange(74))) == 37
+    assert list(reference_frames(5)) == [2, 3, 4, 0, 1]
+    assert min(abs(reference_frames(74) - np.arange(74))) == 37
 
     models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
     crops = RNG.integers(0, 255, (3, models.resolution, models.resolution, 3), np.uint8)
     shots = [AlignedFrame(None, None, crop, source=i) for i, crop in enumerate(crops)]
     here, there = [shots[0], shots[2]], [shots[2], shots[1]]
     plain = Painter(models, Settings())
-    shown, reference = (
+    own, reference = (
         plain.cached_conditioning(some, torch.from_numpy(np.stack([shot.crop for shot in some])))
         for some in (here, there)
     )
-    painter = ElsewherePainter(models, Settings(), [shots[2], shots[0], shots[1]])
-    told = painter.cached_conditioning(here, torch.from_numpy(crops[[0, 2]]))
+    painter = OtherReferencePainter(models, Settings(), [shots[2], shots[0], shots[1]])
+    mixed = painter.cached_conditioning(here, torch.from_numpy(crops[[0, 2]]))
     masked = 1 + models.vae.config.latent_channels
-    assert torch.equal(told[:, :masked], shown[:, :masked]) and torch.equal(told[:, masked:], reference[:, masked:])
-    assert not torch.equal(told, shown)
+    assert torch.equal(mixed[:, :masked], own[:, :masked]) and torch.equal(mixed[:, masked:], reference[:, masked:])
+    assert not torch.equal(mixed, own)
 
 
 def test_the_strip_shows_frames_and_sound(talking, voice, tmp_path, capsys):
     picture = tmp_path / "strip.png"
     assert main(["strip", str(talking), str(voice), str(talking), str(picture)]) == 0
-    found = cv2.imread(str(picture))
-    assert found.shape == (2 * 160 + 60, 8 * 160, 3) and found[330:].min() < 100
-    assert np.array_equal(found[:160], found[160:320])
+    strip = cv2.imread(str(picture))
+    assert strip.shape == (2 * 160 + 60, 8 * 160, 3) and strip[330:].min() < 100
+    assert np.array_equal(strip[:160], strip[160:320])
     assert main(["strip", str(talking), str(voice), str(talking), str(tmp_path / "strip.jpg")]) == 2
     assert "strip.jpg" in capsys.readouterr().err
 
@@ -258,11 +258,11 @@ def test_the_judge_tells_how_late_a_picture_is():
     torch.manual_seed(0)
     (sound,), (mouth,) = signals(1)
     close = mouth @ sound.T
-    assert judging.verdict(close).offset == 0
-    assert judging.verdict(mouth[:-4] @ sound[4:].T).offset == 4, "what is seen was heard four frames before"
-    assert judging.verdict(close, shift=6).offset == 6
-    assert judging.verdict(close).confidence > 0.5
-    assert np.isnan(judging.verdict(close[:0]).confidence), "nothing to judge by"
+    assert judging.sync_score(close).offset == 0
+    assert judging.sync_score(mouth[:-4] @ sound[4:].T).offset == 4, "what is seen was heard four frames before"
+    assert judging.sync_score(close, shift=6).offset == 6
+    assert judging.sync_score(close).confidence > 0.5
+    assert np.isnan(judging.sync_score(close[:0]).confidence), "nothing to judge by"
 
 
 def test_a_judge_must_find_real_clips_in_step_before_it_may_judge():
@@ -271,7 +271,7 @@ def test_a_judge_must_find_real_clips_in_step_before_it_may_judge():
     true = [mouth @ sound.T for mouth, sound in zip(mouths, sounds, strict=True)]
     others = [mouth @ sounds[i - 1].T for i, mouth in enumerate(mouths)]
     good = judging.check(true, others)
-    assert good.passed and good.in_step == good.shifted == 1 and "may judge" in good.sentence()
+    assert good.passed and good.in_step == good.shifted == 1 and "may judge" in good.summary()
     assert not judging.check(others, true).passed
     slow = [mouth[3:] @ sound[:-3].T for mouth, sound in zip(mouths, sounds, strict=True)]
     assert not judging.check(slow, others).passed, "out of step by three frames"
@@ -282,14 +282,14 @@ def test_the_judge_sees_the_mouth_in_crops_of_any_side():
     y, x = np.mgrid[:side, :side] / side
     crop = np.repeat((255 * x * y)[..., None], 3, axis=2).astype(np.uint8)
     left, top, right, bottom = judging.MOUTH
-    seen = judging.patches_of(crop[None])[0][judging.JITTER : -judging.JITTER, judging.JITTER : -judging.JITTER]
-    assert seen.shape == judging.PATCH
+    patch = judging.mouth_patches(crop[None])[0][judging.JITTER : -judging.JITTER, judging.JITTER : -judging.JITTER]
+    assert patch.shape == judging.PATCH
     wanted = 255 * np.outer(np.linspace(top, bottom, 41)[:-1] + 0.007, np.linspace(left, right, 49)[:-1] + 0.0075)
-    assert np.abs(seen - wanted).max() < 3
+    assert np.abs(patch - wanted).max() < 3
     smaller = cv2.resize(crop, (128, 128), interpolation=cv2.INTER_AREA)
     padded = cv2.copyMakeBorder(smaller, 16, 16, 16, 16, cv2.BORDER_REPLICATE)
-    inner = judging.patches_of(padded[None], 16 / 128)[0][4:-4, 4:-4]
-    assert np.abs(inner.astype(int) - seen).max() <= 3
+    inner = judging.mouth_patches(padded[None], 16 / 128)[0][4:-4, 4:-4]
+    assert np.abs(inner.astype(int) - patch).max() <= 3
 
 
 def test_the_judge_trains_and_is_loaded_again(people, tmp_path, capsys):
@@ -318,10 +318,10 @@ def test_a_level_gives_the_settings_that_are_measured(checkpoint):
         (["--deepcache", "2,1"], 20, (2, 1)),
         (["--level", "aggressive", "--deepcache", "off"], 12, None),
     ):
-        args = levels.build_parser("evaluate").parse_args(["clips", "CLIPS", "OUT", *options])
-        _, found = levels.prepare(args, models, Settings(args.steps))
-        assert found.steps == steps
-        assert cache == (found.cache and (found.cache.interval, found.cache.branch))
+        args = build_parser("evaluate", levels.add_options).parse_args(["clips", "CLIPS", "OUT", *options])
+        _, settings = levels.prepare(args, models, Settings(args.steps))
+        assert settings.steps == steps
+        assert cache == (settings.cache and (settings.cache.interval, settings.cache.branch))
 
 
 # Appearance: what a result keeps of a person.

@@ -279,6 +279,7 @@ def test_the_recommended_model_is_fetched_from_the_hint_on_the_page(hub, tmp_pat
     ):  # fmt: skip
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 390, "height": 900})
+        page.set_default_timeout(240_000)  # milliseconds, on a busy machine
         errors = []
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.goto(url)
@@ -295,7 +296,7 @@ def test_the_recommended_model_is_fetched_from_the_hint_on_the_page(hub, tmp_pat
         page.click("text=Cancel")
         page.wait_for_selector("#fetching[data-state=stopped]")
         hub.rate = None
-        page.click("text=Continue")
+        page.click("#fetching button:text-is('Continue')")
         page.wait_for_selector("#fetching[data-state=done]")
         page.click("#advanced > button")
         page.wait_for_selector(f"#models [data-model='{NAME}'][data-present=true]")

@@ -33,18 +33,25 @@ from latentsync.errors import UserError
 from latentsync.media import read_audio
 from latentsync.settings import WINDOW
 from latentsync.training import autoencoder, denoiser, listener, restore, voices
-from latentsync.training.export import export
-from latentsync.training.looks import (
+from latentsync.training.augmentation import (
     MOUTH_REACH,
     MouthWarp,
-    plain_look,
-    random_look,
+    no_augmentation,
+    random_augmentation,
+    random_blends,
     random_mouth,
-    random_people,
     render,
 )
+from latentsync.training.export import export
 from latentsync.training.prepare import prepare
-from latentsync.training.sound import BEGINNINGS, QUIETEST, draw_sound, draw_windows, segments_of, tokens_of
+from latentsync.training.sound import (
+    BEGINNING_SHARE,
+    TRAINED_MEL_RANGE,
+    draw_sound,
+    draw_windows,
+    gather_tokens,
+    segment_count,
+)
 from latentsync.training.state import load_state, load_weights, save_state
 from latentsync.unet import UNet, UNetConfig
 
@@ -80,8 +87,8 @@ def test_the_training_windows_hear_what_inference_hears(prepared, clip, one_thre
             break
     windows = draw_windows(data, sound, rng, 100)
     with torch.no_grad():
-        tokens = tokens_of(encoder(sound.mel), windows.segment, windows.rows)
-    heard = torch.stack(list(audio_chunks(encoder, torch.from_numpy(read_audio(clip)), FRAMES, QUIETEST)))
+        tokens = gather_tokens(encoder(sound.mel), windows.segment, windows.rows)
+    heard = torch.stack(list(audio_chunks(encoder, torch.from_numpy(read_audio(clip)), FRAMES, TRAINED_MEL_RANGE)))
     first = int(data.starts[sound.clips[0][0]])
     for window, wanted in zip(tokens, heard[windows.frames - first], strict=True):
         error = float((window - wanted).norm() / wanted.norm())
@@ -89,18 +96,18 @@ def test_the_training_windows_hear_what_inference_hears(prepared, clip, one_thre
         assert error < 0.05 < shifted, "a frame off would be heard"
     begins = windows.frames[:, 0] - first
     assert (int(begins.min()), int(begins.max())) == (0, FRAMES - WINDOW), "from the sound's first frame to its last"
-    assert int((begins == 0).sum()) > BEGINNINGS * len(begins)
+    assert int((begins == 0).sum()) > BEGINNING_SHARE * len(begins)
 
 
 def test_digital_silence_is_what_the_encoder_knows_for_silence():
     silent = torch.zeros(SAMPLE_RATE)
-    quiet = torch.cat(list(mel_segments(silent, mel_range=QUIETEST)), dim=1)
+    quiet = torch.cat(list(mel_segments(silent, mel_range=TRAINED_MEL_RANGE)), dim=1)
     assert float(quiet.abs().max()) == 0.0, "the padding"
     released = torch.cat(list(mel_segments(silent)), dim=1)
     assert float(released.max()) == -1.5, "Whisper's own way, for Whisper"
     loud = torch.from_numpy(np.r_[chirp(0.5), np.zeros(SAMPLE_RATE)].astype(np.float32))
-    mel = torch.cat(list(mel_segments(loud, mel_range=QUIETEST)), dim=1)
-    assert float(mel.min()) == pytest.approx(float(mel.max()) - QUIETEST / 4)
+    mel = torch.cat(list(mel_segments(loud, mel_range=TRAINED_MEL_RANGE)), dim=1)
+    assert float(mel.min()) == pytest.approx(float(mel.max()) - TRAINED_MEL_RANGE / 4)
 
 
 def at_rest(data, frames):
@@ -112,7 +119,7 @@ def at_rest(data, frames):
 
 def test_a_mouth_rests_where_silence_is_heard(prepared, monkeypatch):
     """A clip that is at rest in its first 8 and last 5 frames, and loud throughout."""
-    monkeypatch.setattr("latentsync.training.sound._other_voice", lambda power, owner: power)
+    monkeypatch.setattr("latentsync.training.sound.change_voices", lambda power, owner: power)
     data = load_clips(prepared, CPU)
     n = int(data.lengths[0])
     opening = torch.full((n,), 5.0)
@@ -122,7 +129,7 @@ def test_a_mouth_rests_where_silence_is_heard(prepared, monkeypatch):
     one = replace(
         data, frames=data.frames[:n], lips=lips, mel=torch.full_like(data.mel[:, : n * MEL_PER_FRAME], 200),
         means=data.means[:1], rest=np.array([resting_ends(lips.numpy())]), starts=np.array([0]),
-        lengths=np.array([n]), weights=np.array([1.0]), names=["one"],
+        lengths=np.array([n]), weights=np.array([1.0]),
     )  # fmt: skip
     assert one.rest.tolist() == [[8, 5]]
     rng = np.random.default_rng(0)
@@ -161,9 +168,9 @@ def test_what_is_seen_is_mostly_of_another_moment_than_what_is_heard(prepared):
     rng = np.random.default_rng(1)
     torch.manual_seed(0)
     windows = draw_windows(data, draw_sound(data, rng, 4, augment=True), rng, 100)
-    shown = denoiser.shown_frames(windows)
+    shown = denoiser.conditioning_frames(windows)
     elsewhen = (shown != windows.frames[:, [0, -1]]).any(1)
-    assert abs(float(elsewhen.float().mean()) - denoiser.ELSEWHEN) < 0.05
+    assert abs(float(elsewhen.float().mean()) - denoiser.OTHER_MOMENT_SHARE) < 0.05
     assert torch.equal(shown[elsewhen], windows.reference[elsewhen][:, [0, -1]])
 
 
@@ -189,8 +196,8 @@ def test_motion_is_never_given_away_where_sampling_starts(prepared, one_thread):
     torch.manual_seed(0)
     pool = denoiser.empty_pool(1, data)
     given = denoiser.draw_examples(data, pool, 1, np.random.default_rng(0), batch=200)
-    start, late = given.start > 0, given.timestep >= denoiser.EARLIEST
-    assert abs(float(start.float().mean()) - denoiser.STARTS) < 0.1 and bool(late[start].all())
+    start, late = given.start > 0, given.timestep >= denoiser.MIN_START_TIMESTEP
+    assert abs(float(start.float().mean()) - denoiser.PURE_NOISE_SHARE) < 0.1 and bool(late[start].all())
     one = (given.noise == given.noise[:, :, :1]).flatten(1).all(1)
     assert bool(one[start].all()) and not bool(one[late & ~start].any())
     assert 0 < int(one[~start].sum()) < int((~start).sum())
@@ -200,9 +207,9 @@ def test_the_plain_look_is_the_inner_crop(prepared):
     data = load_clips(prepared, CPU)
     frames = data.frames[:4]
     inner = frames[:, :, MARGIN : MARGIN + RESOLUTION, MARGIN : MARGIN + RESOLUTION].float() / 127.5 - 1
-    assert float((render(frames, plain_look(4, CPU)) - inner).abs().max()) < 1 / 127.5
+    assert float((render(frames, no_augmentation(4, CPU)) - inner).abs().max()) < 1 / 127.5
     torch.manual_seed(0)
-    varied = render(frames, random_look(4, CPU))
+    varied = render(frames, random_augmentation(4, CPU))
     assert varied.shape == inner.shape and float((varied - inner).abs().mean()) > 0.02
     assert float(varied.abs().max()) <= 1 + 1e-5
 
@@ -211,7 +218,9 @@ def test_no_look_leaves_the_range_of_tones(prepared):
     data = load_clips(prepared, CPU)
     torch.manual_seed(1)
     frames = data.frames[:1].expand(48, -1, -1, -1)
-    varied = render(frames, random_look(48, CPU, zoom=0.3, turn=0.4), random_mouth(data.mouths()[:1].expand(48, -1)))
+    varied = render(
+        frames, random_augmentation(48, CPU, zoom=0.3, turn=0.4), random_mouth(data.mouths()[:1].expand(48, -1))
+    )
     assert varied.shape == (48, 3, RESOLUTION, RESOLUTION) and bool(varied.isfinite().all())
     assert float(varied.abs().max()) <= 1
     assert float(varied.flatten(1).std(1).min()) > 0.05, "a face must stay visible"
@@ -222,10 +231,10 @@ def test_a_mouth_warp_moves_the_mouth_and_nothing_else(prepared):
     torch.manual_seed(2)
     count = 16
     frames, mouth = data.frames[:1].expand(count, -1, -1, -1), data.mouths()[:1].expand(count, -1)
-    plain = render(frames, plain_look(count, CPU))
+    plain = render(frames, no_augmentation(count, CPU))
     none = torch.zeros(count)
     still = MouthWarp(mouth, wider=none + 1, higher=none + 1, corners=none, shift=torch.zeros(count, 2))
-    assert torch.equal(render(frames, plain_look(count, CPU), still), plain)
+    assert torch.equal(render(frames, no_augmentation(count, CPU), still), plain)
     # Where the mouth is, and how far it reaches, in pixels of the crop.
     x, y = ((mouth[0, :2] + 1) * SIDE / 2 - 0.5 - MARGIN).tolist()
     half = float(mouth[0, 2]) * SIDE / 2
@@ -233,7 +242,7 @@ def test_a_mouth_warp_moves_the_mouth_and_nothing_else(prepared):
     rows, columns = torch.meshgrid(torch.arange(RESOLUTION), torch.arange(RESOLUTION), indexing="ij")
     away = ((columns - x) ** 2 + (rows - y) ** 2).sqrt() / half
     assert bool((away[[0, -1]] > MOUTH_REACH).all()) and bool((away[:, [0, -1]] > MOUTH_REACH).all()), "the border"
-    moved = (render(frames, plain_look(count, CPU), random_mouth(mouth)) - plain).abs().mean(1)
+    moved = (render(frames, no_augmentation(count, CPU), random_mouth(mouth)) - plain).abs().mean(1)
     assert float(moved[:, away > MOUTH_REACH].max()) < 1e-5
     own = moved[:, away < 1].mean(1) > 0.01
     assert count // 2 <= int(own.sum()) < count, "most mouths are changed, some are not"
@@ -273,9 +282,9 @@ def test_a_renewed_look_changes_its_slot_alone(prepared, one_thread):
     mask = torch.from_numpy(fixed_mask(RESOLUTION).copy())
     pool = denoiser.empty_pool(3, few)
     for k in range(3):
-        denoiser.encode_look(pool, k, vae, few, np.random.default_rng(0), mask, scale=1.0)
+        denoiser.encode_rendering(pool, k, vae, few, np.random.default_rng(0), mask, scale=1.0)
     before = replace(pool, **{name: part.clone() for name, part in vars(pool).items()})
-    denoiser.encode_look(pool, 1, vae, few, np.random.default_rng(0), mask, scale=1.0)
+    denoiser.encode_rendering(pool, 1, vae, few, np.random.default_rng(0), mask, scale=1.0)
     for name, part in vars(pool).items():
         same = [torch.equal(part[k], vars(before)[name][k]) for k in range(3)]
         assert same == [True, False, True], name
@@ -323,7 +332,7 @@ def test_the_denoiser_trains_and_continues(prepared, tmp_path, one_thread, monke
     monkeypatch.setattr(denoiser, "CONFIG", denoiser.CONFIG | small)
     monkeypatch.setattr(autoencoder, "CONFIG", autoencoder.CONFIG | {"block_out_channels": [16] * 4})
     monkeypatch.setattr(listener, "DIMS", replace(listener.DIMS, n_audio_layer=1))
-    monkeypatch.setattr(denoiser, "FIRST_LOOKS", 1)
+    monkeypatch.setattr(denoiser, "FIRST_RENDERINGS", 1)
     monkeypatch.setattr(denoiser.lips, "train_reader", partial(denoiser.lips.train_reader, batch=8))
     vae, encoder = AutoencoderKL.from_config(autoencoder.CONFIG), listener.new_encoder()
     save_state(tmp_path / "autoencoder.pt", {"vae": vae}, None, 1, scaling_factor=1.0)
@@ -349,7 +358,7 @@ def test_an_export_is_a_checkpoint_that_loads(tmp_path):
     save_state(state / "denoiser.pt", {"average": nn.ModuleDict({"unet": unet, "encoder": encoder})}, optimizer, 1)
     export(state, folder)
     models = load_models(resolve_model(str(folder), CPU), CPU, torch.float32)
-    assert models.resolution == RESOLUTION and models.match_colours and models.mel_range == QUIETEST
+    assert models.resolution == RESOLUTION and models.match_colours and models.mel_range == TRAINED_MEL_RANGE
     assert models.vae.config.scaling_factor == 0.5
     assert torch.equal(models.unet.conv_out.weight, unet.conv_out.weight.half().float())
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 40e6
@@ -404,9 +413,9 @@ def test_another_voice_is_laid_along_the_clips_own():
     rng = np.random.default_rng(0)
     slow, quick = (chirp(seconds) for seconds in (1.6, 0.9))
     slow = slow + 1e-3 * rng.standard_normal(len(slow)).astype(np.float32)  # a room
-    own, other = mel_of(slow), voices.spoken_again(mel_of(slow), quick)
+    own, other = mel_of(slow), voices.align_voice(mel_of(slow), quick)
     assert other.shape == own.shape
-    spoken = voices.speech(own * voices.MEL_STEP + voices.MEL_BASE)
+    spoken = voices.speech_part(own * voices.MEL_STEP + voices.MEL_BASE)
     inner = slice(spoken.start + 12, spoken.stop - 12)
     pitch = np.abs(own[inner].argmax(1).astype(int) - other[inner].argmax(1))
     assert np.mean(pitch) < 1.5, "the same tone at the same time"
@@ -421,7 +430,7 @@ def test_other_voices_are_heard_in_the_clips_time(prepared):
     tone = torch.full_like(data.mel, 200)
     both = replace(data, mel=torch.cat([data.mel, tone]))
     rng = np.random.default_rng(0)
-    own, other = (draw_sound(both, np.random.default_rng(0), 1, augment=False, own=own) for own in (True, False))
+    own, other = (draw_sound(both, np.random.default_rng(0), 1, augment=False, own_voice=own) for own in (True, False))
     assert [list(clips) for clips in own.clips] == [list(clips) for clips in other.clips]
     heard = int(other.counts[0].sum()) * MEL_PER_FRAME
     assert float(other.mel[0, :, :heard].std()) == 0 < float(own.mel[0, :, :heard].std())
@@ -435,18 +444,18 @@ def test_people_are_blended_by_what_tells_them_apart(prepared):
     means = data.means.clone()
     means[0] = 255 - means[0]
     two = replace(data, means=means)
-    changes = [random_people(two, np.random.default_rng(seed)) for seed in range(12)]
+    changes = [random_blends(two, np.random.default_rng(seed)) for seed in range(12)]
     shares = {round(float((change[0] / (means[1] - means[0])).nanmedian()), 3) for change in changes}
     assert 0 in shares and 4 <= len(shares) and max(shares) <= 0.7, "sometimes not at all, never for the most part"
-    again = random_people(data, np.random.default_rng(1))
+    again = random_blends(data, np.random.default_rng(1))
     assert float(again.abs().max()) < 1, "both clips show the same person"
 
 
 @pytest.mark.parametrize("windows", [0, 5, 15])
 def test_a_batch_that_is_no_whole_number_of_segments_is_refused(windows):
-    assert segments_of(20, 10) == 2
+    assert segment_count(20, 10) == 2
     with pytest.raises(UserError, match="multiple of 10"):
-        segments_of(windows, 10)
+        segment_count(windows, 10)
 
 
 def test_a_stage_without_what_comes_before_it_says_so(tmp_path):

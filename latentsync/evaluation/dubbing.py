@@ -1,7 +1,6 @@
-"""Clips through the pipeline's own stages, from faces that have been followed before."""
+"""Dub clips with the pipeline's stages, from faces that have been tracked before."""
 
 from collections.abc import Iterator
-from contextlib import closing
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from latentsync.settings import Settings
 from latentsync.windows import AlignedFrame, align_frames, group_windows, split_windows
 
 
-class ElsewherePainter(Painter):
-    """A painter that shows the network another moment of the clip as its reference, as in training.
+class OtherReferencePainter(Painter):
+    """A painter whose reference latents are of another moment of the clip, as in training.
 
-    The pipeline's reference is the frame itself, whose mouth is the answer where a clip is dubbed with its own sound.
+    The pipeline's reference is the frame itself, whose mouth is the solution if a clip is dubbed with its own sound.
     """
 
     def __init__(self, models: Models, settings: Settings, reference: list[AlignedFrame]):
@@ -30,40 +29,40 @@ class ElsewherePainter(Painter):
         self.channels = models.vae.config.latent_channels
 
     def cached_conditioning(self, frames: list[AlignedFrame], crops: Tensor) -> Tensor:
-        others = [self.reference[frame.source] for frame in frames]
+        others = [self.reference[frame.source] for frame in frames if frame.source is not None]
         other_crops = self.copy_to_device(torch.from_numpy(np.stack([other.crop for other in others])))
         masked = super().cached_conditioning(frames, crops)[:, : 1 + self.channels]
         reference = super().cached_conditioning(others, other_crops)[:, 1 + self.channels :]
         return torch.cat([masked, reference], 1)
 
 
-def elsewhere(n: int) -> np.ndarray:
-    """The frame that is the reference of each of n, half a clip away."""
+def reference_frames(n: int) -> np.ndarray:
+    """For each of n frames the one that is its reference, half a clip away."""
     return (np.arange(n) + n // 2) % n
 
 
-def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own: bool = False) -> np.ndarray:
-    """The clip's frames with its mouth saying `wav` (samples,), while both last: uint8 (n, H, W, 3).
+def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own_sound: bool = False) -> np.ndarray:
+    """Dub a clip with `wav` (samples,), up to the end of the shorter one: uint8 (n, H, W, 3).
 
-    own: the sound is the clip's, and the reference must be another moment.
+    own_sound: `wav` is the clip's own, so the reference must be another moment.
     """
-    n = min(len(clip.seen.frames), frame_count(len(wav)))
+    n = min(len(clip.track.frames), frame_count(len(wav)))
 
     def tracked() -> Iterator:
-        yield from zip(clip.seen.frames[:n].copy(), clip.seen.faces[:n], strict=True)
+        yield from zip(clip.track.frames[:n].copy(), clip.track.faces[:n], strict=True)
 
     chunks = audio_chunks(models.audio_encoder, torch.from_numpy(wav), n, models.mel_range, models.speech_level)
     tokens = on_side_stream(chunks, models.device)
     frames = list(align_frames(tracked(), tokens, models.resolution, max_crops=n))
     painter = Painter(models, settings)
-    if own:
-        others = [frames[i] if frames[i].crop is not None else frames[k] for k, i in enumerate(elsewhere(n))]
-        painter = ElsewherePainter(models, settings, others)
-    with closing(paint_groups(group_windows(split_windows(frames), settings.windows_per_pass), painter)) as painted:
-        if models.face is None:
-            return np.stack([frame.frame for frame in painted])
-        bank = MouthBank()
-        for _ in bank.collect(zip(clip.seen.frames, clip.seen.faces, strict=True)):
-            pass
-        with face_reader() as read_face:
-            return np.stack([frame.frame for frame in retarget(painted, bank, read_face)])
+    if own_sound:
+        others = [frames[i] if frames[i].crop is not None else frames[k] for k, i in enumerate(reference_frames(n))]
+        painter = OtherReferencePainter(models, settings, others)
+    painted = paint_groups(group_windows(split_windows(frames), settings.windows_per_pass), painter)
+    if models.face is None:
+        return np.stack([frame.frame for frame in painted])
+    bank = MouthBank()
+    for _ in bank.collect(zip(clip.track.frames, clip.track.faces, strict=True)):
+        pass
+    with face_reader() as read_face:
+        return np.stack([frame.frame for frame in retarget(painted, bank, read_face)])

@@ -1,10 +1,10 @@
-"""A judge of sync in the manner of SyncNet (Chung and Zisserman 2016): sound and mouth as points that lie close where
-they belong together.
+"""A sync judge in the manner of SyncNet (Chung and Zisserman 2016): it embeds mouths and sounds, close if in sync.
 
-It is small, trained here on the training clips in minutes, and may judge only what it can: `check` tries it on real
-clips first.
+It is small, trained on the training clips in minutes, and used only after `check` has tested it on real clips.
 """
 
+import logging
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,211 +18,226 @@ from torch import Tensor, nn
 
 from latentsync.audio import MEL_RANGE, log_powers
 from latentsync.checkpoints.tensors import load_exactly, read_tensors
-from latentsync.corpus import MARGIN, MEL_BASE, MEL_PER_FRAME, MEL_STEP, N_MELS, RESOLUTION, ClipSet, load_clips
+from latentsync.corpus import (
+    MARGIN,
+    MEL_BASE,
+    MEL_PER_FRAME,
+    MEL_STEP,
+    N_MELS,
+    RESOLUTION,
+    ClipSet,
+    load_clips,
+    load_held_out_clips,
+)
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parent.parent.parent / "assets" / "judge" / "judge.safetensors"
-SPAN = 5  # frames that are judged together, 0.2 s (SyncNet)
-MOUTH = (0.14, 0.42, 0.86, 0.98)  # of the crop's side: left, top, right, bottom of what is seen
-PATCH = (40, 48)  # pixels, height and width, of it
-JITTER = 4  # pixels around the patch that training shifts it by
+SPAN = 5  # frames in a window, 0.2 s (SyncNet)
+MOUTH = (0.14, 0.42, 0.86, 0.98)  # of the crop's side: left, top, right, bottom of the patch
+PATCH = (40, 48)  # pixels of the patch, height and width
+JITTER = 4  # pixels by which training shifts the patch
 WIDTHS = (24, 48, 72, 96)
 DIMENSIONS = 96
-LATEST = 15  # frames that sound and picture are shifted by, either way (SyncNet)
-CLIPS, WINDOWS = 16, 14  # of a batch, and of each of its clips
+MAX_SHIFT = 15  # frames of shift between sound and picture that are tried, either way (SyncNet)
+CLIPS, WINDOWS = 16, 14  # in a batch, and of each of its clips
 LEARNING_RATE = 2e-3
 TEMPERATURE = 0.07
-TONES = 0.25  # deviation of the exponent of the tones in training
-SOFT = 5  # pixels: the widest blur in training
-FAR = 7  # frames that a real clip is shifted by for the check
-MOST_OFF = 1  # frames that the judge may be off
-ENOUGH = 0.9  # share of real clips that it must get right
+GAMMA_STD = 0.25  # deviation of the logarithm of gamma in training
+MAX_BLUR = 5  # pixels: side of the blur in training
+CHECK_SHIFT = 7  # frames by which `check` shifts real clips
+MAX_OFFSET = 1  # frames of error that count as correct
+MIN_CORRECT = 0.9  # share of real clips
 
 
-def tower(channels: int, strides: list[tuple[int, int]], size: tuple[int, int]) -> nn.Sequential:
+def make_encoder(channels: int, strides: list[tuple[int, int]], size: tuple[int, int]) -> nn.Sequential:
     """A small convolutional network from (n, channels, *size) to (n, DIMENSIONS)."""
     layers: list[nn.Module] = []
-    for width, stride in zip(WIDTHS, strides, strict=True):
-        layers += [nn.Conv2d(channels, width, 3, stride, padding=1), nn.GroupNorm(8, width), nn.GELU()]
-        channels = width
-        size = tuple(-(-length // step) for length, step in zip(size, stride, strict=True))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size[0] * size[1], DIMENSIONS))
+    height, width = size
+    for c_out, stride in zip(WIDTHS, strides, strict=True):
+        layers += [nn.Conv2d(channels, c_out, 3, stride, padding=1), nn.GroupNorm(8, c_out), nn.GELU()]
+        channels = c_out
+        height, width = math.ceil(height / stride[0]), math.ceil(width / stride[1])
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, DIMENSIONS))
 
 
 class Judge(nn.Module):
-    """Mouths and sounds as points on the unit sphere."""
+    """Embeds mouths and sounds on the unit sphere."""
 
     def __init__(self):
         super().__init__()
-        self.mouth = tower(SPAN, [(2, 2), (2, 2), (2, 2), (1, 1)], PATCH)
-        self.sound = tower(1, [(2, 1), (2, 2), (2, 2), (2, 2)], (N_MELS, SPAN * MEL_PER_FRAME))
+        self.mouth = make_encoder(SPAN, [(2, 2), (2, 2), (2, 2), (1, 1)], PATCH)
+        self.sound = make_encoder(1, [(2, 1), (2, 2), (2, 2), (2, 2)], (N_MELS, SPAN * MEL_PER_FRAME))
 
-    def see(self, patches: Tensor) -> Tensor:
-        """Grey patches (n, SPAN, *PATCH), of any range → (n, DIMENSIONS). Light and contrast do not count."""
+    def embed_mouths(self, patches: Tensor) -> Tensor:
+        """Grey patches (n, SPAN, *PATCH), of any range → (n, DIMENSIONS), independent of light and contrast."""
         patches = patches - patches.mean((1, 2, 3), keepdim=True)
         return F.normalize(self.mouth(patches / (patches.std((1, 2, 3), correction=0, keepdim=True) + 1e-3)), dim=1)
 
-    def hear(self, mel: Tensor) -> Tensor:
-        """`relative` mel powers (n, SPAN · MEL_PER_FRAME, N_MELS) → (n, DIMENSIONS)."""
+    def embed_sounds(self, mel: Tensor) -> Tensor:
+        """`relative_mel` powers (n, SPAN · MEL_PER_FRAME, N_MELS) → (n, DIMENSIONS)."""
         return F.normalize(self.sound(mel.transpose(1, 2)[:, None]), dim=1)
 
 
-def relative(power: Tensor) -> Tensor:
-    """Mel powers of a clip (n, N_MELS), log10, over its loudest: 1 down to −1."""
+def relative_mel(power: Tensor) -> Tensor:
+    """Mel powers of a clip (n, N_MELS), log10, relative to its loudest: 1 down to −1."""
     return (power - power.max()).clamp(min=-MEL_RANGE) / (MEL_RANGE / 2) + 1
 
 
-def patches_of(crops: np.ndarray, margin: float = 0.0) -> np.ndarray:
-    """The mouths of crops uint8 (n, R, R, 3) that have `margin` · R pixels more around them, (n, h, w) grey uint8.
+def mouth_patches(crops: np.ndarray, margin: float = 0.0) -> np.ndarray:
+    """Cut the mouths, (n, h, w) grey uint8, from crops uint8 (n, R, R, 3) with `margin` · R pixels more around them.
 
-    As large as PATCH and JITTER around it.
+    The patches have the size of PATCH with JITTER around it.
     """
     side = crops.shape[1] / (1 + 2 * margin)
     height, width = (length + 2 * JITTER for length in PATCH)
     left, top, right, bottom = ((edge + margin) * side for edge in MOUTH)
     # One affine map from the patch to the crop, centres to centres, JITTER beyond the mouth on every side.
     scale = (right - left) / PATCH[1], (bottom - top) / PATCH[0]
-    matrix = np.array([
-        [scale[0], 0, left + (0.5 - JITTER) * scale[0] - 0.5],
-        [0, scale[1], top + (0.5 - JITTER) * scale[1] - 0.5],
-    ])  # fmt: skip
-    soft = max(scale) / 2
-    out = []
+    x0, y0 = left + (0.5 - JITTER) * scale[0] - 0.5, top + (0.5 - JITTER) * scale[1] - 0.5
+    matrix = np.array([[scale[0], 0, x0], [0, scale[1], y0]])
+    blur = max(scale) / 2
+    patches = []
     for crop in crops:
         grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
-        if soft > 0.5:  # against aliasing
-            grey = cv2.GaussianBlur(grey, (0, 0), soft * 0.8)
+        if blur > 0.5:  # against aliasing
+            grey = cv2.GaussianBlur(grey, (0, 0), blur * 0.8)
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        out.append(cv2.warpAffine(grey, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE))
-    return np.stack(out)
+        patches.append(cv2.warpAffine(grey, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE))
+    return np.stack(patches)
 
 
 def load_judge(path: Path, device: torch.device) -> Judge:
-    """Raises UserError where the file is missing or of another judge."""
+    """Load a judge. Raises UserError if the file is missing or has other tensors."""
     tensors, _ = read_tensors(path)
     judge = Judge()
     load_exactly(judge, lambda: tensors, path, device, torch.float32)
     return judge.to(device).eval()
 
 
-def windows(values: Tensor, starts: Tensor, length: int) -> Tensor:
-    """(n, …) at starts (k,) → (k, length, …)."""
+def take_windows(values: Tensor, starts: Tensor, length: int) -> Tensor:
+    """Windows of values (n, …) from starts (k,) on → (k, length, …)."""
     return values[starts[:, None] + torch.arange(length, device=values.device)]
 
 
-def train(prepared: Path, output: Path, seconds: float, device: torch.device) -> None:
-    """Train on a folder of `latentsync.training prepare` for `seconds` and write the weights in half precision."""
+def train(prepared: Path, output: Path, seconds: float, device: torch.device) -> "Check | None":
+    """Train on a folder written by `latentsync.training prepare` and write the weights in half precision.
+
+    Returns the check on the held-out clips, if there are any.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     data = load_clips(prepared, torch.device("cpu"))
-    patches, mel = material(data, device)
-    data = replace(data, frames=data.frames[:0].clone())  # gigabytes that are not needed any more
+    patches, mel = prepare_inputs(data, device)
+    data = replace(data, frames=data.frames[:0].clone())  # frees gigabytes
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     judge = Judge().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), LEARNING_RATE, weight_decay=0.1)
-    wanted = torch.arange(CLIPS * WINDOWS, device=device)
-    began, step, average = time.monotonic(), 0, 0.0
-    while (elapsed := time.monotonic() - began) < seconds or step == 0:
+    targets = torch.arange(CLIPS * WINDOWS, device=device)
+    started, step, average = time.monotonic(), 0, 0.0
+    while (elapsed := time.monotonic() - started) < seconds or step == 0:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (step + 1) / 50) * max(0.02, 1 - elapsed / max(seconds, 1))
-        seen, heard = draw(data, patches, mel, rng)
-        close = judge.see(seen) @ judge.hear(heard).T / TEMPERATURE
-        loss = (F.cross_entropy(close, wanted) + F.cross_entropy(close.T, wanted)) / 2
+        mouths, sounds = draw_batch(data, patches, mel, rng)
+        logits = judge.embed_mouths(mouths) @ judge.embed_sounds(sounds).T / TEMPERATURE
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         average += (float(loss.detach()) - average) / min(step, 100)
         if step % 100 == 0:
-            print(f"judge step {step} loss {average:.3f} {elapsed:.0f} s", flush=True)
+            log.info("judge step %d loss %.3f %.0f s", step, average, elapsed)
     save_file({name: tensor.half().cpu().contiguous() for name, tensor in judge.state_dict().items()}, output)
-    print(f"judge: {step} steps; {output}", flush=True)
-    if unseen := load_clips(prepared, torch.device("cpu"), held_out=True):
-        print("on clips that were held out: " + check(*tables(judge.eval(), unseen, device)).sentence())
+    log.info("judge: %d steps; %s", step, output)
+    held_out = load_held_out_clips(prepared, torch.device("cpu"))
+    return check(*clip_similarities(judge.eval(), held_out, device)) if held_out else None
 
 
-def material(data: ClipSet, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mouth patches (n, h, w) uint8 and relative mel (n · MEL_PER_FRAME, N_MELS) of clips end to end."""
-    patches = patches_of(data.frames.permute(0, 2, 3, 1).numpy(), MARGIN / RESOLUTION)
+def prepare_inputs(data: ClipSet, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mouth patches (n, h, w) uint8 and `relative_mel` (n · MEL_PER_FRAME, N_MELS) of clips end to end."""
+    patches = mouth_patches(data.frames.permute(0, 2, 3, 1).numpy(), MARGIN / RESOLUTION)
     power = data.mel[0].float() * MEL_STEP + MEL_BASE
-    mel = [relative(part) for part in power.split([int(length) * MEL_PER_FRAME for length in data.lengths])]
+    mel = [relative_mel(part) for part in power.split([int(length) * MEL_PER_FRAME for length in data.lengths])]
     return torch.from_numpy(patches).to(device), torch.cat(mel).to(device)
 
 
-def draw(data: ClipSet, patches: Tensor, mel: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A batch of windows that belong together, each clip's spread over its length, looks and voices varied."""
+def draw_batch(data: ClipSet, patches: Tensor, mel: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Draw a batch of pairs in sync, the windows of each clip spread over its length, with augmentation."""
     device, n = patches.device, CLIPS * WINDOWS
     clips = np.repeat(data.draw(rng, CLIPS), WINDOWS)
-    room = (data.lengths[clips] - SPAN) / WINDOWS  # frames a window may begin in
-    first = ((np.tile(np.arange(WINDOWS), CLIPS) + rng.random(n)) * room).astype(int)
+    spacing = (data.lengths[clips] - SPAN) / WINDOWS  # frames
+    first = ((np.tile(np.arange(WINDOWS), CLIPS) + rng.random(n)) * spacing).astype(int)
     starts = torch.from_numpy(data.starts[clips] + first).to(device)
-    seen = windows(patches, starts, SPAN).float() / 255
-    # One shift, flip and exponent a window; neighbours of a batch stay comparable, as they come from one clip.
-    at = torch.from_numpy(rng.integers(0, 2 * JITTER + 1, (n, 2))).to(device)
-    rows = at[:, :1] + torch.arange(PATCH[0], device=device)
-    columns = at[:, 1:] + torch.arange(PATCH[1], device=device)
+    mouths = take_windows(patches, starts, SPAN).float() / 255
+    # One shift, flip and gamma per window.
+    corner = torch.from_numpy(rng.integers(0, 2 * JITTER + 1, (n, 2))).to(device)
+    rows = corner[:, :1] + torch.arange(PATCH[0], device=device)
+    columns = corner[:, 1:] + torch.arange(PATCH[1], device=device)
     columns = torch.where(torch.rand(n, 1, device=device) < 0.5, columns, columns.flip(1))
     index = torch.arange(n, device=device)[:, None, None]
-    seen = seen.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-    seen = seen ** (torch.randn(n, 1, 1, 1, device=device) * TONES).exp()
-    # Generated mouths are softer than real ones, which must not count.
-    soft = F.avg_pool2d(seen, SOFT, 1, SOFT // 2, count_include_pad=False)
-    seen = torch.lerp(seen, soft, torch.rand(n, 1, 1, 1, device=device))
-    seen = seen + 0.02 * torch.randn_like(seen)
-    heard = windows(mel, starts * MEL_PER_FRAME, SPAN * MEL_PER_FRAME)
-    heard = heard + 0.1 * torch.randn(n, 1, 1, device=device) + 0.1 * torch.randn(n, 1, N_MELS, device=device)
-    return seen, heard + 0.05 * torch.randn_like(heard)
+    mouths = mouths.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    mouths = mouths ** (torch.randn(n, 1, 1, 1, device=device) * GAMMA_STD).exp()
+    # Generated mouths are softer than real ones, and the score should not depend on it.
+    soft = F.avg_pool2d(mouths, MAX_BLUR, 1, MAX_BLUR // 2, count_include_pad=False)
+    mouths = torch.lerp(mouths, soft, torch.rand(n, 1, 1, 1, device=device))
+    mouths = mouths + 0.02 * torch.randn_like(mouths)
+    sounds = take_windows(mel, starts * MEL_PER_FRAME, SPAN * MEL_PER_FRAME)
+    sounds = sounds + 0.1 * torch.randn(n, 1, 1, device=device) + 0.1 * torch.randn(n, 1, N_MELS, device=device)
+    return mouths, sounds + 0.05 * torch.randn_like(sounds)
 
 
 @torch.inference_mode()
 def similarities(judge: Judge, patches: Tensor, mel: Tensor) -> Tensor:
-    """How close windows of mouths (n, h, w) lie to windows of sound (m · MEL_PER_FRAME, N_MELS): (n − 4, m − 4)."""
+    """Cosine similarity of windows of mouths (n, h, w) and of sound (m · MEL_PER_FRAME, N_MELS): (n − 4, m − 4)."""
     patches = patches[:, JITTER:-JITTER, JITTER:-JITTER].float() / 255
     device = patches.device
-    sounds = len(mel) // MEL_PER_FRAME
-    seen = judge.see(windows(patches, torch.arange(max(len(patches) - SPAN + 1, 0), device=device), SPAN))
-    starts = torch.arange(max(sounds - SPAN + 1, 0), device=device) * MEL_PER_FRAME
-    return seen @ judge.hear(windows(mel, starts, SPAN * MEL_PER_FRAME)).T
+    frames = len(mel) // MEL_PER_FRAME
+    starts = torch.arange(max(len(patches) - SPAN + 1, 0), device=device)
+    mouths = judge.embed_mouths(take_windows(patches, starts, SPAN))
+    starts = torch.arange(max(frames - SPAN + 1, 0), device=device) * MEL_PER_FRAME
+    return mouths @ judge.embed_sounds(take_windows(mel, starts, SPAN * MEL_PER_FRAME)).T
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """offset: frames that the picture is late; confidence: how much closer it lies there than usually."""
+class SyncScore:
+    """offset: frames that the picture is late; confidence: similarity there above the median over all shifts."""
 
     offset: int
     confidence: float
 
 
-def verdict(close: Tensor, shift: int = 0) -> Verdict:
-    """Of `similarities` (n, m); NaN where they are too few. shift: as if the picture came so many frames later."""
-    lags = [lag for lag in range(-LATEST, LATEST + 1) if min(close.shape) > abs(lag - shift) + SPAN] or [0]
+def sync_score(similarity: Tensor, shift: int = 0) -> SyncScore:
+    """Score `similarities` (n, m), as if the picture came `shift` frames later; NaN if there are too few."""
+    lags = [lag for lag in range(-MAX_SHIFT, MAX_SHIFT + 1) if min(similarity.shape) > abs(lag - shift) + SPAN] or [0]
     # A picture that is late by `lag` matches the sound of `lag` frames before.
-    mean = torch.stack([close.diagonal(shift - lag).mean() for lag in lags])
+    mean = torch.stack([similarity.diagonal(shift - lag).mean() for lag in lags])
     best = int(mean.argmax())
-    return Verdict(lags[best], float(mean[best] - mean.median()))
+    return SyncScore(lags[best], float(mean[best] - mean.median()))
 
 
 def judge_clip(judge: Judge, crops: np.ndarray, wav: np.ndarray) -> Tensor:
     """`similarities` of aligned crops uint8 (n, R, R, 3) and their sound (samples,)."""
     device = next(judge.parameters()).device
-    mel = relative(torch.cat(list(log_powers(torch.from_numpy(wav), N_MELS)), dim=1).T)
-    return similarities(judge, torch.from_numpy(patches_of(crops)).to(device), mel.to(device))
+    mel = relative_mel(torch.cat(list(log_powers(torch.from_numpy(wav), N_MELS)), dim=1).T)
+    return similarities(judge, torch.from_numpy(mouth_patches(crops)).to(device), mel.to(device))
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a judge finds of real clips: shares of them, and its mean confidence."""
+    """Accuracy of a judge on real clips: shares of them, and its mean confidence."""
 
     clips: int
-    in_step: float  # found in step, as they are
-    shifted: float  # found out of step by FAR, when shifted by it
-    confidence: float  # of true pairs
-    mismatched: float  # of other clips' sounds
+    in_step: float  # scored in sync, unchanged
+    shifted: float  # scored out of sync by CHECK_SHIFT, if shifted by it
+    confidence: float  # with their own sound
+    mismatched: float  # confidence with another clip's sound
 
     @property
     def passed(self) -> bool:
-        return min(self.in_step, self.shifted) >= ENOUGH and self.mismatched < self.confidence
+        return min(self.in_step, self.shifted) >= MIN_CORRECT and self.mismatched < self.confidence
 
-    def sentence(self) -> str:
+    def summary(self) -> str:
         return (
             f"{self.in_step:.0%} of {self.clips} real clips in step, {self.shifted:.0%} of shifted ones found shifted, "
             f"confidence {self.confidence:.2f}, of another clip's sound {self.mismatched:.2f}: "
@@ -231,24 +246,26 @@ class Check:
 
 
 def check(true: list[Tensor], mismatched: list[Tensor]) -> Check:
-    """Of the `similarities` of real clips with their own sound, and with another clip's."""
-    own = [verdict(close) for close in true]
-    late = [verdict(close, shift) for close in true for shift in (-FAR, FAR)]
-    shifts = [shift for _ in true for shift in (-FAR, FAR)]
+    """Check a judge by `similarities` of real clips with their own sound, and with another clip's."""
+    unshifted = [sync_score(similarity) for similarity in true]
+    errors = [
+        sync_score(similarity, shift).offset - shift for similarity in true for shift in (-CHECK_SHIFT, CHECK_SHIFT)
+    ]
+    mismatches = [sync_score(similarity).confidence for similarity in mismatched]
     return Check(
         clips=len(true),
-        in_step=float(np.mean([abs(found.offset) <= MOST_OFF for found in own])),
-        shifted=float(np.mean([abs(v.offset - s) <= MOST_OFF for v, s in zip(late, shifts, strict=True)])),
-        confidence=float(np.mean([found.confidence for found in own])),
-        mismatched=float(np.mean([verdict(close).confidence for close in mismatched])) if mismatched else 0.0,
+        in_step=float(np.mean([abs(score.offset) <= MAX_OFFSET for score in unshifted])),
+        shifted=float(np.mean([abs(error) <= MAX_OFFSET for error in errors])),
+        confidence=float(np.mean([score.confidence for score in unshifted])),
+        mismatched=float(np.mean(mismatches)) if mismatches else 0.0,
     )
 
 
-def tables(judge: Judge, data: ClipSet, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+def clip_similarities(judge: Judge, data: ClipSet, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     """`similarities` of prepared clips with their own sound, and with the next clip's."""
-    patches, mel = material(data, device)
+    patches, mel = prepare_inputs(data, device)
     lengths = [int(length) for length in data.lengths]
     patches, mel = patches.split(lengths), mel.split([length * MEL_PER_FRAME for length in lengths])
     true = [similarities(judge, *pair) for pair in zip(patches, mel, strict=True)]
-    others = [similarities(judge, seen, mel[i - 1]) for i, seen in enumerate(patches) if len(mel) > 1]
+    others = [similarities(judge, mouths, mel[i - 1]) for i, mouths in enumerate(patches) if len(mel) > 1]
     return true, others

@@ -9,7 +9,7 @@ import numpy as np
 from latentsync.alignment import crop_size
 from latentsync.checkpoints.load import Models
 from latentsync.evaluation.appearance import HULL_POINTS, compare_appearance
-from latentsync.evaluation.clips import MOST_FRAMES, SIDE, Clip, Seen, alignments, look
+from latentsync.evaluation.clips import MAX_FRAMES, SIDE, Clip, FaceTrack, alignment_matrices, track_clip
 from latentsync.evaluation.dubbing import dub
 from latentsync.evaluation.measures import LAGS, correlation, peak
 from latentsync.media import probe_video, read_frames
@@ -51,11 +51,11 @@ class PersonMeasures:
     old: float
 
 
-def hull_points(seen: Seen, aligned_as: Seen) -> np.ndarray:
+def hull_points(track: FaceTrack, aligned_as: FaceTrack) -> np.ndarray:
     """HULL_POINTS of every face in the crops, (n, k, 2), aligned as in another clip; NaN where there is no face."""
     to_square = SIDE / np.array(crop_size(SIDE))
-    points = np.full((len(seen.faces), len(HULL_POINTS), 2), np.nan)
-    for row, face, matrix in zip(points, seen.faces, alignments(aligned_as.faces), strict=False):
+    points = np.full((len(track.faces), len(HULL_POINTS), 2), np.nan)
+    for row, face, matrix in zip(points, track.faces, alignment_matrices(aligned_as.faces), strict=False):
         if face is not None and matrix is not None:
             row[:] = (face.landmarks[list(HULL_POINTS)] @ matrix[:, :2].T + matrix[:, 2] + 0.5) * to_square - 0.5
     return points
@@ -67,13 +67,13 @@ def measure_people(
     """Dub each film with one of the voices, in turn: its measures, and the faces (n, SIDE, SIDE, 3) before, after."""
     for i, film in enumerate(films):
         voice = voices[i % len(voices)]
-        source = look(np.stack(list(read_frames(probe_video(film), count=MOST_FRAMES))))
+        source = track_clip(np.stack(list(read_frames(probe_video(film), count=MAX_FRAMES))))
         frames = dub(Clip(film.stem, film.stem, source, voice.wav), voice.wav, models, settings)
         n = len(frames)
-        result = look(frames, source.faces[:n])
+        result = track_clip(frames, source.faces[:n])
         source_points, result_points = hull_points(source, source)[:n], hull_points(result, source)
         appearance = compare_appearance(result.crops, source.crops[:n], source_points, result_points)
-        best, lag = peak(correlation(result.opening, voice.seen.opening))
+        best, lag = peak(correlation(result.opening, voice.track.opening))
         old = float(correlation(result.opening, source.opening[:n])[LAGS == 0][0])
         yield (
             PersonMeasures(film.stem, voice.name, correlation=best, lag=lag, old=old, **appearance),

@@ -1,8 +1,9 @@
-"""From clips to measures: dub them, measure every one, and put people together."""
+"""From clips to measures: dub them, measure each, and summarise them by person."""
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -10,9 +11,9 @@ from latentsync import SAMPLE_RATE
 from latentsync.alignment import fixed_mask
 from latentsync.checkpoints.load import Models
 from latentsync.corpus import HELD_OUT_SPEAKERS
-from latentsync.evaluation.clips import SIDE, TRACKS, Clip, Seen, look
-from latentsync.evaluation.dubbing import dub, elsewhere
-from latentsync.evaluation.judge import MOST_OFF, Check, Judge, check, judge_clip, verdict
+from latentsync.evaluation.clips import MAX_TRACKS, SIDE, Clip, FaceTrack, track_clip
+from latentsync.evaluation.dubbing import dub, reference_frames
+from latentsync.evaluation.judge import MAX_OFFSET, Check, Judge, check, judge_clip, sync_score
 from latentsync.evaluation.measures import (
     border_energy,
     correlation,
@@ -28,12 +29,12 @@ from latentsync.evaluation.measures import (
 )
 from latentsync.settings import Settings
 
-SILENCE = 2.0  # seconds of silent sound that every clip is dubbed with
-LEAST_PAUSE = 5  # frames; in fewer there is no variance to speak of
+SILENCE = 2.0  # seconds of silence that every clip is dubbed with
+MIN_PAUSE = 5  # frames, to measure a variance
 HIDDEN = fixed_mask(SIDE) < 0.5
 WHOLE = np.ones_like(HIDDEN)
 
-# What is said of a group: key, label, format.
+# Rows of the table of groups: key, label, format.
 TABLE = (
     ("clips", "clips", "{:d}"),
     ("psnr", "self-dub: PSNR of the generated region, dB", "{:.1f}"),
@@ -65,7 +66,7 @@ TABLE = (
 
 @dataclass
 class Result:
-    """One clip's: names, measures, and the faces (reference, generated, truth) of both dubs for the contact sheet."""
+    """Names and measures of a clip, and the faces (reference, generated, truth) of both dubs for the contact sheet."""
 
     speaker: str
     name: str
@@ -75,41 +76,45 @@ class Result:
 
 
 def ratio(value: float, real: float) -> float:
+    """value / real, NaN if real is 0."""
     return value / real if real > 0 else np.nan
 
 
 def pause_variance(opening: np.ndarray, wav: np.ndarray) -> float:
-    """Variance of the opening in the pauses of the sound over that in its speech; NaN without pauses."""
+    """Variance of the opening in the pauses of the sound over that in its speech; NaN if there are no pauses."""
     quiet = pauses(loudness(wav))[: len(opening)]
     opening = opening[: len(quiet)]
-    if min(quiet.sum(), (~quiet).sum()) < LEAST_PAUSE:
+    if min(quiet.sum(), (~quiet).sum()) < MIN_PAUSE:
         return np.nan
     return ratio(float(np.nanvar(opening[quiet])), float(np.nanvar(opening[~quiet])))
 
 
-def steadiness(result: Seen, source: Seen) -> tuple[float, float]:
+def steadiness(result: FaceTrack, source: FaceTrack) -> tuple[float, float]:
     """Flicker and seam of the generated region, over those of the real clip."""
-    pair = result.crops, source.crops[: len(result.crops)]
-    return ratio(*(flicker(crops, HIDDEN) for crops in pair)), ratio(*(border_energy(crops, HIDDEN) for crops in pair))
+    crops, real = result.crops, source.crops[: len(result.crops)]
+    return (
+        ratio(flicker(crops, HIDDEN), flicker(real, HIDDEN)),
+        ratio(border_energy(crops, HIDDEN), border_energy(real, HIDDEN)),
+    )
 
 
 def measure_self_dub(clip: Clip, models: Models, settings: Settings, out: Result) -> None:
-    """The clip with its own sound, its reference half a clip away."""
-    result = look(dub(clip, clip.wav, models, settings, own=True), clip.seen.faces)
+    """Dub the clip with its own sound, its reference half a clip away."""
+    result = track_clip(dub(clip, clip.wav, models, settings, own_sound=True), clip.track.faces)
     n = len(result.crops)
-    true, lips = clip.seen.crops[:n], clip.seen.lips[:n]
-    flickering, seam = steadiness(result, clip.seen)
+    true, lips = clip.track.crops[:n], clip.track.lips[:n]
+    flickering, seam = steadiness(result, clip.track)
     out.measures |= {
         "psnr": psnr(result.crops, true, HIDDEN),
         "ssim": ssim(result.crops, true, HIDDEN),
         "ssim_crop": ssim(result.crops, true, WHOLE),
         "lmd": landmark_distance(result.lips, lips),
-        "lmd_kept": landmark_distance(lips[elsewhere(n)], lips),
+        "lmd_kept": landmark_distance(lips[reference_frames(n)], lips),
         "sharpness": ratio(detail(result.crops, HIDDEN), detail(true, HIDDEN)),
         "flicker": flickering,
         "seam": seam,
     }
-    out.faces["its own sound"] = (true[elsewhere(n)], result.crops, true)
+    out.faces["its own sound"] = (true[reference_frames(n)], result.crops, true)
 
 
 def measure_cross_dub(
@@ -120,58 +125,60 @@ def measure_cross_dub(
     settings: Settings,
     judge: Judge | None,
     out: Result,
-) -> Seen:
-    """The clip with another's sound; tracks: true openings of other clips of that voice."""
-    began = time.perf_counter()
+) -> FaceTrack:
+    """Dub the clip with another's sound; tracks: true mouth openings of other clips of that voice."""
+    started = time.perf_counter()
     frames = dub(clip, other.wav, models, settings)
-    seconds = time.perf_counter() - began
-    result = look(frames, clip.seen.faces)
-    flickering, seam = steadiness(result, clip.seen)
+    seconds = time.perf_counter() - started
+    result = track_clip(frames, clip.track.faces)
+    flickering, seam = steadiness(result, clip.track)
     others = [correlation(result.opening, track) for track in tracks]
     out.measures |= {
-        "correlation": correlation(result.opening, other.seen.opening),
+        "correlation": correlation(result.opening, other.track.opening),
         "mismatched": nan_mean(others) if others else np.full_like(correlation(result.opening, result.opening), np.nan),
-        "loudness": correlation(loudness(other.wav), other.seen.opening),
-        "nearest": is_nearest(result.opening, [other.seen.opening, *tracks]) if tracks else np.nan,
+        "loudness": correlation(loudness(other.wav), other.track.opening),
+        "nearest": is_nearest(result.opening, [other.track.opening, *tracks]) if tracks else np.nan,
         "tracks": len(tracks) + 1,
         "pause_variance": pause_variance(result.opening, other.wav),
-        "pause_variance_real": pause_variance(other.seen.opening, other.wav),
+        "pause_variance_real": pause_variance(other.track.opening, other.wav),
         "flicker_cross": flickering,
         "seam_cross": seam,
         "seconds_per_frame": seconds / len(frames),
     }
     if judge is not None:
-        found = verdict(judge_clip(judge, result.crops, other.wav))
+        score = sync_score(judge_clip(judge, result.crops, other.wav))
         out.measures |= {
-            "judge_confidence": found.confidence,
-            "judge_offset": found.offset,
-            "judge_in_step": abs(found.offset) <= MOST_OFF,
-            "judge_real": verdict(judge_clip(judge, other.seen.crops, other.wav)).confidence,
-            "judge_undubbed": verdict(judge_clip(judge, clip.seen.crops, other.wav)).confidence,
+            "judge_confidence": score.confidence,
+            "judge_offset": score.offset,
+            "judge_in_step": abs(score.offset) <= MAX_OFFSET,
+            "judge_real": sync_score(judge_clip(judge, other.track.crops, other.wav)).confidence,
+            "judge_undubbed": sync_score(judge_clip(judge, clip.track.crops, other.wav)).confidence,
         }
-    truth = other.seen.crops[: len(result.crops)]
-    out.faces[f"the sound of {other.speaker}/{other.name}"] = (clip.seen.crops[: len(truth)], result.crops, truth)
+    truth = other.track.crops[: len(result.crops)]
+    out.faces[f"the sound of {other.speaker}/{other.name}"] = (clip.track.crops[: len(truth)], result.crops, truth)
     return result
 
 
-def measure_silence(clip: Clip, spoken: Seen, models: Models, settings: Settings, out: Result) -> None:
-    """The clip with no sound at all, beside the one that speaks."""
-    silent = look(dub(clip, np.zeros(round(SILENCE * SAMPLE_RATE), np.float32), models, settings), clip.seen.faces)
+def measure_silence(clip: Clip, spoken: FaceTrack, models: Models, settings: Settings, out: Result) -> None:
+    """Dub the clip with silence; spoken: its dub with another's sound."""
+    silence = np.zeros(round(SILENCE * SAMPLE_RATE), np.float32)
+    silent = track_clip(dub(clip, silence, models, settings), clip.track.faces)
     out.measures |= {"opening_silent": np.nanvar(silent.opening), "opening_spoken": np.nanvar(spoken.opening)}
 
 
-def measure(
+def measure_clips(
     clips: dict[str, list[Clip]], limit: int | None, models: Models, settings: Settings, judge: Judge | None
 ) -> Iterator[Result]:
-    """Up to `limit` clips of every speaker, each with the sound of the speaker's next one.
+    """Measure up to `limit` clips of every speaker, each dubbed with the sound of the speaker's next one.
 
-    Who has one clip only gets the sound of the next person who is there.
+    A speaker with only one clip gets the sound of the next speaker.
     """
-    everyone = [clip for own in clips.values() for clip in own]
-    for own in clips.values():
-        for i, clip in enumerate(own[:limit]):
-            other = own[(i + 1) % len(own)] if len(own) > 1 else everyone[(everyone.index(clip) + 1) % len(everyone)]
-            tracks = [each.seen.opening for each in clips[other.speaker] if each is not other][: TRACKS - 1]
+    everyone = [clip for of_speaker in clips.values() for clip in of_speaker]
+    for of_speaker in clips.values():
+        for clip in of_speaker[:limit]:
+            candidates = of_speaker if len(of_speaker) > 1 else everyone
+            other = candidates[(candidates.index(clip) + 1) % len(candidates)]
+            tracks = [real.track.opening for real in clips[other.speaker] if real is not other][: MAX_TRACKS - 1]
             out = Result(clip.speaker, clip.name, f"{other.speaker}/{other.name}")
             measure_self_dub(clip, models, settings, out)
             spoken = measure_cross_dub(clip, other, tracks, models, settings, judge, out)
@@ -179,61 +186,59 @@ def measure(
             yield out
 
 
-def check_on(judge: Judge, clips: dict[str, list[Clip]]) -> Check:
-    """The judge's check on these real clips, each also with the sound of the next one."""
-    everyone = [clip for own in clips.values() for clip in own]
-    beside = [*everyone[1:], everyone[0]]
+def check_judge(judge: Judge, clips: dict[str, list[Clip]]) -> Check:
+    """Check a judge on real clips, each also with the sound of the next one."""
+    everyone = [clip for of_speaker in clips.values() for clip in of_speaker]
+    following = [*everyone[1:], everyone[0]]
     return check(
-        [judge_clip(judge, clip.seen.crops, clip.wav) for clip in everyone],
-        [judge_clip(judge, a.seen.crops, b.wav) for a, b in zip(everyone, beside, strict=True) if a is not b],
+        [judge_clip(judge, clip.track.crops, clip.wav) for clip in everyone],
+        [judge_clip(judge, a.track.crops, b.wav) for a, b in zip(everyone, following, strict=True) if a is not b],
     )
 
 
 def nan_mean(values: list) -> np.ndarray:
-    """Mean over the first axis of what is known; NaN where nothing is."""
-    values = np.asarray(values, float)
-    known = np.isfinite(values)
-    return np.where(known.any(0), np.where(known, values, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
+    """Mean of the finite values over the first axis; NaN where there are none."""
+    array = np.asarray(values, float)
+    finite = np.isfinite(array)
+    return np.where(finite.any(0), np.where(finite, array, 0).sum(0) / np.maximum(finite.sum(0), 1), np.nan)
 
 
-def summary(results: list[Result]) -> dict:
-    """The measures of a group: means over its clips; correlations are averaged lag by lag before the peak is taken."""
-    out: dict = {"clips": len(results)}
+def summarise(results: list[Result]) -> dict:
+    """Means of a group over its clips; correlations are averaged at every lag before the peak is taken."""
+    means: dict = {"clips": len(results)}
     for key, _, _ in TABLE:
         values = [result.measures[key] for result in results if key in result.measures]
         if values:
             mean = nan_mean(values)
-            out[key], lag = peak(mean) if mean.ndim else (float(mean), None)
+            means[key], lag = peak(mean) if mean.ndim else (float(mean), None)
             if key == "correlation":
-                out["lag"] = lag
-    # Of the means: a clip that hardly speaks would have a ratio of its own that says little.
+                means["lag"] = lag
+    # The ratio of the means, since the ratio of a clip with little speech is mostly noise.
     silent, spoken = (
         nan_mean([result.measures[f"opening_{how}"] for result in results]) for how in ("silent", "spoken")
     )
-    return out | {"silent_variance": ratio(float(silent), float(spoken))}
+    return means | {"silent_variance": ratio(float(silent), float(spoken))}
 
 
-def groups(results: list[Result]) -> dict[str, dict]:
-    """A summary of every speaker, of all people that training knows, and of all it has never seen."""
-    by: dict[str, list[Result]] = {}
+def summarise_groups(results: list[Result]) -> dict[str, dict]:
+    """Summaries of every speaker, of all speakers that training has clips of, and of all it has none of."""
+    groups: dict[str, list[Result]] = {}
     for result in results:
-        by.setdefault(result.speaker, []).append(result)
-    unseen = [result for result in results if result.speaker in HELD_OUT_SPEAKERS]
-    known = [result for result in results if result.speaker not in HELD_OUT_SPEAKERS]
-    for name, of, people in (
-        ("known", known, set(by) - set(HELD_OUT_SPEAKERS)),
-        ("unseen", unseen, set(by) & set(HELD_OUT_SPEAKERS)),
+        groups.setdefault(result.speaker, []).append(result)
+    for name, speakers in (
+        ("known", set(groups) - set(HELD_OUT_SPEAKERS)),
+        ("unseen", set(groups) & set(HELD_OUT_SPEAKERS)),
     ):
-        if len(people) > 1:
-            by[name] = of
-    return {name: summary(of) for name, of in by.items()}
+        if len(speakers) > 1:
+            groups[name] = [result for result in results if result.speaker in speakers]
+    return {name: summarise(members) for name, members in groups.items()}
 
 
-def table(found: dict[str, dict]) -> str:
-    """Measures down, groups across, in Markdown."""
-    rows = [["", *found]]
+def table(groups: dict[str, dict]) -> str:
+    """A Markdown table with a row per measure and a column per group."""
+    rows = [["", *groups]]
     for key, label, form in TABLE:
-        values = [group.get(key) for group in found.values()]
+        values = [group.get(key) for group in groups.values()]
         if any(value is not None for value in values):
             rows.append([label, *("–" if v is None or v != v else form.format(v) for v in values)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -244,14 +249,14 @@ def table(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def plain(value):
-    """Numbers and arrays of measures as JSON takes them; what is not known is null."""
+def as_json(value: Any) -> Any:
+    """Convert measures, which may be nested and numpy's, to values that JSON can hold; NaN becomes null."""
     if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [as_json(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
+        return as_json(value.tolist())
     if isinstance(value, float):
         return round(value, 5) if np.isfinite(value) else None
     return value

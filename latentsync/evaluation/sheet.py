@@ -1,4 +1,4 @@
-"""Pictures to look at: contact sheets of faces, and a strip of frames over the sound."""
+"""Pictures for the eye: contact sheets of faces, and a strip of frames over the waveform."""
 
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ INK, PAPER = (90, 60, 30), 255
 
 
 def spread(count: int) -> list[int]:
-    """The middles of COLUMNS equal parts of `count` frames."""
+    """The middle frames of COLUMNS equal parts of `count` frames."""
     return [(2 * i + 1) * count // (2 * COLUMNS) for i in range(COLUMNS)]
 
 
@@ -36,21 +36,21 @@ def title(text: str) -> np.ndarray:
     return line
 
 
-def contact(text: str, rows: tuple[np.ndarray, ...]) -> np.ndarray:
-    """A titled block: of every row of faces (n, R, R, 3), the same COLUMNS moments."""
-    wanted = spread(min(map(len, rows)))
-    return np.vstack([title(text), *(np.hstack([square(row[i]) for i in wanted]) for row in rows)])
+def contact_sheet(text: str, rows: tuple[np.ndarray, ...]) -> np.ndarray:
+    """A titled block with a row of pictures per row of faces (n, R, R, 3), at the same COLUMNS moments."""
+    columns = spread(min(map(len, rows)))
+    return np.vstack([title(text), *(np.hstack([square(row[i]) for i in columns]) for row in rows)])
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Write RGB as PNG. Raises UserError where that is not possible."""
+    """Write RGB as PNG. Raises UserError if that is not possible."""
     if path.suffix.lower() != ".png":
         raise UserError(f"'{path}' does not end in .png: give the picture this ending.")
     write_bytes(path, cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes(), "The picture")
 
 
 def waveform(wav: np.ndarray) -> np.ndarray:
-    """The sound's lowest and highest sample in every column of pixels."""
+    """The waveform: the lowest and highest sample in every column of pixels."""
     picture = np.full((WAVE_HEIGHT, COLUMNS * CELL, 3), PAPER, np.uint8)
     for x, part in enumerate(np.array_split(wav / max(np.abs(wav).max(initial=0), 1e-6), COLUMNS * CELL)):
         low, high = ((1 - value) / 2 * (WAVE_HEIGHT - 1) for value in (part.max(initial=-1), part.min(initial=1)))
@@ -59,12 +59,12 @@ def waveform(wav: np.ndarray) -> np.ndarray:
 
 
 def strip(video: Path, audio: Path, result: Path) -> np.ndarray:
-    """Frames of a video, the same of its result, and the sound below, RGB; a shorter video runs back and forth."""
+    """Frames of a video, those of its result, and the waveform below, RGB; a shorter video runs back and forth."""
     wav = read_audio(audio)
     count = max(len(wav) * FPS // SAMPLE_RATE, 1)
-    wanted = spread(count)
+    columns = spread(count)
     rows = []
     for path in (video, result):
-        frames = islice(read_frames_looped(probe_video(path), count), wanted[-1] + 1)
-        rows.append(np.hstack([square(frame) for i, (_, frame) in enumerate(frames) for _ in range(wanted.count(i))]))
+        frames = islice(read_frames_looped(probe_video(path), count), columns[-1] + 1)
+        rows.append(np.hstack([square(frame) for i, (_, frame) in enumerate(frames) for _ in range(columns.count(i))]))
     return np.vstack([*rows, waveform(wav)])

@@ -1,18 +1,22 @@
-"""The demo model's autoencoder: 128 px faces to 16 × 16 latents and back."""
+"""Training of the demo model's autoencoder: 128 px faces to 16 × 16 latents and back."""
 
+import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from latentsync.corpus import ClipSet, load_clips
-from latentsync.training.looks import plain_look, random_look, random_mouth, render
+from latentsync.corpus import ClipSet, load_clips, load_held_out_clips
+from latentsync.training.augmentation import no_augmentation, random_augmentation, random_mouth, render
 from latentsync.training.state import load_state, save_state
 
-CONFIG = {
+log = logging.getLogger(__name__)
+
+CONFIG: dict[str, Any] = {
     "block_out_channels": [48, 64, 96, 96],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -24,10 +28,10 @@ CONFIG = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-KL_WEIGHT = 1e-4  # of the mean over the latents' elements
+KL_WEIGHT = 1e-4  # of the KL divergence, averaged over the latents' elements
 BATCH = 128
 LEARNING_RATE = 8e-4
-CONTINUED_RATE = 3e-4  # where it starts from trained weights, whose latents a denoiser may already know
+CONTINUED_RATE = 3e-4  # when continuing from trained weights, whose latents a denoiser may already have learnt
 
 
 def detail_loss(a: Tensor, b: Tensor) -> Tensor:
@@ -41,7 +45,7 @@ def detail_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 def train(prepared: Path, state: Path, seconds: float, device: torch.device, batch: int = BATCH) -> None:
-    """Train for `seconds`, continuing from `state/autoencoder.pt` where it exists, and write it at the end."""
+    """Train for `seconds`, continuing from `state/autoencoder.pt` if it exists, and write it at the end."""
     data = load_clips(prepared, device)
     torch.manual_seed(0)
     vae = AutoencoderKL.from_config(CONFIG).to(device)
@@ -58,14 +62,14 @@ def train(prepared: Path, state: Path, seconds: float, device: torch.device, bat
         recon = detail_loss(out, x)
         return recon + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel(), recon
 
-    began, first = time.time(), step
-    while (elapsed := time.time() - began) < seconds:
+    started, first = time.time(), step
+    while (elapsed := time.time() - started) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step - first + 1) / 100) * max(0.02, 1 - elapsed / seconds)
-        picked = torch.randint(len(data.frames), (batch,), device=device)
-        # Wilder than what the denoiser sees: the autoencoder must carry any face, expression, light and size.
-        look, mouth = random_look(batch, device, zoom=0.3, turn=0.4), random_mouth(mouths[clip_of[picked]])
-        x = render(data.frames[picked], look, mouth)
+        indices = torch.randint(len(data.frames), (batch,), device=device)
+        # Stronger than the denoiser's: the autoencoder must reproduce any face, expression, light and size.
+        augmentation = random_augmentation(batch, device, zoom=0.3, turn=0.4)
+        x = render(data.frames[indices], augmentation, random_mouth(mouths[clip_of[indices]]))
         loss, recon = loss_of(x)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -73,31 +77,31 @@ def train(prepared: Path, state: Path, seconds: float, device: torch.device, bat
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % 200 == 0:
-            print(f"autoencoder step {step} loss {float(recon.detach()):.4f} {elapsed:.0f} s", flush=True)
+            log.info("autoencoder step %d loss %.4f %.0f s", step, float(recon.detach()), elapsed)
     scale = latent_scale(vae, data)
-    print(f"autoencoder: {step - first} steps, latents scaled by {scale:.4f}")
-    if unseen := load_clips(prepared, device, held_out=True):
-        print(f"  held-out PSNR {held_out_psnr(vae, unseen):.2f} dB", flush=True)
+    log.info("autoencoder: %d steps, latents scaled by %.4f", step - first, scale)
+    if held_out := load_held_out_clips(prepared, device):
+        log.info("  held-out PSNR %.2f dB", reconstruction_psnr(vae, held_out))
     save_state(state / "autoencoder.pt", {"vae": vae}, optimizer, step, scaling_factor=scale)
 
 
 @torch.no_grad()
 def latent_scale(vae: AutoencoderKL, data: ClipSet) -> float:
-    """1 / standard deviation of the latents, so that the diffusion works on unit variance."""
+    """1 / standard deviation of the latents, for diffusion on unit variance."""
     device = data.frames.device
     frames = data.frames[torch.randint(len(data.frames), (256,), device=device)]
-    return float(1 / vae.encode(render(frames, random_look(256, device))).latent_dist.mode().std())
+    return float(1 / vae.encode(render(frames, random_augmentation(256, device))).latent_dist.mode().std())
 
 
 @torch.no_grad()
-def there_and_back(vae: AutoencoderKL, data: ClipSet) -> tuple[Tensor, Tensor]:
-    """About 128 faces of the set as they come back, at most −1 … 1, and as they are: (n, 3, 128, 128) each."""
+def reconstruct(vae: AutoencoderKL, data: ClipSet) -> tuple[Tensor, Tensor]:
+    """About 128 faces of the set, reconstructed and original: (n, 3, 128, 128) each, in [−1, 1]."""
     frames = data.frames[:: max(1, len(data.frames) // 128)][:128]
-    x = render(frames, plain_look(len(frames), frames.device))
+    x = render(frames, no_augmentation(len(frames), frames.device))
     return vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1), x
 
 
-def held_out_psnr(vae: AutoencoderKL, data: ClipSet) -> float:
-    """PSNR in dB of faces that were never trained on, there and back."""
-    out, x = there_and_back(vae, data)
+def reconstruction_psnr(vae: AutoencoderKL, data: ClipSet) -> float:
+    """PSNR in dB of reconstructed faces."""
+    out, x = reconstruct(vae, data)
     return float(-10 * torch.log10(((out - x) / 2).square().mean()))

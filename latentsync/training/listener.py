@@ -1,8 +1,9 @@
-"""The demo model's audio encoder, first taught to tell the shape of the lips from the sound.
+"""Training of the demo model's audio encoder, to predict the shape of the lips from audio.
 
-The denoiser then takes its activations for tokens, as LatentSync takes Whisper's, and trains it further.
+The denoiser then uses its activations as audio tokens, as LatentSync uses Whisper's, and trains it further.
 """
 
+import logging
 import time
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentsync.corpus import INNER_LOWER, INNER_UPPER, LIPS, ClipSet, load_clips
-from latentsync.settings import WINDOW
-from latentsync.training.sound import draw_sound, draw_windows, segments_of, tokens_of
+from latentsync.corpus import INNER_LOWER, INNER_UPPER, LIPS, ClipSet, load_clips, load_held_out_clips
+from latentsync.training.sound import draw_sound, draw_windows, gather_tokens, segment_count
 from latentsync.training.state import load_state, save_state
 from latentsync.whisper import AudioEncoder, WhisperDims
+
+log = logging.getLogger(__name__)
 
 DIMS = WhisperDims(n_audio_state=128, n_audio_head=4, n_audio_layer=4)
 TOKENS = 10 * (DIMS.n_audio_layer + 1)
@@ -25,7 +27,7 @@ LIP_UNIT = 3.0  # pixels of the 128 crop, about the lips' deviation from their m
 
 
 def new_encoder() -> AudioEncoder:
-    """Fresh weights, Whisper's sinusoidal positions."""
+    """An encoder with random weights and Whisper's sinusoidal positions."""
     encoder = AudioEncoder(DIMS)
     half = DIMS.n_audio_state // 2
     rate = torch.exp(-np.log(10000.0) / (half - 1) * torch.arange(half))
@@ -57,8 +59,8 @@ def centred_lips(data: ClipSet) -> Tensor:
 def train(
     prepared: Path, state: Path, seconds: float, device: torch.device, batch: int = SEGMENTS * WINDOWS_PER_SEGMENT
 ) -> None:
-    """Train for `seconds`, continuing from `state/listener.pt` where it exists, and write it at the end."""
-    segments = segments_of(batch, WINDOWS_PER_SEGMENT)
+    """Train for `seconds`, continuing from `state/listener.pt` if it exists, and write it at the end."""
+    segments = segment_count(batch, WINDOWS_PER_SEGMENT)
     data = load_clips(prepared, device)
     lips = centred_lips(data)
     torch.manual_seed(0)
@@ -67,16 +69,16 @@ def train(
     parameters = [*encoder.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.05)
     step = load_state(state / "listener.pt", {"encoder": encoder, "reader": reader}, optimizer)
-    began = time.time()
-    while (elapsed := time.time() - began) < seconds:
+    started = time.time()
+    while (elapsed := time.time() - started) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (step + 1) / 100) * max(0.02, 1 - elapsed / seconds)
         sound = draw_sound(data, rng, segments, augment=True)
         windows = draw_windows(data, sound, rng, WINDOWS_PER_SEGMENT)
         with torch.autocast(device.type, torch.bfloat16):
-            out = reader(tokens_of(encoder(sound.mel), windows.segment, windows.rows)).float()
+            out = reader(gather_tokens(encoder(sound.mel), windows.segment, windows.rows)).float()
         target = lips[windows.frames]
-        # Its speed counts as well, or a slow average would do.
+        # Changes count as well, or a slow average would suffice.
         loss = F.smooth_l1_loss(out, target) + F.smooth_l1_loss(out.diff(dim=1), target.diff(dim=1))
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -84,27 +86,26 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % 200 == 0:
-            print(f"listener step {step} loss {float(loss):.4f} {elapsed:.0f} s", flush=True)
-    print(f"listener: step {step}", flush=True)
-    if unseen := load_clips(prepared, device, held_out=True):
-        scores = [opening_correlation(encoder, reader, unseen)]
-        if len(unseen.mel) > 1:
-            scores.append(opening_correlation(encoder, reader, unseen, own=False))
-        words = ", synthesised voices ".join(f"{score:.3f}" for score in scores)
-        print(f"  held-out correlation of the mouth's opening {words}", flush=True)
+            log.info("listener step %d loss %.4f %.0f s", step, float(loss), elapsed)
+    log.info("listener: step %d", step)
+    if held_out := load_held_out_clips(prepared, device):
+        scores = [opening_correlation(encoder, reader, held_out)]
+        if len(held_out.mel) > 1:
+            scores.append(opening_correlation(encoder, reader, held_out, own_voice=False))
+        text = ", synthesised voices ".join(f"{score:.3f}" for score in scores)
+        log.info("  held-out correlation of the mouth's opening %s", text)
     save_state(state / "listener.pt", {"encoder": encoder, "reader": reader}, optimizer, step)
 
 
 @torch.no_grad()
-def opening_correlation(encoder: AudioEncoder, reader: LipReader, data: ClipSet, own: bool = True) -> float:
-    """Mean correlation over windows between the predicted and the true opening of the mouth; own: see draw_sound."""
+def opening_correlation(encoder: AudioEncoder, reader: LipReader, data: ClipSet, own_voice: bool = True) -> float:
+    """Correlation of the predicted and the true mouth opening, mean over windows; own_voice: of `draw_sound`."""
     rng = np.random.default_rng(1)
-    sound = draw_sound(data, rng, 16, augment=False, own=own)
+    sound = draw_sound(data, rng, 16, augment=False, own_voice=own_voice)
     windows = draw_windows(data, sound, rng, 16)
-    out = reader(tokens_of(encoder(sound.mel), windows.segment, windows.rows))
+    out = reader(gather_tokens(encoder(sound.mel), windows.segment, windows.rows))
     pair = torch.stack([out, centred_lips(data)[windows.frames]])  # (2, b, f, 40, 2)
     opening = pair[..., INNER_LOWER, 1] - pair[..., INNER_UPPER, 1]
     opening = opening - opening.mean(-1, keepdim=True)
     product = (opening[0] * opening[1]).sum(-1) / (opening.norm(dim=-1).prod(0) + 1e-6)
-    assert product.shape == (16 * 16,) and WINDOW == windows.frames.shape[1]  # noqa: S101
     return float(product.mean())

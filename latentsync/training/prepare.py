@@ -1,9 +1,10 @@
 """Turn talking-head clips into one compact training set: aligned crops, lip landmarks, mel spectra.
 
-The result is a folder of two files that travels well: `crops.mp4`, all clips end to end, each frame the aligned
-face with a margin for geometric augmentation, and `clips.npz`, everything else.
+The result is a folder of two files: `crops.mp4`, all clips end to end, each frame the aligned face with a margin for
+geometric augmentation, and `clips.npz` with the rest.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from latentsync.errors import UserError
 from latentsync.faces import track_faces
 from latentsync.media import probe_video, read_audio, read_frames
 
-SUPERSAMPLE = 2
+log = logging.getLogger(__name__)
+
+SUPERSAMPLE = 2  # crops are rendered at this multiple of their size and shrunk
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class AlignedClip:
 
 
 def canvas_matrix(matrix: np.ndarray) -> np.ndarray:
-    """Frame → canvas with margin, (2, 3), from the frame → warped face matrix of `alignment`."""
+    """The matrix (2, 3) from the frame to the crop with its margin, for that of `alignment` to the warped face."""
     width, height = crop_size(RESOLUTION)
     scale = np.array([RESOLUTION / width, RESOLUTION / height])
     out = np.asarray(matrix, np.float64) * scale[:, None]
@@ -44,17 +47,19 @@ def canvas_matrix(matrix: np.ndarray) -> np.ndarray:
 
 
 def align_clip(path: Path) -> AlignedClip | None:
-    """The longest run of frames with a face; None where it is shorter than a second or there is no sound."""
+    """The longest run of frames with a face; None if it is shorter than a second, or the sound is."""
     info = probe_video(path)
     wav = torch.from_numpy(read_audio(path))
-    frames, lips, runs = [], [], [0]
+    frames: list[np.ndarray] = []
+    lips: list[np.ndarray] = []
+    runs = [0]  # number of frames with a face up to and including each frame
     bias = None
     for frame, face in track_faces(read_frames(info)):
         if face is None or face.opacity < 1:
             bias = None
             runs.append(0)
-            frames.append(None)
-            lips.append(None)
+            frames.append(np.empty(0))
+            lips.append(np.empty(0))
             continue
         matrix, bias = estimate_matrix(face.points, RESOLUTION, None if face.first else bias)
         to_canvas = canvas_matrix(matrix)
@@ -89,16 +94,20 @@ def prepare(clips: Iterable[tuple[str, Path]], folder: Path, crf: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names, speakers, lengths, lips, mels = [], [], [], [], []
     writer = imageio_ffmpeg.write_frames(
-        str(folder / "crops.mp4"), (SIDE, SIDE), fps=FPS, codec="libx264", macro_block_size=1,
+        str(folder / "crops.mp4"),
+        (SIDE, SIDE),
+        fps=FPS,
+        codec="libx264",
+        macro_block_size=1,
         output_params=["-crf", str(crf), "-preset", "slow", "-g", "250"],
-    )  # fmt: skip
+    )
     writer.send(None)
     try:
         for speaker, path in tqdm(list(clips), desc="aligning", unit="clip"):
             try:
                 clip = align_clip(path)
             except UserError as error:
-                print(error)
+                log.warning("%s", error)
                 continue
             if clip is None:
                 continue

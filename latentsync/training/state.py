@@ -1,4 +1,4 @@
-"""Training in pieces: what is written at the end of one and read at the start of the next."""
+"""Training states: saved at the end of a run, continued by the next one."""
 
 from pathlib import Path
 from typing import Any
@@ -7,22 +7,22 @@ import torch
 from torch import nn
 
 from latentsync.errors import UserError
+from latentsync.paths import replacing
 
 
 def save_state(
     path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer | None, step: int, **extra: Any
 ) -> None:
-    """Write weights, optimizer (None: training goes on with a fresh one) and step, complete or not at all."""
+    """Write weights, optimizer (None: training continues with a new one) and step, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
     weights = {name: module.state_dict() for name, module in modules.items()}
     moments = optimizer and optimizer.state_dict()
-    torch.save({"weights": weights, "optimizer": moments, "step": step, **extra}, unfinished)
-    unfinished.replace(path)
+    with replacing(path) as partial:
+        torch.save({"weights": weights, "optimizer": moments, "step": step, **extra}, partial)
 
 
 def load_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Read what `save_state` wrote, if it is there; returns the step to continue from."""
+    """Load a saved state if there is one; returns the step to continue from."""
     if not path.is_file():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
@@ -34,7 +34,7 @@ def load_state(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim
 
 
 def load_weights(path: Path, modules: dict[str, nn.Module]) -> dict[str, Any]:
-    """Read only the weights of some modules; returns the rest of the file. Raises UserError where there is none."""
+    """Load only the weights of some modules; returns the other values. Raises UserError if there is no state."""
     if not path.is_file():
         raise UserError(f"There is no {path}: run the stage '{path.stem}' first, or import a model.")
     state = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251

@@ -70,9 +70,20 @@ def takes_settings(fn: Callable) -> Callable:
         values = bound.arguments
         return fn(settings={name: values.pop(name) for name in form.NAMES}, **values)
 
-    described: Any = call
-    described.__signature__ = expanded
-    return described
+    expanding: Any = call
+    expanding.__signature__ = expanded
+    return expanding
+
+
+def with_signature_of(fn: Callable) -> Callable[[Any], Any]:
+    """Give a wrapper of a bound method its name, docstring and parameters; `functools.wraps` would add `self`."""
+
+    def decorate(wrapper: Any) -> Any:
+        functools.update_wrapper(wrapper, fn)
+        wrapper.__signature__ = inspect.signature(fn)
+        return wrapper
+
+    return decorate
 
 
 def visitor_token(token: Any) -> str:
@@ -107,7 +118,7 @@ class Endpoints:
     def when_ready(self, fn: Callable) -> Callable[..., Awaitable[Any]]:
         """A function that is called once the machine has been looked at; until then it holds no thread."""
 
-        @functools.wraps(fn)
+        @with_signature_of(fn)
         async def call(*args: Any) -> Any:
             while not self.worker.ready.is_set():
                 await anyio.sleep(0.05)
@@ -118,7 +129,7 @@ class Endpoints:
     def probing(self, fn: Callable, busy: Any = BUSY) -> Callable[..., Awaitable[Any]]:
         """A function that probes files: few run at once, waiting ones hold no thread, and too many get `busy`."""
 
-        @functools.wraps(fn)
+        @with_signature_of(fn)
         async def call(*args: Any) -> Any:
             if self._pending_probes >= MAX_PROBES + MAX_WAITING_PROBES:
                 return busy

@@ -19,8 +19,9 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from optim.serving.endpoints import Endpoints
-from optim.serving.guard import Guard, Policy
+from optim.serving.guard import Guard
 from optim.serving.job import Job
+from optim.serving.policy import Policy
 from optim.serving.uploads import Refused
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""How clips are seen: geometry, face shape, skin, light, colour, sharpness, others' features, other expressions."""
+"""Augmentation of frames: geometry, face shape, skin, light, colour, sharpness, blended people, expressions."""
 
 from dataclasses import dataclass, fields
 
@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentsync.corpus import RESOLUTION, SIDE, ClipSet, to_device
+from latentsync.corpus import RESOLUTION, SIDE, ClipSet, copy_to_device
 
-WARP = 0.05  # of half the canvas: the largest standard deviation of the displacements that change a face's shape
-MOUTH_REACH = 2.0  # of half the mouth's width: how far from its middle a mouth warp moves anything
-PLAIN_MOUTHS = 0.25  # share of mouth warps that are none
-BLENDED = 0.6  # share of looks in which another person's features are mixed in
-MOST_BLENDED = 0.7  # of the other person
+WARP = 0.05  # of half the canvas: maximal standard deviation of the displacements that change a face's shape
+MOUTH_REACH = 2.0  # of half the mouth's width: radius around its middle that a mouth warp changes
+UNCHANGED_SHARE = 0.25  # share of mouth warps that change nothing
+BLENDED_SHARE = 0.6  # share of augmentations that mix in another person's features
+MAX_BLEND = 0.7  # share of the other person
 
 
 def _uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
@@ -21,12 +21,12 @@ def _uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How n clips are seen.
+class Augmentation:
+    """Parameters of an augmentation of n frames or clips.
 
     affine (n, 2, 3) and warp (n, 2, 4, 4), a smooth displacement, in grid_sample's units; texture
     (n, 1, SIDE, SIDE), of the skin, a share of the tone; colour (n, 3, 4); light (n, 3, 4, 4), a smooth field of
-    factors; gamma (n,); blur (n,), sigma in pixels; sharpen (n,), share of what the blur would take that is added.
+    factors; gamma (n,); blur (n,), sigma in pixels; sharpen (n,), amount of unsharp masking with that blur.
     """
 
     affine: Tensor
@@ -38,17 +38,17 @@ class Look:
     blur: Tensor
     sharpen: Tensor
 
-    def __getitem__(self, index: Tensor) -> "Look":
-        return Look(*(getattr(self, field.name)[index] for field in fields(self)))
+    def __getitem__(self, index: Tensor) -> "Augmentation":
+        return Augmentation(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
-def plain_look(n: int, device: torch.device) -> Look:
-    """No augmentation: the inner crop as it is."""
+def no_augmentation(n: int, device: torch.device) -> Augmentation:
+    """The identity: the inner crop, unchanged."""
     affine = torch.eye(2, 3, device=device).repeat(n, 1, 1)
     affine[:, :, :2] *= RESOLUTION / SIDE
     colour = torch.eye(3, 4, device=device).repeat(n, 1, 1)
     none = torch.zeros(n, device=device)
-    return Look(
+    return Augmentation(
         affine=affine,
         warp=torch.zeros(n, 2, 4, 4, device=device),
         texture=torch.zeros(n, 1, SIDE, SIDE, device=device),
@@ -60,7 +60,7 @@ def plain_look(n: int, device: torch.device) -> Look:
     )
 
 
-def random_look(n: int, device: torch.device, zoom: float = 0.06, turn: float = 0.07) -> Look:
+def random_augmentation(n: int, device: torch.device, zoom: float = 0.06, turn: float = 0.07) -> Augmentation:
     """Random geometry, face shape, skin, light, colour and sharpness. zoom: ± share; turn: ± radians."""
     scale = RESOLUTION / SIDE * (1 + _uniform(n, -zoom, zoom, device))
     angle = _uniform(n, -turn, turn, device)
@@ -93,37 +93,36 @@ def random_look(n: int, device: torch.device, zoom: float = 0.06, turn: float = 
     light = light + torch.randn(n, 3, 4, 4, device=device) * _uniform(n, 0, 0.06, device)[:, None, None, None]
 
     softness = _uniform(n, -1.0, 1.0, device)
-    return Look(
+    return Augmentation(
         affine=affine,
         warp=torch.randn(n, 2, 4, 4, device=device) * _uniform(n, 0, WARP, device)[:, None, None, None],
         texture=torch.randn(n, 1, SIDE, SIDE, device=device) * _uniform(n, 0, 0.04, device)[:, None, None, None],
         colour=colour,
         light=light,
         gamma=_uniform(n, 0.7, 1.4, device),
-        # A third of a pixel is no blur; sharpening works on what a blur of one pixel would take.
+        # A third of a pixel is no blur; sharpening adds what a blur of one pixel would remove.
         blur=torch.where(softness > 0, softness, 1.0) * (softness.abs() > 0.3),
         sharpen=1.5 * (-softness).clamp(min=0),
     )
 
 
-def random_people(data: ClipSet, rng: np.random.Generator) -> Tensor:
-    """What turns every clip's person a part of the way into another one: (clips, 3, SIDE, SIDE), to be added.
+def random_blends(data: ClipSet, rng: np.random.Generator) -> Tensor:
+    """Differences (clips, 3, SIDE, SIDE) that, added to its frames, blend another person into every clip's.
 
-    The difference of two average faces leaves all motion as it is; few people become many.
+    The difference of two average faces does not change any motion, and few people become many.
     """
-    other = to_device(data.draw(rng, len(data.starts)), data.means.device)
-    share = rng.uniform(0, MOST_BLENDED, len(other)) * (rng.random(len(other)) < BLENDED)
-    return to_device(share.astype(np.float32), data.means.device)[:, None, None, None] * (
-        data.means[other] - data.means
-    )
+    other = copy_to_device(data.draw(rng, len(data.starts)), data.means.device)
+    share = rng.uniform(0, MAX_BLEND, len(other)) * (rng.random(len(other)) < BLENDED_SHARE)
+    share = copy_to_device(share.astype(np.float32), data.means.device)
+    return share[:, None, None, None] * (data.means[other] - data.means)
 
 
 @dataclass(frozen=True)
 class MouthWarp:
-    """Another expression for n mouths that lie at `mouth` (n, 3), see `ClipSet.mouths`.
+    """Changed expressions of n mouths at `mouth` (n, 3), see `ClipSet.mouths`.
 
-    wider, higher (n,): size over what it was, at the middle; corners (n,), how far they sink (smile: below zero), and
-    shift (n, 2), in halves of the mouth's width.
+    wider, higher (n,): new size over the old one, at the middle; corners (n,): how far they sink (below zero: a smile),
+    and shift (n, 2), both in halves of the mouth's width.
     """
 
     mouth: Tensor
@@ -136,11 +135,11 @@ class MouthWarp:
         return MouthWarp(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def displacement(self, grid: Tensor) -> Tensor:
-        """What to add to the places (n, h, w, 2) in the canvas that are looked up; zero beyond MOUTH_REACH."""
+        """Offsets to add to a sampling grid (n, h, w, 2) of the canvas; zero beyond MOUTH_REACH."""
         half = self.mouth[:, None, None, 2]
-        at = (grid - self.mouth[:, None, None, :2]) / half[..., None]
-        x, y = at.unbind(-1)
-        window = (1 - at.square().sum(-1) / MOUTH_REACH**2).clamp(min=0).square()
+        relative = (grid - self.mouth[:, None, None, :2]) / half[..., None]
+        x, y = relative.unbind(-1)
+        window = (1 - relative.square().sum(-1) / MOUTH_REACH**2).clamp(min=0).square()
         wider, higher, corners, left, down = (
             part[:, None, None] for part in (self.wider, self.higher, self.corners, *self.shift.unbind(1))
         )
@@ -152,35 +151,37 @@ class MouthWarp:
 def random_mouth(mouth: Tensor) -> MouthWarp:
     """A random expression for each of n mouths (n, 3): wider or narrower, more open or shut, smiling or sulking."""
     n, device = len(mouth), mouth.device
-    own = torch.rand(n, device=device) >= PLAIN_MOUTHS
+    changed = torch.rand(n, device=device) >= UNCHANGED_SHARE
     return MouthWarp(
         mouth,
-        wider=(own * _uniform(n, -0.35, 0.5, device)).exp(),
-        higher=(own * _uniform(n, -0.6, 0.6, device)).exp(),
-        corners=own * _uniform(n, -0.6, 0.4, device),
-        shift=own[:, None] * (torch.rand(n, 2, device=device) - 0.5) * 0.2,
+        wider=(changed * _uniform(n, -0.35, 0.5, device)).exp(),
+        higher=(changed * _uniform(n, -0.6, 0.6, device)).exp(),
+        corners=changed * _uniform(n, -0.6, 0.4, device),
+        shift=changed[:, None] * (torch.rand(n, 2, device=device) - 0.5) * 0.2,
     )
 
 
-def render(frames: Tensor, look: Look, mouth: MouthWarp | None = None) -> Tensor:
-    """0 … 255 (n, 3, SIDE, SIDE), one look and expression each → float (n, 3, RESOLUTION, RESOLUTION) in [−1, 1]."""
-    size = (len(frames), 3, RESOLUTION, RESOLUTION)
-    grid = F.affine_grid(look.affine, size, align_corners=False)
-    grid = grid + F.interpolate(look.warp, size[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+def render(frames: Tensor, augmentation: Augmentation, mouth: MouthWarp | None = None) -> Tensor:
+    """Augment frames (n, 3, SIDE, SIDE) in 0 … 255 → float (n, 3, RESOLUTION, RESOLUTION) in [−1, 1]."""
+    size = [len(frames), 3, RESOLUTION, RESOLUTION]
+    grid = F.affine_grid(augmentation.affine, size, align_corners=False)
+    grid = grid + F.interpolate(augmentation.warp, size[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     if mouth is not None:
         grid = grid + mouth.displacement(grid)
-    x = F.grid_sample(frames.float() / 255 * (1 + look.texture), grid, padding_mode="reflection", align_corners=False)
-    x = torch.einsum("nij,njhw->nihw", look.colour[:, :, :3], x) + look.colour[:, :, 3, None, None]
-    x = x * F.interpolate(look.light, size[2:], mode="bicubic", align_corners=True)
-    x = x.clamp(0, 1) ** look.gamma[:, None, None, None]
+    x = F.grid_sample(
+        frames.float() / 255 * (1 + augmentation.texture), grid, padding_mode="reflection", align_corners=False
+    )
+    x = torch.einsum("nij,njhw->nihw", augmentation.colour[:, :, :3], x) + augmentation.colour[:, :, 3, None, None]
+    x = x * F.interpolate(augmentation.light, size[2:], mode="bicubic", align_corners=True)
+    x = x.clamp(0, 1) ** augmentation.gamma[:, None, None, None]
     offsets = torch.arange(-2, 3, device=x.device)
-    kernel = torch.exp(-0.5 * (offsets / look.blur.clamp(min=1e-3)[:, None]) ** 2)
+    kernel = torch.exp(-0.5 * (offsets / augmentation.blur.clamp(min=1e-3)[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
     soft = x
     for padding in ((2, 2, 0, 0), (0, 0, 2, 2)):
         wide = F.pad(soft, padding, mode="replicate")
         axis = 3 if padding[0] else 2
         soft = sum(wide.narrow(axis, i, RESOLUTION) * kernel[:, i, None, None, None] for i in range(5))
-    sharpen = look.sharpen[:, None, None, None]
+    sharpen = augmentation.sharpen[:, None, None, None]
     x = torch.where(sharpen > 0, x + sharpen * (x - soft), soft).clamp(0, 1)
     return x * 2 - 1
