@@ -15,7 +15,6 @@ from latentsync.unet import UNet, UNetConfig
 from optim import compilation
 from optim.accelerate import make_plan, should_compile
 from optim.compilation import (
-    COMPILE_THREADS,
     LONG_JOB,
     compile_unet,
     configure_compilers,
@@ -39,7 +38,7 @@ CONFIG = UNetConfig(
 )
 SIDE = 4
 SETTINGS = Settings(cache=DeepCache(2, 0))
-VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", COMPILE_THREADS)
+VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from latentsync.settings import DeepCache, Settings
 from optim.monitor import History
 from optim.serving import comparison, inputs, preview
 from optim.serving import worker as worker_module
-from optim.serving.job import CANCELLED, DONE, FAILED, Job, Request, kept
+from optim.serving.job import CANCELLED, DONE, FAILED, Job, Request, load_jobs
 from optim.serving.limits import Limits
 from optim.serving.run import interruptible, make_plan, out_of_memory, run_alone
 from optim.serving.speeds import Speeds
@@ -340,7 +340,7 @@ def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voi
 
 def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice, tmp_path, monkeypatch):
     done = ended(worker, worker.submit(Request(talking, voice, steps=1), ME, ("mine.mp4", "v.wav")))
-    assert list(kept(worker.folder)) == [], "their own server still runs"
+    assert list(load_jobs(worker.folder)) == [], "their own server still runs"
     before = Worker(tmp_path)  # not started: what is put in waits
     shutil.copytree(done.folder, tmp_path / done.folder.name)
     waiting, half = before.submit(Request(talking, voice, steps=1), ME), before.submit(Request(talking, voice), ME)
@@ -665,13 +665,13 @@ def test_records_of_jobs_that_are_not_as_they_were_written_are_left_alone(talkin
     texts = [*map(json.dumps, spoilt), "", "[" * 100_000, "null", "[]", json.dumps(about)[:-30], "\udcff"]
     for text in texts:
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
-        assert list(kept(tmp_path / "outputs")) == [], text[:300]
+        assert list(load_jobs(tmp_path / "outputs")) == [], text[:300]
         assert job.request.video.is_file()
     del about["queued"], about["starts"], about["frames_at_start"], about["remarks"]  # of an earlier version
     path.write_text(json.dumps(about))
     if os.name != "nt":
         (tmp_path / "outputs" / "link").symlink_to(job.folder, target_is_directory=True)
-    assert [found.id for found in kept(tmp_path / "outputs")] == [job.id]
+    assert [found.id for found in load_jobs(tmp_path / "outputs")] == [job.id]
 
 
 # ---- what must not take the others with it
