@@ -1,6 +1,6 @@
 """The page: `python app.py` opens it. Inputs and buttons are Gradio's; assets/page/*.js draws what moves.
 
-Jobs run in the thread of `optim.serving.jobs.Worker`. torch is not imported before the page is shown. Every action is
+Jobs run in the thread of `optim.serving.worker.Worker`. torch is not imported before the page is shown. Every action is
 an endpoint with a name (`optim.serving.endpoints`), for `gradio_client` as for the page's own scripts (docs/api.md).
 """
 
@@ -18,103 +18,30 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 
-from latentsync import __version__
-from latentsync.checkpoints.releases import LICENCES, RELEASES, VAE_REPOSITORY
 from latentsync.errors import UserError
 from latentsync.options import interrupt_on_signals, log_to_stderr
 from optim.levels import STOPS
 from optim.serving.calls import CallCheck
 from optim.serving.endpoints import BUSY, Endpoints
 from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_values, parse_settings
-from optim.serving.guard import Policy, policy_for
-from optim.serving.jobs import Machine, Worker
 from optim.serving.limits import NO_LIMITS, SHARED_LIMITS
-from optim.serving.login import Throttle, checker
+from optim.serving.login import Throttle, password_checker
+from optim.serving.markup import ASSETS, advice_html, asset, footer_html
 from optim.serving.models import Fetcher
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
+from optim.serving.policy import Policy, policy_for
 from optim.serving.routes import guarded, routes
 from optim.serving.run import run_alone
 from optim.serving.uploads import Limits, Uploads, make_folder, remove_orphans
+from optim.serving.worker import Worker
 
 ROOT = Path(__file__).resolve().parent
-ASSETS = ROOT / "assets"
 EXAMPLE = (ASSETS / "example" / "face.mp4", ASSETS / "example" / "speech.wav")
 # The page's scripts, which share one scope: Gradio runs them as the body of one function.
 SCRIPTS = ("basics", "server", "plots", "result", "cards", "models", "uploads", "theme", "main")
 PUBLIC_STORED = 20  # uploads of the largest size that a public server holds before they are jobs
 PUBLIC_UNUSED_SECONDS = 3600.0  # until an upload to a public server is deleted that no job has used
 GPU_SECONDS = 240  # of ZeroGPU that a job may ask for
-
-
-def credit(repository: str) -> tuple[str, str, str]:
-    """Name, licence and address of a released model, for the footer."""
-    name, licence = repository.split("/")[1].replace("LatentSync-", "LatentSync "), LICENCES[repository][2]
-    return name, licence.split(":")[0], f"https://huggingface.co/{repository}"
-
-
-MEDIAPIPE = "https://ai.google.dev/edge/mediapipe/solutions/vision/face_landmarker"
-CREDITS = (
-    ("demo model", "Apache-2.0; trained on GRID, CC BY 4.0", "https://zenodo.org/records/3625687"),
-    *(credit(RELEASES[name].repository) for name in sorted(RELEASES)),
-    ("Whisper tiny", "MIT", "https://github.com/openai/whisper"),
-    credit(VAE_REPOSITORY),
-    ("MediaPipe Face Landmarker", "Apache-2.0", MEDIAPIPE),
-    ("ffmpeg", "GPL-3.0-or-later (bundled binary)", "https://ffmpeg.org/legal.html"),
-)
-FOOTER = """
-<footer>
-  <p><b>LatentSync {version}</b> · {device} · code under Apache-2.0</p>
-  <p>{credits}</p>
-  <p>A result is an MP4 with AAC sound; the recording stays as it is, bit for bit, in what the command line writes with
-    <code>--copy-audio</code> or to an <code>.mkv</code>.</p>
-  <p>A face and a voice belong to a person. Use this only with the consent of the person shown and of the person heard;
-    do not use it to deceive, to defame or to pass for someone, and say where you publish a result that it is synthetic.
-    Every file written here says so in its metadata.</p>
-</footer>
-"""
-HEADER = """
-<header id="top">
-  <div>
-    <h1>LatentSync</h1>
-    <p>Give a filmed face new words: a video, a voice, one button. Nothing leaves the machine it runs on.</p>
-  </div>
-  <button type="button" id="theme" aria-label="Switch between light and dark">Dark</button>
-</header>
-<section id="offer" aria-label="A better model for this machine" hidden></section>
-<section id="fetching" aria-label="Fetching a model" hidden></section>
-"""
-LIVE = """
-<section id="jobs" aria-label="Jobs and results">
-  <p id="notice" role="alert"></p>
-  <div id="empty">
-    <p class="big">The result appears here.</p>
-    <p>Drop a video and a voice, leave the slider where it is, and press the button. Or try the example.</p>
-  </div>
-  <div id="cards"></div>
-</section>
-<section id="machine" aria-label="This machine, the last two minutes">
-  <div class="row"><h2>This machine</h2><span id="load" role="status"></span></div>
-  <div id="plot" role="img" aria-label="Use of the machine over the last two minutes"></div>
-  <p id="now"></p>
-</section>
-"""
-MODELS_BOX = "<section id='models' aria-label='The released models'>Looking at this machine …</section>"
-
-
-def footer_html(machine: Machine | None) -> str:
-    device = f"{machine.device_name} · torch {machine.torch}" if machine else "looking at this machine …"
-    links = (f'<a href="{url}" rel="noreferrer">{name}</a>: {licence}' for name, licence, url in CREDITS)
-    return FOOTER.format(version=__version__, device=html.escape(device), credits=" · ".join(links))
-
-
-def advice_html(advice: tuple[dict[str, str], ...]) -> str:
-    """The doctor's advice as a list."""
-    items = (
-        f"<li class='{each['severity']}'><b>{each['severity'].capitalize()}</b> {html.escape(each['problem'])} "
-        f"<span>{html.escape(each['remedy'])}</span></li>"
-        for each in advice
-    )
-    return f"<ul class='advice'>{''.join(items)}</ul>" if advice else "<p class='quiet'>Nothing to improve.</p>"
 
 
 def control(setting: Setting) -> Any:
@@ -158,14 +85,14 @@ class Page:
         self.api, self.worker = api, api.worker
         self._controls: dict[str, Any] = {}
         with gr.Blocks(title="LatentSync", analytics_enabled=False, delete_cache=(3600, 86400)) as self.blocks:
-            gr.HTML(HEADER)
+            gr.HTML(asset("header.html"))
             with gr.Row(elem_id="columns", equal_height=False):
                 with gr.Column(scale=5, min_width=320, elem_id="inputs"):
                     self._build_inputs()
                     self._build_advanced()
                 with gr.Column(scale=7, min_width=320, elem_id="outputs"):
-                    scripts = ((ASSETS / "page" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
-                    self.live = gr.HTML(LIVE, js_on_load="\n".join(scripts), elem_id="live")
+                    scripts = "\n".join(asset(f"{name}.js") for name in SCRIPTS)
+                    self.live = gr.HTML(asset("live.html"), js_on_load=scripts, elem_id="live")
                     with gr.Accordion("Doctor: what would make this machine faster", open=False, elem_id="doctor"):
                         self.advice = gr.HTML("<p class='quiet'>Looking at this machine …</p>")
             self.footer = gr.HTML(footer_html(None))
@@ -205,7 +132,7 @@ class Page:
     def _build_advanced(self) -> None:
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             self.model = self._add("model")
-            gr.HTML(MODELS_BOX, padding=False)
+            gr.HTML(asset("models.html"), padding=False)
             for names in ("steps", "guidance"), ("face", "crf"), ("seed", "batch"), ("deepcache", "compile"):
                 with gr.Row():
                     for name in names:
@@ -217,7 +144,8 @@ class Page:
 
     def _wire(self, uploads_stay: bool) -> None:
         api, settings, tracks = self.api, self.settings, [self.video_track, self.audio_track]
-        visitor, job, name = (gr.Textbox(visible=False, label=label, value="") for label in ("visitor", "job", "name"))
+        visitor = gr.Textbox("", visible=False, label="visitor")
+        job, name = (gr.Textbox(visible=False, label=label) for label in ("job", "name"))
         seconds, video_track, audio_track, guidance = (
             gr.Number(visible=False, label=label) for label in ("seconds", "video_track", "audio_track", "guidance")
         )
@@ -249,29 +177,34 @@ class Page:
             "inputs": self.level,
             "js": f"(level) => window.lipsync?.markStop({[stop.position for stop in STOPS]}.indexOf(level))",
         }
-        show_meaning = {"fn": describe, "inputs": [*settings, seconds], "outputs": [self.line, self.details], **private}
+        show_meaning = {
+            "fn": describe,
+            "inputs": [*settings, seconds],
+            "outputs": [self.line, self.details],
+            "api_name": "meaning",
+            **private,
+        }
         inputs = [self.video, self.audio, *settings, visitor, *tracks]
         start = {
             "fn": submit,
             "inputs": inputs,
             "outputs": reply,
+            "api_name": "press",
             "js": f"(...values) => {{ values[{inputs.index(visitor)}] = window.lipsync.visitor; return values; }}",
             **private,
         }
         self.start.click(**start).then(**show_reply)
-        self.example.click(lambda: tuple(map(str, EXAMPLE)), None, inputs[:2], **plain, api_name="example").then(
-            **start
-        ).then(**show_reply)
+        example = self.example.click(lambda: tuple(map(str, EXAMPLE)), None, inputs[:2], **plain, api_name="example")
+        example.then(**start).then(**show_reply)
 
         # A new file has tracks of its own: the number of an old one's must not be sent with it.
         gr.on([self.video.change, self.example.click], None, None, self.video_track, js="() => null")
         gr.on([self.audio.change, self.example.click], None, None, self.audio_track, js="() => null")
         seen_audio = {"fn": look_at_audio, "outputs": [seconds, reply, self.audio_track], **private}
         seen_video = {"fn": look_at_video, "outputs": [reply, self.video_track], **private}
+        sound = [self.audio, self.audio_track]
         self.audio.change(inputs=self.audio, **seen_audio).then(**show_reply).then(**show_meaning)
-        self.audio_track.input(inputs=[self.audio, self.audio_track], **seen_audio).then(**show_reply).then(
-            **show_meaning
-        )
+        self.audio_track.input(inputs=sound, **seen_audio).then(**show_reply).then(**show_meaning)
         self.video.change(inputs=self.video, **seen_video).then(**show_reply)
         self.video_track.input(inputs=[self.video, self.video_track], **seen_video).then(**show_reply)
 
@@ -318,7 +251,7 @@ class Page:
     def on_load(self) -> tuple:
         """What is only known once the machine has been looked at."""
         with suppress(UserError):  # the folder of --model may be gone; jobs say so
-            self.worker.look_for_models()  # files may have been put there by hand
+            self.worker.find_models()  # files may have been put there by hand
         machine = self.worker.machine
         if machine is None:
             problem = f"<p class='problem'>{html.escape(self.worker.problem or '')}</p>"
@@ -412,10 +345,10 @@ def make_uploads(folder: Path, options: Namespace) -> Uploads:
     return Uploads(folder, Limits(largest, 16, 8, largest and PUBLIC_STORED * largest, PUBLIC_UNUSED_SECONDS))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "app.py") -> int:
     """Serve the page until interrupted; returns the exit code."""
     try:
-        options = parse_options(arguments, ROOT / "outputs")
+        options = parse_options(arguments, ROOT / "outputs", prog)
         policy = policy_for(options.server_name, options.hosts, dict(os.environ), options.root_path)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -457,7 +390,7 @@ def serve(page: Page, options: Namespace, policy: Policy) -> None:
     """Serve the page until a signal ends it. Raises UserError, OSError, and what the signal's handler raises."""
     launched = page.blocks.launch(
         share=options.share,
-        auth=checker(options.accounts) if options.accounts else None,
+        auth=password_checker(options.accounts) if options.accounts else None,
         server_name=bracketed(options.server_name),
         server_port=options.server_port,
         root_path=options.root_path,

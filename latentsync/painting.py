@@ -158,7 +158,7 @@ class Painter:
         self.masked = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
         self.schedule: Schedule = ddim_schedule(settings.steps)
         vae = models.vae.config
-        side = models.resolution // 2 ** (len(vae.block_out_channels) - 1)
+        side = models.resolution // vae.downscaling
         self.noise = initial_noise(settings.seed, vae.latent_channels, side, side, device, dtype)
 
     @torch.inference_mode()

@@ -272,7 +272,7 @@ def lipsync(
             total=total,
             segment_frames=segment_frames,
             counts=counts,
-            say=hooks.on_message,
+            on_message=hooks.on_message,
             copy_audio=copy_audio,
             audio_track=audio_track,
             on_wait=run_hooks.wait,

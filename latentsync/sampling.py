@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from latentsync.settings import GUIDANCE_SCALE, TRAIN_STEPS, DeepCache
 from latentsync.unet import UNet, fold_frames, unfold_frames
+
+BETA_START, BETA_END = 0.00085, 0.012  # of the diffusion process (LatentSync, as Stable Diffusion)
+STEPS_OFFSET = 1  # timesteps by which each step is later than its multiple (LatentSync)
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,10 @@ def interpolate_ends(first: Tensor, last: Tensor, frames: int) -> Tensor:
     return torch.lerp(first[:, None], last[:, None], share.view(-1, *[1] * (first.ndim - 1)))
 
 
-def ddim_scheduler() -> DDIMScheduler:
-    """The reference's scheduler: epsilon prediction, leading spacing, offset 1, alpha never set to one."""
-    return DDIMScheduler(
-        num_train_timesteps=TRAIN_STEPS,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
-        prediction_type="epsilon",
-    )
+def cumulative_alphas() -> Tensor:
+    """Share of the signal's variance left at each training timestep, (1000,) float32: a scaled linear schedule."""
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS) ** 2
+    return (1 - betas).cumprod(0)
 
 
 def ddim_schedule(steps: int) -> Schedule:
@@ -62,15 +55,14 @@ def ddim_schedule(steps: int) -> Schedule:
     A DDIM step x' = √a'·(x − √(1−a)·e)/√a + √(1−a')·e is linear in x and e, so two numbers a step say it all. They are
     computed here on the host in double precision, so that no step waits for the device.
     """
-    scheduler = ddim_scheduler()
-    scheduler.set_timesteps(steps)
-    alphas = scheduler.alphas_cumprod.double()
-    timesteps = [int(t) for t in scheduler.timesteps]
+    alphas = cumulative_alphas().double()
+    spacing = TRAIN_STEPS // steps
+    timesteps = [i * spacing + STEPS_OFFSET for i in reversed(range(steps))]  # "leading" spacing
     latent_scale, noise_scale = [], []
     for t in timesteps:
-        t_next = t - TRAIN_STEPS // steps
+        t_next = t - spacing
         a = alphas[t]
-        a_next = alphas[t_next] if t_next >= 0 else scheduler.final_alpha_cumprod.double()
+        a_next = alphas[max(t_next, 0)]  # the last step ends at the first alpha, not at one
         ratio = (a_next / a).sqrt()
         latent_scale.append(float(ratio))
         noise_scale.append(float((1 - a_next).sqrt() - ratio * (1 - a).sqrt()))

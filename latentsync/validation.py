@@ -7,9 +7,9 @@ garbage: users see black, grey or a mosaic where the mouth should be.
 from dataclasses import replace
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from latentsync.autoencoder import Autoencoder
 from latentsync.checkpoints.load import Models
 from latentsync.unet import UNet
 
@@ -43,11 +43,10 @@ def in_dtype(models: Models, dtype: torch.dtype) -> Models:
     Kernels, graphs and compiled passes belong to the original networks, which stay as they are.
     """
     with torch.device("meta"):
-        unet, vae = UNet(models.unet.config), AutoencoderKL.from_config(models.vae.config)
+        unet, vae = UNet(models.unet.config), Autoencoder(models.vae.config)
     _copy_weights(models.unet, unet, dtype)
     _copy_weights(models.vae, vae, dtype)
-    if models.vae.use_tiling:
-        vae.enable_tiling()
+    vae.use_tiling = models.vae.use_tiling
     return replace(models, unet=unet, vae=vae)
 
 

@@ -96,7 +96,7 @@ def accelerate(
     configuration = level, batch.frames, batch.windows, batch.tiling, settings.cache, settings.guidance_scale > 1
     if not captures_for(models.unet, configuration):  # else it replays the graphs of the job before, 0.3 s on an H100
         compiled = _prepare_networks(models, plan, configuration, on_message, frames)
-    (models.vae.enable_tiling if batch.tiling else models.vae.disable_tiling)()
+    models.vae.use_tiling = batch.tiling
     on_message(details(plan, models.device) + (", compiled" if compiled else ""))
     return models
 

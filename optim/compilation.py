@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch._inductor.config
 
 from latentsync.checkpoints.load import Models
 from latentsync.checkpoints.releases import home
@@ -28,21 +27,19 @@ from optim.trial import disagreement, one_line
 # back three times over at half a second a frame, of which a tenth is saved.
 LONG_JOB = 15_000
 TOKENS = 50  # audio tokens per frame
-COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+MAX_COMPILE_THREADS = 32  # inductor's own limit
 
 
 def configure_compilers() -> None:
     """Set the cache folders of inductor and Triton and inductor's threads, as far as the user has not set them.
 
-    Must be called before anything is compiled, Triton's kernels included. By itself inductor starts a worker for every
-    core of the machine, too many in a container that may use fewer.
+    Must be called before anything is compiled, Triton's kernels included: inductor reads these variables when it is
+    imported. By itself it starts a worker for every core of the machine, too many in a container that may use fewer.
     """
     folder = home() / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    if COMPILE_THREADS not in os.environ:  # which inductor reads once, when it is imported
-        config = torch._inductor.config
-        config.compile_threads = min(config.compile_threads or sys.maxsize, usable_cores())
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(usable_cores(), MAX_COMPILE_THREADS)))
 
 
 def compile_unet(models: Models, settings: Settings, on_message: Callable[[str], None]) -> bool:
@@ -101,7 +98,7 @@ def _without_recompiling(run: Callable) -> Callable:
 def _denoise_random(models: Models, settings: Settings) -> torch.Tensor:
     """One full pass and the shallow ones that follow it, on fixed random inputs of a job's shape."""
     config, windows, cache = models.unet.config, settings.windows_per_pass, settings.cache
-    side = models.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
+    side = models.resolution // models.vae.config.downscaling
     random = torch.Generator().manual_seed(0)
     noise, condition, audio = (
         torch.randn(shape, generator=random).to(models.device, models.dtype)

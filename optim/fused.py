@@ -1,6 +1,6 @@
 """Replaces modules of a network with ones that call the hand-written kernels: the same weights, less memory traffic.
 
-`fuse(network)` does so for the modules of the U-Net or of diffusers' autoencoder; `optim.swap.restore_classes` undoes
+`fuse(network)` does so for the modules of the U-Net or of the autoencoder; `optim.swap.restore_classes` undoes
 it:
 
     GroupNorm            statistics in one pass, norm and SiLU in a second, directly on channels-last memory
@@ -18,17 +18,13 @@ All of it equals eager except for the rounding of half precision, so it suits ev
 
 import logging
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from diffusers.models.attention_processor import Attention as VaeAttention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from latentsync.autoencoder import Autoencoder, VaeAttention, VaeDownsample, VaeResnetBlock, VaeUpsample
 from latentsync.layers import GEGLU, Attention, GroupNorm, ResnetBlock, SpatialBlock, TemporalBlock
 from latentsync.unet import Level, UNet
 from optim import kernels
@@ -40,7 +36,7 @@ log = logging.getLogger(__name__)
 
 TRIAL_SIDE, TRIAL_FRAMES = 8, 16  # latent pixels and frames of the pass on which `fuse` tries the kernels
 
-Fusible = TypeVar("Fusible", UNet, AutoencoderKL)
+Fusible = TypeVar("Fusible", UNet, Autoencoder)
 
 
 @cache
@@ -216,14 +212,13 @@ class FastLevel(Level):
         return upsample(x, self.upsamplers[0].conv, self.kernel) if self.upsamplers else x
 
 
-# ---- the autoencoder's modules (diffusers)
+# ---- the autoencoder's modules
 
 
-class FastVaeResnetBlock(ResnetBlock2D):
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        x = input_tensor
-        if temb is not None or not _supported(x):
-            return super().forward(input_tensor, temb, *args, **kwargs)
+class FastVaeResnetBlock(VaeResnetBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        if not _supported(x):
+            return super().forward(x)
         h = F.conv2d(group_norm(x, self.norm1, silu=True), self.conv1.weight, padding=1)
         h = group_norm(h, self.norm2, silu=True, conv_bias=self.conv1.bias)
         h = F.conv2d(h, self.conv2.weight, padding=1)
@@ -233,31 +228,27 @@ class FastVaeResnetBlock(ResnetBlock2D):
 class FastVaeAttention(VaeAttention):
     """Self-attention of one head over all pixels, in the middle of encoder and decoder."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = hidden_states
-        if x.ndim != 4 or not _supported(x):
-            return super().forward(hidden_states, *args, **kwargs)
+    def forward(self, x: Tensor) -> Tensor:
+        if not _supported(x):
+            return super().forward(x)
         n, c, h, w = x.shape
         tokens = group_norm(x, self.group_norm).permute(0, 2, 3, 1).reshape(n, h * w, c)
         tokens = attend(self, project_qkv(self, tokens))
         return tokens.reshape(n, h, w, c).permute(0, 3, 1, 2) + x
 
 
-class FastUpsample(Upsample2D):
+class FastVaeUpsample(VaeUpsample):
     kernel: Tensor  # its `upsample_kernel`
 
-    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if output_size is not None:
-            return super().forward(hidden_states, output_size, *args, **kwargs)
-        return upsample(hidden_states, self.conv, self.kernel)
+    def forward(self, x: Tensor) -> Tensor:
+        return upsample(x, self.conv, self.kernel)
 
 
-class FastDownsample(Downsample2D):
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not _supported(hidden_states):
-            return super().forward(hidden_states, *args, **kwargs)
-        padded = hidden_states if self.padding else F.pad(hidden_states, (0, 1, 0, 1))
-        return convolve(padded, self.conv)
+class FastVaeDownsample(VaeDownsample):
+    def forward(self, x: Tensor) -> Tensor:
+        if not _supported(x):
+            return super().forward(x)
+        return convolve(F.pad(x, (0, 1, 0, 1)), self.conv)
 
 
 class FastNormSilu(nn.GroupNorm):
@@ -281,10 +272,10 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     TemporalBlock: FastTemporalBlock,
     GEGLU: FastGEGLU,
     Level: FastLevel,
-    ResnetBlock2D: FastVaeResnetBlock,
+    VaeResnetBlock: FastVaeResnetBlock,
     VaeAttention: FastVaeAttention,
-    Upsample2D: FastUpsample,
-    Downsample2D: FastDownsample,
+    VaeUpsample: FastVaeUpsample,
+    VaeDownsample: FastVaeDownsample,
 }
 
 
@@ -301,9 +292,9 @@ def fuse_untried(network: Fusible) -> Fusible:
             stack_weights(module)
         elif isinstance(module, FastLevel) and module.upsamplers:
             attach(module, kernel=upsample_kernel(module.upsamplers[0].conv))
-        elif isinstance(module, FastUpsample):
+        elif isinstance(module, FastVaeUpsample):
             attach(module, kernel=upsample_kernel(module.conv))
-    if isinstance(network, AutoencoderKL):
+    if isinstance(network, Autoencoder):
         for part in (network.encoder, network.decoder):
             swap_class(part.conv_norm_out, FastNormSilu)
             swap_class(part.conv_act, SkippedSilu)
@@ -311,14 +302,15 @@ def fuse_untried(network: Fusible) -> Fusible:
 
 
 @torch.inference_mode()
-def _trial_pass(network: UNet | AutoencoderKL) -> Tensor:
+def _trial_pass(network: UNet | Autoencoder) -> Tensor:
     """A small pass on fixed random inputs: two guided windows, or two faces encoded and decoded."""
     random = torch.Generator().manual_seed(0)
-    if isinstance(network, AutoencoderKL):
-        like = {"device": network.device, "dtype": network.dtype}
+    if isinstance(network, Autoencoder):
+        weight = network.decoder.conv_in.weight
+        like = {"device": weight.device, "dtype": weight.dtype}
         faces = torch.randn(2, 3, 8 * TRIAL_SIDE, 8 * TRIAL_SIDE, generator=random).to(**like)
-        latents = network.encode(faces.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
-        return torch.cat([latents.flatten(), network.decode(latents).sample.flatten()]).float()
+        latents = network.encode(faces.contiguous(memory_format=torch.channels_last))
+        return torch.cat([latents.flatten(), network.decode(latents).flatten()]).float()
     config, weight = network.config, network.conv_in.weight
     like = {"device": weight.device, "dtype": weight.dtype}
     frames = min(TRIAL_FRAMES, config.temporal_max_len)

@@ -14,10 +14,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor
 
+from latentsync.autoencoder import Autoencoder, Decoder, Encoder
 from latentsync.unet import Context, UNet
 from optim.swap import has_swapped, restore_methods, swap_methods
 
@@ -128,7 +127,7 @@ def captures_for(unet: UNet, configuration: Hashable) -> bool:
     return graphs is not None and graphs.configuration == configuration
 
 
-def capture(unet: UNet, vae: AutoencoderKL | None = None, configuration: Hashable = None) -> None:
+def capture(unet: UNet, vae: Autoencoder | None = None, configuration: Hashable = None) -> None:
     """Let the networks capture their passes, which does nothing on the CPU. A repeated call changes nothing."""
     if not hasattr(unet, "graphs"):
         unet.graphs = Graphs(configuration)
@@ -140,7 +139,7 @@ def capture(unet: UNet, vae: AutoencoderKL | None = None, configuration: Hashabl
             swap_methods(part, forward=_replayed_forward(part.forward, unet.graphs, part))
 
 
-def release(unet: UNet, vae: AutoencoderKL | None = None) -> None:
+def release(unet: UNet, vae: Autoencoder | None = None) -> None:
     """Undo `capture`, and free the memory of the graphs."""
     restore_methods(unet, "full", "shallow")
     if hasattr(unet, "graphs"):
@@ -149,7 +148,7 @@ def release(unet: UNet, vae: AutoencoderKL | None = None) -> None:
         restore_methods(part, "forward")
 
 
-def _parts(vae: AutoencoderKL | None) -> Sequence[Encoder | Decoder]:
+def _parts(vae: Autoencoder | None) -> Sequence[Encoder | Decoder]:
     return () if vae is None else (vae.encoder, vae.decoder)
 
 

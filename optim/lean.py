@@ -5,13 +5,11 @@ and when the allocator has returned it, the operating system clears it again, pa
 that took longer than the products themselves (51 ms against 22, two cores of an AMD EPYC, 2026-11-25).
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from latentsync.autoencoder import VaeResnetBlock
 from latentsync.layers import FeedForward
 from optim.swap import Network, swap_classes
 
@@ -34,18 +32,18 @@ class LeanFeedForward(FeedForward):
         return out.view(x.shape)
 
 
-class LeanVaeResnetBlock(ResnetBlock2D):
-    """Works in place where diffusers copies, and leaves out its division by one: a seventh less time."""
+class LeanVaeResnetBlock(VaeResnetBlock):
+    """Works in place: a seventh less time."""
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if temb is not None or torch.is_grad_enabled() or self.output_scale_factor != 1:
-            return super().forward(input_tensor, temb, *args, **kwargs)
-        h = self.conv1(F.silu(self.norm1(input_tensor), inplace=True))
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
-        return h.add_(input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-LEAN: dict[type[nn.Module], type[nn.Module]] = {FeedForward: LeanFeedForward, ResnetBlock2D: LeanVaeResnetBlock}
+LEAN: dict[type[nn.Module], type[nn.Module]] = {FeedForward: LeanFeedForward, VaeResnetBlock: LeanVaeResnetBlock}
 
 
 def make_lean(network: Network) -> Network:

@@ -275,7 +275,7 @@ def test_the_system_holds_ffmpeg_to_its_limits():
     with process.run_ffmpeg(waiting, stdin=subprocess.PIPE, limits=limits) as (running, _):
         held = limits_of(running)
     assert (held["Max data size"], held["Max cpu time"], held["Max file size"]) == (str(1 << 30), "7", str(1 << 20))
-    assert (held["Max core file size"], held["Max open files"]) == ("0", str(process.MOST_FILES))
+    assert (held["Max core file size"], held["Max open files"]) == ("0", str(process.MAX_FILES))
     with process.run_ffmpeg(waiting, stdin=subprocess.PIPE) as (running, _):
         assert limits_of(running)["Max data size"] == "unlimited", "an encoder of our own frames"
 
@@ -321,8 +321,8 @@ def test_thousands_of_streams_are_not_set_up(tmp_path):
     data = bytearray(make_video(tmp_path / "a.mp4", *H264, seconds=0.2).read_bytes())
     found = {kind: (start, size) for start, size, kind in boxes(data)}
     (moov, length), (trak, size) = found[b"moov"], found[b"trak"]
-    data[trak:trak] = data[trak : trak + size] * process.MOST_STREAMS
-    data[moov : moov + 4] = struct.pack(">I", length + size * process.MOST_STREAMS)
+    data[trak:trak] = data[trak : trak + size] * process.MAX_STREAMS
+    data[moov : moov + 4] = struct.pack(">I", length + size * process.MAX_STREAMS)
     path = tmp_path / "many.mp4"
     path.write_bytes(data)
     with pytest.raises(UserError, match="many.mp4"):
@@ -332,7 +332,7 @@ def test_thousands_of_streams_are_not_set_up(tmp_path):
 @pytest.mark.parametrize("use", [probe_audio, read_audio])
 def test_silence_without_end_is_refused(tmp_path, monkeypatch, use):
     """A timestamp an hour ahead makes an hour of silence, to which a file of 10 kB has no right."""
-    monkeypatch.setattr(probe, "MOST_HOURS", 0.01)
+    monkeypatch.setattr(probe, "MAX_HOURS", 0.01)
     gap = make_sound(tmp_path / "gap.mkv", "-c:a", "aac", "-bsf:a", "setts=ts='TS+gt(N,5)*16000*3600'", seconds=1)
     with pytest.raises(UserError, match="lasts more than 0.01 hours"):
         use(gap)

@@ -12,21 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.settings import DeepCache, Settings
-from optim import accelerate
 from optim.benchmark import __main__ as benchmark
-from optim.benchmark import measure, passes
-from optim.benchmark.measure import (
-    CACHED_REFERENCE,
-    REFERENCE,
-    BenchmarkConfig,
-    start_rows,
-    window_rows,
-)
-from optim.benchmark.passes import Timing, mean_utilization, our_stages, released_words, window_work
+from optim.benchmark import rows as measuring
+from optim.benchmark.flops import audio_flops, window_flops
 from optim.benchmark.reference import PlainUNet
-from optim.levels import AGGRESSIVE, BALANCED, CONSERVATIVE, STOPS
+from optim.benchmark.rows import CACHED_REFERENCE, REFERENCE, BenchmarkConfig, start_rows, window_rows
+from optim.benchmark.windows import Timing, mean_utilization, pipeline_stages, released_config
+from optim.levels import CONSERVATIVE, STOPS
 from optim.monitor import GpuHistory, History
 
+_, BALANCED, AGGRESSIVE = STOPS
 CPU = torch.device("cpu")
 NAMES = [REFERENCE, CACHED_REFERENCE, "conservative", "balanced", "aggressive"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,20 +40,20 @@ def measured(models, checkpoint):
 
 
 class FakeClock:
-    """In the place of `time_stages`: runs nothing, and says that it took as long as is next on the list, or fails.
+    """In the place of `time_stages`: runs nothing, and reports the next seconds of the list, or fails.
 
     The pixels are those seconds, or of another value where that is given with them.
     """
 
-    def __init__(self, *seconds):
-        self.seconds = list(seconds)
+    def __init__(self, *seconds, windows=1):
+        self.seconds, self.windows = list(seconds), windows
 
     def __call__(self, stages, device, repeats):
         seconds = self.seconds.pop(0)
         if isinstance(seconds, Exception):
             raise seconds
         seconds, value = seconds if isinstance(seconds, tuple) else (seconds, seconds)
-        pixels = torch.full((16 * stages.windows, 1), value)
+        pixels = torch.full((16 * self.windows, 1), value)
         return Timing(0.25 * seconds, 0.5 * seconds, 0.25 * seconds, None, pixels)
 
 
@@ -87,7 +82,7 @@ def test_conservative_makes_the_reference_s_pixels_and_the_others_do_not(measure
 
 
 def test_ratios_are_to_the_plain_reference_of_the_same_resolution(models, checkpoint, monkeypatch):
-    monkeypatch.setattr(measure, "time_stages", FakeClock(8.0, 4.0, 2.0, 1.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.2))
+    monkeypatch.setattr(measuring, "time_stages", FakeClock(8.0, 4.0, 2.0, 1.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.2))
     rows = list(window_rows(models, [128, 64], BenchmarkConfig(CPU, str(checkpoint))))
     ratios = {(row.resolution, row.name): row.ratio for row in rows}
     assert ratios == {
@@ -102,9 +97,9 @@ def test_windows_that_go_together_count_together(models, checkpoint, monkeypatch
         plan = make_plan(level, config, resolution, gpu)
         return dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, windows_per_pass=2))
 
-    make_plan = accelerate.make_plan
-    monkeypatch.setattr(accelerate, "make_plan", two)
-    monkeypatch.setattr(measure, "time_stages", FakeClock(4.0, 4.0, 4.0))
+    make_plan = measuring.make_plan
+    monkeypatch.setattr(measuring, "make_plan", two)
+    monkeypatch.setattr(measuring, "time_stages", FakeClock(4.0, 4.0, 4.0, windows=2))
     config = BenchmarkConfig(CPU, str(checkpoint), levels=(CONSERVATIVE,))
     row = list(window_rows(models, [64], config))[-1]
     assert (row.windows, row.seconds, row.frames_per_second, row.ratio) == (2, 2.0, 8.0, 2.0)
@@ -112,8 +107,8 @@ def test_windows_that_go_together_count_together(models, checkpoint, monkeypatch
 
 @torch.inference_mode()
 def test_a_window_is_the_same_in_company(models):
-    alone = our_stages(models, Settings(steps=1)).run()
-    both = our_stages(models, Settings(steps=1, frames_per_pass=12), 2).run()
+    alone = pipeline_stages(models, Settings(steps=1)).run()
+    both = pipeline_stages(models, Settings(steps=1, frames_per_pass=12, windows_per_pass=2)).run()
     assert len(both) == 32
     apart, wrong = ((part - alone).abs().max() for part in (both[:16], both[16:]))
     assert apart < 1e-4 < 1e-3 < wrong
@@ -123,7 +118,7 @@ def test_a_window_is_the_same_in_company(models):
 def test_a_row_that_fails_leaves_the_others(models, checkpoint, monkeypatch, failing):
     seconds = [4.0, 2.0, 2.0, 1.0, 0.5]
     seconds[failing] = torch.OutOfMemoryError("too large\nby much")
-    monkeypatch.setattr(measure, "time_stages", FakeClock(*seconds))
+    monkeypatch.setattr(measuring, "time_stages", FakeClock(*seconds))
     rows = list(window_rows(models, [64], BenchmarkConfig(CPU, str(checkpoint))))
     assert [row.name for row in rows] == NAMES
     assert [row.failed for row in rows] == ["OutOfMemoryError: too large" if i == failing else "" for i in range(5)]
@@ -137,26 +132,26 @@ def test_a_level_without_a_plan_is_a_row_that_fails(models, checkpoint, monkeypa
     def refuse(*_):
         raise ValueError("no plan")
 
-    monkeypatch.setattr(accelerate, "make_plan", refuse)
-    monkeypatch.setattr(measure, "time_stages", FakeClock(1.0, 1.0))
+    monkeypatch.setattr(measuring, "make_plan", refuse)
+    monkeypatch.setattr(measuring, "time_stages", FakeClock(1.0, 1.0))
     rows = list(window_rows(models, [64], BenchmarkConfig(CPU, str(checkpoint))))
     assert [row.failed for row in rows] == ["", ""] + 3 * ["ValueError: no plan"]
 
 
 def test_the_reference_s_work_is_that_of_the_plain_network(models):
-    config, guidance = models.unet.config, 1.5
+    config = models.unet.config
 
-    def work(steps, cache=None, plain=False):
-        return window_work(models, 64, steps, guidance, cache, plain)
+    def work(steps, cache=None, reference=False):
+        return window_flops(models, Settings(steps=steps, cache=cache), reference)
 
     with torch.device("meta"), torch.inference_mode():
-        plain = PlainUNet(released_words(config))
+        plain = PlainUNet(released_config(config))
         inputs = torch.empty(2, 13, 16, 8, 8), torch.ones(()), torch.empty(2, 16, 50, config.cross_attention_dim)
         with FlopCounterMode(display=False) as counter:
             plain(*inputs)
-    audio = 2 * passes._work_around(config, json.dumps(dict(models.vae.config), sort_keys=True, default=str), 64)[1]
+    audio = 2 * audio_flops(config, models.vae.config)
     assert audio > 0
-    assert work(2, plain=True) - work(1, plain=True) == pytest.approx(
+    assert work(2, reference=True) - work(1, reference=True) == pytest.approx(
         counter.get_total_flops() - audio,
         rel=1e-3,  # it embeds the time once a window
     )
@@ -186,20 +181,20 @@ def test_a_start_is_timed_in_a_process_of_its_own(checkpoint):
         "what": "start", "level": AGGRESSIVE.position, "resolution": 64,
         "device": "cpu", "model": str(checkpoint), "steps": 1, "repeats": 1,
     }  # fmt: skip
-    assert benchmark.work(job)["seconds"] > 0
-    assert "failed" in benchmark.work(job | {"model": "/nowhere"})
+    assert benchmark.run_worker(job)["seconds"] > 0
+    assert "failed" in benchmark.run_worker(job | {"model": "/nowhere"})
 
 
 def test_every_level_starts_cold_and_then_warm_in_folders_of_its_own():
     launched = []
 
-    def launch(job, environment):
-        launched.append((job["level"], tuple(environment[name] for name in measure.CACHE_FOLDERS)))
+    def run_in_process(job, environment):
+        launched.append((job["level"], tuple(environment[name] for name in measuring.CACHE_FOLDERS)))
         if job["level"] == BALANCED.position:
             raise RuntimeError("lost")
         return {"seconds": 3.0 if len(launched) % 2 else 1.0}
 
-    rows = list(start_rows(64, BenchmarkConfig(CPU), launch))
+    rows = list(start_rows(64, BenchmarkConfig(CPU), run_in_process))
     levels, folders = zip(*launched, strict=True)
     assert levels == (0, 0, 0.5, 1, 1)
     assert folders[0] == folders[1] != folders[3] == folders[4] and len(set(folders[0])) == 2
@@ -212,8 +207,8 @@ def test_every_level_starts_cold_and_then_warm_in_folders_of_its_own():
 
 
 def test_all_that_was_measured_is_printed_and_kept_as_json(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "launch", lambda _: lambda job, environment: {"seconds": 2.0 - job["level"]})
-    monkeypatch.setattr(measure, "time_stages", FakeClock(4.0, RuntimeError("lost"), 2.0, (1.0, float("nan")), 0.5))
+    monkeypatch.setattr(benchmark, "run_in_process", lambda _, job, environment: {"seconds": 2.0 - job["level"]})
+    monkeypatch.setattr(measuring, "time_stages", FakeClock(4.0, RuntimeError("lost"), 2.0, (1.0, float("nan")), 0.5))
     monkeypatch.setattr(benchmark, "matrix_throughput", lambda *_: 1e12)
     file = tmp_path / "results.json"
     arguments = ["--model", str(checkpoint), "--device", "cpu", "--windows", "--start", "--vram", "8"]
@@ -225,16 +220,16 @@ def test_all_that_was_measured_is_printed_and_kept_as_json(checkpoint, tmp_path,
 
     results = json.loads(file.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert results["machine"]["torch"] == torch.__version__ and results["machine"]["date"]
-    rows = [measure.WindowRow(**row) for row in results["windows"]]
+    rows = [measuring.WindowRow(**row) for row in results["windows"]]
     assert [row.name for row in rows] == NAMES and rows[3].error is None and rows[4].error > 0
     assert [row.ratio for row in rows] == [1, None, 2, 4, 8]
-    assert [measure.StartRow(**row).cold for row in results["starts"]] == [2, 1.5, 1]
+    assert [measuring.StartRow(**row).cold for row in results["starts"]] == [2, 1.5, 1]
 
 
 def test_a_job_is_measured_at_every_level(checkpoint, talking, voice, monkeypatch):
-    monkeypatch.setattr(measure, "time_stages", FakeClock(0.5))
+    monkeypatch.setattr(measuring, "time_stages", FakeClock(0.5))
     config = BenchmarkConfig(CPU, str(checkpoint), steps=1, levels=(AGGRESSIVE,))
-    (row,) = measure.job_rows(talking, voice, 64, config)
+    (row,) = measuring.job_rows(talking, voice, 64, config)
     assert not row.failed and row.frames == 20 and row.wall > 0
     assert row.gpu == 2 * 0.5 and row.ratio == pytest.approx(row.wall / row.gpu)  # 20 frames: two windows
     assert set(row.stages) >= {"faces", "mouths", "writing"} and "mouths" in benchmark.job_line(row)
@@ -242,7 +237,7 @@ def test_a_job_is_measured_at_every_level(checkpoint, talking, voice, monkeypatc
 
 def test_a_job_that_fails_is_a_row(checkpoint, tmp_path):
     config = BenchmarkConfig(CPU, str(checkpoint), steps=1)
-    rows = list(measure.job_rows(tmp_path / "no.mp4", tmp_path / "no.wav", 64, config))
+    rows = list(measuring.job_rows(tmp_path / "no.mp4", tmp_path / "no.wav", 64, config))
     assert [row.name for row in rows] == [level.name for level in STOPS] and all(row.failed for row in rows)
 
 

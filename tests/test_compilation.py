@@ -100,16 +100,15 @@ def test_the_cache_folder_is_the_users_unless_they_set_another(home, monkeypatch
     assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
 
 
-@pytest.mark.parametrize("threads", [8, 2])
-def test_inductor_takes_no_more_threads_than_there_are_cores_to_use(monkeypatch, threads):
-    monkeypatch.setattr(compilation, "usable_cores", lambda: 3)
-    monkeypatch.setattr(inductor, "compile_threads", threads)
-    monkeypatch.setenv(COMPILE_THREADS, str(threads))
-    configure_compilers()
-    assert inductor.compile_threads == threads, "the user's choice"
-    monkeypatch.delenv(COMPILE_THREADS)
-    configure_compilers()
-    assert inductor.compile_threads == min(threads, 3)
+@pytest.mark.parametrize("cores, threads", [(3, "3"), (200, "32")])
+def test_inductor_takes_no_more_threads_than_there_are_cores_to_use(monkeypatch, cores, threads):
+    monkeypatch.setattr(compilation, "usable_cores", lambda: cores)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
+    compilation.configure_compilers()
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "7", "the user's choice"
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    compilation.configure_compilers()
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == threads
 
 
 # ---- the network
@@ -205,11 +204,11 @@ def test_compiled_is_eager(models, monkeypatch):
         return models.unet.full(x, torch.tensor([500]), context, 16, 0, True)[0]
 
     monkeypatch.setattr(UNet, "full", full)
-    monkeypatch.setattr(inductor, "compile_threads", 1)  # starting workers takes longer than the work
-    monkeypatch.setattr(inductor.cpp, "simdlen", 1)  # as does reading the headers of vector instructions
     expected = full_pass()
     lines, before = [], graphs()
-    assert compile_unet(models, Settings(cache=DeepCache(1, 0)), lines.append), lines
+    # Starting workers takes longer than the work, as does reading the headers of vector instructions.
+    with inductor.patch({"compile_threads": 1, "cpp.simdlen": 1}):
+        assert compile_unet(models, Settings(cache=DeepCache(1, 0)), lines.append), lines
     assert graphs() == before + 1 and not lines
     assert is_compiled(models.unet)
     torch.testing.assert_close(full_pass(), expected, rtol=1e-4, atol=1e-4)

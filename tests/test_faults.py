@@ -188,7 +188,7 @@ def test_what_is_no_picture_is_noticed_frame_by_frame(kind, dtype):
 def test_the_wider_networks_are_plain_and_the_others_stay_as_they_are(half):
     make_lean(half.vae)
     capture(half.unet)
-    half.vae.enable_tiling()
+    half.vae.use_tiling = True
     kinds = [type(module) for network in (half.unet, half.vae) for module in network.modules()]
     wide = in_dtype(half, torch.float32)
     assert type(wide.unet) is UNet and wide.dtype == torch.float32 and wide.vae.use_tiling

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
+from latentsync.autoencoder import Autoencoder, AutoencoderConfig
 from latentsync.sampling import ddim_schedule, denoise
 from latentsync.settings import DeepCache
 from latentsync.unet import Context, UNet, UNetConfig
@@ -149,16 +149,13 @@ def test_on_the_processor_nothing_is_captured():
     assert not {"full", "shallow", "graphs"} & set(vars(unet))
 
 
-def small_vae() -> AutoencoderKL:
+def small_vae() -> Autoencoder:
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(32, 64), norm_num_groups=8, latent_channels=4, layers_per_block=1, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+    vae = Autoencoder(AutoencoderConfig(block_out_channels=(32, 64), norm_num_groups=8))
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def there_and_back(vae: AutoencoderKL, faces: list[Tensor]) -> list[Tensor]:
+def there_and_back(vae: Autoencoder, faces: list[Tensor]) -> list[Tensor]:
     """Latents and pictures of each, looked at only when all are made: none may be overwritten by a later pass."""
     mask = torch.ones(faces[0].shape[-2:], device=faces[0].device, dtype=faces[0].dtype)
     mask[16:] = 0

@@ -12,8 +12,9 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from latentsync.errors import UserError
-from optim.serving.guard import Guard, Policy, policy_for, visitor_address
-from optim.serving.login import FREE_FAILURES, LONGEST_WAIT, Throttle, checker, parse_accounts, read_accounts
+from optim.serving.guard import Guard, visitor_address
+from optim.serving.login import FREE_FAILURES, MAX_WAIT, Throttle, parse_accounts, password_checker, read_accounts
+from optim.serving.policy import Policy, policy_for
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 (no server binds to it here)
 FILE = {"_type": "gradio.FileData"}
@@ -274,13 +275,13 @@ def test_who_has_not_logged_in_learns_nothing_of_the_endpoints():
     assert len(received) == 1
 
 
-def test_a_fault_of_the_program_is_one_sentence_to_the_visitor(capsys):
+def test_a_fault_of_the_program_is_one_sentence_to_the_visitor(caplog):
     def fail(_: Request) -> PlainTextResponse:
         raise RuntimeError("/secret/folder")
 
     client = TestClient(Guard(Starlette(routes=[Route("/", fail)]), Policy()), base_url="http://localhost")
     found = client.get("/")
-    assert found.status_code == 500 and "secret" not in found.text and "secret" in capsys.readouterr().err
+    assert found.status_code == 500 and "secret" not in found.text and "secret" in caplog.text
 
 
 # ---- logins
@@ -290,19 +291,19 @@ def test_guessing_is_slowed_for_the_guesser_and_nobody_is_locked_out():
     now = [1000.0]
     throttle = Throttle(clock=lambda: now[0])
     for _ in range(FREE_FAILURES):
-        assert throttle.refused_for("guesser") == 0
+        assert throttle.seconds_to_wait("guesser") == 0
         throttle.record("guesser", False)
     waits = []
     for _ in range(12):
-        waits.append(throttle.refused_for("guesser"))
+        waits.append(throttle.seconds_to_wait("guesser"))
         now[0] += waits[-1]
-        assert throttle.refused_for("guesser") == 0
+        assert throttle.seconds_to_wait("guesser") == 0
         throttle.record("guesser", False)
-    assert waits[:4] == [1, 2, 4, 8] and max(waits) == LONGEST_WAIT
-    assert throttle.refused_for("owner") == 0
-    now[0] += 2 * LONGEST_WAIT
+    assert waits[:4] == [1, 2, 4, 8] and max(waits) == MAX_WAIT
+    assert throttle.seconds_to_wait("owner") == 0
+    now[0] += 2 * MAX_WAIT
     throttle.record("guesser", True)
-    assert throttle.refused_for("guesser") == 0, "the right password ends it"
+    assert throttle.seconds_to_wait("guesser") == 0, "the right password ends it"
 
 
 def test_guessing_from_many_addresses_delays_every_login_a_little():
@@ -311,7 +312,7 @@ def test_guessing_from_many_addresses_delays_every_login_a_little():
     assert throttle.delay() == 0
     for i in range(1000):
         throttle.record(f"address {i}", False)
-    assert 1 <= throttle.delay() <= 5 and throttle.refused_for("owner") == 0
+    assert 1 <= throttle.delay() <= 5 and throttle.seconds_to_wait("owner") == 0
     now[0] += 61
     assert throttle.delay() == 0
 
@@ -356,7 +357,7 @@ def test_passwords_come_from_files_and_are_compared_whole(tmp_path):
     file.write_text("anna:a long, password\n\nben:b:c\r\n", encoding="utf-8")
     assert read_accounts(file) == [("anna", "a long, password"), ("ben", "b:c")]
     assert parse_accounts("a:b:c,d:e", "--auth") == [("a", "b:c"), ("d", "e")]
-    right = checker(read_accounts(file))
+    right = password_checker(read_accounts(file))
     assert right("anna", "a long, password") and right("ben", "b:c")
     for name, password in (("anna", "b:c"), ("anna", ""), ("", ""), ("anna", "a long, passwor"), ("\ud800", "ä")):
         assert not right(name, password)

@@ -19,7 +19,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from latentsync.audio import audio_chunks, frame_count, mel_segments
 from latentsync.checkpoints.load import load_audio_encoder
-from latentsync.sampling import ddim_schedule, denoise
+from latentsync.sampling import cumulative_alphas, ddim_schedule, denoise
 from latentsync.settings import DeepCache
 from latentsync.unet import UNet, UNetConfig, fold_frames
 from optim.benchmark.reference import PlainUNet, deepcache, denoise_window, make_pipe
@@ -184,6 +184,7 @@ def test_schedule_equals_diffusers_step_by_step(steps):
     schedule, scheduler = ddim_schedule(steps), make_pipe(None).scheduler
     scheduler.set_timesteps(steps)
     assert list(schedule.timesteps) == scheduler.timesteps.tolist()
+    assert torch.equal(cumulative_alphas(), scheduler.alphas_cumprod)
     torch.manual_seed(steps)
     latents, epsilon = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.randn(2, 4, 8, 8, dtype=torch.float64)
     for t, a, b in zip(scheduler.timesteps, schedule.latent_scale, schedule.noise_scale, strict=True):

@@ -109,7 +109,7 @@ def work_folders(folder: Path) -> list[Path]:
 DRIVER = f"""
 import os, signal, sys
 from functools import partial
-from latentsync import __main__ as command_line, media, pipeline
+from latentsync import __main__ as command_line, media, painting, pipeline
 
 where, arguments = sys.argv[1], sys.argv[2:]
 pipeline.lipsync = partial(pipeline.lipsync, segment_frames={SEGMENT})
@@ -172,7 +172,7 @@ def test_a_killed_job_goes_on_to_the_same_result(
     assert least <= found["resumed_from"] <= most and found["frames"] == FRAMES
     assert 0 < found["frames_without_face"] < 10
     at = found["resumed_from"] // 25
-    assert f"going on from 0:0{at} of 0:02\n" in capsys.readouterr().err
+    assert f"resuming at 0:0{at} of 0:02\n" in capsys.readouterr().err
     # Five windows: 0 to 15, 8 to 23 (slid back), 29 to 44, 45 to 60, 52 to 67 (slid back).
     assert len(painted) == {20: 4, 40: 3, FRAMES: 0}[found["resumed_from"]]
     assert hashes(output) == undisturbed
@@ -203,9 +203,9 @@ def test_a_looped_video_goes_on_to_the_same_result(models, talking, sound, tmp_p
     kept, resumed = said
     folder = re.escape(str(tmp_path / ".latentsync-"))
     assert re.fullmatch(
-        rf"0:01 of 0:02 are kept in '{folder}\w+-\w+' \(\d\.\d MB\): the same command goes on from there", kept
+        rf"0:01 of 0:02 are kept in '{folder}\w+-\w+' \(\d\.\d MB\): the same command resumes there", kept
     )
-    assert resumed == "going on from 0:01 of 0:02"
+    assert resumed == "resuming at 0:01 of 0:02"
     assert hashes(tmp_path / "out.mkv") == hashes(tmp_path / "whole.mkv")
     assert sorted(os.listdir(tmp_path)) == ["out.mkv", "whole.mkv"]
 
@@ -376,18 +376,18 @@ def test_a_damaged_manifest_begins_anew(models, followed, sound, tmp_path):
     assert [each["frames"] for each in listed] == [20, 20]
     writer = segments.SegmentWriter(
         tmp_path / "out.mp4", probe_video(followed), sound, folder=folder, total=FRAMES, segment_frames=SEGMENT,
-        counts={"frames_without_face": 0, "frames_computed_again": 0}, say=print,
+        counts={"frames_without_face": 0, "frames_computed_again": 0}, on_message=print,
     )  # fmt: skip
-    assert len(writer._read()) == 2
+    assert len(writer._verified_segments()) == 2
     for name, text in spoilt(listed).items():
         manifest.write_bytes(text.encode("utf-8", "surrogateescape"))
-        assert writer._read() == [], name
+        assert writer._verified_segments() == [], name
     manifest.write_text(json.dumps([listed[0], listed[1] | {"frames": None}]))
-    assert len(writer._read()) == 1, "what comes before the damage holds"
+    assert len(writer._verified_segments()) == 1, "what comes before the damage holds"
     if os.name != "nt":
         manifest.unlink()
         os.mkfifo(manifest)  # reading it would block
-        assert writer._read() == []
+        assert writer._verified_segments() == []
     manifest.unlink()
     manifest.write_text('[{"frames": NaN}]')
     run = (followed, sound, tmp_path / "out.mp4", models, Settings(steps=1))

@@ -23,6 +23,7 @@ from latentsync.media import (
     join_segments,
     probe_audio,
     probe_video,
+    process,
     reading,
     sound,
     watchdog,
@@ -75,9 +76,9 @@ def voice(tmp_path):
     return make_sound(tmp_path / "voice.wav", seconds=2)
 
 
-def stopping(monkeypatch, module, at: int = 1, stopped: Callable = lambda _: None) -> None:
-    """Let a module's `at`-th run of ffmpeg stand still from its beginning on; stopped(process) is called then."""
-    real, runs = module.run_ffmpeg, []
+def stopping(monkeypatch, *modules, at: int = 1, stopped: Callable = lambda _: None) -> None:
+    """Let the modules' `at`-th run of ffmpeg stand still from its beginning on; stopped(process) is called then."""
+    real, runs = process.run_ffmpeg, []
 
     @contextmanager
     def run(*arguments, **options):
@@ -88,7 +89,8 @@ def stopping(monkeypatch, module, at: int = 1, stopped: Callable = lambda _: Non
                 stopped(started)
             yield started, log
 
-    monkeypatch.setattr(module, "run_ffmpeg", run)
+    for module in modules:
+        monkeypatch.setattr(module, "run_ffmpeg", run)
 
 
 @pytest.fixture
@@ -151,7 +153,7 @@ def test_a_look_at_the_sound_hears_a_cancel(tmp_path, monkeypatch, at):
         if release:
             raise Cancelled
 
-    stopping(monkeypatch, sound, at, release.append)
+    stopping(monkeypatch, watchdog, sound, at=at, stopped=release.append)
     with pytest.raises(Cancelled):
         sound.sound_options(voice, tmp_path / "o.mp4", False, cancel)
     assert os.listdir(tmp_path) == ["voice.m4a"]
@@ -291,7 +293,7 @@ def test_what_works_slowly_is_not_taken_for_standing_still(monkeypatch, short):
     monkeypatch.setattr(watchdog, "STALL_SECONDS", 0.5)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as sleeper:
         # Each look finds a little more done, for ten times as long as it may stand still; then nothing more.
-        monkeypatch.setattr(watchdog, "_work", lambda pid: (0.0, work.append(pid) or min(len(work), 50)))
+        monkeypatch.setattr(watchdog, "_activity", lambda pid: (0.0, work.append(pid) or min(len(work), 50)))
         with Watchdog(sleeper) as dog:
             assert dog.wait() == -signal.SIGKILL
     assert len(work) > 50 and dog.stalled == 0.5
@@ -306,7 +308,7 @@ def test_an_encoder_that_nobody_waits_for_may_stand_still(tmp_path, info, short)
 
 
 def test_extras_hear_a_cancel(tmp_path, info, voice, monkeypatch):
-    stopping(monkeypatch, extras)
+    stopping(monkeypatch, watchdog)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(Cancelled), extras.collect_extras(info, probe_audio(voice), 2, tmp_path / "o.mp4", cancel):
         pass

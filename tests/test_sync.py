@@ -59,8 +59,8 @@ def in_segments(frames: int, seconds: int):
 
     def writer(output: Path, info: VideoInfo, source: Path, crf: float) -> SegmentWriter:
         return SegmentWriter(
-            output, info, source, crf,
-            folder=output.with_name("segments"), total=FPS * seconds, segment_frames=frames, counts={}, say=print,
+            output, info, source, crf, folder=output.with_name("segments"), total=FPS * seconds,
+            segment_frames=frames, counts={}, on_message=print,
         )  # fmt: skip
 
     return writer

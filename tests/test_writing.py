@@ -295,7 +295,15 @@ def duration(path: Path) -> float:
 def as_pieces(output: Path, info, sound: Path, seconds: float) -> Path:
     folder = output.with_name("work")
     with SegmentWriter(
-        output, info, sound, 30, folder=folder, total=round(25 * seconds), segment_frames=20, counts={}, say=print
+        output,
+        info,
+        sound,
+        30,
+        folder=folder,
+        total=round(25 * seconds),
+        segment_frames=20,
+        counts={},
+        on_message=print,
     ) as writer:
         for _, frame in read_frames_looped(info, round(25 * seconds)):
             writer.write(frame)

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
+from latentsync.autoencoder import Autoencoder, AutoencoderConfig
 from latentsync.unet import UNet, UNetConfig
 from latentsync.whisper import AudioEncoder, WhisperDims
 
@@ -38,7 +38,7 @@ def make_checkpoint(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet, encoder = UNet(UNetConfig.from_dict(UNET)), AudioEncoder(WhisperDims(**DIMS))
-        vae = AutoencoderKL.from_config(VAE)
+        vae = Autoencoder(AutoencoderConfig.from_dict(VAE))
     (folder / "whisper").mkdir(parents=True)
     (folder / "vae").mkdir()
     save_file(unet.state_dict(), folder / "latentsync_unet.safetensors")

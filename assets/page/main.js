@@ -1,6 +1,6 @@
 // Once a second, while somebody looks, the server is asked what has changed.
 
-let refreshing = null, server = null; // server: the id of the one that answered last
+let refreshing = null, serverId = null; // of the server that answered last
 let measured = null; // jobs by which the server knows this machine's speed
 
 /** Forget another server: this one has neither the files in the form nor the addresses of results. Settings stay. */
@@ -16,8 +16,8 @@ async function update() {
   const versions = Object.fromEntries([...cards].map(([id, view]) => [id, view.version]));
   const news = await call("watch", visitor, since, versions);
   if (news.error) return notice(news.error);
-  const restarted = server !== null && server !== news.server;
-  server = news.server;
+  const restarted = serverId !== null && serverId !== news.server;
+  serverId = news.server;
   if (restarted) {
     resetPage();
     return update();

@@ -10,8 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
+from latentsync.autoencoder import Autoencoder, AutoencoderConfig
 from latentsync.checkpoints.description import MAX_SIZE, Traits, check_sizes, positive_number, read_json
 from latentsync.checkpoints.find import Checkpoint
 from latentsync.checkpoints.tensors import DAMAGED, load_exactly, read_tensors, reader, unet_reader
@@ -33,7 +33,7 @@ class Models(Traits):
     resolution: int  # side of the face crop, pixels
     unet: UNet
     audio_encoder: AudioEncoder
-    vae: AutoencoderKL
+    vae: Autoencoder
     face: np.ndarray | None = None  # uint8 (R, R, 3), aligned: what it paints instead of the film's; see `retarget`
     files: tuple[Path, ...] = ()  # that it was loaded from
 
@@ -128,7 +128,7 @@ def load_audio_encoder(path: Path, device: torch.device | None = None) -> AudioE
 
 def load_vae(
     path: Path, config_path: Path, device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> AutoencoderKL:
+) -> Autoencoder:
     """The autoencoder of a diffusers folder, also of one written before diffusers renamed its attention."""
 
     def renamed(name: str) -> str:
@@ -142,7 +142,7 @@ def load_vae(
     for name, default in (("scaling_factor", VAE_SCALE), ("sample_size", VAE_SIDE)):
         positive_number(config, name, default, MAX_SIZE, config_path)
     with _building(config_path):
-        vae = AutoencoderKL.from_config(config)
+        vae = Autoencoder(AutoencoderConfig.from_dict(config))
     load_exactly(vae, read, path, device, dtype)
     return vae.eval()
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from latentsync.media.info import VideoInfo, is_transparent
 
-# One point of chroma for a 2x2 block on the way in, and their mean on the way out, return the chroma that the
-# file had (measured 51 dB on a test card, 36 dB with bicubic both ways).
+# Reading repeats the chroma sample of a 2x2 block, and writing averages the block, so that the chroma of the file comes
+# back (measured 51 dB on a test card, 36 dB with bicubic both ways).
 TO_RGB = "neighbor+accurate_rnd+full_chroma_int"
 TO_YUV = "area+accurate_rnd"
 RESCALE = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
@@ -21,7 +21,7 @@ PLANAR_LAYOUTS = {  # pixel format -> planar one of the same values
     "vuya": "yuva444p", "ayuv": "yuva444p", "uyva": "yuva444p", "ayuv64le": "yuva444p16le",
 }  # fmt: skip
 REFERENCE_WHITE = 203  # cd/m² of HDR that are the white of standard range (ITU-R BT.2408)
-KNEE = 0.5  # of linear light, white being 1: darker colours stay as they are, brighter ones are pressed together
+KNEE = 0.5  # linear light, white being 1: darker colours stay as they are, brighter ones are compressed
 
 
 def is_rgb(pixel_format: str) -> bool:
@@ -32,8 +32,8 @@ def is_rgb(pixel_format: str) -> bool:
 def planar_format(pixel_format: str) -> str:
     """The planar format that holds the values of a pixel format, for filters that take no other.
 
-    YCbCr of the usual samplings, planar RGB and grey stay as they are. Palettes, packed RGB and packed YCbCr are
-    only laid out otherwise; rare formats are converted to one of at least their depth.
+    YCbCr with the usual subsampling, planar RGB and grey stay as they are. Palettes, packed RGB and packed YCbCr are
+    only rearranged; rare formats are converted to one of at least their depth.
     """
     name = re.sub(r"be$", "le", pixel_format).replace("yuvj", "yuv")
     if re.fullmatch(r"(yuva?4(20|22|44)p|yuv4(10|11|40)p|gbra?p|gray)((9|1[0246])le)?", name):
@@ -49,7 +49,7 @@ def planar_format(pixel_format: str) -> str:
 
 
 def scale_matrix(info: VideoInfo) -> str:
-    """The scale filter's name of the matrix that belongs to the file; untagged ones as players guess."""
+    """The scale filter's name of the file's matrix; without a tag, what players assume for its size."""
     if info.color_matrix == "gbr" or info.hdr:
         return "bt709"
     long_side, short_side = max(info.width, info.height), min(info.width, info.height)
@@ -58,18 +58,19 @@ def scale_matrix(info: VideoInfo) -> str:
 
 
 def scale_range(info: VideoInfo) -> str:
+    """The scale filter's name of the file's range: "pc" (full) or "tv" (limited)."""
     return "pc" if info.color_range == "pc" and info.color_matrix != "gbr" and not info.hdr else "tv"
 
 
 def to_first_format(info: VideoInfo) -> tuple[str, str]:
-    """Options of the scale filter, and filters behind it, that give all frames the first one's format and colours.
+    """Options of the scale filter, and the filters after it, that give all frames the first one's format and colours.
 
-    Frames that are like the first pass unchanged.
+    Frames with the first one's properties pass unchanged.
     """
     target, flags = planar_format(info.pixel_format), RESCALE
     block = 4 if target in {"yuv410p", "yuv411p"} else 2
     if info.stored_width % block or info.stored_height % block:
-        # The pad filter takes only whole blocks of chroma: give every pixel its own, which is its block's.
+        # The pad filter needs whole chroma blocks: repeat the chroma for every pixel.
         target, changed = re.subn(r"4(10|11|20|22|40)p", "444p", target)
         flags = TO_RGB if changed and not info.scaled else RESCALE
     if target.startswith("g"):  # RGB and grey have no matrix
@@ -80,8 +81,8 @@ def to_first_format(info: VideoInfo) -> tuple[str, str]:
         matrix = SCALE_MATRIX.get(info.color_matrix, "bt2020") if info.hdr else scale_matrix(info)
         range_ = "pc" if info.color_range == "pc" else "tv"
         options = f"flags={flags}:out_color_matrix={matrix}:out_range={range_}"
-        # swscale takes frames without a tag for BT.601. Where that is not how the first was understood, later tags
-        # are ignored.
+        # swscale assumes BT.601 for frames without a tag. Where another matrix was assumed for the first frame, tags of
+        # later frames are ignored.
         tagged = info.color_matrix in SCALE_MATRIX
         options += "" if tagged or matrix == "smpte170m" else f":in_color_matrix={matrix}"
         tags = f"range={range_}:colorspace={info.color_matrix if tagged else 'unknown'}"
@@ -90,7 +91,7 @@ def to_first_format(info: VideoInfo) -> tuple[str, str]:
 
 def to_standard_range(info: VideoInfo) -> list[str]:
     """Filters from PQ or HLG to BT.709 RGB, through linear light with white at 1."""
-    # Where the file is silent, as HDR10 and HLG have it.
+    # Where the file has no tags, those of HDR10 and HLG are assumed.
     matrix = info.color_matrix if info.color_matrix in SCALE_MATRIX or info.color_matrix == "gbr" else "bt2020nc"
     primaries = "bt2020" if info.color_primaries == "unknown" else info.color_primaries
     range_ = "pc" if info.color_range == "pc" or matrix == "gbr" else "tv"
@@ -106,6 +107,6 @@ def to_standard_range(info: VideoInfo) -> list[str]:
 
 
 def on_white(frame: np.ndarray) -> np.ndarray:
-    """(h, w, 4) uint8 with opacity → (h, w, 3) uint8: what lies under full transparency is not meant to be seen."""
+    """(h, w, 4) uint8 RGBA → (h, w, 3) uint8 RGB on white, whatever colours transparent pixels have."""
     colours, opacity = frame[..., :3].astype(np.uint16), frame[..., 3:]
     return ((colours * opacity + 255 * (255 - opacity.astype(np.uint16)) + 127) // 255).astype(np.uint8)

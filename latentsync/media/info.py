@@ -1,4 +1,4 @@
-"""What is known of a video or sound file: plain data."""
+"""Properties of video and sound files: plain data."""
 
 import re
 from dataclasses import dataclass
@@ -6,25 +6,25 @@ from fractions import Fraction
 from pathlib import Path
 
 HDR_TRANSFERS = {"smpte2084", "arib-std-b67"}  # PQ (HDR10, Dolby Vision 8.1) and HLG (Dolby Vision 8.4)
-OPACITY_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # by codec: what keeps the opacity, unlike ffmpeg's
+OPACITY_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # codec → decoder that keeps opacity, as the default does not
 INTERLACED_REMARK = "The video is interlaced (a frame's odd and even lines show different times); the result is not."
 TRANSPARENT_REMARK = "Transparent parts of the picture become white."
 HDR_REMARK = "The video is of high dynamic range (HDR); the result is of standard range (SDR)."
 
 
 def is_transparent(pixel_format: str) -> bool:
-    """Whether the pixels of ffmpeg's `pixel_format` have an opacity."""
+    """Whether the pixels of ffmpeg's `pixel_format` have an alpha channel."""
     return bool(re.match(r"rgba|bgra|argb|abgr|gbrap|yuva|ya\d|pal8|ayuv|vuya|uyva", pixel_format))
 
 
 @dataclass(frozen=True)
 class Track:
-    """One of a file's tracks of pictures or of sound, by what the file says of it. Texts are cleaned for one line."""
+    """A video or sound track of a file, as the file describes it. Texts are cleaned, and have one line."""
 
     number: int  # among the file's tracks of its kind, from 1
     index: int  # ffmpeg's, among all streams
     codec: str
-    default: bool  # the file asks players for it
+    default: bool  # has the flag that tells players to choose it
     language: str = ""  # mostly three letters
     title: str = ""
     width: int = 0  # pixels as stored; 0 for sound
@@ -34,12 +34,12 @@ class Track:
     def __str__(self) -> str:
         size = f"{self.width} × {self.height}" if self.width else self.channels
         title = f"“{self.title}”" if self.title else ""
-        words = self.codec, size, self.language, title, "default" if self.default else ""
-        return f"{self.number} ({', '.join(filter(None, words))})"
+        properties = self.codec, size, self.language, title, "default" if self.default else ""
+        return f"{self.number} ({', '.join(filter(None, properties))})"
 
 
-def _choice(kind: str, number: int, tracks: tuple[Track, ...]) -> tuple[str, ...]:
-    """A sentence on which track is used, where there are several."""
+def _track_remarks(kind: str, number: int, tracks: tuple[Track, ...]) -> tuple[str, ...]:
+    """A sentence about which track is used, if there are several."""
     if len(tracks) < 2:
         return ()
     return (f"The file has {len(tracks)} {kind} tracks, number {number} is used: {'; '.join(map(str, tracks))}.",)
@@ -47,16 +47,16 @@ def _choice(kind: str, number: int, tracks: tuple[Track, ...]) -> tuple[str, ...
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What `probe_video` found. Sizes are those of the frames that `read_frames` yields."""
+    """Properties of a video, from `probe_video`. Sizes are those of the frames that `read_frames` yields."""
 
     path: Path
     width: int  # as displayed: rotated, square pixels
     height: int
     fps: float  # mean rate of the file
     duration: float  # seconds of picture
-    n_frames: int  # expected on the 25 fps grid; decoding decides
-    color_range: str  # "tv" (limited) or "pc" (full), "unknown" where the file does not say
-    color_matrix: str  # ffmpeg's names, "gbr" for RGB files, "unknown" where the file does not say
+    n_frames: int  # expected on the 25 fps grid; decoding may yield others
+    color_range: str  # "tv" (limited) or "pc" (full), "unknown" if not in the file
+    color_matrix: str  # ffmpeg's names, "gbr" for RGB files, "unknown" if not in the file
     color_primaries: str
     color_transfer: str
     pixel_format: str  # ffmpeg's name
@@ -66,14 +66,14 @@ class VideoInfo:
     still: bool  # a picture, not a video
     stored_width: int  # of the file's first frame, rotated, in its own pixels
     stored_height: int
-    pixel_aspect: Fraction  # width of its pixels over their height; 1 where the file gives none that can be used
-    scaled: bool  # the file's pixels are not square, or too many for a picture, and are rescaled
-    interlaced: bool  # its first frame consists of two fields of different times
+    pixel_aspect: Fraction  # width of its pixels over their height; 1 where the file gives no plausible one
+    scaled: bool  # frames are rescaled: the pixels are not square, or a picture has too many
+    interlaced: bool  # its first frame consists of two fields
     start_pts: int  # timestamp of the first frame in units of time_base, after ffmpeg's shift to zero
     time_base: Fraction  # seconds
-    select: str = "V:0"  # ffmpeg's specifier of the stream or group of tiles that is read, without the file's number
-    track: int = 1  # the number of the one that is read
-    tracks: tuple[Track, ...] = ()  # all that can be chosen; none of a picture
+    select: str = "V:0"  # ffmpeg's specifier of the stream or group of tiles to read, without the file's number
+    track: int = 1  # number of the track to read
+    tracks: tuple[Track, ...] = ()  # all that can be chosen; empty for a picture
 
     @property
     def hdr(self) -> bool:
@@ -82,12 +82,12 @@ class VideoInfo:
 
     @property
     def transparent(self) -> bool:
-        """Whether the file's pixels have an opacity. Its frames have none: they lie on white."""
+        """Whether the file's pixels have an alpha channel. Its frames have none: they are put on white."""
         return is_transparent(self.pixel_format)
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Sentences for the user on what the result has otherwise than the file."""
+        """Sentences for the user about how the result differs from the file."""
         shrunk = f"So large a picture is made smaller: the result has {self.width} × {self.height} pixels."
         remarks = {
             HDR_REMARK: self.hdr,
@@ -96,25 +96,25 @@ class VideoInfo:
             shrunk: self.still and self.scaled,
         }
         texts = tuple(remark for remark, applies in remarks.items() if applies)
-        return texts + _choice("video", self.track, self.tracks)
+        return texts + _track_remarks("video", self.track, self.tracks)
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What `probe_audio` found about a sound track of a file."""
+    """Properties of a sound track of a file, from `probe_audio`."""
 
     path: Path
     codec: str
     sample_rate: int
     channels: int
-    sample_format: str  # ffmpeg's name of what the decoder gives: "s16", "fltp", ...
+    sample_format: str  # of the decoder, ffmpeg's name: "s16", "fltp", ...
     duration: float  # seconds, counted in decoded samples
     start: float  # seconds from the start of the file to the first sample
     select: str = "a:0"  # ffmpeg's specifier of the stream, without the file's number
-    track: int = 1  # the number of the one that is described
+    track: int = 1  # number of the track
     tracks: tuple[Track, ...] = ()  # all that can be chosen
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Sentences for the user on what of the file is used."""
-        return _choice("sound", self.track, self.tracks)
+        """Sentences for the user about which track is used."""
+        return _track_remarks("sound", self.track, self.tracks)

@@ -1,7 +1,7 @@
-"""From stereo to the mono sound that a listener hears.
+"""Mix stereo down to the mono sound that a listener hears: `mix_down`.
 
 The sum of two channels is silent where one of them is inverted, hollow where they differ in phase, and at half its
-amplitude where only one of them speaks. There the louder channel is taken instead.
+amplitude where only one of them speaks. There the louder channel is used instead.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,19 +9,19 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 BLOCKS_PER_SECOND = 50  # a block has one weight
-PIECE_BLOCKS = 1500  # 30 s that are mixed at a time
-REACH_BLOCKS = 25  # half a second to either side by which a block is judged: pauses between words change nothing
-# Power of the sum relative to the louder channel. In stereo it is 0.5 (nothing in common) to 1 (all in common), where
-# only one channel speaks 0.25. The sum is taken alone from SUM on, the louder channel alone up to CHANNEL.
+PIECE_BLOCKS = 1500  # mixed at a time: 30 s
+REACH_BLOCKS = 25  # half a second on either side that a decision looks at: pauses between words change nothing
+# Power of the sum relative to the louder channel: 0.5 (uncorrelated) to 1 (identical) in stereo, 0.25 where one channel
+# is silent. From SUM on only the sum is used, up to CHANNEL only the louder channel.
 SUM, CHANNEL = 0.4, 0.28
-LOUDER = 2.0  # times the power of the channel in use: the other one takes its place
+LOUDER = 2.0  # the other channel is used once it has this many times the power
 
 
 def mix_down(chunks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """Mix sound down to mono, to the bit as ffmpeg does wherever the sum of the channels holds what they hold.
+    """Mix sound down to mono, bit for bit as ffmpeg does wherever the sum of the channels loses nothing.
 
     chunks: float32 (n, 3): left, right, and the sum as ffmpeg weights it, at `rate` Hz; finite, of any lengths.
-    Yields float32 (n,) in pieces, which do not depend on how the chunks are cut. Weights change linearly over a block.
+    Yields float32 (n,) in pieces that do not depend on the lengths of the chunks. Weights change linearly over a block.
     """
     kernel = np.hanning(2 * REACH_BLOCKS + 3)[1:-1]
     block = rate // BLOCKS_PER_SECOND
@@ -38,13 +38,13 @@ def mix_down(chunks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
             smooth = np.stack([np.convolve(channel, kernel, "valid") for channel in around.T], 1)
             weights, side = _weights(smooth, side)
             start = np.concatenate([weights[:1] if last is None else last, weights[:-1]])
-            yield _mixed(piece, start, weights, block)
+            yield _mix(piece, start, weights, block)
             earlier, last = around[len(power) : len(power) + REACH_BLOCKS], weights[-1:]
         piece, power = following, next_power
 
 
 def _pieces(chunks: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """The samples in pieces of `length`, the last one shorter, and an empty one at the end."""
+    """The samples in pieces of `length`, the last one shorter, then an empty one."""
     waiting: list[np.ndarray] = []
     count = 0
     for chunk in chunks:
@@ -83,8 +83,8 @@ def _weights(power: np.ndarray, side: int) -> tuple[np.ndarray, int]:
     return weights, side
 
 
-def _mixed(samples: np.ndarray, start: np.ndarray, end: np.ndarray, block: int) -> np.ndarray:
-    """The samples (n, 3) in mono, with the weights (blocks, 2) of left and right at every block's start and end."""
+def _mix(samples: np.ndarray, start: np.ndarray, end: np.ndarray, block: int) -> np.ndarray:
+    """Mix samples (n, 3) to mono, with weights (blocks, 2) of left and right at the start and end of every block."""
     mono = samples[:, 2].copy()
     rise = np.linspace(0, 1, block, endpoint=False, dtype=np.float32)[:, None]
     for i in np.flatnonzero((start + end).any(1)):

@@ -17,67 +17,71 @@ from latentsync.errors import UserError
 from latentsync.media.colour import is_rgb
 from latentsync.media.info import OPACITY_DECODERS, AudioInfo, Track, VideoInfo, is_transparent
 from latentsync.media.process import (
-    MOST_PIXELS,
+    MAX_PIXELS,
     PROBE_LIMITS,
     SCAN_LIMITS,
     TOO_LARGE,
-    check_ended,
+    check_exit,
     check_input,
     filter_arguments,
     input_arguments,
+    output_lines,
     read_log,
     run_ffmpeg,
-    too_many_pixels,
-    unreadable,
-    with_watchdog,
+    too_large_error,
+    unreadable_error,
+    wait_with_timeout,
+    with_timeout,
 )
 from latentsync.media.signatures import is_iso_picture, lacks_end
 from latentsync.media.tracks import choose_track, list_tracks
 
 ANIMATIONS = {"gif", "apng", "webp_anim", "jpegxl_anim"}  # demuxers of pictures that may move
-STILL_PIXELS = 4096 * 2304  # of a picture as it is shown: a telephone's has more than players show as a video
-ASPECTS = Fraction(1, 4), Fraction(4)  # of a pixel: others are taken for errors
-MOST_HOURS = 6.0  # of sound, which is held whole: 1.4 GB; a false timestamp can ask for years of silence
+STILL_PIXELS = 4096 * 2304  # of the frame made from a picture: a phone's pictures have more than players take as video
+ASPECTS = Fraction(1, 4), Fraction(4)  # of a pixel: others are considered errors
+MAX_HOURS = 6.0  # of sound, which is held in memory: 1.4 GB; a false timestamp can mean years of silence
 
 
 def probe_video(path: str | os.PathLike, track: int | None = None) -> VideoInfo:
-    """Describe a video (or a still picture, which is a video of one frame) after decoding its first frame.
+    """Properties of a video (or a still picture, which is a video of one frame), after decoding its first frame.
 
-    track: the number of a video track, from 1; None: the one with the default flag, else the first. Cover art is none.
-    All timestamps are read, so duration and frame count hold for files whose header lies. Raises UserError for what
-    cannot be used.
+    track: number of a video track, from 1; None: the first one with the default flag, else the first. Cover art is no
+    track. All timestamps are read, so that duration and frame count are right even if the header is wrong. Raises
+    UserError for files that cannot be used.
     """
     path = Path(path)
     check_input(path, "video")
     contents = list_tracks(path, "video")
     if not contents.video:
         if not contents.audio:
-            raise UserError(unreadable(path, "", "video"))
+            raise unreadable_error(path, "", "video")
         raise UserError(f"{path} holds no picture, only sound; give a video file.")
     chosen = choose_track(contents.video, track, path, "video")
     still = contents.demuxer.endswith("_pipe") or contents.demuxer == "image2"
-    timing, select = None, str(chosen.index)
+    timing: _Timing | None = None
+    select = str(chosen.index)
     if not still and is_iso_picture(path):
-        # Items of such a file are pictures of their own. A sequence, which has an index of samples, is a video.
-        timings = {entry: _timing(path, str(entry.index)) for entry in (contents.video if track is None else [chosen])}
-        chosen = max((entry for entry in timings), key=lambda entry: (timings[entry].packets > 1, entry == chosen))
+        # Each item of such a file is a picture; a sequence, which has an index of samples, is a video.
+        candidates = contents.video if track is None else (chosen,)
+        timings = {candidate: _read_timing(path, str(candidate.index)) for candidate in candidates}
+        chosen = max(timings, key=lambda candidate: (timings[candidate].packets > 1, candidate == chosen))
         timing, select = timings[chosen], str(chosen.index)
         still = timing.packets < 2
         if still and contents.grouped and track is None:
             select = _tile_group(path) or select
     frame = _first_frame(path, select)
     if not still:
-        timing = timing or _timing(path, select)
+        timing = timing or _read_timing(path, select)
         if lacks_end(path):
             raise UserError(
                 f"{path} is cut off, as after an unfinished download: its end is missing; get a complete copy."
             )
         still = timing.packets < 2 and contents.demuxer in ANIMATIONS
-    width, height = _square(frame.width, frame.height, frame.aspect)
+    width, height = _square_pixel_size(frame.width, frame.height, frame.aspect)
     pixel_format = _format_with_opacity(path, select, chosen.codec) or frame.pixel_format
-    if still:
+    if still or timing is None:
         duration, fps = 1 / FPS, float(FPS)
-        width, height = _shrunk(width, height)
+        width, height = _reduced_size(width, height)
     else:
         duration = timing.duration
         fps = timing.packets / duration if timing.packets > 1 and duration > 0 else float(FPS)
@@ -113,46 +117,45 @@ def probe_video(path: str | os.PathLike, track: int | None = None) -> VideoInfo:
 
 @dataclass(frozen=True)
 class _Frame:
-    """What ffmpeg's own filter says of a decoded frame, turned upright."""
+    """Properties of a decoded frame, turned upright, from ffmpeg's showinfo filter."""
 
     pts: int  # in units of time_base
     time_base: Fraction | None  # seconds
     width: int
     height: int
-    aspect: Fraction  # of a pixel, width over height; 1 where the file gives none that can be used
+    aspect: Fraction  # of a pixel, width over height; 1 if the file gives no plausible one
     interlaced: bool
     pixel_format: str
-    tags: tuple[str, ...]  # range, matrix, primaries, transfer; "unknown" where the file does not say
+    tags: tuple[str, ...]  # range, matrix, primaries, transfer; "unknown" if not in the file
 
 
 def _first_frame(path: Path, select: str, decoder: str | None = None) -> _Frame:
-    """Decode one frame. decoder: another one than ffmpeg's first choice. Raises UserError where that cannot be done."""
-    # The filter's lines bear a name that no file can know, so that none can pass for them.
+    """Decode one frame. decoder: one to use instead of ffmpeg's default. Raises UserError if that fails."""
+    # The filter gets a random name, so that no text in a file can imitate its output.
     name = f"showinfo@{secrets.token_hex(16)}"
     arguments = [
         *("-loglevel", "info", "-nostats", "-threads", "1", *((f"-c:{select}", decoder) if decoder else ())),
         *(*input_arguments(path), *filter_arguments(select, name), "-frames:v", "1", "-f", "null", "-"),
     ]
     with run_ffmpeg(arguments, limits=PROBE_LIMITS) as (process, log):
-        for _ in with_watchdog(process, iter(()), path):
-            pass
-        text = read_log(log)
-    lines = [line.partition("] ")[2] for line in text.splitlines() if line.startswith(f"[{name} @ ")]
-    described = "\n".join(lines)
+        wait_with_timeout(process, path)
+        messages = read_log(log)
+    lines = [line.partition("] ")[2] for line in messages.splitlines() if line.startswith(f"[{name} @ ")]
+    info = "\n".join(lines)
     frame = re.search(
-        r"^n: *0 pts: *(\S+) .*?\bfmt:(\w+) .*?\bsar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)", described, re.MULTILINE
+        r"^n: *0 pts: *(\S+) .*?\bfmt:(\w+) .*?\bsar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)", info, re.MULTILINE
     )
     if not frame:
-        if TOO_LARGE.search(text):
-            raise UserError(too_many_pixels(path))
-        check_ended(process, text, path)
+        if TOO_LARGE.search(messages):
+            raise too_large_error(path)
+        check_exit(process, messages, path)
         raise UserError(f"{path} is cut off or damaged, no picture can be decoded; get a complete copy.")
     width, height = int(frame[5]), int(frame[6])
-    if width * height > MOST_PIXELS:
-        raise UserError(too_many_pixels(path))
+    if width * height > MAX_PIXELS:
+        raise too_large_error(path)
     aspect = Fraction(int(frame[3]), int(frame[4]) or 1)
-    base = re.search(r"^config in time_base: (\d+)/([1-9]\d*)", described, re.MULTILINE)
-    color = re.search(r"color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)", described)
+    base = re.search(r"^config in time_base: (\d+)/([1-9]\d*)", info, re.MULTILINE)
+    color = re.search(r"color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)", info)
     tags = color.groups() if color else ["unknown"] * 4
     return _Frame(
         pts=int(frame[1]) if re.fullmatch(r"-?\d+", frame[1]) else 0,
@@ -167,7 +170,7 @@ def _first_frame(path: Path, select: str, decoder: str | None = None) -> _Frame:
 
 
 def _format_with_opacity(path: Path, select: str, codec: str) -> str | None:
-    """Pixel format of the first frame as the codec's decoder for transparent video gives it; None if it is opaque."""
+    """Pixel format of the first frame from the codec's decoder that keeps opacity; None if the video is opaque."""
     if codec not in OPACITY_DECODERS:
         return None
     try:
@@ -179,34 +182,35 @@ def _format_with_opacity(path: Path, select: str, codec: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Timing:
-    """The packets of a stream."""
+    """Number and times of a stream's packets."""
 
     packets: int
     duration: float  # seconds from the first timestamp to the end of the last
     time_base: Fraction  # seconds
 
 
-def _timing(path: Path, select: str) -> _Timing:
+def _read_timing(path: Path, select: str) -> _Timing:
     """Read the timestamps of all packets of a stream, without decoding them."""
     arguments = [
         *("-loglevel", "error", "-nostats", *input_arguments(path)),
         *("-map", f"0:{select}", "-c", "copy", "-f", "framecrc", "pipe:1"),
     ]
-    first, end, packets, time_base = None, None, 0, Fraction(1, FPS)
+    first: int | None = None
+    end, packets, time_base = 0, 0, Fraction(1, FPS)
     with run_ffmpeg(arguments, stdout=subprocess.PIPE, limits=SCAN_LIMITS) as (process, log):
-        for stream_base, dts, pts, length, _ in with_watchdog(process, _packets(process), path):
+        for stream_base, dts, pts, length, _ in with_timeout(process, _packets(process), path):
             time_base = stream_base
             pts = pts if abs(pts) < 1 << 62 else dts
             if pts >= 0 and abs(pts) < 1 << 62:
                 packets += 1
                 first = pts if first is None else min(first, pts)
-                end = pts + length if end is None else max(end, pts + length)
-        check_ended(process, read_log(log), path)
-    return _Timing(packets, float((end - first) * time_base) if packets else 0.0, time_base)
+                end = max(end, pts + length)
+        check_exit(process, read_log(log), path)
+    return _Timing(packets, 0.0 if first is None else float((end - first) * time_base), time_base)
 
 
 def _tile_group(path: Path) -> str | None:
-    """ffmpeg's specifier of the group of tiles that makes up the main picture of the file, if it is one."""
+    """ffmpeg's specifier of the group of tiles that forms the main picture of the file, if it has tiles."""
     with tempfile.TemporaryDirectory(prefix="latentsync-probe-") as folder:
         graph = Path(folder) / "graph.json"
         arguments = [
@@ -215,9 +219,8 @@ def _tile_group(path: Path) -> str | None:
             *("-an", "-sn", "-dn", "-frames:v", "1", "-f", "null", "-"),  # ffmpeg chooses the main picture
         ]
         with run_ffmpeg(arguments, limits=PROBE_LIMITS) as (process, log):
-            for _ in with_watchdog(process, iter(()), path):
-                pass
-            check_ended(process, read_log(log), path)
+            wait_with_timeout(process, path)
+            check_exit(process, read_log(log), path)
         try:
             graphs = json.loads(graph.read_bytes().decode("utf-8", "replace"))["graphs"]
         except (OSError, ValueError, KeyError):
@@ -227,41 +230,42 @@ def _tile_group(path: Path) -> str | None:
 
 
 def probe_audio(path: str | os.PathLike, track: int | None = None, max_seconds: float | None = None) -> AudioInfo:
-    """Describe a sound track of a sound or video file after decoding all of it.
+    """Properties of a sound track of a sound or video file, after decoding all of it.
 
-    track: its number, from 1; None: the one with the default flag, else the first. max_seconds: of sound; more is
-    refused without decoding the rest. Raises UserError for what cannot be used, and where there are no samples.
+    track: its number, from 1; None: the first one with the default flag, else the first. max_seconds: longer sound is
+    refused without decoding the rest. Raises UserError for files that cannot be used, and for sound without samples.
     """
     path = Path(path)
     check_input(path, "sound")
     tracks, chosen = find_sound(path, track)
     name = f"ashowinfo@{secrets.token_hex(16)}"
-    # ffmpeg may be far ahead of what has been looked at.
+    # Limits also how far ffmpeg decodes ahead of the loop below.
     limit = () if max_seconds is None else ("-t", f"{max(0.0, max_seconds) + 1:.3f}")
     arguments = [
         *("-loglevel", "info", "-nostats", *limit, *input_arguments(path)),
         *("-map", f"0:{chosen.index}", "-af", "aresample=async=1", "-c:a", "pcm_s16le", "-f", "framecrc", "pipe:1"),
         *("-map", f"0:{chosen.index}", "-af", name, "-frames:a", "1", "-f", "null", "-"),
     ]
-    samples, size, rate, start = 0, 0, 0, None
+    samples, size, rate = 0, 0, 0
+    start: int | None = None
     with run_ffmpeg(arguments, stdout=subprocess.PIPE, limits=SCAN_LIMITS) as (process, log):
-        for time_base, _, pts, length, packet_bytes in with_watchdog(process, _packets(process), path):
+        for time_base, _, pts, length, packet_bytes in with_timeout(process, _packets(process), path):
             rate = time_base.denominator
             start = pts if start is None else start
             samples += length
             size += packet_bytes
             check_sound_length(path, samples / rate, max_seconds)
-        text = read_log(log)
-    check_ended(process, text if not samples else "", path)
-    if not samples or not rate:
-        raise UserError(no_samples(path))
-    formats = re.search(rf"^\[{name} @ [^\]]*\] n:0 .*?\bfmt:(\w+)", text, re.MULTILINE)
+        messages = read_log(log)
+    check_exit(process, messages if not samples else "", path)
+    if not samples or not rate or start is None:
+        raise no_samples_error(path)
+    sample_format = re.search(rf"^\[{name} @ [^\]]*\] n:0 .*?\bfmt:(\w+)", messages, re.MULTILINE)
     return AudioInfo(
         path=path,
         codec=chosen.codec,
         sample_rate=rate,
         channels=max(1, round(size / samples / 2)),
-        sample_format=formats[1] if formats else "fltp",
+        sample_format=sample_format[1] if sample_format else "fltp",
         duration=samples / rate,
         start=start / rate,
         select=str(chosen.index),
@@ -271,27 +275,27 @@ def probe_audio(path: str | os.PathLike, track: int | None = None, max_seconds: 
 
 
 def find_sound(path: Path, track: int | None) -> tuple[tuple[Track, ...], Track]:
-    """All sound tracks of a file, and the one to use, as `probe_audio` has it. Raises UserError where there is none."""
+    """All sound tracks of a file, and the one that `track` selects, see `probe_audio`. Raises UserError."""
     tracks = list_tracks(path, "sound").audio
     if not tracks:
         raise UserError(f"{path} holds no sound; give a file with a voice in it.")
     return tracks, choose_track(tracks, track, path, "sound")
 
 
-def _packets(process: subprocess.Popen) -> Iterator[tuple[Fraction, int, int, int, int]]:
-    """What ffmpeg's framecrc output says of each packet: time base, dts, pts, duration, bytes."""
+def _packets(process: subprocess.Popen[bytes]) -> Iterator[tuple[Fraction, int, int, int, int]]:
+    """Time base, dts, pts, duration and bytes of each packet that ffmpeg's framecrc output lists."""
     time_base = Fraction(1, FPS)
-    with open(process.stdout.fileno(), "rb", closefd=False) as lines:
-        for line in lines:
-            if line.startswith(b"#tb 0:"):
-                time_base = Fraction(line.split()[2].decode())
-            fields = line.split(b",")
-            if not line.startswith(b"#") and len(fields) >= 5:
-                yield time_base, *map(int, fields[1:5])
+    for line in output_lines(process):
+        if line.startswith(b"#tb 0:"):
+            time_base = Fraction(line.split()[2].decode())
+        fields = line.split(b",")
+        if not line.startswith(b"#") and len(fields) >= 5:
+            dts, pts, duration, size = map(int, fields[1:5])
+            yield time_base, dts, pts, duration, size
 
 
-def _square(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
-    """Size with square pixels: one side grows, so that no detail is lost and no face is squeezed."""
+def _square_pixel_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
+    """Size with square pixels: one side grows, so that no detail is lost."""
     if aspect > 1:
         wide = 2 * round(width * aspect / 2)
         return (wide, height) if wide - width > 2 else (width, height)
@@ -299,22 +303,21 @@ def _square(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
     return (width, tall) if tall - height > 2 else (width, height)
 
 
-def _shrunk(width: int, height: int) -> tuple[int, int]:
-    """Size of a picture with no more than STILL_PIXELS."""
-    share = min(1.0, math.sqrt(STILL_PIXELS / (width * height)))
-    return (width, height) if share == 1 else (2 * int(width * share / 2), 2 * int(height * share / 2))
+def _reduced_size(width: int, height: int) -> tuple[int, int]:
+    """Size of a picture, reduced to at most STILL_PIXELS."""
+    scale = min(1.0, math.sqrt(STILL_PIXELS / (width * height)))
+    return (width, height) if scale == 1 else (2 * int(width * scale / 2), 2 * int(height * scale / 2))
 
 
-def no_samples(path: Path) -> str:
-    return f"The sound in {path} has no samples, it is of zero length or damaged; give another recording."
+def no_samples_error(path: Path) -> UserError:
+    return UserError(f"The sound in {path} has no samples, it is of zero length or damaged; give another recording.")
 
 
 def check_sound_length(path: Path, seconds: float, max_seconds: float | None = None) -> None:
-    """Raise UserError where the sound lasts more than MOST_HOURS, or than max_seconds."""
+    """Raise UserError for sound longer than MAX_HOURS or max_seconds."""
     if max_seconds is not None and seconds > max_seconds:
         raise UserError(f"The sound in {path} lasts more than {max_seconds:g} s; cut it into shorter pieces.")
-    if seconds > MOST_HOURS * 3600:
+    if seconds > MAX_HOURS * 3600:
         raise UserError(
-            f"The sound in {path} lasts more than {MOST_HOURS:g} hours, or its timestamps are wrong; give a "
-            "shorter one."
+            f"The sound in {path} lasts more than {MAX_HOURS:g} hours, or its timestamps are wrong; give a shorter one."
         )

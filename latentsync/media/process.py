@@ -1,5 +1,6 @@
-"""Run the ffmpeg that imageio-ffmpeg carries: its start and end, its limits, its messages."""
+"""Run the ffmpeg that comes with imageio-ffmpeg: start and end, limits, time-outs, messages."""
 
+import io
 import math
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, TypeVar
 
 from imageio_ffmpeg import get_ffmpeg_exe
 
@@ -20,23 +22,26 @@ from latentsync.errors import UserError
 from latentsync.media.signatures import is_playlist, lacks_index, picture_demuxer
 
 if sys.platform == "linux":
+    import fcntl
     import resource
 
-PIPE_BYTES = 1 << 20  # size asked for the pipes (Linux allows a user 1 MiB; its default is 64 KiB)
-MOST_STREAMS = 256  # of a file
-MOST_BYTES = 1 << 30  # in one piece of ffmpeg's memory, for an index or a picture
-MOST_PIXELS = 8192 * 8192  # of a picture; 8K video has half
-STALL_SECONDS = 15.0  # without anything from ffmpeg, while it looks at a file
+T = TypeVar("T")
+
+PIPE_BYTES = 1 << 20  # requested size of the pipes (Linux allows a user 1 MiB; its default is 64 KiB)
+MAX_STREAMS = 256  # of a file
+MAX_BYTES = 1 << 30  # of one allocation in ffmpeg, for an index or a picture
+MAX_PIXELS = 8192 * 8192  # of a frame; 8K video has half
+STALL_SECONDS = 15.0  # without output from ffmpeg while it probes a file
 PROBE_MEMORY = 3 << 29  # bytes; the first frame of 10-bit 8K HEVC on one thread takes 0.7 GB
-READ_MEMORY_PER_PIXEL = 128  # bytes, beyond that; 10-bit 8K HEVC on four threads, on to RGB, takes 3.5 GB in all
+READ_MEMORY_PER_PIXEL = 128  # bytes in addition; 10-bit 8K HEVC on four threads, on to RGB, takes 3.5 GB in all
 PROBE_CPU_SECONDS = 20
-TOO_LARGE = re.compile(r"Picture size \d+x\d+ (exceeds|is invalid)")  # what ffmpeg says of more than MOST_PIXELS
-MOST_LOG_BYTES = 1 << 28
-MOST_FILES = 256
-# The demuxers that may open a user's file: what phones, cameras, recorders, broadcasters, voice services and editors
-# write. Each reads only the file itself. Absent are those that open other files, which whoever sends one could use to
-# read what is not theirs (hls, dash, concat, imf, sdp, vobsub, mlv, image2 with its patterns, ...), devices, games'
-# formats, and pictures that are programs (svg).
+TOO_LARGE = re.compile(r"Picture size \d+x\d+ (exceeds|is invalid)")  # ffmpeg's message for more than MAX_PIXELS
+MAX_LOG_BYTES = 1 << 28
+MAX_FILES = 256  # open at the same time
+# The demuxers that may open a user's file: the formats of phones, cameras, recorders, broadcasters, voice services and
+# editors. Each reads only the file itself. Excluded are demuxers that open other files, with which an uploaded file
+# could read files of the server (hls, dash, concat, imf, sdp, vobsub, mlv, image2 with its patterns, ...), devices,
+# formats of games, and pictures that are programs (svg).
 CONTAINERS = (
     "mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "asf_o", "mxf", "gxf", "ogg", "nut", "rm", "dv", "ivf",
     "wtv", "dhav", "yuv4mpegpipe",
@@ -61,20 +66,20 @@ DEMUXERS = CONTAINERS + RAW_VIDEO + SOUND + PICTURES
 
 @dataclass(frozen=True)
 class Limits:
-    """What the system lets a run of ffmpeg take: on Linux only, elsewhere nothing but ffmpeg's own limits holds it."""
+    """Resource limits of an ffmpeg process; set on Linux only, elsewhere ffmpeg's own limits must do."""
 
-    memory: int | None = None  # bytes of its own, without the program's code
+    memory: int | None = None  # bytes of data, without the program's code
     cpu_seconds: int | None = None
-    written: int | None = None  # bytes of a file, its messages included
+    written: int | None = None  # bytes of any file that it writes, its log included
 
 
-PROBE_LIMITS = Limits(PROBE_MEMORY, PROBE_CPU_SECONDS, MOST_LOG_BYTES)
-SCAN_LIMITS = Limits(PROBE_MEMORY, None, MOST_LOG_BYTES)  # of a whole file, however long it is
+PROBE_LIMITS = Limits(PROBE_MEMORY, PROBE_CPU_SECONDS, MAX_LOG_BYTES)
+SCAN_LIMITS = Limits(PROBE_MEMORY, None, MAX_LOG_BYTES)  # for reading a whole file, however long it is
 
 
 def read_limits(width: int, height: int) -> Limits:
-    """Limits of decoding frames of a size in pixels."""
-    return Limits(PROBE_MEMORY + READ_MEMORY_PER_PIXEL * width * height, None, MOST_LOG_BYTES)
+    """Limits for decoding frames of a size in pixels."""
+    return Limits(PROBE_MEMORY + READ_MEMORY_PER_PIXEL * width * height, None, MAX_LOG_BYTES)
 
 
 @contextmanager
@@ -84,14 +89,13 @@ def run_ffmpeg(
     stdin: int = subprocess.DEVNULL,
     stdout: int = subprocess.DEVNULL,
     limits: Limits | None = None,
-):
-    """Run ffmpeg for the length of a `with` block; yields (process, log file). It never outlives the block.
+) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """Run ffmpeg during a `with` block; yields (process, log file). The process never outlives the block.
 
-    The messages go to a file, which cannot fill up and stop ffmpeg as a pipe would. limits: what it may take; none for
-    an encoder, whose memory follows from the size of our own frames, and whose sound has been decoded within limits.
+    The messages go to a file, since a pipe could fill up and block ffmpeg. limits: None for an encoder, whose memory
+    follows from the size of our frames, and whose sound has been decoded within limits before.
     """
-    options = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}
-    command = [get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-max_alloc", str(MOST_BYTES), *arguments]
+    command = [get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-max_alloc", str(MAX_BYTES), *arguments]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
@@ -99,13 +103,13 @@ def run_ffmpeg(
             stdout=stdout,
             stderr=log,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C is ours to handle, not ffmpeg's
-            **options,
+            start_new_session=True,  # this program handles Ctrl-C, not ffmpeg
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # which Windows has
         )
         _limit(process, limits or Limits())
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                _widen(pipe)
+                _enlarge_pipe(pipe)
         try:
             yield process, log
         finally:
@@ -118,40 +122,36 @@ def run_ffmpeg(
 
 
 def _limit(process: subprocess.Popen, limits: Limits) -> None:
-    """Have the system limit a process that has just been started, before it has looked at its input.
+    """Limit the resources of a process that was just started and has not read its input yet.
 
-    Code between fork and exec (preexec_fn) would not be safe in a program of several threads.
+    preexec_fn would not be safe in a program with several threads.
     """
     if sys.platform != "linux":
         return
     values = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NOFILE: MOST_FILES,
+        resource.RLIMIT_NOFILE: MAX_FILES,
         resource.RLIMIT_DATA: limits.memory,
         resource.RLIMIT_CPU: limits.cpu_seconds,
         resource.RLIMIT_FSIZE: limits.written,
     }
     for limit, value in values.items():
         if value is not None:
-            # At the second of the two a process is killed without a word of why.
+            # At the hard limit of processor time a process gets SIGKILL, which would not tell the reason.
             hard = value + 1 if limit == resource.RLIMIT_CPU else value
-            # It may have ended already, or a lower limit may hold for all of us.
+            # The process may have ended already, or this program may have a lower limit itself.
             with suppress(OSError, ValueError):
                 resource.prlimit(process.pid, limit, (value, hard))
 
 
-def _widen(pipe) -> None:
+def _enlarge_pipe(pipe: IO[bytes]) -> None:
     if sys.platform == "linux":
-        import fcntl
-
-        try:
+        with suppress(OSError):  # the user's share of pipe memory is used up: slower, not wrong
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        except OSError:
-            pass  # the user's share of pipe memory is used up: slower, not wrong
 
 
-def ended_by_signal(process: subprocess.Popen, work: str) -> UserError:
-    """For an ffmpeg that a signal ended, at some work in words."""
+def killed_error(process: subprocess.Popen, work: str) -> UserError:
+    """The error for an ffmpeg that was killed by a signal; work: what it did, as "read a.mp4"."""
     name = signal.Signals(-process.returncode).name
     return UserError(
         f"ffmpeg was ended from outside ({name}) while it {work}; if memory is short, close other programs, and start "
@@ -159,10 +159,10 @@ def ended_by_signal(process: subprocess.Popen, work: str) -> UserError:
     )
 
 
-def check_ended(process: subprocess.Popen, messages: str, path: Path) -> None:
-    """Raise UserError where an ffmpeg that read a file, and has ended, was at its limits or was killed.
+def check_exit(process: subprocess.Popen, messages: str, path: Path) -> None:
+    """Raise UserError if an ffmpeg that read `path`, and has ended, exceeded its limits or was killed.
 
-    messages: those of its log, at -loglevel error, where it prints nothing of what the file says of itself.
+    messages: its log at -loglevel error, which contains no metadata of the file.
     """
     if process.returncode < 0 and -process.returncode in {signal.SIGXCPU, signal.SIGXFSZ}:
         raise UserError(f"{path} takes more processor time than a file of its kind should; give another file.")
@@ -170,42 +170,43 @@ def check_ended(process: subprocess.Popen, messages: str, path: Path) -> None:
     if no_buffer or "Cannot allocate memory" in messages or "Resource temporarily unavailable" in messages:
         raise UserError(f"{path} takes more memory than a file of its kind should; give another or a smaller one.")
     if process.returncode < 0:
-        raise ended_by_signal(process, f"read {path}")
+        raise killed_error(process, f"read {path}")
 
 
-def read_log(log) -> str:
+def read_log(log: IO[bytes]) -> str:
+    """All messages so far in a log file of `run_ffmpeg`."""
     log.seek(0)
     return log.read().decode("utf-8", "replace")
 
 
 def input_arguments(path: Path) -> list[str]:
     """Arguments that make ffmpeg read exactly this local file and no other, whatever its name and content are."""
-    demuxers, forced = DEMUXERS, ()
+    demuxers: tuple[str, ...] = DEMUXERS
+    force_demuxer: list[str] = []
     if demuxer := picture_demuxer(path):
-        forced = ("-f", demuxer)
-    elif path.suffix.lower() == ".tga":  # has no first bytes to know it by
-        demuxers, forced = ("image2",), ("-f", "image2", "-pattern_type", "none")
+        force_demuxer = ["-f", demuxer]
+    elif path.suffix.lower() == ".tga":  # a format without a signature
+        demuxers, force_demuxer = ("image2",), ["-f", "image2", "-pattern_type", "none"]
     return [
-        *(*forced, "-format_whitelist", ",".join(demuxers), "-protocol_whitelist", "file"),
-        *("-max_pixels", str(MOST_PIXELS), "-max_streams", str(MOST_STREAMS), "-i", file_url(path)),
+        *(*force_demuxer, "-format_whitelist", ",".join(demuxers), "-protocol_whitelist", "file"),
+        *("-max_pixels", str(MAX_PIXELS), "-max_streams", str(MAX_STREAMS), "-i", file_url(path)),
     ]
 
 
 def filter_arguments(select: str, graph: str) -> list[str]:
-    """Output options that send a stream, or the picture of a group of tiles, of the first input through a filter graph.
-
-    select: as in `VideoInfo`.
-    """
+    """Output options that filter a stream of the first input; select: as in `VideoInfo`, also a group of tiles."""
     if select.startswith("g:"):
         return ["-filter_complex", f"[0:{select}]{graph}[out]", "-map", "[out]"]
     return ["-map", f"0:{select}", "-vf", graph]
 
 
 def file_url(path: Path) -> str:
+    """The file's name for ffmpeg, which takes no part of it for a protocol or an option."""
     return f"file:{os.path.abspath(path)}"
 
 
 def check_input(path: Path, kind: str) -> None:
+    """Raise UserError unless `path` is a file that can be read and is not empty; kind: "video" or "sound"."""
     try:
         if not path.exists():
             raise UserError(f"There is no file {path}; check the name of the {kind}.")
@@ -216,70 +217,91 @@ def check_input(path: Path, kind: str) -> None:
         with open(path, "rb") as file:
             if not file.read(1):
                 raise UserError(f"{path} is empty; give a {kind} file with something in it.")
-    except OSError as error:  # looking whether it is there may fail as well
+    except OSError as error:  # of path.exists(), too
         raise UserError(f"{path} cannot be read ({error.strerror}); check its name and its permissions.") from error
 
 
-def unreadable(path: Path, messages: str, kind: str) -> str:
-    """Why ffmpeg could not open a file, by the file itself; kind: "video" or "sound"."""
+def unreadable_error(path: Path, messages: str, kind: str) -> UserError:
+    """The error for a file that ffmpeg cannot open; messages: ffmpeg's; kind: "video" or "sound"."""
     if is_playlist(path):
-        return f"{path} is a playlist that names other files; give a {kind} file itself."
+        return UserError(f"{path} is a playlist that names other files; give a {kind} file itself.")
     if lacks_index(path):
-        return (
+        return UserError(
             f"{path} is cut off: its index is missing, as after an unfinished download or recording; "
             "get a complete copy."
         )
     if TOO_LARGE.search(messages):
-        return too_many_pixels(path)
+        return too_large_error(path)
     formats = "MP4, MOV, MKV or WebM" if kind == "video" else "WAV, MP3, M4A or FLAC"
-    return f"{path} is not a {kind} that ffmpeg can read; give a {kind} file such as {formats}."
+    return UserError(f"{path} is not a {kind} that ffmpeg can read; give a {kind} file such as {formats}.")
 
 
-def too_many_pixels(path: Path) -> str:
-    return f"The picture in {path} has more than {MOST_PIXELS / 1e6:.0f} million pixels; give a smaller one."
+def too_large_error(path: Path) -> UserError:
+    return UserError(f"The picture in {path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; give a smaller one.")
 
 
-def with_watchdog(
-    process: subprocess.Popen,
-    items: Iterator,
+def open_pipe(pipe: IO[bytes] | None) -> io.FileIO:
+    """A pipe of an ffmpeg that was started with it, by its type: unbuffered."""
+    if not isinstance(pipe, io.FileIO):
+        raise ValueError("ffmpeg was started without this pipe")
+    return pipe
+
+
+def output_lines(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """The lines that ffmpeg writes to its stdout, a pipe."""
+    with open(open_pipe(process.stdout).fileno(), "rb", closefd=False) as lines:
+        yield from lines
+
+
+def with_timeout(
+    process: subprocess.Popen[bytes],
+    items: Iterator[T],
     path: Path,
     first: float | None = None,
     later: float | None = None,
     cancel: threading.Event | None = None,
-) -> Iterator:
-    """The items that come from ffmpeg, as long as each comes in time; then it is ended, and UserError raised.
+) -> Iterator[T]:
+    """Yield what ffmpeg delivers; kill it and raise UserError when it takes too long.
 
-    first, later: seconds that the first item and each of the others may take, STALL_SECONDS unless given; the end may
-    take as long as an item. What is done with an item takes no time of ffmpeg's. cancel: ends ffmpeg when it is set,
-    within a second, and so the items.
+    first, later: seconds that the first item and each later one may take, STALL_SECONDS unless given; the end of the
+    process may take as long as an item. The consumer's time does not count. cancel: when it is set, ffmpeg is killed
+    within a second, which ends the items.
     """
     later = STALL_SECONDS if later is None else later
-    limit, due, ended, stalled = first or later, math.inf, threading.Event(), None
+    limit, deadline = first or later, math.inf
+    ended = threading.Event()
+    exceeded: float | None = None  # the limit, in seconds, for which ffmpeg was killed
 
     def watch() -> None:
-        nonlocal stalled
+        nonlocal exceeded
         while not ended.wait(min(later / 20, 1.0)):
             if cancel is not None and cancel.is_set():
                 return process.kill()
-            if time.monotonic() > due:
-                stalled = limit
+            if time.monotonic() > deadline:
+                exceeded = limit
                 return process.kill()
 
-    watcher = threading.Thread(target=watch, name="stalled ffmpeg", daemon=True)
+    watcher = threading.Thread(target=watch, name="ffmpeg time-out", daemon=True)
     watcher.start()
     try:
-        due = time.monotonic() + limit
+        deadline = time.monotonic() + limit
         for item in items:
-            due = math.inf
+            deadline = math.inf
             yield item
             limit = later
-            due = time.monotonic() + limit
+            deadline = time.monotonic() + limit
         process.wait()
     finally:
         ended.set()
         watcher.join()
-    if stalled is not None:
+    if exceeded is not None:
         raise UserError(
-            f"{path} is damaged or its disk does not answer, ffmpeg gets nothing out of it in {stalled:g} seconds; "
+            f"{path} is damaged or its disk does not answer, ffmpeg gets nothing out of it in {exceeded:g} seconds; "
             "copy it to another disk, or give another file."
         )
+
+
+def wait_with_timeout(process: subprocess.Popen[bytes], path: Path) -> None:
+    """Wait for the end of an ffmpeg without output; kill it and raise UserError when it takes too long."""
+    for _ in with_timeout(process, iter(()), path):
+        pass

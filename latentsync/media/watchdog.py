@@ -1,4 +1,4 @@
-"""Waiting for an ffmpeg that writes, without waiting for ever: an encoder may be stopped, or its disk not answer."""
+"""Wait for an ffmpeg that writes, but not for ever: it may have been stopped, or its disk may not answer."""
 
 import subprocess
 import threading
@@ -7,24 +7,26 @@ from collections.abc import Callable
 
 import psutil
 
-STALL_SECONDS = 60.0  # in which a process that is waited for does nothing at all
-POLL = 0.1  # seconds between two looks at the process, and between two calls of `on_wait`
-LEAST_WORK = 0.05  # seconds of processor time that count as work; an idle ffmpeg takes some for its clock
+from latentsync.media.process import Limits, open_pipe, read_log, run_ffmpeg
+
+STALL_SECONDS = 60.0  # without any activity, after which a process counts as stalled
+POLL = 0.1  # seconds between two checks of the process, and between two calls of `on_wait`
+MIN_WORK = 0.05  # seconds of processor time that count as activity; an idle ffmpeg uses a little for its clock
 
 OnWait = Callable[[], None]
 
 
 class Watchdog:
-    """Kill ffmpeg where it stands still while something waits for it, or when `cancel` is set; for a `with` block.
+    """Kill ffmpeg when it stalls while something waits for it, or when `cancel` is set; use it in a `with` block.
 
-    Standing still means STALL_SECONDS without using the processor or moving a byte, so that a slow machine or a slow
-    disk is no reason. Nothing is watched between two waits.
+    A stall is STALL_SECONDS without using the processor or transferring a byte, so that a slow machine or disk is none.
+    Between two waits the process is not watched.
     """
 
-    def __init__(self, process: subprocess.Popen, cancel: threading.Event | None = None):
-        self.stalled: float | None = None  # seconds that ffmpeg stood still, after which it was killed
+    def __init__(self, process: subprocess.Popen[bytes], cancel: threading.Event | None = None):
+        self.stalled: float | None = None  # seconds of the stall for which ffmpeg was killed
         self._process, self._cancel = process, cancel
-        self._since: float | None = None  # when the present wait began
+        self._since: float | None = None  # when the current wait began
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ffmpeg watchdog", daemon=True)
 
@@ -37,18 +39,19 @@ class Watchdog:
         self._thread.join()
 
     def write(self, data: memoryview) -> None:
-        """Write bytes to ffmpeg's input, which is a pipe. Raises OSError where ffmpeg ends meanwhile."""
+        """Write bytes to ffmpeg's stdin, a pipe. Raises OSError if ffmpeg ends meanwhile."""
+        pipe = open_pipe(self._process.stdin)
         self._since = time.monotonic()
         try:
             while data:
-                data = data[self._process.stdin.write(data) :]
+                data = data[pipe.write(data) :]
         finally:
             self._since = None
 
     def wait(self, on_wait: OnWait | None = None) -> int:
         """Wait for the end of ffmpeg, and return its exit status.
 
-        on_wait() is called every POLL seconds; what it raises comes out of here, and ffmpeg is left running.
+        on_wait() is called every POLL seconds; its exceptions are passed on, and leave ffmpeg running.
         """
         self._since = time.monotonic()
         try:
@@ -62,33 +65,39 @@ class Watchdog:
             self._since = None
 
     def _watch(self) -> None:
-        work, changed = _work(self._process.pid), time.monotonic()
+        activity, changed = _activity(self._process.pid), time.monotonic()
         while not self._ended.wait(POLL):
             if self._cancel is not None and self._cancel.is_set():
                 return self._process.kill()
             since, now = self._since, time.monotonic()
-            if since is None or now - since < POLL:  # a wait that has just begun
+            if since is None or now - since < POLL:  # the wait has just begun
                 changed = now
                 continue
-            latest = _work(self._process.pid)
-            if latest is None or work is None or latest[0] - work[0] >= LEAST_WORK or latest[1] != work[1]:
-                work, changed = latest, now
+            latest = _activity(self._process.pid)
+            if latest is None or activity is None or latest[0] - activity[0] >= MIN_WORK or latest[1] != activity[1]:
+                activity, changed = latest, now
             elif now - max(since, changed) > STALL_SECONDS:
                 self.stalled = STALL_SECONDS
                 return self._process.kill()
 
 
-def _work(pid: int) -> tuple[float, int] | None:
-    """What a process has done so far: seconds of processor time, bytes read and written; None where it has ended."""
+def run_to_end(arguments: list[str], limits: Limits, on_wait: OnWait | None = None) -> str | None:
+    """Run ffmpeg without pipes; returns its messages, or None if it fails or stalls. on_wait: as in `Watchdog.wait`."""
+    with run_ffmpeg(arguments, limits=limits) as (process, log), Watchdog(process) as watchdog:
+        return read_log(log) if watchdog.wait(on_wait) == 0 else None
+
+
+def _activity(pid: int) -> tuple[float, int] | None:
+    """Seconds of processor time and bytes read and written by a process so far; None if it has ended."""
     try:
         process = psutil.Process(pid)
-        spent = process.cpu_times()
-        seconds = spent.user + spent.system
+        times = process.cpu_times()
+        seconds = times.user + times.system
         try:
-            moved = process.io_counters()
-        except (AttributeError, psutil.AccessDenied):  # macOS does not count them, some containers do not tell
+            counters = process.io_counters()
+        except (AttributeError, psutil.AccessDenied):  # not on macOS, and not allowed in some containers
             return seconds, 0
-        # Where the system counts what goes through pipes and the disk's cache, too, that is what counts.
-        return seconds, sum(moved[2:])
+        # On Linux the last fields include bytes through pipes and the page cache, which the first do not.
+        return seconds, sum(counters[2:])
     except psutil.Error:
         return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from latentsync.alignment import fixed_mask
 from latentsync.corpus import RESOLUTION, ClipSet, load_clips
-from latentsync.sampling import ddim_scheduler, interpolate_ends
+from latentsync.sampling import cumulative_alphas, interpolate_ends
 from latentsync.settings import TRAIN_STEPS
 from latentsync.training import autoencoder, lips, listener
 from latentsync.training.augmentation import no_augmentation, random_augmentation, random_blends, random_mouth, render
@@ -261,7 +261,7 @@ def train(
     log.info("denoiser: latents ready after %.0f s, std %.3f", time.time() - started, std)
     reader = lips.train_reader(pool.target[:renderings], data, lips.STEPS if on_gpu else 50)
 
-    alphas = ddim_scheduler().alphas_cumprod.to(device)
+    alphas = cumulative_alphas().to(device)
     snr = alphas / (1 - alphas)
     capped = snr.clamp(max=SNR_CAP) / snr
     weights, small_mask = loss_weights(mask), latent_mask(mask, LATENT_SIDE)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from latentsync.autoencoder import AutoencoderConfig
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
@@ -20,8 +21,9 @@ def restore(folder: Path, state: Path) -> None:
     """
     models = load_models(resolve_model(str(folder), torch.device("cpu")), torch.device("cpu"), torch.float32)
     vae, unet, encoder = models.vae, models.unet, models.audio_encoder
-    same_sizes = unet.config == UNetConfig.from_dict(denoiser.CONFIG) and encoder.dims == listener.DIMS
-    if not same_sizes or any(vae.config[name] != value for name, value in autoencoder.CONFIG.items()):
+    same = unet.config == UNetConfig.from_dict(denoiser.CONFIG) and encoder.dims == listener.DIMS
+    sizes = AutoencoderConfig.from_dict(autoencoder.CONFIG | {"scaling_factor": vae.config.scaling_factor})
+    if not same or vae.config != sizes:
         raise UserError(f"'{folder}' holds a model of other sizes than those trained here; only these can go on.")
     scale = vae.config.scaling_factor
     save_state(state / "autoencoder.pt", {"vae": vae}, None, 0, scaling_factor=scale)

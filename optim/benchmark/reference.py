@@ -1,15 +1,17 @@
-"""A second, plain implementation of the LatentSync U-Net and of its sampling loop, written apart from
-latentsync/unet.py and in the way the reference computes: 5-D tensors (b, C, f, h, w) in NCHW memory, folded to
-(b·f, C, h, w) and back around every 2-D operation, eager, one window at a time, diffusers' own scheduler.
+"""A second, plain implementation of the LatentSync U-Net and its sampling loop, the yardstick for results and speed.
 
-It is slow on purpose and serves three ends: a cross-check of latentsync.unet on any configuration, the baseline that
-speed is measured against, and a network into which the DeepCache package's own hooks fit (``down_blocks[i].resnets``,
-``.attentions``, ``.downsamplers``, ``mid_block``, ``up_blocks[i].upsamplers``). Parameters carry the released names.
+It was written independently of latentsync/unet.py and computes as the reference does: 5-D tensors (b, C, f, h, w) in
+NCHW memory, folded to (b·f, C, h, w) and back around every 2-D operation, eager, one window at a time, with diffusers'
+scheduler.
 
-    pipe = make_pipe(PlainUNet(config))                        # config: a dict as released beside the weights
-    latents = denoise_window(pipe, noise, cond, audio, steps=20, guidance=1.5)
+It is slow on purpose and has three uses: a cross-check of latentsync.unet on any configuration, the baseline of speed
+measurements, and a network that the DeepCache package's own hooks fit (``down_blocks[i].resnets``, ``.attentions``,
+``.downsamplers``, ``mid_block``, ``up_blocks[i].upsamplers``). Parameters have the released names.
+
+    pipe = make_pipe(PlainUNet(config))                        # config: a dict, as released with the weights
+    latents = denoise_window(pipe, noise, conditioning, audio, steps=20, guidance=1.5)
     with deepcache(pipe, interval=3, branch=0):                # the same loop through the DeepCache package
-        latents = denoise_window(pipe, noise, cond, audio, steps=20, guidance=1.5)
+        latents = denoise_window(pipe, noise, conditioning, audio, steps=20, guidance=1.5)
 """
 
 import contextlib
@@ -25,7 +27,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 RESIDUAL_EPS = 1e-5  # group norms over all frames of a window
-TRANSFORMER_EPS = 1e-6  # group norms at the door of spatial and temporal transformers, frame by frame
+TRANSFORMER_EPS = 1e-6  # group norms before spatial and temporal transformers, frame by frame
 TEMPORAL_GROUPS = 32  # the temporal module's group norm ignores norm_num_groups
 
 
@@ -56,7 +58,7 @@ def time_features(timesteps: Tensor, width: int) -> Tensor:
 
 
 class Residual(nn.Module):
-    """Residual block. Its group norms see the 5-D tensor and so tie the frames of a window."""
+    """Residual block. Its group norms normalise the 5-D tensor, over all frames of a window."""
 
     def __init__(self, config: dict, width_in: int, width: int):
         super().__init__()
@@ -125,7 +127,7 @@ class SpatialBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Each frame's pixels look at one another and at that frame's audio tokens."""
+    """The pixels of a frame attend to one another and to that frame's audio tokens."""
 
     def __init__(self, config: dict, width: int):
         super().__init__()
@@ -144,7 +146,7 @@ class SpatialTransformer(nn.Module):
 
 
 class PositionEncoder(nn.Module):
-    """Adds sin, cos, sin, cos ... of the frame's number to (n, f, C). The table is a buffer of the checkpoint."""
+    """Adds sin, cos, sin, cos … of the frame index to (n, f, C). The table is a buffer of the checkpoint."""
 
     def __init__(self, width: int, max_length: int):
         super().__init__()
@@ -165,8 +167,8 @@ class FrameAttention(Attention):
         super().__init__(width, kwargs["num_attention_heads"])
         self.pos_encoder = PositionEncoder(width, kwargs["temporal_position_encoding_max_len"])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.pos_encoder(x))
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(self.pos_encoder(x), context)
 
 
 class TemporalBlock(nn.Module):
@@ -184,7 +186,7 @@ class TemporalBlock(nn.Module):
 
 
 class TemporalTransformer(nn.Module):
-    """Each pixel looks at itself in the other frames of the window."""
+    """Each pixel attends to itself in the other frames of the window."""
 
     def __init__(self, config: dict, width: int):
         super().__init__()
@@ -201,7 +203,7 @@ class TemporalTransformer(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halves the picture with a strided convolution, or doubles it (nearest) before a convolution."""
+    """Downsamples with a strided convolution, or upsamples (nearest ×2) before a convolution."""
 
     def __init__(self, width: int, double: bool):
         super().__init__()
@@ -319,7 +321,7 @@ class PlainUNet(nn.Module):
 
 
 def make_pipe(unet: nn.Module) -> SimpleNamespace:
-    """What DeepCache calls a pipeline: the network and diffusers' DDIM scheduler with the LatentSync constants."""
+    """A pipeline as DeepCache expects it: the network and diffusers' DDIM scheduler with the LatentSync constants."""
     scheduler = DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -336,7 +338,7 @@ def make_pipe(unet: nn.Module) -> SimpleNamespace:
 
 @contextlib.contextmanager
 def deepcache(pipe: SimpleNamespace, interval: int, branch: int) -> Iterator[None]:
-    """Within the block, pipe's network runs under the DeepCache package's hooks."""
+    """Run pipe's network under the DeepCache package's hooks within the block."""
     helper = DeepCacheSDHelper(pipe)
     helper.set_params(cache_interval=interval, cache_branch_id=branch)
     helper.enable()
@@ -348,23 +350,23 @@ def deepcache(pipe: SimpleNamespace, interval: int, branch: int) -> Iterator[Non
 
 @torch.inference_mode()
 def denoise_window(
-    pipe: SimpleNamespace, noise: Tensor, cond: Tensor, audio: Tensor, steps: int = 20, guidance: float = 1.5
+    pipe: SimpleNamespace, noise: Tensor, conditioning: Tensor, audio: Tensor, steps: int = 20, guidance: float = 1.5
 ) -> Tensor:
     """One window from noise to latents (1, 4, f, h, w).
 
-    noise (1, 4, 1, h, w), repeated over the frames; cond (1, 9, f, h, w): mask, masked face, reference face;
+    noise (1, 4, 1, h, w), repeated over the frames; conditioning (1, 9, f, h, w): mask, masked face, reference face;
     audio (1, f, tokens, width). All on one device and in the network's dtype. Guidance of at most 1 halves the batch.
     """
     guided = guidance > 1
     pipe.scheduler.set_timesteps(steps, device=noise.device)
-    latents = noise.repeat(1, 1, cond.shape[2], 1, 1)
+    latents = noise.repeat(1, 1, conditioning.shape[2], 1, 1)
     if guided:
-        cond, audio = torch.cat([cond, cond]), torch.cat([torch.zeros_like(audio), audio])
+        conditioning, audio = torch.cat([conditioning, conditioning]), torch.cat([torch.zeros_like(audio), audio])
     for t in pipe.scheduler.timesteps:
-        sample = torch.cat([torch.cat([latents, latents]) if guided else latents, cond], dim=1)
+        sample = torch.cat([torch.cat([latents, latents]) if guided else latents, conditioning], dim=1)
         epsilon = pipe.unet(sample, t, audio)
         if guided:
-            without_audio, with_audio = epsilon.chunk(2)
-            epsilon = without_audio + guidance * (with_audio - without_audio)
+            uncond, cond = epsilon.chunk(2)
+            epsilon = uncond + guidance * (cond - uncond)
         latents = pipe.scheduler.step(epsilon, t, latents, eta=0.0).prev_sample
     return latents

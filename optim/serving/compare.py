@@ -15,7 +15,7 @@ from latentsync.media import COMMENT, probe_audio, probe_video, read_frames, rea
 from latentsync.media.colour import SCALE_MATRIX
 from latentsync.media.process import file_url, input_arguments, run_ffmpeg
 from latentsync.media.watchdog import Watchdog
-from latentsync.media.writing import PRESET, failure
+from latentsync.media.writing import PRESET, ffmpeg_error
 from optim.serving.job import COMPARED_SECONDS
 
 MOST_PIXELS = 720  # the shorter side of each half
@@ -82,7 +82,7 @@ def side_by_side(
         if watchdog.wait(lambda: step(done, total)) != 0:
             step(done, total)
             stalled = watchdog.stalled is not None and f"ffmpeg stood still for {watchdog.stalled:g} seconds"
-            raise UserError(_not_written(stalled or failure(log)))
+            raise UserError(_not_written(stalled or ffmpeg_error(log)))
 
 
 def _in_order(frames: Iterator[np.ndarray], size: tuple[int, int]) -> Callable[[float], np.ndarray]:

@@ -15,8 +15,8 @@ from latentsync import __version__
 from latentsync.checkpoints.releases import RELEASES
 from latentsync.errors import UserError
 from latentsync.options import between
-from optim.serving.guard import as_address, split_host
 from optim.serving.login import parse_accounts, read_accounts
+from optim.serving.policy import as_address, split_host
 
 PUBLIC_SECONDS, PUBLIC_UPLOAD, PUBLIC_HOURS = 120.0, "200mb", 24.0  # limits of a public server, unless given
 
@@ -43,13 +43,13 @@ def host(text: str) -> str:
     return text
 
 
-def make_parser(outputs: Path) -> argparse.ArgumentParser:
+def make_parser(outputs: Path, prog: str) -> argparse.ArgumentParser:
     """The parser of the options; outputs: the default folder of the results."""
 
     def env(name: str) -> str | None:
         return os.environ.get(name) or None
 
-    parser = Parser(prog="app.py", description="Open the page.")
+    parser = Parser(prog=prog, description="Open the page.")
     add = parser.add_argument
     share = (env("GRADIO_SHARE") or "").lower() in ("1", "true", "yes")
     port, jobs, amount = between(int, 1, 65535), between(int, 1, 10_000), between(float, 0, 1e6)
@@ -102,13 +102,13 @@ def make_parser(outputs: Path) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_options(arguments: list[str] | None, outputs: Path) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None, outputs: Path, prog: str = "app.py") -> argparse.Namespace:
     """The options, and what follows from them. Raises UserError; ends the process where argparse finds a mistake.
 
     Besides the options there are: `accounts`, (name, password) or None without a login; `hosts`, all that are allowed;
     `public`, on the internet; `shared`, with strangers, who have limits then.
     """
-    options = make_parser(outputs).parse_args(arguments)
+    options = make_parser(outputs, prog).parse_args(arguments)
     options.accounts = accounts(options)
     extra = os.environ.get("LATENTSYNC_ALLOW_HOST", "").split(",")
     options.hosts = [*(options.allow_host or []), *(name.strip() for name in extra if name)]
