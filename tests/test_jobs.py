@@ -814,7 +814,7 @@ def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, st
                 shown.append(int(frame[0, 0, 0]))
 
     monkeypatch.setattr(preview, "write_fragments", write_fragments)
-    monkeypatch.setattr(preview, "STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(preview, "CLOSE_TIMEOUT", 0.5)
     job = jobs.Job(Request(Path("video"), Path("voice")), "me", tmp_path, ("a", "b"), (16, 16), 9.0)
     taking = preview.Preview(job)
     began = time.monotonic()
@@ -822,7 +822,7 @@ def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, st
         taking(np.full((16, 16, 3), number, np.uint8))
     if not stuck:
         go_on.set()
-        until(lambda: taking._given.empty())
+        until(lambda: taking._queue.empty())
         taking(np.full((16, 16, 3), 200, np.uint8))
     taking.close()
     assert time.monotonic() - began < 5

@@ -22,7 +22,7 @@ from optim.serving.inputs import unwritten
 from optim.serving.job import Request
 from optim.serving.jobs import Worker, said
 from optim.serving.models import Fetcher
-from optim.serving.preview import first_picture
+from optim.serving.preview import thumbnail
 from optim.serving.uploads import Uploads
 
 log = logging.getLogger(__name__)
@@ -302,7 +302,7 @@ class Endpoints:
         path, number = self._uploaded(video, "video"), form.parse_track(video_track, "video")
         try:
             info = probe_video(path, number)
-            picture = b64encode(first_picture(info)).decode()
+            picture = b64encode(thumbnail(info)).decode()
         except UserError as error:
             raise UserError(said(error, {path: path.name})) from None
         return {"checked": "video", "picture": f"data:image/jpeg;base64,{picture}"} | tracks_of(info)
