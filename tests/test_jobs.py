@@ -355,9 +355,9 @@ def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice,
     monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
     after = Worker(tmp_path, model=worker.model, device="cpu")
     after.start()
-    again, found = after.jobs_of(ME)
+    again, found = after.store.jobs_of(ME)
     assert (found.state, found.id, found.names) == (DONE, done.id, ("mine.mp4", "v.wav")) and found.output.is_file()
-    assert found.key != done.key and after.by_key(found.key) is found and after.jobs_of(OTHER) == []
+    assert found.key != done.key and after.store.by_key(found.key) is found and after.store.jobs_of(OTHER) == []
     then, now = done.view(worker.store.place(done)), found.view(after.store.place(found))
     assert {k: v for k, v in now.items() if k != "files"} == {k: json_of(v) for k, v in then.items() if k != "files"}
     assert again.id == waiting.id and ended(after, again).state == DONE, "it waited, and waited again"
@@ -530,9 +530,9 @@ def test_jobs_go_on_with_the_next_server_in_their_order(talking, long_voice, voi
     assert job.state == "waiting" and sorted(states(before.folder)) == ["waiting"] * 4
     assert len(list(job.folder.glob(".latentsync-*/0000*.mp4"))) >= 2
     after = next_server()
-    found = {each.id: each for each in after.jobs_of(ME)}
+    found = {each.id: each for each in after.store.jobs_of(ME)}
     again = found[job.id]
-    assert [after.place(found[each.id]) for each in waiting] == [1, 2, 3]
+    assert [after.store.place(found[each.id]) for each in waiting] == [1, 2, 3]
     until(lambda: again.progress.get("writing", 0) > again.resumed_from + 5)
     assert again.resumed_from >= 10 and again.resumed_from % 5 == 0 and again.starts == 1
     assert f"Resumed after 0:0{again.resumed_from // 25} of 0:30." in again.view(after.store.place(again))["messages"]
@@ -818,7 +818,7 @@ def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, st
                 shown.append(int(frame[0, 0, 0]))
 
     monkeypatch.setattr(preview, "write_fragments", write_fragments)
-    monkeypatch.setattr(preview, "STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(preview, "CLOSE_TIMEOUT", 0.5)
     job = Job(Request(Path("video"), Path("voice")), "me", tmp_path, ("a", "b"), (16, 16), 9.0)
     taking = preview.Preview(job)
     began = time.monotonic()
@@ -826,7 +826,7 @@ def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, st
         taking(np.full((16, 16, 3), number, np.uint8))
     if not stuck:
         go_on.set()
-        until(lambda: taking._given.empty())
+        until(lambda: taking._queue.empty())
         taking(np.full((16, 16, 3), 200, np.uint8))
     taking.close()
     assert time.monotonic() - began < 5

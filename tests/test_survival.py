@@ -288,7 +288,7 @@ PLACES = {
     "writing": (VideoWriter, "write"),
     "loading": ("latentsync.checkpoints.load", "load_models"),
     "preparing": ("optim.accelerate", "accelerate"),
-    "preview": ("optim.serving.preview", "Preview._show"),
+    "preview": ("optim.serving.preview", "Preview._encode"),
     "speeds": ("optim.serving.speeds", "Speeds.record"),
     "curves": ("optim.serving.worker", "thinned"),
 }

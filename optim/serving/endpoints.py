@@ -21,7 +21,7 @@ from optim.serving.guard import is_text, shorten
 from optim.serving.inputs import unwritten, with_user_names
 from optim.serving.job import Request
 from optim.serving.models import Fetcher
-from optim.serving.preview import first_picture
+from optim.serving.preview import thumbnail
 from optim.serving.uploads import Uploads
 from optim.serving.worker import Worker
 
@@ -304,7 +304,7 @@ class Endpoints:
         path, number = self._uploaded(video, "video"), form.parse_track(video_track, "video")
         try:
             info = probe_video(path, number)
-            picture = b64encode(first_picture(info)).decode()
+            picture = b64encode(thumbnail(info)).decode()
         except UserError as error:
             raise UserError(with_user_names(error, {path: path.name})) from None
         return {"checked": "video", "picture": f"data:image/jpeg;base64,{picture}"} | tracks_of(info)
