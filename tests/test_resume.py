@@ -378,16 +378,16 @@ def test_a_damaged_manifest_begins_anew(models, followed, sound, tmp_path):
         tmp_path / "out.mp4", probe_video(followed), sound, folder=folder, total=FRAMES, segment_frames=SEGMENT,
         counts={"frames_without_face": 0, "frames_computed_again": 0}, on_message=print,
     )  # fmt: skip
-    assert len(writer._read()) == 2
+    assert len(writer._verified_segments()) == 2
     for name, text in spoilt(listed).items():
         manifest.write_bytes(text.encode("utf-8", "surrogateescape"))
-        assert writer._read() == [], name
+        assert writer._verified_segments() == [], name
     manifest.write_text(json.dumps([listed[0], listed[1] | {"frames": None}]))
-    assert len(writer._read()) == 1, "what comes before the damage holds"
+    assert len(writer._verified_segments()) == 1, "what comes before the damage holds"
     if os.name != "nt":
         manifest.unlink()
         os.mkfifo(manifest)  # reading it would block
-        assert writer._read() == []
+        assert writer._verified_segments() == []
     manifest.unlink()
     manifest.write_text('[{"frames": NaN}]')
     run = (followed, sound, tmp_path / "out.mp4", models, Settings(steps=1))
