@@ -1,6 +1,6 @@
 """The page: `python app.py` opens it. Inputs and buttons are Gradio's; assets/page/*.js draws what moves.
 
-Jobs run in the thread of `optim.serving.jobs.Worker`. torch is not imported before the page is shown. Every action is
+Jobs run in the thread of `optim.serving.worker.Worker`. torch is not imported before the page is shown. Every action is
 an endpoint with a name (`optim.serving.endpoints`), for `gradio_client` as for the page's own scripts (docs/api.md).
 """
 
@@ -24,7 +24,6 @@ from optim.levels import STOPS
 from optim.serving.calls import CallCheck
 from optim.serving.endpoints import BUSY, Endpoints
 from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_values, parse_settings
-from optim.serving.jobs import Worker
 from optim.serving.limits import NO_LIMITS, SHARED_LIMITS
 from optim.serving.login import Throttle, password_checker
 from optim.serving.markup import ASSETS, advice_html, asset, footer_html
@@ -34,6 +33,7 @@ from optim.serving.policy import Policy, policy_for
 from optim.serving.routes import guarded, routes
 from optim.serving.run import run_alone
 from optim.serving.uploads import Limits, Uploads, make_folder, remove_orphans
+from optim.serving.worker import Worker
 
 ROOT = Path(__file__).resolve().parent
 EXAMPLE = (ASSETS / "example" / "face.mp4", ASSETS / "example" / "speech.wav")
@@ -251,7 +251,7 @@ class Page:
     def on_load(self) -> tuple:
         """What is only known once the machine has been looked at."""
         with suppress(UserError):  # the folder of --model may be gone; jobs say so
-            self.worker.look_for_models()  # files may have been put there by hand
+            self.worker.find_models()  # files may have been put there by hand
         machine = self.worker.machine
         if machine is None:
             problem = f"<p class='problem'>{html.escape(self.worker.problem or '')}</p>"

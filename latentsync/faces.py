@@ -51,7 +51,7 @@ class Face:
     box: x0, y0, x1, y1 around the mesh.
     opacity: over 0 to 1; it fades before and after frames without a usable face.
     first: nothing to continue from: start of the clip or of a shot, or after a gap or a jump.
-    scene: number of the shot, the stretch between two cuts, that the frame lies in; rising from 0.
+    shot: number of the stretch between two cuts that the frame lies in, rising from 0.
     """
 
     points: np.ndarray
@@ -59,7 +59,7 @@ class Face:
     box: tuple[float, float, float, float]
     opacity: float
     first: bool
-    scene: int = 0
+    shot: int = 0
 
 
 @dataclass
@@ -391,7 +391,7 @@ def finish_slot(line: deque[Slot], index: int) -> tuple[np.ndarray, Face | None]
         box=(float(x0), float(y0), float(x1), float(y1)),
         opacity=opacity_at(line, index),
         first=index == 0 or not slot.continues(line[index - 1]),
-        scene=slot.shot,
+        shot=slot.shot,
     )
 
 

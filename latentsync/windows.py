@@ -22,7 +22,7 @@ class AlignedFrame:
     frame: uint8 (H, W, 3), changed in place when its face is pasted; tokens: audio (50, d);
     crop: uint8 (R, R, 3), None without a usable face; matrix (2, 3) and opacity: how it is pasted back;
     source: the frame's number in a video that is played more than once, else None; recomputed: painted in a wider
-    dtype; scene: `Face.scene`, the number of the stretch between two cuts that the frame lies in; position: the frame's
+    dtype; shot: `Face.shot`, the number of the stretch between two cuts that the frame lies in; position: the frame's
     number; points: `mouth_points` of the face; generated: uint8 (R, R, 3), the model's own face as it was painted.
     """
 
@@ -34,7 +34,7 @@ class AlignedFrame:
     opacity: float = 0.0
     source: int | None = None
     recomputed: bool = False
-    scene: int = 0
+    shot: int = 0
     position: int = 0
     points: np.ndarray | None = None
     generated: np.ndarray | None = None
@@ -89,7 +89,7 @@ def align_frames(
         else:
             aligned.matrix, bias = estimate_matrix(face.points, resolution, None if face.first else bias)
             aligned.crop = crop_face(frame, aligned.matrix, resolution)
-            aligned.opacity, aligned.scene = face.opacity, face.scene
+            aligned.opacity, aligned.shot = face.opacity, face.shot
             aligned.points = mouth_points(face.landmarks)
         if max_crops is not None:
             has_room = len(first_time) < max_crops
@@ -109,7 +109,7 @@ def split_windows(frames: Iterable[AlignedFrame]) -> Iterator[Window | AlignedFr
 
     A run ends at a frame without a face and at a cut. Its last window is slid back so that it is full: norms and
     temporal attention see every frame of a window, so a padded one would change the real frames, and one that held
-    two scenes would mix their colours. A run shorter than a window is one at its true length.
+    two shots would mix their colours. A run shorter than a window is one at its true length.
     """
     previous: list[AlignedFrame] = []  # the run's last window, for context
     waiting: list[AlignedFrame] = []
@@ -125,7 +125,7 @@ def split_windows(frames: Iterable[AlignedFrame]) -> Iterator[Window | AlignedFr
             previous, waiting = [], []
             yield aligned
             continue
-        if (waiting or previous) and (waiting or previous)[-1].scene != aligned.scene:
+        if (waiting or previous) and (waiting or previous)[-1].shot != aligned.shot:
             yield from end_run()
             previous, waiting = [], []
         waiting.append(aligned)

@@ -4,9 +4,9 @@ The launchers run this file by its path, before any package is installed: it use
 
     python -I optim/torch_build.py
 
-prints one line: the build to use, the build that this Python has, and the reason for the choice. Builds are called
-as in the version that they carry: `cpu`, `cu126`, `cu130`; `default` is the one of the configured package index.
-`none` stands for no torch. The environment variable LATENTSYNC_TORCH names a build and overrules the choice.
+prints one line: the build to use, the installed build, and the reason for the choice. Builds have the name in their
+version: `cpu`, `cu126`, `cu130`; `default` is the one of the configured package index, and `none` means no torch. The
+environment variable LATENTSYNC_TORCH overrides the choice with the build that it names.
 """
 
 import os
@@ -29,25 +29,25 @@ Gpu = tuple[int, tuple[int, int]]  # the driver's major version, the compute cap
 
 
 def parse_gpu(text: str) -> Gpu | None:
-    """The first GPU in what nvidia-smi prints as driver_version,compute_cap; None where it shows none."""
-    found = re.search(r"^\s*(\d+)\.[\d.]*\s*,\s*(\d+)\.(\d+)\s*$", text, re.MULTILINE)
-    return found and (int(found[1]), (int(found[2]), int(found[3])))
+    """The first GPU in nvidia-smi's output of driver_version,compute_cap; None without one."""
+    match = re.search(r"^\s*(\d+)\.[\d.]*\s*,\s*(\d+)\.(\d+)\s*$", text, re.MULTILINE)
+    return match and (int(match[1]), (int(match[2]), int(match[3])))
 
 
 def query_gpu() -> Gpu | None:
-    """The first GPU that nvidia-smi shows; None without one, or where its driver does not answer."""
+    """The first GPU that nvidia-smi lists; None without one, or where the driver does not respond."""
     command = ["nvidia-smi", "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(
+        process = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=QUERY_SECONDS, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return parse_gpu(answer.stdout) if answer.returncode == 0 else None
+    return parse_gpu(process.stdout) if process.returncode == 0 else None
 
 
 def installed_build() -> str:
-    """The build of torch that this Python has; `none` without torch."""
+    """The installed build of torch; `none` without torch."""
     try:
         _, _, local = version("torch").partition("+")
     except PackageNotFoundError:
@@ -58,8 +58,8 @@ def installed_build() -> str:
 def choose_build(gpu: Gpu | None, platform: str, installed: str) -> tuple[str, str]:
     """The build for a GPU on a platform (of sys.platform), and the reason, a phrase without a full stop.
 
-    installed: the build that is there, or `none`. Where no GPU is found it stays, whatever it is: every build runs on
-    the processor, and a GPU may be hidden for a while only, as after an update of its driver.
+    installed: the installed build, or `none`. Without a GPU it stays, whatever it is: every build runs on the
+    processor, and a GPU may be hidden only for a while, as after an update of its driver.
     """
     windows = platform == "win32"
     # PyPI's build for Windows is for the processor, the one for Linux is for CUDA 13.
@@ -81,12 +81,15 @@ def choose_build(gpu: Gpu | None, platform: str, installed: str) -> tuple[str, s
 
 
 def main() -> int:
-    installed, wish = installed_build(), os.environ.get(VARIABLE, "")
-    if wish and not re.fullmatch(r"[a-z0-9.]+", wish):
-        sentence = f"{VARIABLE}={wish!r} is no build of torch: set default, cpu, cu126 or cu130, or unset it."
+    installed, requested = installed_build(), os.environ.get(VARIABLE, "")
+    if requested and not re.fullmatch(r"[a-z0-9.]+", requested):
+        sentence = f"{VARIABLE}={requested!r} is no build of torch: set default, cpu, cu126 or cu130, or unset it."
         print(sentence, file=sys.stderr)
         return 2
-    build, reason = (wish, f"{VARIABLE} asks for it") if wish else choose_build(query_gpu(), sys.platform, installed)
+    if requested:
+        build, reason = requested, f"{VARIABLE} asks for it"
+    else:
+        build, reason = choose_build(query_gpu(), sys.platform, installed)
     print(build, installed, reason)
     return 0
 

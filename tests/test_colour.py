@@ -7,7 +7,8 @@ import pytest
 from clips import ffmpeg, make_sound, make_video
 
 from latentsync.media import HDR_REMARK, VideoInfo, VideoWriter, probe_video, read_frames
-from optim.serving.jobs import Request, Worker
+from optim.serving.job import Request
+from optim.serving.worker import Worker
 
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-crf", 4)
 FRAMES = 5

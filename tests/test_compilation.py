@@ -15,7 +15,6 @@ from latentsync.unet import UNet, UNetConfig
 from optim import compilation
 from optim.accelerate import make_plan, should_compile
 from optim.compilation import (
-    COMPILE_THREADS,
     LONG_JOB,
     compile_unet,
     configure_compilers,
@@ -39,7 +38,7 @@ CONFIG = UNetConfig(
 )
 SIDE = 4
 SETTINGS = Settings(cache=DeepCache(2, 0))
-VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", COMPILE_THREADS)
+VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 @pytest.fixture(autouse=True)
@@ -204,11 +203,11 @@ def test_compiled_is_eager(models, monkeypatch):
         return models.unet.full(x, torch.tensor([500]), context, 16, 0, True)[0]
 
     monkeypatch.setattr(UNet, "full", full)
-    monkeypatch.setattr(inductor, "compile_threads", 1)  # starting workers takes longer than the work
-    monkeypatch.setattr(inductor.cpp, "simdlen", 1)  # as does reading the headers of vector instructions
     expected = full_pass()
     lines, before = [], graphs()
-    assert compile_unet(models, Settings(cache=DeepCache(1, 0)), lines.append), lines
+    # Starting workers takes longer than the work, as does reading the headers of vector instructions.
+    with inductor.patch({"compile_threads": 1, "cpp.simdlen": 1}):
+        assert compile_unet(models, Settings(cache=DeepCache(1, 0)), lines.append), lines
     assert graphs() == before + 1 and not lines
     assert is_compiled(models.unet)
     torch.testing.assert_close(full_pass(), expected, rtol=1e-4, atol=1e-4)

@@ -172,8 +172,8 @@ def other(portrait: np.ndarray) -> np.ndarray:
 def scenes(frames: list[np.ndarray]) -> list[int]:
     found = track(frames)
     assert all(found), "a frame without a face proves nothing"
-    assert all(face.first == (i == 0 or face.scene != found[i - 1].scene) for i, face in enumerate(found))
-    return [face.scene for face in found]
+    assert all(face.first == (i == 0 or face.shot != found[i - 1].shot) for i, face in enumerate(found))
+    return [face.shot for face in found]
 
 
 @pytest.mark.parametrize("lengths", [[9, 9], [9, 2, 9], [3, 9, 4, 3]])

@@ -26,12 +26,13 @@ from latentsync.errors import UserError
 from latentsync.media import COMMENT, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped, segments
 from latentsync.settings import DeepCache, Settings
 from optim.monitor import History
-from optim.serving import inputs, jobs, preview
-from optim.serving.job import CANCELLED, DONE, FAILED, Request, kept
-from optim.serving.jobs import Worker
+from optim.serving import comparison, inputs, preview
+from optim.serving import worker as worker_module
+from optim.serving.job import CANCELLED, DONE, FAILED, Job, Request, load_jobs
 from optim.serving.limits import Limits
 from optim.serving.run import interruptible, make_plan, out_of_memory, run_alone
 from optim.serving.speeds import Speeds
+from optim.serving.worker import Worker
 
 ME, OTHER = "m" * 24, "o" * 24
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ def test_a_job_is_done_and_told(worker, talking, voice):
     job = ended(worker, worker.submit(Request(talking, voice, steps=2), ME, ("mine & yours.mp4", "v.wav")))
     assert job.state == DONE, job.error
     assert job.output.name == "mine___yours-synced.mp4" and probe_video(job.output).n_frames == 20
-    view = worker.view(job)
+    view = job.view(worker.store.place(job))
     assert view["report"]["frames"] == 20 and set(view["files"]) == {"original", "result"}
     assert view["timeline"]["stages"].keys() == set(STAGES)
     assert sorted(os.listdir(job.folder)) == sorted(["job.json", job.output.name, "video.mp4", "voice.wav"])
@@ -110,7 +111,7 @@ def test_the_curves_are_given_point_by_point(worker):
     until(lambda: len(worker.live()["time"]) >= 3)
     times, since = [], 0.0
     for _ in range(5):
-        worker._recent = None  # ask the monitor anew
+        worker._history = None  # ask the monitor anew
         live = worker.live(since)
         assert all(len(values) == len(live["time"]) for values in live["curves"].values())
         times += live["time"]
@@ -164,14 +165,14 @@ def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, lon
     job = worker.submit(Request(talking, long_voice, steps=1), ME)
     until(lambda: job.progress.get("writing", 0) > 5)
     hold.set()
-    assert held.wait(60) and not worker.view(job)["ending"]
+    assert held.wait(60) and not job.view(worker.store.place(job))["ending"]
     for choice in (keep, not keep):
         worker.cancel(job.id, ME, choice)
-        seen = worker.view(job)
+        seen = job.view(worker.store.place(job))
         assert (seen["state"], seen["doing"], seen["ending"]) == ("running", words, True)
     go_on.set()
     ended(worker, job)
-    assert job.state == CANCELLED and bool(job.output) is keep and not worker.view(job)["ending"]
+    assert job.state == CANCELLED and bool(job.output) is keep and not job.view(worker.store.place(job))["ending"]
 
 
 def test_a_pass_is_ended_in_its_middle(worker, talking, voice):
@@ -193,24 +194,24 @@ def test_a_pass_is_ended_in_its_middle(worker, talking, voice):
 def test_a_waiting_job_is_cancelled_at_once_and_the_others_move_up(worker, talking, voice, long_voice):
     first, *rest = (worker.submit(Request(talking, v, steps=2), ME) for v in (long_voice, voice, voice))
     until(lambda: first.state == "running")
-    assert [worker.place(job) for job in (first, *rest)] == [None, 1, 2] and worker.load() == (1, 2)
+    assert [worker.store.place(job) for job in (first, *rest)] == [None, 1, 2] and worker.store.load_counts() == (1, 2)
     worker.cancel(rest[0].id, ME)
-    assert rest[0].state == CANCELLED and worker.place(rest[1]) == 1
+    assert rest[0].state == CANCELLED and worker.store.place(rest[1]) == 1
     worker.cancel(first.id, ME)
     assert ended(worker, rest[1]).state == DONE
 
 
 def test_others_do_not_find_a_job(worker, talking, voice):
     job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
-    assert job in worker.jobs_of(ME) and worker.jobs_of(OTHER) == []
-    for act in (worker.find, worker.cancel, worker.again, worker.remove):
+    assert job in worker.store.jobs_of(ME) and worker.store.jobs_of(OTHER) == []
+    for act in (worker.store.find, worker.cancel, worker.again, worker.remove):
         with pytest.raises(UserError, match="no job"):
             act(job.id, OTHER)
     worker.remove(job.id, ME)
-    assert not job.folder.exists() and worker.by_key(job.key) is None
+    assert not job.folder.exists() and worker.store.by_key(job.key) is None
 
 
-def test_a_failing_job_gets_a_sentence_and_the_next_one_runs(worker, talking, voice, tmp_path, monkeypatch, capfd):
+def test_a_failing_job_gets_a_sentence_and_the_next_one_runs(worker, talking, voice, tmp_path, monkeypatch, caplog):
     faceless = make_video(tmp_path / "no face.mp4", seconds=0.4)
     job = ended(worker, worker.submit(Request(faceless, voice, steps=1), ME))
     assert job.state == FAILED and "'no face.mp4' shows no face" in job.error and job.remedy["focus"] == "video"
@@ -221,7 +222,7 @@ def test_a_failing_job_gets_a_sentence_and_the_next_one_runs(worker, talking, vo
     with monkeypatch.context() as patch:
         patch.setattr("latentsync.pipeline.lipsync", broken)
         job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
-    assert job.state == FAILED and "ZeroDivisionError" in job.error and "by a test" in capfd.readouterr().err
+    assert job.state == FAILED and "ZeroDivisionError" in job.error and "by a test" in caplog.text
     assert ended(worker, worker.again(job.id, ME, level="balanced")).state == DONE
 
 
@@ -247,11 +248,11 @@ def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, mon
     for asked in ("auto", worker.machine.chosen):
         job = run(model=asked)
         assert job.remedy == {"label": "Run again with small", "settings": {"model": "small"}}
-    assert out_of_memory(smaller, replace(worker._ran, resolution=512))[1]["settings"] == {"model": "middle"}
+    assert out_of_memory(smaller, replace(worker._checkpoint, resolution=512))[1]["settings"] == {"model": "middle"}
     assert ended(worker, worker.again(job.id, ME, steps=1)).state == DONE
 
 
-def test_a_gpu_that_has_failed_for_good_ends_its_jobs_with_a_sentence(worker, talking, voice, monkeypatch, capfd):
+def test_a_gpu_that_has_failed_for_good_ends_its_jobs_with_a_sentence(worker, talking, voice, monkeypatch, caplog):
     def fault(*_, **__):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -262,10 +263,10 @@ def test_a_gpu_that_has_failed_for_good_ends_its_jobs_with_a_sentence(worker, ta
         for _ in range(2):
             job = worker.submit(Request(talking, voice, steps=1), ME)
             until(lambda job=job: job.state == FAILED, 20)
-            assert job.ended and job.error == jobs.GPU_FAILED and "start the server again" in job.error
+            assert job.ended and job.error == worker_module.GPU_FAILED and "start the server again" in job.error
             assert json.loads((job.folder / "job.json").read_text())["state"] == FAILED
     assert ended(worker, worker.again(job.id, ME)).state == DONE
-    assert "illegal memory access" in capfd.readouterr().err
+    assert "illegal memory access" in caplog.text
 
 
 def test_a_gpu_that_fails_while_nothing_runs_does_not_end_the_worker(checkpoint, talking, voice, tmp_path, home):
@@ -307,20 +308,20 @@ def test_original_and_result_go_side_by_side_once(worker, talking, tmp_path):
     heard, wanted = read_audio(job.compared), read_audio(job.output)
     assert abs(len(heard) - len(wanted)) < 700 and np.corrcoef(heard[:20000], wanted[:20000])[0, 1] > 0.99
     assert COMMENT.encode() in job.compared.read_bytes()
-    assert worker.view(job)["files"]["compared"].endswith("/talking-side-by-side.mp4")
+    assert job.view(worker.store.place(job))["files"]["compared"].endswith("/talking-side-by-side.mp4")
     assert worker.compare(job.id, ME).comparison is first, "what is there is not made again"
     assert not list(job.folder.glob("*partial*"))
 
 
 def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voice):
     waiting = Worker(worker.folder / "other").submit(Request(talking, voice), ME)
-    worker._jobs[waiting.id] = waiting
+    worker.store.jobs[waiting.id] = waiting
     with pytest.raises(UserError, match="no result yet"):
         worker.compare(waiting.id, ME)
-    worker._forget(waiting)
+    worker.store.remove(waiting)
     job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     before = sorted(os.listdir(job.folder))
-    with worker._comparing:  # another's is being made
+    with comparison._one_at_a_time:  # another's is being made
         worker.compare(job.id, ME)
         time.sleep(0.1)
         assert job.comparison.view()["state"] == "waiting" and worker.compare(job.id, ME).comparison.total == 0
@@ -339,7 +340,7 @@ def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voi
 
 def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice, tmp_path, monkeypatch):
     done = ended(worker, worker.submit(Request(talking, voice, steps=1), ME, ("mine.mp4", "v.wav")))
-    assert list(kept(worker.folder)) == [], "their own server still runs"
+    assert list(load_jobs(worker.folder)) == [], "their own server still runs"
     before = Worker(tmp_path)  # not started: what is put in waits
     shutil.copytree(done.folder, tmp_path / done.folder.name)
     waiting, half = before.submit(Request(talking, voice, steps=1), ME), before.submit(Request(talking, voice), ME)
@@ -354,10 +355,10 @@ def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice,
     monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
     after = Worker(tmp_path, model=worker.model, device="cpu")
     after.start()
-    again, found = after.jobs_of(ME)
+    again, found = after.store.jobs_of(ME)
     assert (found.state, found.id, found.names) == (DONE, done.id, ("mine.mp4", "v.wav")) and found.output.is_file()
-    assert found.key != done.key and after.by_key(found.key) is found and after.jobs_of(OTHER) == []
-    then, now = worker.view(done), after.view(found)
+    assert found.key != done.key and after.store.by_key(found.key) is found and after.store.jobs_of(OTHER) == []
+    then, now = done.view(worker.store.place(done)), found.view(after.store.place(found))
     assert {k: v for k, v in now.items() if k != "files"} == {k: json_of(v) for k, v in then.items() if k != "files"}
     assert again.id == waiting.id and ended(after, again).state == DONE, "it waited, and waited again"
     assert sorted(os.listdir(again.folder)) == sorted(["job.json", again.output.name, "video.mp4", "voice.wav"])
@@ -375,7 +376,7 @@ def test_files_that_cannot_be_used_are_refused_by_the_user_s_name_for_them(worke
     assert set(worker.folder.iterdir()) == before
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(talking, voice, tmp_path, monkeypatch, capfd):
+def test_a_full_disk_is_said_and_leaves_nothing(talking, voice, tmp_path, monkeypatch, caplog):
     worker = Worker(tmp_path / "outputs")  # not started: what is put in waits
     store = inputs.store
 
@@ -390,7 +391,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(talking, voice, tmp_path, monkey
         for submit in (lambda: worker.submit(Request(talking, voice), ME), lambda: worker.again(kept.id, ME)):
             with pytest.raises(UserError, match="the disk is full.*: remove jobs") as caught:
                 submit()
-            assert str(tmp_path) not in str(caught.value) and str(tmp_path) in capfd.readouterr().err
+            assert str(tmp_path) not in str(caught.value) and str(tmp_path) in caplog.text
     assert os.listdir(worker.folder) == [kept.folder.name]
     kept.request.audio.unlink()
     with pytest.raises(UserError, match="'voice.wav' is not on this server any more: give it again"):
@@ -529,12 +530,12 @@ def test_jobs_go_on_with_the_next_server_in_their_order(talking, long_voice, voi
     assert job.state == "waiting" and sorted(states(before.folder)) == ["waiting"] * 4
     assert len(list(job.folder.glob(".latentsync-*/0000*.mp4"))) >= 2
     after = next_server()
-    found = {each.id: each for each in after.jobs_of(ME)}
+    found = {each.id: each for each in after.store.jobs_of(ME)}
     again = found[job.id]
-    assert [after.place(found[each.id]) for each in waiting] == [1, 2, 3]
+    assert [after.store.place(found[each.id]) for each in waiting] == [1, 2, 3]
     until(lambda: again.progress.get("writing", 0) > again.resumed_from + 5)
     assert again.resumed_from >= 10 and again.resumed_from % 5 == 0 and again.starts == 1
-    assert f"Resumed after 0:0{again.resumed_from // 25} of 0:30." in after.view(again)["messages"]
+    assert f"Resumed after 0:0{again.resumed_from // 25} of 0:30." in again.view(after.store.place(again))["messages"]
     assert again.playable == 0 and not again.first.exists(), "the first seconds were shown before"
     rate = again.frames_per_second()
     assert rate is None or rate < 750, "what an earlier run has done says nothing of the speed"
@@ -555,7 +556,8 @@ import torch
 torch.set_num_threads(1)
 from latentsync import pipeline
 from latentsync.media import VideoWriter
-from optim.serving.jobs import Request, Worker
+from optim.serving.job import Request
+from optim.serving.worker import Worker
 
 outputs, model, video, voice, frames = *map(Path, sys.argv[1:5]), int(sys.argv[5])
 lipsync, write, written = pipeline.lipsync, VideoWriter.write, []
@@ -596,7 +598,7 @@ def test_a_job_goes_on_when_its_server_was_killed_but_not_for_ever(
     shutil.copy(running / "job.json", record)
     assert json.loads(record.read_text())["starts"] == 2
     worker = next_server()
-    failed, done = sorted(worker.jobs_of(ME), key=lambda job: -job.request.steps)
+    failed, done = sorted(worker.store.jobs_of(ME), key=lambda job: -job.request.steps)
     assert failed.state == FAILED and "both times" in failed.error and "run it again" in failed.error
     assert ended(worker, done).state == DONE
     # What is finished is not lost: who wants it tries once more.
@@ -646,7 +648,7 @@ def test_a_job_that_waits_to_go_on_and_is_cancelled_keeps_nothing(talking, voice
     worker = Worker(tmp_path / "outputs")
     worker._thread = threading.Thread()  # nothing is run
     worker.start()
-    assert [found.frames_at_start for found in worker.jobs_of(ME)] == [5] and work.exists()
+    assert [found.frames_at_start for found in worker.store.jobs_of(ME)] == [5] and work.exists()
     worker.cancel(job.id, ME)
     assert sorted(os.listdir(job.folder)) == ["job.json", "video.mp4", "voice.wav"]
 
@@ -663,13 +665,13 @@ def test_records_of_jobs_that_are_not_as_they_were_written_are_left_alone(talkin
     texts = [*map(json.dumps, spoilt), "", "[" * 100_000, "null", "[]", json.dumps(about)[:-30], "\udcff"]
     for text in texts:
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
-        assert list(kept(tmp_path / "outputs")) == [], text[:300]
+        assert list(load_jobs(tmp_path / "outputs")) == [], text[:300]
         assert job.request.video.is_file()
     del about["queued"], about["starts"], about["frames_at_start"], about["remarks"]  # of an earlier version
     path.write_text(json.dumps(about))
     if os.name != "nt":
         (tmp_path / "outputs" / "link").symlink_to(job.folder, target_is_directory=True)
-    assert [found.id for found in kept(tmp_path / "outputs")] == [job.id]
+    assert [found.id for found in load_jobs(tmp_path / "outputs")] == [job.id]
 
 
 # ---- what must not take the others with it
@@ -698,7 +700,7 @@ def test_the_curves_are_taken_once_for_all_who_look_in_the_same_moment(tmp_path)
     assert worker.monitor.taken == 1 and len(shown) == 5 and all(each["time"] == [] for each in shown)
 
 
-def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeypatch, capfd):
+def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeypatch, caplog):
     def ends_the_thread(*_, **__):
         raise SystemExit(1)
 
@@ -711,12 +713,13 @@ def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeyp
     assert job.state == FAILED and "SystemExit" in job.error
     with monkeypatch.context() as patch:  # in what says why a job has failed
         patch.setattr("latentsync.pipeline.lipsync", fault)
-        patch.setattr(jobs, "is_out_of_memory", fault)
+        patch.setattr(worker_module, "is_out_of_memory", fault)
         job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     assert job.state == FAILED and "Something inside the program failed" in job.error
     with monkeypatch.context() as patch:  # between two jobs
         swept = []
-        patch.setattr(worker, "_sweep", lambda: swept.append(None) or fault())
+        patch.setattr(worker, "keep_hours", 1.0)
+        patch.setattr(worker.store, "remove_old", lambda _: swept.append(None) or fault())
         worker._wake.set()
         until(lambda: swept)
     with monkeypatch.context() as patch:
@@ -726,7 +729,7 @@ def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeyp
         worker.compare(job.id, ME)
         until(lambda: compared(job))
         assert job.comparison.state == FAILED and "could not be made" in job.comparison.error
-    assert "by a test" in capfd.readouterr().err and worker._thread.is_alive()
+    assert "by a test" in caplog.text and worker._thread.is_alive()
 
 
 def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, talking, voice, tmp_path, home):
@@ -738,7 +741,7 @@ def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, ta
     assert worker._models is models is not None
     until(lambda: worker._models is None, 10)
     until(lambda: os.listdir(tmp_path) == [], 10)  # old results go, too
-    assert worker.jobs_of(ME) == []
+    assert worker.store.jobs_of(ME) == []
     worker.close()
     assert "jobs" not in [thread.name for thread in threading.enumerate() if thread is worker._thread]
 
@@ -747,8 +750,9 @@ def test_a_worker_that_lets_the_model_go_at_once_does_not_spin_and_sweeps_while_
     checkpoint, talking, voice, tmp_path, home, monkeypatch
 ):
     worker, rounds = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=0, keep_hours=1e-9), []
-    sweep = worker._sweep
-    monkeypatch.setattr(worker, "_sweep", lambda: rounds.append(len(worker._waiting)) or sweep())
+    remove_old = worker.store.remove_old
+    counted = lambda hours: rounds.append(len(worker.store.waiting)) or remove_old(hours)  # noqa: E731
+    monkeypatch.setattr(worker.store, "remove_old", counted)
     worker.start()
     assert worker.ready.wait(60)
     time.sleep(2.5)
@@ -760,43 +764,43 @@ def test_a_worker_that_lets_the_model_go_at_once_does_not_spin_and_sweeps_while_
 
 
 def test_the_list_has_all_jobs_that_have_not_ended(talking, voice, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "KEPT_JOBS", 1)
+    monkeypatch.setattr("optim.serving.store.KEPT_JOBS", 1)
     worker = Worker(tmp_path)
     first, *others, last = (worker.submit(Request(talking, voice), ME) for _ in range(5))
     for job in others:
         worker.cancel(job.id, ME)
-    assert worker.jobs_of(ME) == [last, others[-1], first]
+    assert worker.store.jobs_of(ME) == [last, others[-1], first]
 
 
 def test_the_jobs_are_changed_under_the_lock_and_what_is_shown_is_not_changed(worker, talking, voice, tmp_path):
     job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     shown, before = job.timeline, json.dumps(job.timeline)
-    worker._keep_timeline(job)
+    worker._save_timeline(job)
     assert job.timeline is not shown and json.dumps(shown) == before
-    with worker._lock:  # somebody counts them
+    with worker.store.lock:  # somebody counts them
         removing = threading.Thread(target=worker.remove, args=(job.id, ME))
         removing.start()
         removing.join(0.3)
-        assert job.id in worker._jobs
+        assert job.id in worker.store.jobs
     removing.join()
-    assert job.id not in worker._jobs
+    assert job.id not in worker.store.jobs
     other = Worker(tmp_path)
     early = other.submit(Request(talking, voice), ME)  # the page may be used before its worker starts
     other._thread = threading.Thread()
-    with other._lock:
+    with other.store.lock:
         starting = threading.Thread(target=other.start)
         starting.start()
         starting.join(0.3)
         assert starting.is_alive()
     starting.join()
-    assert list(other._jobs.values()) == [early]
+    assert list(other.store.jobs.values()) == [early]
 
 
 def test_results_that_cannot_be_read_are_said(tmp_path):
     (tmp_path / "outputs").mkdir()
     worker = Worker(tmp_path / "outputs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "kept", lambda folder: os.scandir(folder / "secret"))
+        patch.setattr("optim.serving.store.load_jobs", lambda folder: os.scandir(folder / "secret"))
         with pytest.raises(UserError, match="outputs' cannot be read .*--outputs"):
             worker.start()
 
@@ -814,15 +818,15 @@ def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, st
                 shown.append(int(frame[0, 0, 0]))
 
     monkeypatch.setattr(preview, "write_fragments", write_fragments)
-    monkeypatch.setattr(preview, "STUCK_SECONDS", 0.5)
-    job = jobs.Job(Request(Path("video"), Path("voice")), "me", tmp_path, ("a", "b"), (16, 16), 9.0)
+    monkeypatch.setattr(preview, "CLOSE_TIMEOUT", 0.5)
+    job = Job(Request(Path("video"), Path("voice")), "me", tmp_path, ("a", "b"), (16, 16), 9.0)
     taking = preview.Preview(job)
     began = time.monotonic()
     for number in range(200):
         taking(np.full((16, 16, 3), number, np.uint8))
     if not stuck:
         go_on.set()
-        until(lambda: taking._given.empty())
+        until(lambda: taking._queue.empty())
         taking(np.full((16, 16, 3), 200, np.uint8))
     taking.close()
     assert time.monotonic() - began < 5
@@ -871,7 +875,7 @@ def test_where_a_gpu_is_lent_the_best_model_that_is_here_runs(hub, talking, voic
     worker.start()
     assert worker.ready.wait(60) and worker.machine.chosen == "demo", worker.problem
     store.get(NAME)
-    worker.look_for_models()
+    worker.find_models()
     assert worker.machine.chosen == NAME
     line, details = worker.describe(Request(talking, voice), 10)
     assert f"model {NAME} (64 px), on a GPU lent for each job." in line and details == "conservative: 20 steps."
@@ -888,7 +892,7 @@ def test_a_job_on_a_gpu_that_is_lent_does_not_claim_to_be_cancelled(checkpoint, 
     until(lambda: job.state == "running")
     with pytest.raises(UserError, match="wait until it is done"):
         worker.cancel(job.id, ME)
-    assert not worker.view(job)["ending"]
+    assert not job.view(worker.store.place(job))["ending"]
     go_on.set()
     assert ended(worker, job).state == DONE
     worker.close()

@@ -16,9 +16,9 @@ from latentsync.errors import UserError
 from optim.hardware import Gpu
 from optim.serving.endpoints import Endpoints
 from optim.serving.job import Request
-from optim.serving.jobs import Worker
-from optim.serving.models import DONE, FAILED, RUNNING, STOPPED, Fetcher, best_for
+from optim.serving.models import DONE, FAILED, RUNNING, STOPPED, Fetcher, recommended_model
 from optim.serving.uploads import Uploads
+from optim.serving.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,7 +172,7 @@ def test_offline_the_demo_model_runs_and_the_page_says_how_to_get_others(hub, fe
 
 def test_a_fetched_model_is_verified_and_removed(hub, fetcher):
     folder = store.get(NAME)
-    fetcher.look()
+    fetcher.refresh()
     assert fetcher.models()["chosen"] == NAME
     with (folder / "latentsync_unet.safetensors").open("r+b") as file:
         file.seek(-1, 2)
@@ -249,7 +249,7 @@ def test_results_that_cannot_be_read_are_not_taken_for_a_port_that_is_in_use(mon
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(app, "Page", Launched)
-    monkeypatch.setattr("optim.serving.jobs.kept", unreadable)
+    monkeypatch.setattr("optim.serving.store.load_jobs", unreadable)
     assert app.main(["--outputs", str(tmp_path / "mine")]) == 2
     said = capsys.readouterr().err
     assert "mine' cannot be read (Permission denied)" in said and "--outputs" in said and "port" not in said
@@ -263,15 +263,17 @@ def test_a_name_to_get_that_nobody_released_is_refused_before_anything_is_served
 @pytest.mark.parametrize("gib, best", [(None, "demo"), (4, "demo"), (12, "latentsync-1.5"), (24, "latentsync-1.6")])
 def test_the_recommended_model_is_one_that_the_memory_holds(gib, best):
     gpu = gib and Gpu(0, "a card", gib * 2**30, gib * 2**30, (8, 6))
-    assert best_for(gpu)[0] == best
-    assert best_for(None, lent=True)[0] == "latentsync-1.6"
+    assert recommended_model(gpu)[0] == best
+    assert recommended_model(None, lent=True)[0] == "latentsync-1.6"
 
 
 def test_the_recommended_model_is_fetched_from_the_hint_on_the_page(hub, tmp_path, monkeypatch):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not (chromium := next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)):
         pytest.skip("there is no Chromium on this machine")
-    monkeypatch.setattr("optim.serving.jobs.best_for", lambda *_: (NAME, "LatentSync 1.5, because this is a test."))
+    monkeypatch.setattr(
+        "optim.serving.machine.recommended_model", lambda *_: (NAME, "LatentSync 1.5, because this is a test.")
+    )
     hub.rate = 1e5  # it must still be under way when the page is looked at, on a machine as busy as it may be
     with (
         looking(tmp_path) as worker, served(fetcher := Fetcher(worker, allowed=True)) as url,

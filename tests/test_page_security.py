@@ -22,10 +22,10 @@ from serving import ROOT, serve
 from latentsync.errors import UserError
 from optim.serving import endpoints
 from optim.serving.endpoints import MAX_PROBES, MAX_WAITING_PROBES, Endpoints
-from optim.serving.jobs import Worker
 from optim.serving.models import Fetcher
 from optim.serving.options import wait_for_signal
 from optim.serving.uploads import Uploads
+from optim.serving.worker import Worker
 
 META = {"_type": "gradio.FileData"}
 SLOW = 120  # seconds that anything may take on a busy machine

@@ -121,7 +121,7 @@ def test_windows_end_at_cuts(lengths):
     for scene, length in enumerate(lengths):
         alone = shots_of([length], gap=0)
         wanted += [([start + n for n in numbers(w.frames)], w.context) for w in split_windows(alone)]
-        shots += [replace(shot, frame=shot.frame + start, scene=scene) for shot in alone]
+        shots += [replace(shot, frame=shot.frame + start, shot=scene) for shot in alone]
         start += length
     assert [(numbers(w.frames), w.context) for w in split_windows(shots)] == wanted
 
@@ -131,7 +131,7 @@ def scenes_of(frames, *, cuts, scenes=True, **_):
     frames = list(frames)
     for scene, (start, end) in enumerate(itertools.pairwise([0, *cuts, len(frames)])):
         for frame, face in track_faces(frames[start:end]):
-            yield frame, replace(face, scene=scene * scenes)
+            yield frame, replace(face, shot=scene * scenes)
 
 
 def test_a_looped_video_is_cut_at_the_same_places_backward_and_not_where_it_turns(models, wav, monkeypatch):

@@ -105,7 +105,7 @@ def frames_of(tracked: list[tuple[np.ndarray, Face]], painted: int = 0) -> list[
             frame=frame.copy(),
             points=mouth_points(face.landmarks),
             position=i,
-            scene=0,
+            shot=0,
             opacity=face.opacity,
             generated=np.full((8, 8, 3), i, np.uint8) if i >= painted else None,
         )
@@ -296,8 +296,8 @@ def test_frames_come_in_order_few_wait_and_gaps_and_cuts_end_a_run(still):
     frames = film(still)
     shots = frames_of(frames)
     shots[10].points = shots[10].generated = None
-    for shot in shots[30:]:
-        shot.scene = 1
+    for frame in shots[30:]:
+        frame.shot = 1
     taken = 0
 
     def counted():

@@ -24,13 +24,13 @@ from conftest import FACE_FRAMES, portrait, save_video
 
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
-from latentsync.errors import UserError
+from latentsync.errors import UserError, is_out_of_memory
 from latentsync.media import VideoWriter, probe_video, process, read_frames, reading, writing
 from latentsync.paths import replacing
 from latentsync.pipeline import Hooks, lipsync
 from latentsync.settings import Settings
-from optim.serving import jobs
-from optim.serving.jobs import CANCELLED, DONE, FAILED, Request, Worker
+from optim.serving.job import CANCELLED, DONE, FAILED, Job, Request
+from optim.serving.worker import Worker
 
 ME = "m" * 24
 FAULTS, ALL_FAULTS = 20, 100  # injected in the ordinary run, and with -m full_size
@@ -288,9 +288,9 @@ PLACES = {
     "writing": (VideoWriter, "write"),
     "loading": ("latentsync.checkpoints.load", "load_models"),
     "preparing": ("optim.accelerate", "accelerate"),
-    "preview": ("optim.serving.preview", "Preview._show"),
+    "preview": ("optim.serving.preview", "Preview._encode"),
     "speeds": ("optim.serving.speeds", "Speeds.record"),
-    "curves": (jobs, "thinned"),
+    "curves": ("optim.serving.worker", "thinned"),
 }
 
 
@@ -336,7 +336,7 @@ def held() -> dict[str, object]:
 def inject(count: int, worker: Worker, fault: Fault, request: Request) -> None:
     """Jobs with a fault each, at a random call of every place in turn; every fifth is followed by one without."""
 
-    def run() -> jobs.Job:
+    def run() -> Job:
         job = worker.submit(request, ME)
         assert worker.wait(job, 60), (fault.place, job)
         return job
@@ -406,7 +406,7 @@ def test_memory_is_given_back_before_the_next_job(start, talking, short_voice, m
         freed.append(network() is None)
 
     monkeypatch.setattr("latentsync.painting.merge_faces", starved)
-    monkeypatch.setattr(jobs.gc, "collect", collected)
+    monkeypatch.setattr(gc, "collect", collected)
     job = worker.submit(Request(talking, short_voice, steps=1), ME)
     assert worker.wait(job, 60) and job.state == FAILED and settles(lambda: freed)
     assert freed == [True]
@@ -415,7 +415,7 @@ def test_memory_is_given_back_before_the_next_job(start, talking, short_voice, m
 def test_torch_s_words_for_a_lack_of_memory_are_known():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert jobs.is_out_of_memory(caught.value)
+    assert is_out_of_memory(caught.value)
 
 
 # ---- many at once
@@ -448,7 +448,7 @@ def test_fifty_jobs_of_five_clients_keep_apart(start, coloured, tmp_path):
     """Every client's frame has a colour, and every job of theirs a number of frames; some are cancelled."""
     worker = start(queue_size=8)
     voices = [make_sound(tmp_path / f"{n}.wav", seconds=n * 0.04) for n in range(1, JOBS_EACH + 1)]
-    submitted: dict[str, list[jobs.Job]] = {visitor: [] for visitor in coloured}
+    submitted: dict[str, list[Job]] = {visitor: [] for visitor in coloured}
     refused, problems = [], []
 
     def client(visitor: str, seed: int) -> None:
@@ -478,17 +478,17 @@ def test_fifty_jobs_of_five_clients_keep_apart(start, coloured, tmp_path):
     for thread in threads:
         thread.join()
     everyone = [job for some in submitted.values() for job in some]
-    assert not problems and len(everyone) == CLIENTS * JOBS_EACH and worker.load() == (0, 0)
+    assert not problems and len(everyone) == CLIENTS * JOBS_EACH and worker.store.load_counts() == (0, 0)
     assert all("queue is full" in words for words in refused)
     assert {job.state for job in everyone} == {DONE, CANCELLED}, [job.error for job in everyone if job.error]
     assert len({job.id for job in everyone}) == len({job.key for job in everyone}) == len(everyone)
     for visitor, (_, colour) in coloured.items():
-        assert worker.jobs_of(visitor) == submitted[visitor][::-1]
+        assert worker.store.jobs_of(visitor) == submitted[visitor][::-1]
         for frames, job in enumerate(submitted[visitor], 1):
             if job.output is None:
                 assert job.state == CANCELLED
                 continue
-            assert job.output.parent == job.folder and worker.by_key(job.key) is job
+            assert job.output.parent == job.folder and worker.store.by_key(job.key) is job
             shown = list(read_frames(probe_video(job.output)))
             assert len(shown) == frames if job.state == DONE else 0 < len(shown) <= frames
             assert all(np.abs(frame[2:10, 4:-4].mean((0, 1)) - colour).max() < 6 for frame in shown)

@@ -13,7 +13,9 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from optim.serving import uploads as module
-from optim.serving.uploads import OWNER, PREFIX, Limits, Refused, Uploads, file_name, make_folder, remove_orphans
+from optim.serving.guard import Refusal
+from optim.serving.multipart import file_name
+from optim.serving.uploads import OWNER, PREFIX, Limits, Uploads, make_folder, remove_orphans
 
 BOUNDARY = "a-boundary"
 KIND = f"multipart/form-data; boundary={BOUNDARY}"
@@ -67,17 +69,17 @@ def test_what_is_aborted_or_damaged_leaves_nothing(tmp_path):
     uploads, body = Uploads(tmp_path), form(("a.mp4", os.urandom(5_000_000)))
     with pytest.raises(ClientDisconnect):
         send(uploads, body[:3_000_000], then=ClientDisconnect())
-    with pytest.raises(Refused, match="did not come to its end"):
+    with pytest.raises(Refusal, match="did not come to its end"):
         send(uploads, body[:3_000_000])
-    with pytest.raises(Refused, match="cannot be understood"):
+    with pytest.raises(Refusal, match="cannot be understood"):
         send(uploads, b"nonsense" * 100)
-    with pytest.raises(Refused, match="holds no file"):
+    with pytest.raises(Refusal, match="holds no file"):
         send(uploads, form())
-    with pytest.raises(Refused, match="more than 4 files"):
+    with pytest.raises(Refusal, match="more than 4 files"):
         send(uploads, form(*[("a.mp4", b"x")] * 5))
-    with pytest.raises(Refused, match="a form with files"):
+    with pytest.raises(Refusal, match="a form with files"):
         asyncio.run(uploads.receive("text/plain", None, chunks(b"x")))
-    assert not left(tmp_path) and not uploads._coming
+    assert not left(tmp_path) and not uploads._in_progress
 
 
 def test_a_cancelled_upload_leaves_nothing(tmp_path):
@@ -98,7 +100,7 @@ def test_a_cancelled_upload_leaves_nothing(tmp_path):
             await task
 
     asyncio.run(scenario())
-    assert not left(tmp_path) and not uploads._coming
+    assert not left(tmp_path) and not uploads._in_progress
 
 
 def test_a_full_disk_is_said_and_later_uploads_succeed(tmp_path, monkeypatch):
@@ -106,7 +108,7 @@ def test_a_full_disk_is_said_and_later_uploads_succeed(tmp_path, monkeypatch):
     usage = module.shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=module.SPARE_BYTES + 1_000_000))
-        with pytest.raises(Refused, match="too full") as caught:  # before its first byte
+        with pytest.raises(Refusal, match="too full") as caught:  # before its first byte
             send(uploads, body, declared=len(body))
         assert caught.value.status == 507
 
@@ -114,8 +116,8 @@ def test_a_full_disk_is_said_and_later_uploads_succeed(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Files, "write", full)
-        with pytest.raises(Refused, match="too full") as caught:
+        patch.setattr(module.MultipartForm, "write", full)
+        with pytest.raises(Refusal, match="too full") as caught:
             send(uploads, body)
         assert caught.value.status == 507 and str(tmp_path) not in str(caught.value)
     assert not left(tmp_path)
@@ -126,7 +128,7 @@ def test_a_file_is_bounded_by_what_it_declares_and_by_what_comes(tmp_path):
     uploads = Uploads(tmp_path, Limits(max_file=1_000_000))
     assert send(uploads, form(("a.mp4", b"x" * 1_000_000)))
     for declared in (None, 100, 2_000_000):
-        with pytest.raises(Refused, match="larger than 1 MB, which is the maximum allowed size") as caught:
+        with pytest.raises(Refusal, match="larger than 1 MB, which is the maximum allowed size") as caught:
             send(uploads, form(("a.mp4", b"x" * 1_000_001)), declared)
         assert caught.value.status == 413
     assert len(left(tmp_path)) == 1
@@ -151,7 +153,7 @@ def test_uploads_at_once_and_bytes_that_wait_are_bounded(tmp_path):
         while len(held) < 3:
             await asyncio.sleep(0)
         for address in ("one", "two", "three"):
-            with pytest.raises(Refused, match="Too many files"):
+            with pytest.raises(Refusal, match="Too many files"):
                 await start(address)
         going.set()
         assert all([(await task)[0].is_file() for task in tasks])
@@ -159,7 +161,7 @@ def test_uploads_at_once_and_bytes_that_wait_are_bounded(tmp_path):
     asyncio.run(scenario())
     send(uploads, form(("a.mp4", b"x" * 1_000_000)), 1_000_100)
     used = send(uploads, form(("a.mp4", b"x" * 1_000_000)), 1_000_100)[0]
-    with pytest.raises(Refused, match="as many files as it takes") as caught:
+    with pytest.raises(Refusal, match="as many files as it takes") as caught:
         send(uploads, form(("a.mp4", b"x" * 1_000_000)), 1_000_100)
     assert caught.value.status == 507
     os.link(used, tmp_path / "of a job")  # it takes no room of its own any more
@@ -173,14 +175,14 @@ def test_an_upload_that_stands_still_is_given_up(tmp_path, monkeypatch):
         yield form(("a.mp4", b"x"), end=False)
         await asyncio.Event().wait()
 
-    with pytest.raises(Refused, match="stood still") as caught:
+    with pytest.raises(Refusal, match="stood still") as caught:
         asyncio.run(Uploads(tmp_path).receive(KIND, None, stalled()))
     assert caught.value.status == 408 and not left(tmp_path)
 
 
 def test_an_upload_that_trickles_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "GRACE_SECONDS", -1000.0)
-    with pytest.raises(Refused, match="stood still"):
+    with pytest.raises(Refusal, match="stood still"):
         send(Uploads(tmp_path), form(("a.mp4", b"x" * 5000)))
     assert not left(tmp_path)
 

@@ -180,7 +180,7 @@ def _fill(pipe: io.FileIO, array: np.ndarray) -> bool:
 
 def read_frames_looped(
     info: VideoInfo, count: int, cancel: threading.Event | None = None
-) -> Iterator[tuple[int, np.ndarray]]:
+) -> Generator[tuple[int, np.ndarray], None, None]:
     """Yield `count` pairs (source index, frame), forward, backward and so on: 0..n-1, n-1..0, 0..n-1, ...
 
     The frames are those of `read_frames`, new arrays; n is how many can be decoded. Backward passes seek to short

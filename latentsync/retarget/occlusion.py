@@ -10,19 +10,19 @@ AREA = (-0.5, 0.5, 0.45, 1.45)  # of the thumbnail: left, right, top, bottom in 
 MOUTH_AREA = (-0.38, 0.38, 0.62, 1.1)  # part of it that moves in speech and is ignored
 COVERED = 0.35  # mean difference from the usual thumbnail, as a share of its brightness
 UPDATE_RATE = 0.05  # weight of the newest thumbnail in the usual one
-MIN_FRAMES = 10  # frames of a scene before a mouth can count as covered
+MIN_FRAMES = 10  # frames of a shot before a mouth can count as covered
 MAX_COVERED = 50  # frames: what stays longer belongs to the face
 
 
 class OcclusionDetector:
-    """Compares the skin around a mouth with how it usually looks in the scene."""
+    """Compares the skin around a mouth with how it usually looks in the shot."""
 
     def __init__(self) -> None:
         self.usual: np.ndarray | None = None
-        self.frames = self.covered = 0  # frames of the scene; consecutive covered ones
+        self.frames = self.covered = 0  # frames of the shot; consecutive covered ones
 
     def is_covered(self, frame: np.ndarray, points: np.ndarray, first: bool) -> bool:
-        """Whether something covers the mouth in a frame uint8 (H, W, 3); first: the frame begins a scene."""
+        """Whether something covers the mouth in a frame uint8 (H, W, 3); first: the frame begins a shot."""
         skin = skin_thumbnail(frame, points)
         if first or self.covered >= MAX_COVERED:
             self.usual, self.frames, self.covered = None, 0, 0

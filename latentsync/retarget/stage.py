@@ -45,14 +45,14 @@ class RetargetFrame(Protocol):
 
     frame: uint8 (H, W, 3), changed in place; points: `mouth_points` of its face, None without a usable one; generated:
     uint8 (R, R, 3), an aligned face with the target mouth, None where none was painted; position: the frame's number;
-    scene: number of the stretch between two cuts; opacity: 0 to 1.
+    shot: number of the stretch between two cuts; opacity: 0 to 1.
     """
 
     frame: np.ndarray
     points: np.ndarray | None
     generated: np.ndarray | None
     position: int
-    scene: int
+    shot: int
     opacity: float
 
 
@@ -91,11 +91,11 @@ def retarget(frames: Iterable[Frame], bank: MouthBank, read_face: ReadFace) -> I
     Up to HELD_FRAMES wait. A frame whose face was not painted stays as it is.
     """
     run: _Run[Frame] = _Run(bank)
-    scene: int | None = None
+    shot: int | None = None
     for frame in frames:
-        if frame.points is None or frame.scene != scene:
+        if frame.points is None or frame.shot != shot:
             yield from run.finish()
-            run, scene = _Run(bank), frame.scene
+            run, shot = _Run(bank), frame.shot
         if frame.points is None:
             yield frame
             continue

@@ -1,4 +1,4 @@
-"""Original and result side by side in one video, for whoever is to be shown what has changed."""
+"""Write a video of the original and the result side by side."""
 
 import subprocess
 import threading
@@ -13,12 +13,13 @@ from latentsync import FPS
 from latentsync.errors import UserError
 from latentsync.media import COMMENT, probe_audio, probe_video, read_frames, read_frames_looped
 from latentsync.media.colour import SCALE_MATRIX
-from latentsync.media.process import file_url, input_arguments, run_ffmpeg
+from latentsync.media.process import file_url, input_arguments, open_pipe, run_ffmpeg
 from latentsync.media.watchdog import Watchdog
 from latentsync.media.writing import PRESET, ffmpeg_error
 from optim.serving.job import COMPARED_SECONDS
+from optim.serving.preview import scaled_size
 
-MOST_PIXELS = 720  # the shorter side of each half
+MAX_SIDE = 720  # maximum of the shorter side of each half, pixels
 CRF = 20
 AAC_BITRATE = "256k"
 
@@ -30,27 +31,26 @@ def side_by_side(
     step: Callable[[int, int], None],
     cancel: threading.Event | None = None,
 ) -> None:
-    """Write the original, forward and backward as the result shows it, left of the result, with the result's sound.
+    """Write the original, looped forward and backward as in the result, left of the result, with the result's sound.
 
-    25 fps, H.264, the first COMPARED_SECONDS; each half is made smaller where its shorter side is over MOST_PIXELS.
-    What is held does not grow with the clip. step(frames done, frames in all) is called before every frame, and several
-    times a second at the end; what it raises ends the work and leaves an unfinished file behind. cancel: ends ffmpeg
-    when it is set, whatever that is waiting for, so that step is called once more. Raises UserError where the file
-    cannot be written.
+    The output is 25 fps H.264 of the first COMPARED_SECONDS; each half is scaled down to a shorter side of at most
+    MAX_SIDE. Memory does not grow with the length of the clip. step(frames done, frames in all) is called before every
+    frame, and several times a second at the end; an exception of it ends the work and leaves an unfinished file.
+    cancel: when set, ends ffmpeg whatever it waits for, after which `step` is called once more. Raises UserError if the
+    file cannot be written.
     """
-    from moviepy import VideoClip, clips_array  # which takes a second or two
+    from moviepy import VideoClip, clips_array  # takes a second or two to import
 
     before, after = probe_video(original), probe_video(result)
     total = min(after.n_frames, COMPARED_SECONDS * FPS)
-    scale = min(1.0, MOST_PIXELS / min(before.width, before.height))
-    width, height = (2 * max(1, round(side * scale / 2)) for side in (before.width, before.height))
+    width, height = size = scaled_size(before.width, before.height, MAX_SIDE)
     tags = after.color_matrix, after.color_primaries, after.color_transfer
     matrix, primaries, transfer = tags if after.color_matrix in SCALE_MATRIX else ("bt709",) * 3
     graph = (
         f"scale=out_color_matrix={SCALE_MATRIX[matrix]}:out_range=tv,format=yuv420p,setsar=1,"
         f"setparams=range=tv:colorspace={matrix}:color_primaries={primaries}:color_trc={transfer}"
     )
-    # AAC is what every player knows, unlike FLAC.
+    # Every player supports AAC, unlike FLAC.
     sound = ["-c:a", "copy"] if probe_audio(result).codec == "aac" else ["-c:a", "aac", "-b:a", AAC_BITRATE]
     arguments = [
         *("-loglevel", "error", "-nostats", "-y", "-f", "rawvideo", "-pixel_format", "rgb24"),
@@ -61,7 +61,7 @@ def side_by_side(
     ]
     done = 0
     with (
-        # Both are read as the pipeline reads: turned upright, at 25 fps, in the colours that their tags name.
+        # Both are read as in the pipeline: upright, at 25 fps, with the colours of their tags.
         closing(read_frames_looped(before, total)) as left,
         closing(read_frames(after, count=total)) as right,
         run_ffmpeg(arguments, stdin=subprocess.PIPE) as (process, log),
@@ -69,38 +69,39 @@ def side_by_side(
     ):
         try:
             seconds = (total + 0.5) / FPS  # moviepy rounds down to whole frames
-            both = (frame for _, frame in left), right
-            halves = [VideoClip(_in_order(frames, (width, height)), duration=seconds) for frames in both]
-            # bg_color: without one moviepy blends the two as if they could be seen through, and is slower.
+            sources = (frame for _, frame in left), right
+            halves = [VideoClip(_frame_function(frames, size), duration=seconds) for frames in sources]
+            # Without a bg_color moviepy composes with transparency, which is slower.
             for frame in clips_array([halves], bg_color=(0, 0, 0)).iter_frames(fps=FPS, dtype="uint8"):
                 step(done, total)
-                watchdog.write(memoryview(np.ascontiguousarray(frame)).cast("B"))
+                watchdog.write(np.ascontiguousarray(frame).data.cast("B"))
                 done += 1
-            process.stdin.close()
+            open_pipe(process.stdin).close()
         except OSError:
-            pass  # ffmpeg has ended, and says why
+            pass  # ffmpeg has ended; its log says why
         if watchdog.wait(lambda: step(done, total)) != 0:
             step(done, total)
-            stalled = watchdog.stalled is not None and f"ffmpeg stood still for {watchdog.stalled:g} seconds"
-            raise UserError(_not_written(stalled or ffmpeg_error(log)))
+            if watchdog.stalled is not None:
+                raise _write_error(f"ffmpeg stood still for {watchdog.stalled:g} seconds")
+            raise _write_error(ffmpeg_error(log))
 
 
-def _in_order(frames: Iterator[np.ndarray], size: tuple[int, int]) -> Callable[[float], np.ndarray]:
-    """A moviepy frame function over frames that come one after the other at 25 fps, made `size` (width, height)."""
-    position, shown = -1, None
+def _frame_function(frames: Iterator[np.ndarray], size: tuple[int, int]) -> Callable[[float], np.ndarray]:
+    """A moviepy frame function that reads 25 fps frames in order and scales them to `size` (width, height)."""
+    position = -1
+    frame: np.ndarray = np.empty(0)
 
     def frame_at(t: float) -> np.ndarray:
-        nonlocal position, shown
+        nonlocal position, frame
         while position < round(t * FPS):
-            shown = next(frames, None)
-            if shown is None:
-                raise UserError(_not_written("one of the two videos is cut short"))
-            position += 1
-        same = (shown.shape[1], shown.shape[0]) == size
-        return shown if same else cv2.resize(shown, size, interpolation=cv2.INTER_AREA)
+            if (following := next(frames, None)) is None:
+                raise _write_error("one of the two videos is cut short")
+            position, frame = position + 1, following
+        is_scaled = (frame.shape[1], frame.shape[0]) == size
+        return frame if is_scaled else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
     return frame_at
 
 
-def _not_written(why: str) -> str:
-    return f"The side-by-side video could not be written ({why}): see whether the disk is full, and try again."
+def _write_error(reason: str) -> UserError:
+    return UserError(f"The side-by-side video could not be written ({reason}): check for a full disk, and try again.")

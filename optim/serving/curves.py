@@ -8,7 +8,7 @@ if TYPE_CHECKING:  # it imports NumPy, which takes its time
     from optim.monitor import History
 
 TIMELINE_POINTS = 300
-NO_CURVES = {"time": [], "curves": {}, "marks": [], "memory": {}}
+NO_CURVES: dict[str, Any] = {"time": [], "curves": {}, "marks": [], "memory": {}}
 
 
 def curves(history: "History") -> dict[str, list[float | None]]:

@@ -18,12 +18,12 @@ from latentsync.errors import UserError
 from latentsync.media import AudioInfo, VideoInfo, probe_audio, probe_video
 from optim.serving import form
 from optim.serving.guard import is_text, shorten
-from optim.serving.inputs import unwritten
+from optim.serving.inputs import unwritten, with_user_names
 from optim.serving.job import Request
-from optim.serving.jobs import Worker, said
 from optim.serving.models import Fetcher
-from optim.serving.preview import first_picture
+from optim.serving.preview import thumbnail
 from optim.serving.uploads import Uploads
+from optim.serving.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Endpoints:
 
     def has_job(self, key: str) -> bool:
         """Whether there is a job whose files that key opens."""
-        return self.worker.by_key(key) is not None
+        return self.worker.store.by_key(key) is not None
 
     def _uploaded(self, file: dict[str, Any] | str | None, kind: str) -> Path:
         """The path of an uploaded file. Raises UserError for none, and for what is no upload."""
@@ -196,11 +196,13 @@ class Endpoints:
         if not isinstance(versions, dict):
             raise UserError(f"The versions that are known are {shorten(known)}: give them by the jobs' ids.")
         jobs = []
-        for job in self.worker.jobs_of(visitor_token(visitor)):
+        for job in self.worker.store.jobs_of(visitor_token(visitor)):
             version = job.version()
             unchanged = version is not None and version == versions.get(job.id)
-            jobs.append({"id": job.id, "version": version} | ({} if unchanged else self.worker.view(job)))
-        running, waiting = self.worker.load()
+            jobs.append(
+                {"id": job.id, "version": version} | ({} if unchanged else job.view(self.worker.store.place(job)))
+            )
+        running, waiting = self.worker.store.load_counts()
         return {
             "server": self.worker.server,
             "jobs": jobs,
@@ -223,7 +225,7 @@ class Endpoints:
         """Run the files of a job of yours again, with some settings changed, as {"level": "balanced"}."""
         if changes is not None and not isinstance(changes, dict):
             raise UserError(f"The changes are {shorten(changes)}: give settings by their names.")
-        request = self.worker.find(form.parse_text(job, "job"), visitor_token(visitor)).request
+        request = self.worker.store.find(form.parse_text(job, "job"), visitor_token(visitor)).request
         fields = form.parse_changes(changes or {}, request, self.models_to_choose)
         return {"job": self.worker.again(job, visitor, **fields).id, "visitor": visitor, "error": None}
 
@@ -242,7 +244,7 @@ class Endpoints:
 
     def result(self, job: str, visitor: str, compared: bool = False) -> str:
         """The finished video of a job of yours, as a file; compared: beside the original, see /compare."""
-        done = self.worker.find(form.parse_text(job, "job"), visitor_token(visitor))
+        done = self.worker.store.find(form.parse_text(job, "job"), visitor_token(visitor))
         if done.output is None:
             raise UserError("There is no result yet: watch the job until it is done.")
         path = done.files().get("compared") if compared else done.output
@@ -290,7 +292,7 @@ class Endpoints:
         try:
             info = probe_audio(path, number, max_seconds=self.worker.max_seconds)  # no more of it is decoded
         except UserError as error:
-            raise UserError(said(error, {path: path.name})) from None
+            raise UserError(with_user_names(error, {path: path.name})) from None
         return {"checked": "audio", "seconds": info.duration} | tracks_of(info)
 
     @as_reply
@@ -302,9 +304,9 @@ class Endpoints:
         path, number = self._uploaded(video, "video"), form.parse_track(video_track, "video")
         try:
             info = probe_video(path, number)
-            picture = b64encode(first_picture(info)).decode()
+            picture = b64encode(thumbnail(info)).decode()
         except UserError as error:
-            raise UserError(said(error, {path: path.name})) from None
+            raise UserError(with_user_names(error, {path: path.name})) from None
         return {"checked": "video", "picture": f"data:image/jpeg;base64,{picture}"} | tracks_of(info)
 
     # ---- the machine and its models
@@ -313,7 +315,7 @@ class Endpoints:
         """What this machine is, its models and the doctor's advice; waits until it has been looked at."""
         self.worker.ready.wait()
         facts = asdict(self.worker.machine) if self.worker.machine else {"error": self.worker.problem}
-        return facts | {"queue_size": self.worker.queue_size, "max_seconds": self.worker.max_seconds}
+        return facts | {"queue_size": self.worker.store.queue_size, "max_seconds": self.worker.max_seconds}
 
     @as_reply
     def models(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import errno
 import filecmp
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from latentsync.errors import UserError
 from optim.serving.job import Job, Request
-from optim.serving.run import log
+
+log = logging.getLogger(__name__)
 
 
 def store_inputs(request: Request, names: tuple[str, str], folder: Path, jobs: Iterable[Job]) -> tuple[Path, Path]:
@@ -23,14 +25,14 @@ def store_inputs(request: Request, names: tuple[str, str], folder: Path, jobs: I
     sources = request.video, request.audio
     try:
         folder.mkdir(parents=True, mode=0o700)
-        targets = tuple(folder / f"{part}{_suffix(name)}" for part, name in zip(("video", "voice"), names, strict=True))
+        targets = folder / f"video{_suffix(names[0])}", folder / f"voice{_suffix(names[1])}"
         for source, target in zip(sources, targets, strict=True):
             store(source, target, stored)
     except OSError as error:
         for path, name in zip(sources, names, strict=True):
             if not path.is_file():
                 raise UserError(f"The file '{name}' is not on this server any more: give it again.") from None
-        log(f"A job's files cannot be kept: {error}")
+        log.error(f"A job's files cannot be kept: {error}")
         raise UserError(
             f"Your files cannot be kept with the results of this server ({unwritten(error)}): remove jobs that you do "
             "not need, or let who serves the page look at the folder that --outputs names."
@@ -93,3 +95,12 @@ def _suffix(name: str) -> str:
     """The ending of a user's file name, if it is one that can do no harm."""
     suffix = Path(name).suffix.lower()
     return suffix if suffix[1:].isalnum() and suffix.isascii() and len(suffix) <= 6 else ""
+
+
+def with_user_names(error: UserError, names: dict[Path, str]) -> str:
+    """An error's sentence with the user's names of files in place of the server's paths."""
+    text = str(error)
+    for path, name in names.items():
+        for mention in (f"'{path}'", str(path)):
+            text = text.replace(mention, f"'{name}'")
+    return text

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentsync import FPS
+from latentsync import FPS, STAGES
 from latentsync.media.segments import discard, unfinished
 from latentsync.paths import PARTIAL, is_own_file, is_own_folder
 
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 COMPARED_SECONDS = 300  # of a result that are put beside the original
-ABOUT = "job.json"  # in a job's folder, what `kept` reads
+ABOUT = "job.json"  # in a job's folder, what `load_jobs` reads
 MOST_STARTS = 2  # of a job, each of which the end of the server ended before a segment was finished
 CRASHED = (
     "The server ended unexpectedly both times when it ran this job, which may be the job's fault: let who serves the "
@@ -66,7 +66,7 @@ class Comparison:
     done: int = 0  # frames
     total: int = 0  # frames; 0: not known yet
     error: str | None = None
-    ending: threading.Event = field(default_factory=threading.Event)
+    cancel: threading.Event = field(default_factory=threading.Event)
 
     def view(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -107,10 +107,10 @@ class Job:
     picture: bytes | None = None  # JPEG, of a frame that is done
     pictures: int = 0
     playable: int = 0  # seconds of `first` that can be played
-    ending: threading.Event = field(default_factory=threading.Event)
-    keep: bool = False  # what is finished, when ending
+    cancel_requested: threading.Event = field(default_factory=threading.Event)
+    keep: bool = False  # what is finished, when it is cancelled
     interrupted: bool = False  # by the end of the server, not by the visitor
-    expected: float | None = None  # seconds, by earlier jobs
+    expected_seconds: float | None = None  # by the speed of earlier jobs
     comparison: Comparison | None = None  # with the original, once it is asked for
 
     @property
@@ -132,15 +132,15 @@ class Job:
         """Where original and result go, side by side."""
         return self.folder / f"{_stem(self.names[0])}-side-by-side.mp4"
 
-    def rewind(self) -> None:
+    def reset(self) -> None:
         """Let it wait in its old place as if it had not been started; what is finished of it stays on the disk."""
         self.started = self.ended = None
         self.doing, self.error, self.remedy = "waiting", None, None
-        self.progress, self.part, self.resumed_from, self.expected = {}, 0.0, 0, None
+        self.progress, self.part, self.resumed_from, self.expected_seconds = {}, 0.0, 0, None
         self.messages = self.messages[: self.remarks]
         self.advice, self.report, self.timeline, self.output = [], None, None, None
         self.picture, self.playable = None, 0
-        self.ending, self.keep, self.interrupted = threading.Event(), False, False
+        self.cancel_requested, self.keep, self.interrupted = threading.Event(), False, False
 
     def files(self) -> dict[str, Path]:
         """What of this job can be looked at, by name."""
@@ -153,6 +153,49 @@ class Job:
             found["first"] = self.first
         return found
 
+    def view(self, place: int | None) -> dict[str, Any]:
+        """What its visitor may know, ready for JSON; paths are relative to where files are served.
+
+        place: how many jobs run before it while it waits.
+        """
+        left, rate = self.seconds_left(), self.frames_per_second()
+        stopping = self.state == RUNNING and self.cancel_requested.is_set()
+        stopping_text = "stopping; what is finished is kept" if self.keep else "cancelling"
+        return {
+            "id": self.id,
+            "state": self.state,
+            "doing": stopping_text if stopping else self.doing,
+            "ending": stopping,
+            "before": place,
+            "names": self.names,
+            "created": self.created,
+            "elapsed": None if self.started is None else round((self.ended or time.time()) - self.started, 1),
+            "frames": self.frames,
+            "size": self.size,
+            "stages": {stage: self.progress.get(stage, 0) for stage in STAGES},
+            "mouths": round(self.progress.get("mouths", 0) + self.part, 1),
+            "frames_per_second": rate and round(rate, 2),
+            "seconds_left": None if left is None else round(left),
+            "picture": f"{self.key}/picture?{self.pictures}" if self.picture and self.state == RUNNING else None,
+            "playable": self.playable,
+            "files": {name: f"{self.key}/{name}/{path.name}" for name, path in self.files().items()},
+            "messages": self.messages,
+            "advice": self.advice,
+            "error": self.error,
+            "remedy": self.remedy,
+            "settings": self.request.settings(),
+            "report": self.report,
+            "timeline": self.timeline if self.report else None,
+            "comparison": self.comparison and self.comparison.view(),
+            "compared_seconds": min(self.seconds, COMPARED_SECONDS),
+        }
+
+    def stage_spans(self) -> dict[str, list[float]]:
+        """Begin and end of each stage, seconds from the start of the run."""
+        if self.timeline is None:
+            self.timeline = {"stages": {}}
+        return self.timeline["stages"]
+
     def version(self) -> str | None:
         """A word that changes with what there is to tell of a job that has ended; None for one that has not."""
         if self.state in (WAITING, RUNNING):
@@ -162,10 +205,10 @@ class Job:
 
     def frames_per_second(self) -> float | None:
         """Of the mouths since the first of them was begun; None before."""
-        began = self.timeline and self.timeline["stages"].get("mouths")
+        began = self.timeline["stages"].get("mouths") if self.timeline else None
         done = self.progress.get("mouths", 0) + self.part
         done -= self.resumed_from
-        if not began or done <= 0:
+        if not began or self.started is None or done <= 0:
             return None
         until = self.ended or time.time()
         return done / max(until - self.started - began[0], 1e-3)
@@ -177,8 +220,8 @@ class Job:
         rate = self.frames_per_second()
         if rate:
             return (self.frames - self.progress.get("mouths", 0) - self.part) / rate
-        if self.expected is not None:
-            return max(self.expected - (time.time() - self.started), 0.0)
+        if self.expected_seconds is not None and self.started is not None:
+            return max(self.expected_seconds - (time.time() - self.started), 0.0)
         return None
 
 
@@ -190,7 +233,7 @@ def owner_of(visitor: str) -> str:
 # ---- on the disk
 
 
-def write_down(job: Job, state: str) -> None:
+def save_job(job: Job, state: str) -> None:
     """Write down what there is to know of a job, beside its files; a full disk costs the memory of it, not the job."""
     about = {name: getattr(job, name) for name in FIELDS} | {
         "state": state, "settings": job.request.settings(), "server": _this_server(),
@@ -202,7 +245,7 @@ def write_down(job: Job, state: str) -> None:
         os.replace(partial, job.folder / ABOUT)
 
 
-def kept(folder: Path) -> Iterator[Job]:
+def load_jobs(folder: Path) -> Iterator[Job]:
     """The jobs that an earlier server left in its outputs, the oldest first.
 
     One that waited still waits. One that ran waits, too, to resume after its finished segments, but has failed if it
@@ -257,13 +300,13 @@ def _queue_again(job: Job) -> None:
     finished = finished_frames(job)
     if ran and finished > job.frames_at_start:
         job.starts = 1
-    job.rewind()
+    job.reset()
     job.frames_at_start = finished
     if ran and job.starts >= MOST_STARTS:
         job.state, job.doing, job.error, job.ended = FAILED, "failed", CRASHED, time.time()
     else:
         job.state = WAITING
-    write_down(job, job.state)  # it is this server's now
+    save_job(job, job.state)  # it is this server's now
 
 
 def finished_frames(job: Job) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from latentsync import __version__
 from latentsync.checkpoints.releases import LICENCES, RELEASES, VAE_REPOSITORY
-from optim.serving.jobs import Machine
+from optim.serving.machine import Machine
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 

@@ -1,20 +1,19 @@
-"""The models on this machine, for a page: what there is, what suits it, and fetching another while it is served.
+"""The models on this machine, for the page: which are present, which suits it, and fetching others in the background.
 
     fetcher = Fetcher(worker, allowed=True)
     fetcher.start("latentsync-1.6")
-    fetcher.view()      # how far it is
+    fetcher.view()      # its progress
 
-One thing is fetched or verified at a time, in a thread beside that of the jobs. Nothing here knows of a page.
+One task runs at a time, in a thread of its own beside that of the jobs.
 """
 
+import logging
 import secrets
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from latentsync.checkpoints.releases import RELEASES, folder_of, notice, recommend
 from latentsync.errors import UserError
@@ -24,63 +23,73 @@ if TYPE_CHECKING:  # torch takes seconds to load
 
     from latentsync.checkpoints.find import Checkpoint
     from optim.hardware import Gpu
-    from optim.serving.jobs import Worker
+
+log = logging.getLogger(__name__)
 
 RUNNING, DONE, STOPPED, FAILED = "running", "done", "stopped", "failed"
-SPEED_SECONDS = 10.0  # over which the speed is taken
-SAMPLE_SECONDS = 0.25  # between two points of it
+SPEED_SECONDS = 10.0  # over which the speed is averaged
+SAMPLE_SECONDS = 0.25  # between two of its samples
 TASKS = ("get", "verify")
 
 
-# ---- what there is, and what suits
+# ---- which models there are, and which one suits
 
 
-def best_for(gpu: "Gpu | None", lent: bool = False) -> tuple[str, str]:
-    """The released model for a GPU, and the reason as a sentence; lent: for a large one that is not here yet.
+def recommended_model(gpu: "Gpu | None", lent: bool = False) -> tuple[str, str]:
+    """The released model that suits a GPU, and the reason as a sentence.
 
-    One that fits by its makers' word, which `auto` goes by, and by this program's own model of memory.
+    The model fits if the GPU has the memory that its makers state, which `auto` requires too, and that our own estimate
+    yields. lent: jobs get a large GPU each (ZeroGPU), so every model fits.
     """
     from optim.hardware import batch_sizes, recommended_level
 
     level = recommended_level(gpu)
-    needed = {release.resolution: release.vram for release in RELEASES.values()}
+    required = {release.resolution: release.vram for release in RELEASES.values()}
 
-    def fits(side: int) -> bool:
-        return gpu is not None and gpu.memory_total >= needed[side] and batch_sizes(gpu, side, level).fits
+    def fits(resolution: int) -> bool:
+        return gpu is not None and gpu.memory_total >= required[resolution] and batch_sizes(gpu, resolution, level).fits
 
-    return recommend(lambda side: lent or fits(side))
+    return recommend(lambda resolution: lent or fits(resolution))
 
 
-def meant(model: str, device: "torch.device", lent: bool = False) -> "Checkpoint":
-    """The checkpoint that a name or a folder means; lent: `auto` is the best one that is here, whatever the device.
+def find_checkpoint(model: str, device: "torch.device", lent: bool = False) -> "Checkpoint":
+    """Find the checkpoint that a name or a folder means, as `resolve_model` does.
 
-    Raises UserError where there is none.
+    lent: jobs get a large GPU each, so `auto` is the best model present whatever the device. Raises UserError.
     """
     from latentsync.checkpoints.find import find_released, resolve_model
 
     if lent and model == "auto":
         for name in RELEASES:  # the best first
-            if found := find_released(name):
-                return found
+            if checkpoint := find_released(name):
+                return checkpoint
     return resolve_model(model, device)
 
 
-def survey(model: str, device: "torch.device", lent: bool = False) -> dict[str, Any]:
-    """Fields of `optim.serving.jobs.Machine`: the models there are, what `auto` is, and what is to be said of that one.
+def list_models(model: str, device: "torch.device", lent: bool = False) -> dict[str, Any]:
+    """The fields `models` (a dict for each model that can be chosen) and `chosen` (what `auto` means) of a `Machine`.
 
-    model: what the server was told that `auto` is; lent: see `meant`. Raises UserError where that is not there.
+    model: what the server uses for `auto`; lent: see `find_checkpoint`. Raises UserError if that model is missing.
     """
     from latentsync.checkpoints.find import MODEL_NAMES, resolve_model
 
-    chosen = meant(model, device, lent)
+    chosen = find_checkpoint(model, device, lent)
+    names = [name for name in MODEL_NAMES if name != "auto"]
     models = []
-    for name in [*MODEL_NAMES[1:], *([chosen.name] if chosen.name not in MODEL_NAMES else [])]:
+    for name in names if chosen.name in names else [*names, chosen.name]:
         try:
-            found = chosen if name == chosen.name else resolve_model(name, device)
-            facts = {"resolution": found.resolution, "guidance": found.guidance_scale, "remark": found.remark}
+            checkpoint = chosen if name == chosen.name else resolve_model(name, device)
         except UserError:
-            facts = dict.fromkeys(("resolution", "guidance", "remark"))
-        models.append({"name": name, "present": facts["resolution"] is not None, **facts})
+            checkpoint = None
+        models.append(
+            {
+                "name": name,
+                "present": checkpoint is not None,
+                "resolution": checkpoint and checkpoint.resolution,
+                "guidance": checkpoint and checkpoint.guidance_scale,
+                "remark": checkpoint and checkpoint.remark,
+            }
+        )
     return {"models": tuple(models), "chosen": chosen.name}
 
 
@@ -89,7 +98,7 @@ def survey(model: str, device: "torch.device", lent: bool = False) -> dict[str, 
 
 @dataclass
 class Task:
-    """Something that is done to a released model. Written by the thread that does it, read by all."""
+    """Fetching or verifying a released model. Its thread writes the fields, any thread may read them."""
 
     name: str
     task: str  # one of TASKS
@@ -97,111 +106,146 @@ class Task:
     state: str = RUNNING
     doing: str = "starting"
     done: int = 0  # bytes
-    total: int = 0  # bytes; 0: not known
+    total: int = 0  # bytes; 0 if unknown
     error: str | None = None
-    ending: threading.Event = field(default_factory=threading.Event)
+    cancel: threading.Event = field(default_factory=threading.Event)
     _step: str = ""
-    _points: deque = field(default_factory=deque)  # seconds and bytes
+    _samples: deque[tuple[float, int]] = field(default_factory=deque)  # seconds, bytes
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """See `latentsync.checkpoints.store.get`."""
-        fetched = {part.file for part in RELEASES[self.name].parts}
-        lost = what == "waiting for the connection"
-        step = "fetching" if lost or what in fetched else what  # the speed goes through all files that are fetched
+        """The progress callback of `latentsync.checkpoints.store.get`."""
+        is_file = what in {part.file for part in RELEASES[self.name].parts}
+        is_waiting = what == "waiting for the connection"
+        step = "fetching" if is_file or is_waiting else what  # the speed is one over all files
         now = time.monotonic()
         if step != self._step:
-            self._step, self._points = step, deque()
-        if not self._points or now - self._points[-1][0] > SAMPLE_SECONDS:
-            self._points.append((now, done))
-        doing = f"fetching {what}" if what in fetched else what
-        self.doing = "the connection is lost; trying again" if lost else doing
+            self._step, self._samples = step, deque()
+        if not self._samples or now - self._samples[-1][0] > SAMPLE_SECONDS:
+            self._samples.append((now, done))
+        if is_waiting:
+            self.doing = "the connection is lost; trying again"
+        else:
+            self.doing = f"fetching {what}" if is_file else what
         self.done, self.total = done, total
 
     def speed(self) -> float | None:
-        """Bytes a second of late; None while there is too little to tell."""
+        """Bytes per second over the last SPEED_SECONDS; None with too few samples."""
         now = time.monotonic()
-        points = [point for point in list(self._points) if now - point[0] < SPEED_SECONDS]
-        if not points or now - points[0][0] < 2 * SAMPLE_SECONDS:
+        samples = [sample for sample in list(self._samples) if now - sample[0] < SPEED_SECONDS]
+        if not samples or now - samples[0][0] < 2 * SAMPLE_SECONDS:
             return None
-        return max(self.done - points[0][1], 0) / (now - points[0][0])
+        began, done = samples[0]
+        return max(self.done - done, 0) / (now - began)
 
     def view(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        speed = self.speed() if self.state == RUNNING else None
-        left = (self.total - self.done) / speed if speed and self.total else None
+        """The task as JSON-ready values."""
+        is_running = self.state == RUNNING
+        speed = self.speed() if is_running else None
+        seconds_left = (self.total - self.done) / speed if speed and self.total else None
         return {
-            "id": self.id, "name": self.name, "task": self.task, "state": self.state,
-            "doing": "stopping" if self.state == RUNNING and self.ending.is_set() else self.doing,
-            "done": self.done, "total": self.total, "speed": None if speed is None else round(speed),
-            "seconds_left": None if left is None else round(left), "error": self.error,
-        }  # fmt: skip
+            "id": self.id,
+            "name": self.name,
+            "task": self.task,
+            "state": self.state,
+            "doing": "stopping" if is_running and self.cancel.is_set() else self.doing,
+            "done": self.done,
+            "total": self.total,
+            "speed": None if speed is None else round(speed),
+            "seconds_left": None if seconds_left is None else round(seconds_left),
+            "error": self.error,
+        }
+
+
+class Machine(Protocol):
+    """The models that the worker has found on this machine; see `list_models` and `recommended_model`."""
+
+    @property
+    def models(self) -> tuple[dict[str, Any], ...]: ...
+    @property
+    def chosen(self) -> str: ...
+    @property
+    def best(self) -> str: ...
+    @property
+    def why(self) -> str: ...
+
+
+class Worker(Protocol):
+    """The worker, as far as the fetcher uses it."""
+
+    ready: threading.Event  # set once there is a `machine` or a `problem`
+    problem: str | None
+
+    @property
+    def machine(self) -> Machine | None: ...
+    def find_models(self) -> None: ...
 
 
 class Fetcher:
-    """Fetches, verifies and removes released models beside the worker, and tells it when there is another.
+    """Fetches, verifies and removes released models, and lets the worker look for models again afterwards.
 
-    allowed: whether visitors may; who serves the page always may, with `start`.
+    allowed: whether visitors may do so; `check_allowed` says it. The command line calls `start` in any case.
     """
 
-    def __init__(self, worker: "Worker", allowed: bool):
+    def __init__(self, worker: Worker, allowed: bool):
         self.worker, self.allowed = worker, allowed
-        self.version = 0  # goes up when what is on this machine may have changed
+        self.version = 0  # increases when the models on this machine may have changed
         self._lock = threading.Lock()
         self._task: Task | None = None
         self._thread: threading.Thread | None = None
 
     def check_allowed(self) -> None:
-        """Raise UserError where visitors may not change the models."""
+        """Raise UserError if visitors may not change the models."""
         if not self.allowed:
             raise UserError(
                 "Visitors of this server cannot fetch or remove models: who serves it starts it with --allow-download."
             )
 
     def start(self, name: str, task: str = "get") -> Task:
-        """Begin to fetch a model, or to go on with it, or to verify it. Raises UserError, also while another runs."""
-        _check_known(name)
+        """Begin to fetch a model, to resume that, or to verify it. Raises UserError, also while a task runs."""
+        _check_released(name)
         if task not in TASKS:
-            raise UserError(f"There is nothing called '{task}' to do with a model: give one of {', '.join(TASKS)}.")
+            raise UserError(f"There is no task '{task}' for a model: give one of {', '.join(TASKS)}.")
         with self._lock:
             self._check_idle()
-            self._task = found = Task(name, task)
-            self._thread = threading.Thread(target=self._run, args=(found,), name="fetching", daemon=True)
+            self._task = new = Task(name, task)
+            self._thread = threading.Thread(target=self._run, args=(new,), name="fetching", daemon=True)
             self._thread.start()
-        return found
+        return new
 
     def stop(self) -> None:
-        """End what runs; what was fetched is kept."""
+        """Cancel the running task; what it has fetched stays."""
         if self._task is not None:
-            self._task.ending.set()
+            self._task.cancel.set()
 
     def remove(self, name: str, pickle_only: bool = False) -> int:
         """Remove a model, or only the original of a converted U-Net; returns bytes removed. Raises UserError."""
-        _check_known(name)
+        _check_released(name)
         from latentsync.checkpoints import store
 
         with self._lock:
             self._check_idle()
             removed = store.remove(name, pickle_only)
-        self.look()
+        self.refresh()
         return removed
 
-    def look(self) -> None:
-        """See anew which models there are, as files may have come by hand, too."""
-        self.worker.look_for_models()
+    def refresh(self) -> None:
+        """Look for models again; files may have been copied by hand, too."""
+        self.worker.find_models()
         self.version += 1
 
     def view(self) -> dict[str, Any] | None:
-        """The task that runs or was the last, for any visitor; a failure's sentence names folders of this machine."""
-        task = self._task
-        found = task and task.view()
-        if found and found["error"] and not self.allowed:
-            found["error"] = "The server's console says what went wrong."
-        return found
+        """The current or last task as JSON-ready values, without errors, which name folders, if not `allowed`."""
+        if self._task is None:
+            return None
+        view = self._task.view()
+        if view["error"] and not self.allowed:
+            view["error"] = "The server's console says what went wrong."
+        return view
 
     def models(self) -> dict[str, Any]:
-        """The released models, the best first, and which one suits this machine. Waits for the worker to have looked.
+        """The released models, the best first, and which one suits this machine. Waits for the worker to be ready.
 
-        Raises UserError where this machine cannot be used.
+        Raises UserError if this machine cannot be used.
         """
         self.worker.ready.wait()
         from huggingface_hub import constants
@@ -214,20 +258,35 @@ class Fetcher:
         remarks = {model["name"]: model["remark"] for model in machine.models}
         rows = []
         for name, release in RELEASES.items():
-            found = stored(name)
-            rows.append({
-                "name": name, "title": name.replace("latentsync-", "LatentSync "), "resolution": release.resolution,
-                "present": found.where is not None, "converted": found.converted, "size": found.size,
-                "to_fetch": found.to_fetch, "pickle": found.pickle, "notice": notice(name).splitlines(),
-                "remark": remarks.get(name), "folder": str(folder_of(name)) if self.allowed else None,
-            })  # fmt: skip
+            local = stored(name)
+            rows.append(
+                {
+                    "name": name,
+                    "title": name.replace("latentsync-", "LatentSync "),
+                    "resolution": release.resolution,
+                    "present": local.where is not None,
+                    "converted": local.converted,
+                    "size": local.size,
+                    "to_fetch": local.to_fetch,
+                    "pickle": local.pickle,
+                    "notice": notice(name).splitlines(),
+                    "remark": remarks.get(name),
+                    "folder": str(folder_of(name)) if self.allowed else None,
+                }
+            )
         return {
-            "models": rows, "recommended": machine.best, "why": machine.why, "chosen": machine.chosen,
-            "remark": remarks.get(machine.chosen), "allowed": self.allowed, "offline": constants.HF_HUB_OFFLINE,
+            "models": rows,
+            "recommended": machine.best,
+            "why": machine.why,
+            "chosen": machine.chosen,
+            "remark": remarks.get(machine.chosen),
+            "allowed": self.allowed,
+            "offline": constants.HF_HUB_OFFLINE,
             "version": self.version,
-        }  # fmt: skip
+        }
 
     def close(self) -> None:
+        """Cancel the running task and wait up to 5 seconds for its end."""
         self.stop()
         if self._thread is not None:
             self._thread.join(timeout=5)
@@ -238,7 +297,7 @@ class Fetcher:
             raise UserError(f"{self._task.name} is being {verb} now, and one comes after the other: wait, or stop it.")
 
     def _run(self, task: Task) -> None:
-        """Do the task to whatever end; raises nothing."""
+        """Carry out a task; every outcome ends in its `state`."""
         task.doing = "looking at this machine"
         self.worker.ready.wait()
         try:
@@ -247,22 +306,21 @@ class Fetcher:
 
             try:
                 if task.task == "get":
-                    store.get(task.name, task.progress, task.ending)
-                    doing = f"{task.name} is on this machine"
-                elif wrong := store.verify(task.name, task.progress, task.ending):
-                    raise UserError(" ".join(wrong))
+                    store.get(task.name, task.progress, task.cancel)
+                    doing, state = f"{task.name} is on this machine", DONE
+                elif problems := store.verify(task.name, task.progress, task.cancel):
+                    raise UserError(" ".join(problems))
                 else:
-                    doing = f"all files of {task.name} are as they should be"
-                self.look()
-                task.doing, task.state = doing, DONE
+                    doing, state = f"all files of {task.name} are as they should be", DONE
             except Cancelled as error:
-                task.doing = str(error) if task.task == "get" else "stopped"
-                self.look()
-                task.state = STOPPED
+                doing, state = str(error) if task.task == "get" else "stopped", STOPPED
+            self.refresh()
+            task.doing, task.state = doing, state
         except UserError as error:
+            log.error("%s", error)
             self._fail(task, str(error))
         except Exception as error:
-            traceback.print_exc()
+            log.exception("Fetching or verifying %s failed:", task.name)
             self._fail(
                 task,
                 f"Something inside the program failed ({type(error).__name__}); its console says where. What was "
@@ -270,11 +328,10 @@ class Fetcher:
             )
 
     def _fail(self, task: Task, error: str) -> None:
-        print(error, file=sys.stderr, flush=True)
         task.error, task.doing, task.state = error, "failed", FAILED
         self.version += 1
 
 
-def _check_known(name: str) -> None:
+def _check_released(name: str) -> None:
     if name not in RELEASES:
         raise UserError(f"There is no released model '{name}': give one of {', '.join(RELEASES)}.")

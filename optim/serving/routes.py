@@ -19,10 +19,9 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from optim.serving.endpoints import Endpoints
-from optim.serving.guard import Guard
+from optim.serving.guard import Guard, Refusal
 from optim.serving.job import Job
 from optim.serving.policy import Policy
-from optim.serving.uploads import Refused
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ def routes(api: Endpoints) -> list[Route]:
     watching = anyio.CapacityLimiter(4)  # threads of their own: whatever else goes on, the page moves
 
     def job_of(request: Request) -> Job | None:
-        return worker.by_key(request.path_params["key"]) if logged_in(request) else None
+        return worker.store.by_key(request.path_params["key"]) if logged_in(request) else None
 
     def job_file(request: Request) -> Response:
         """A file of a job, for who knows its key; no name in a request ever becomes a path."""
@@ -116,7 +115,7 @@ def routes(api: Endpoints) -> list[Route]:
                 progress if progress_id else None,
             )
             return JSONResponse([str(path) for path in paths])
-        except Refused as refusal:
+        except Refusal as refusal:
             return PlainTextResponse(str(refusal), refusal.status, {"Connection": "close"})
         except ClientDisconnect:
             return PlainTextResponse("The upload was given up.", 400)

@@ -1,17 +1,22 @@
-"""What the run of one job needs besides the pipeline: its plan, its progress, how it is interrupted, what went wrong.
+"""One job through the pipeline: its plan, its progress, how it is interrupted, and what its failures mean.
 
 torch is imported by what is called, so that a page can be shown before.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentsync.media.segments import clock
+from latentsync.settings import WINDOW
+from optim.serving.curves import latest
 from optim.serving.job import Job, Request
+from optim.serving.machine import Machine
+from optim.serving.preview import Preview
+from optim.serving.speeds import Speeds
 
 if TYPE_CHECKING:  # torch takes seconds to load
     import torch
@@ -20,16 +25,130 @@ if TYPE_CHECKING:  # torch takes seconds to load
     from latentsync.checkpoints.load import Models
     from optim.accelerate import Plan
     from optim.monitor import Monitor
-    from optim.serving.jobs import Machine
 
 
 class Cancelled(Exception):
     """Raised inside a run that is to end and leave nothing."""
 
 
+def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.device") -> "Plan":
+    """The plan for a request with a model on a device. Raises UserError."""
+    from latentsync.settings import DeepCache, Settings
+    from optim.accelerate import plan_for_device
+
+    settings = Settings.suiting(
+        model, request.guidance, steps=request.steps, seed=request.seed, crf=request.crf, face=request.face
+    )
+    overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if request.cache != "level":
+        overrides["cache"] = DeepCache(int(request.cache), 0) if request.cache else None
+    return plan_for_device(device, model.resolution, settings, request.level, request.batch, **overrides)
+
+
+def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, machine: str) -> None:
+    """Run a job with loaded models and write into it what comes out: result, report, advice, messages.
+
+    speeds: gives the expected time, and gets the job's own; machine: the name that they are filed under. Raises
+    Cancelled, UserError, `pipeline.StopEarly` where nothing was finished yet, and whatever goes wrong.
+    """
+    from latentsync.pipeline import Hooks, lipsync
+    from optim.accelerate import accelerate, oom_handler
+    from optim.doctor import advise_report
+    from optim.hardware import nvml_index
+
+    request = job.request
+    plan = make_plan(request, models, models.device)
+    estimate = speeds.estimate(machine, plan.settings, job.frames)
+    job.expected_seconds = estimate[0] if estimate else None
+    job.doing = "preparing the networks"
+    accelerate(models, plan, job.messages.append, frames=job.frames)
+    check_cancel(job)
+    job.doing = "looking at the files"
+    step_downs: list[str] = []
+
+    def on_step_down(change: str) -> None:
+        step_downs.append(change)
+        monitor.mark(change)
+
+    preview = Preview(job)
+    hooks = Hooks(
+        on_progress=Progress(job, plan.settings.steps, monitor),
+        on_frame=preview,
+        on_wait=lambda: check_cancel(job),
+        on_out_of_memory=oom_handler(models, plan, job.messages.append, on_step_down),
+    )
+    monitor.mark(plan.level.name)
+    began = time.monotonic()
+    try:
+        with interruptible(models, lambda: check_cancel(job)):
+            report = lipsync(
+                request.video,
+                request.audio,
+                job.planned,
+                models,
+                plan.settings,
+                hooks,
+                video_track=request.video_track,
+                audio_track=request.audio_track,
+            )
+    finally:
+        preview.close()
+    seconds = time.monotonic() - began
+    if not report.ended_early and not step_downs and not report.resumed_from:
+        speeds.record(machine, plan.settings, report.frames, seconds)
+    gpu = None
+    if models.device.type == "cuda" and (history := latest(monitor.snapshot(), seconds)):
+        gpu = history.gpu(nvml_index(models.device))
+    job.advice = [asdict(each) for each in advise_report(report, plan, step_downs, gpu)]
+    job.messages.extend(report.remarks)
+    position = {"level": plan.level.name, "position": plan.level.position}
+    job.report = report.as_dict() | position | {"step_downs": step_downs}
+    job.output = job.planned
+    monitor.mark("done")
+
+
+def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
+    """All of a job in one call, where a GPU is lent to one function at a time, in a process of its own.
+
+    model: as on the command line. Returns the report. The run can be neither watched nor cancelled. Raises UserError.
+    """
+    from latentsync.checkpoints.find import resolve_model
+    from latentsync.checkpoints.load import load_models
+    from latentsync.options import choose_device
+    from latentsync.pipeline import Hooks, lipsync
+    from optim.accelerate import accelerate, oom_handler
+
+    device = choose_device("auto")
+    models = load_models(resolve_model(model, device), device)
+    plan = make_plan(request, models, device)
+    accelerate(models, plan)
+    # In one piece: no later job finds the segments of this one, as each has a folder of its own.
+    report = lipsync(
+        request.video,
+        request.audio,
+        output,
+        models,
+        plan.settings,
+        Hooks(on_out_of_memory=oom_handler(models, plan)),
+        segment_frames=None,
+        video_track=request.video_track,
+        audio_track=request.audio_track,
+    )
+    return report.as_dict() | {"level": plan.level.name, "position": plan.level.position, "step_downs": []}
+
+
+def check_cancel(job: Job) -> None:
+    """Raise Cancelled or, where what is finished is kept, `pipeline.StopEarly`, if a job is to end."""
+    if job.cancel_requested.is_set():
+        from latentsync.pipeline import StopEarly
+
+        raise StopEarly if job.keep else Cancelled
+
+
 @contextmanager
 def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]:
-    """On a processor, ask `check` in the middle of passes too, which may take many seconds; what it raises ends them.
+    """On a processor, call `check` in the middle of passes too, which may take many seconds; what it raises ends them.
 
     On a GPU there is no need: the pipeline never runs far ahead of it. A compiled network is left alone.
     """
@@ -47,86 +166,47 @@ def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]
             hook.remove()
 
 
-def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.device") -> "Plan":
-    """The plan for a request with a model on a device. Raises UserError."""
-    from latentsync.settings import DeepCache, Settings
-    from optim.accelerate import plan_for_device
-
-    asked = Settings.suiting(
-        model, request.guidance, steps=request.steps, seed=request.seed, crf=request.crf, face=request.face
-    )
-    overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    if request.cache != "level":
-        overrides["cache"] = request.cache and DeepCache(request.cache, 0)
-    return plan_for_device(device, model.resolution, asked, request.level, request.batch, **overrides)
-
-
-def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
-    """All of a job in one call, for places that lend a GPU to one function at a time, in a process of its own.
-
-    model: as on the command line. Returns the report. Nobody can follow it, or end it. Raises UserError.
-    """
-    from latentsync.checkpoints.find import resolve_model
-    from latentsync.checkpoints.load import load_models
-    from latentsync.options import choose_device
-    from latentsync.pipeline import Hooks, lipsync
-    from optim.accelerate import accelerate, oom_handler
-
-    device = choose_device("auto")
-    models = load_models(resolve_model(model, device), device)
-    plan = make_plan(request, models, device)
-    accelerate(models, plan, log)
-    relieve = oom_handler(models, plan, log)
-    # In one piece: no later job finds the segments of this one, as each has a folder of its own.
-    hooks = Hooks(on_out_of_memory=relieve)
-    report = lipsync(request.video, request.audio, output, models, plan.settings, hooks, segment_frames=None)
-    return report.as_dict() | {"level": plan.level.name, "position": plan.level.position, "step_downs": []}
-
-
 class Progress:
-    """What the pipeline calls as it gets on: writes into the job, and ends the run when that is wished."""
+    """The pipeline's on_progress: writes into the job, and ends the run when it is cancelled."""
 
-    def __init__(self, job: Job, steps: int, monitor: "Monitor", check: Callable[[], None]):
-        from latentsync.settings import WINDOW
-
-        self._job, self._steps, self._monitor, self._check = job, steps, monitor, check
-        self._window, self._stepped = WINDOW, 0
+    def __init__(self, job: Job, steps: int, monitor: "Monitor"):
+        self._job, self._steps, self._monitor = job, steps, monitor
+        self._steps_taken = 0  # since the last finished frame
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        self._check()
         job, now = self._job, time.time()
+        check_cancel(job)
         if not job.progress and stage == "mouths":  # before any face: what earlier runs have finished
             job.resumed_from = done
             job.messages.append(f"Resumed after {clock(done)} of {clock(total)}.")
-        span = job.timeline["stages"].setdefault(stage, [now - job.started, 0.0])
-        span[1] = now - job.started
+        span = job.stage_spans().setdefault(stage, [now - (job.started or now), 0.0])
+        span[1] = now - (job.started or now)
         if stage not in job.progress:
             self._monitor.mark(stage)
         if stage == "mouths":
             job.doing = "painting mouths"
-            # Between two frames it is a denoising step that calls. Decoding follows the last one.
-            self._stepped = self._stepped + 1 if done == job.progress.get(stage, 0) else 0
-            part = min(self._stepped / (self._steps + 1), 1.0) * self._window
+            # A call without a new frame is a denoising step. Decoding follows the last one.
+            self._steps_taken = self._steps_taken + 1 if done == job.progress.get(stage, 0) else 0
+            part = min(self._steps_taken / (self._steps + 1), 1.0) * WINDOW
             job.part = min(part, total - done)
         elif stage == "faces" and "mouths" not in job.progress:
             job.doing = "finding faces"
         job.progress[stage] = done
 
 
-def out_of_memory(machine: "Machine", ran: "Checkpoint | None") -> tuple[str, dict | None]:
-    """The sentence for a run that the memory was not enough for, and what to try next; ran: with which model.
+def out_of_memory(machine: Machine, checkpoint: "Checkpoint | None") -> tuple[str, dict[str, Any] | None]:
+    """The sentence for a run that did not fit into memory, and the remedy; checkpoint: of the model that ran.
 
-    All that a level can give up has been given up by then.
+    By then everything that a level can give up has been given up.
     """
     sentence = f"The memory of {machine.device_name} is not enough for this, even in the smallest pieces: "
-    smaller = [m for m in machine.models if m["present"] and ran and m["resolution"] < ran.resolution]
+    smaller = [
+        model
+        for model in machine.models
+        if model["present"] and checkpoint and model["resolution"] < checkpoint.resolution
+    ]
     if not smaller:
         return sentence + "close other programs that use it.", None
     name = max(smaller, key=lambda model: model["resolution"])["name"]
     remedy = {"label": f"Run again with {name}", "settings": {"model": name}}
     return sentence + "close other programs that use it, or take a smaller model.", remedy
-
-
-def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch takes seconds to load
+    from latentsync.checkpoints.find import Checkpoint
     from latentsync.settings import Settings
+    from optim.serving.machine import Machine
 
 
 class Speeds:
@@ -62,3 +64,8 @@ def _checked(read: object) -> dict[str, dict[str, float]]:
                 if type(seconds) in (int, float) and 0 < seconds < math.inf and 0 < float(work) < math.inf:
                     known.setdefault(place, {})[work] = seconds
     return known
+
+
+def speed_key(checkpoint: "Checkpoint", machine: "Machine") -> str:
+    """What a speed is filed under."""
+    return f"{checkpoint.name}, {machine.device_name}"

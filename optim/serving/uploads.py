@@ -1,18 +1,17 @@
-"""Files of visitors on their way: uploads until they are jobs, and results while they are given away.
+"""Visitors' files: uploads until jobs take them, and results while they are served.
 
-Both lie in one folder of this server alone, in a subfolder of their own each that nobody can guess. An upload that is
-aborted, or for which there is no room, leaves nothing. One that was never used goes after a while, and all that belongs
-to a job goes with it.
+Each upload and each result lies in a subfolder with a secret name, in one folder of this server. An upload that is
+aborted or refused leaves nothing. An unused one is removed after a while, and a job's files are removed with the job.
 """
 
 import asyncio
 import errno
 import json
+import logging
 import os
 import secrets
 import shutil
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -20,148 +19,145 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import anyio
 from python_multipart.exceptions import MultipartParseError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 
-PREFIX = "latentsync-page-"  # of a server's folder in the folder for temporary files
-OWNER = "server.json"  # in it: whose it is
-UPLOADS, RESULTS = "uploads", "results"
-IDLE_SECONDS = 60.0  # without a byte, until an upload is given up
-SLOWEST, GRACE_SECONDS = 4096, 60.0  # bytes a second that an upload must have come by on average, after the grace
-SPARE_BYTES = 512 * 2**20  # of the disk that uploads leave free
-MAX_FILES = 4  # of one request
-WRITE_BYTES = 2**20
-NAME_BYTES = 200  # of a file's name; systems take 255
+from optim.serving.guard import Refusal
+from optim.serving.multipart import MultipartForm, Progress, too_large
 
+log = logging.getLogger(__name__)
 
-class Refused(Exception):
-    """An upload that is not taken: a status and one sentence."""
-
-    def __init__(self, status: int, sentence: str):
-        super().__init__(sentence)
-        self.status = status
+PREFIX = "latentsync-page-"  # of a server's folder in the system's temporary folder
+OWNER = "server.json"  # in that folder: the server's process
+UPLOADS, RESULTS = "uploads", "results"  # subfolders
+IDLE_SECONDS = 60.0  # without a byte, after which an upload is refused
+MIN_RATE, GRACE_SECONDS = 4096, 60.0  # average bytes per second of an upload, required after the grace period
+SPARE_BYTES = 512 * 2**20  # that uploads leave free on the disk
+FORM_BYTES = 64 * 2**10  # at most, of the multipart form around a file
+WRITE_BYTES = 2**20  # collected before they are written
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What visitors may send; all of them together."""
+    """Limits of the uploads of all visitors together."""
 
-    max_file: int | None = None  # bytes of one
-    at_once: int = 32  # uploads
+    max_file: int | None = None  # bytes of a file
+    at_once: int = 32  # uploads in progress
     at_once_from: int = 16  # of them, from one address
     max_stored: int | None = None  # bytes of uploads that no job has used yet
-    unused_seconds: float = 24 * 3600.0  # that an upload stays without being used by a job
+    unused_seconds: float = 24 * 3600.0  # after which an unused upload is removed
 
 
 class Uploads:
-    """The uploads and results of a server, in `folder`; by default Gradio's, which GRADIO_TEMP_DIR names."""
+    """The uploads and results of a server in `folder`; by default Gradio's, which GRADIO_TEMP_DIR names."""
 
     def __init__(self, folder: Path | None = None, limits: Limits = Limits()):
         self._folder, self.limits = folder, limits
         self._lock = threading.Lock()
-        self._uses: dict[Path, set[str]] = {}  # keys of the jobs that have used an upload
-        self._coming: dict[Path, tuple[str, int]] = {}  # uploads in flight, by folder: the address, and bytes expected
+        self._uses: dict[Path, set[str]] = {}  # keys of the jobs that use the upload in a folder
+        self._in_progress: dict[Path, tuple[str, int]] = {}  # address and expected bytes, by folder
 
     @property
     def folder(self) -> Path:
         return Path(os.path.realpath(self._folder or os.environ["GRADIO_TEMP_DIR"]))
 
-    # ---- coming in
+    # ---- receiving
 
     async def receive(
         self,
         content_type: str | None,
-        declared: int | None,
+        content_length: int | None,
         chunks: AsyncIterator[bytes],
         address: str = "",
-        progress: Callable[[str, bytes], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[Path]:
         """Store the files of a multipart body; returns their paths.
 
-        declared: bytes of the body, None where that is not known; chunks: the body, raises where its sender goes away;
-        progress: called with a file's name and the bytes that have come. Raises Refused.
+        content_length: None if unknown; chunks: the body, raises if the sender disconnects; address: the sender's.
+        Raises Refusal.
         """
         kind, options = parse_options_header(content_type or "")
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or not boundary:
-            raise Refused(400, "An upload is a form with files (multipart/form-data): this is none.")
+            raise Refusal(400, "An upload is a form with files (multipart/form-data): this is none.")
         place = self.folder / UPLOADS / secrets.token_urlsafe(18)
         try:
-            self._admit(place, address, declared)
+            self._admit(place, address, content_length)
             place.mkdir(parents=True, mode=0o700)
-            files = _Files(place, boundary, self.limits.max_file, progress)
+            form = MultipartForm(place, boundary, self.limits.max_file, progress)
             try:
-                began, total = time.monotonic(), 0
-                chunks = aiter(chunks)
-                while True:
-                    try:
-                        chunk = await asyncio.wait_for(anext(chunks), IDLE_SECONDS)
-                    except StopAsyncIteration:
-                        break
-                    total += len(chunk)
-                    seconds = time.monotonic() - began - GRACE_SECONDS
-                    if seconds > 0 and total < seconds * SLOWEST:
-                        raise asyncio.TimeoutError
-                    if files.take(chunk):
-                        await anyio.to_thread.run_sync(files.write)
-                        self._check_space(0)
-                await anyio.to_thread.run_sync(files.write)
-                return files.finish()
+                await self._store(form, aiter(chunks))
+                return form.finish()
             finally:
-                files.close()
+                form.close()
         except BaseException as error:
             shutil.rmtree(place, ignore_errors=True)
-            if isinstance(error, asyncio.TimeoutError):  # an OSError in newer versions of Python
-                raise Refused(408, "The upload stood still for too long: send it again.") from None
+            if isinstance(error, asyncio.TimeoutError):  # checked first: an OSError since Python 3.11
+                raise Refusal(408, "The upload stood still for too long: send it again.") from None
             if isinstance(error, OSError):
-                raise _unwritten(error) from error
+                raise _storage_refusal(error) from error
             if isinstance(error, MultipartParseError):
-                raise Refused(400, "The upload cannot be understood: send it again.") from None
+                raise Refusal(400, "The upload cannot be understood: send it again.") from None
             raise
         finally:
             with self._lock:
-                self._coming.pop(place, None)
+                self._in_progress.pop(place, None)
 
-    def _admit(self, place: Path, address: str, declared: int | None) -> None:
-        """Refuse an upload before its first byte where there is no room for it."""
+    async def _store(self, form: "MultipartForm", chunks: AsyncIterator[bytes]) -> None:
+        """Parse a body and write its files. Raises TimeoutError for a slow sender, and OSError."""
+        began, total = time.monotonic(), 0
+        while True:
+            try:
+                chunk = await asyncio.wait_for(anext(chunks), IDLE_SECONDS)
+            except StopAsyncIteration:
+                break
+            total += len(chunk)
+            seconds = time.monotonic() - began - GRACE_SECONDS
+            if seconds > 0 and total < seconds * MIN_RATE:
+                raise asyncio.TimeoutError
+            form.parse(chunk)
+            if form.pending_bytes >= WRITE_BYTES:
+                await anyio.to_thread.run_sync(form.write)
+                self._check_space(0)
+        await anyio.to_thread.run_sync(form.write)
+
+    def _admit(self, place: Path, address: str, content_length: int | None) -> None:
+        """Refuse an upload before its first byte if there is no room for it, else register it as in progress."""
         limits = self.limits
-        if declared is not None and limits.max_file is not None and declared > limits.max_file + 65536:
-            raise _too_large(limits.max_file)  # one file, as the page sends them, and a form around it
+        if content_length is not None and limits.max_file is not None and content_length > limits.max_file + FORM_BYTES:
+            raise too_large(limits.max_file)  # the page sends one file per request
         self.sweep()
         with self._lock:
-            from_there = sum(each == address for each, _ in self._coming.values())
-            if len(self._coming) >= limits.at_once or from_there >= limits.at_once_from:
-                raise Refused(503, "Too many files are being sent to this server now: try again in a minute.")
-            coming = sum(size for _, size in self._coming.values())
-            size = declared if declared is not None else limits.max_file or 0
-            if limits.max_stored is not None and coming + size + self._stored() > limits.max_stored:
-                raise Refused(507, "This server holds as many files as it takes: try again in an hour.")
-            self._check_space(coming + size)
-            self._coming[place] = address, size
+            from_address = sum(other == address for other, _ in self._in_progress.values())
+            if len(self._in_progress) >= limits.at_once or from_address >= limits.at_once_from:
+                raise Refusal(503, "Too many files are being sent to this server now: try again in a minute.")
+            expected = sum(size for _, size in self._in_progress.values())
+            size = content_length if content_length is not None else limits.max_file or 0
+            if limits.max_stored is not None and expected + size + self._unused_bytes() > limits.max_stored:
+                raise Refusal(507, "This server holds as many files as it takes: try again in an hour.")
+            self._check_space(expected + size)
+            self._in_progress[place] = address, size
 
     def _check_space(self, size: int) -> None:
-        """Refuse what would fill the disk."""
+        """Raise OSError (ENOSPC) if `size` more bytes would leave less than SPARE_BYTES on the disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder).free - size < SPARE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _stored(self) -> int:
-        """Bytes of the uploads that take room of their own, as those do not that are a job's input, too."""
-        return sum(
-            about.st_size for place in self._places() if place not in self._coming for about in _files(place)
-            if about.st_nlink == 1
-        )  # fmt: skip
+    def _unused_bytes(self) -> int:
+        """Bytes of the uploads, without those in progress and those that are hard links to a job's input."""
+        places = (place for place in self._places() if place not in self._in_progress)
+        return sum(status.st_size for place in places for status in _files(place) if status.st_nlink == 1)
 
-    # ---- what is there
+    # ---- files
 
     def holds(self, path: str | os.PathLike) -> bool:
-        """Whether a path is a file of this folder that may be used and served. A path may come from a visitor."""
+        """Whether a path, which may come from a visitor, is a file in this folder that may be used and served."""
         text = os.fspath(path)
         if not text or text.startswith(("//", "\\\\", "/\\", "\\/")) or "\0" in text or not os.path.isabs(text):
-            return False  # an address, of another machine too
+            return False  # the first ones name network shares
         try:
             real = Path(os.path.realpath(text))
             return real.is_relative_to(self.folder) and real.name != OWNER and real.is_file()
@@ -169,17 +165,17 @@ class Uploads:
             return False
 
     def use(self, path: Path, key: str) -> None:
-        """Remember that a job has used an upload: it stays as long as the job, and goes with it."""
+        """Record that the job with this key uses an upload, which is then removed with its last job."""
         uploads = self.folder / UPLOADS
-        if path.is_relative_to(uploads):  # not Gradio's copy of the example, which is everybody's
+        if path.is_relative_to(uploads):  # unlike Gradio's copy of the example, which everybody uses
             with self._lock:
                 self._uses.setdefault(uploads / path.relative_to(uploads).parts[0], set()).add(key)
 
     def offer(self, path: Path, key: str) -> Path:
-        """A name of a job's result in this folder, to be served until the job is gone. Raises OSError."""
+        """Link a job's result into this folder, to be served until `forget` removes it. Raises OSError."""
         place = self.folder / RESULTS / key
-        for each in (place.parent, place):
-            each.mkdir(mode=0o700, exist_ok=True)
+        for folder in (place.parent, place):
+            folder.mkdir(mode=0o700, exist_ok=True)
         target = place / path.name
         if not target.is_file() or not os.path.samestat(target.stat(), path.stat()):
             target.unlink(missing_ok=True)
@@ -187,7 +183,7 @@ class Uploads:
         return target
 
     def forget(self, exists: Callable[[str], bool]) -> None:
-        """Remove what belonged to jobs that are gone. exists: whether there is a job of that key."""
+        """Remove the results and uploads of jobs that are gone. exists: whether there is a job with a key."""
         for place in _folders(self.folder / RESULTS):
             if not exists(place.name):
                 shutil.rmtree(place, ignore_errors=True)
@@ -198,131 +194,20 @@ class Uploads:
                 del self._uses[place]
 
     def sweep(self) -> None:
-        """Remove uploads that no job has used within their time, and those of which a job has a copy of its own."""
+        """Remove old uploads that no job uses, and those of which a job has its own copy."""
         for place in self._places():
-            with suppress(OSError):  # another thread's sweep was faster
-                if place in self._coming or time.time() - place.stat().st_mtime < self.limits.unused_seconds:
+            with suppress(OSError):  # another thread has removed it
+                if place in self._in_progress or time.time() - place.stat().st_mtime < self.limits.unused_seconds:
                     continue
-                if place not in self._uses or all(about.st_nlink == 1 for about in _files(place)):
+                if place not in self._uses or all(status.st_nlink == 1 for status in _files(place)):
                     shutil.rmtree(place, ignore_errors=True)
 
     def _places(self) -> list[Path]:
         return _folders(self.folder / UPLOADS)
 
 
-class _Files:
-    """The parser's side of a multipart body: files into a folder, bounded in number and bytes. Fields are ignored."""
-
-    def __init__(
-        self, place: Path, boundary: bytes, max_file: int | None, progress: Callable[[str, bytes], None] | None
-    ):
-        self._place, self._max_file, self._progress = place, max_file, progress
-        self._header, self._value, self._disposition = b"", b"", b""
-        self._file: IO[bytes] | None = None
-        self._size = 0
-        self._pending: list[tuple[IO[bytes], bytes]] = []
-        self._pending_bytes = 0
-        self._closing: list[IO[bytes]] = []
-        self._ended = False
-        self.paths: list[Path] = []
-        names = "on_part_begin", "on_part_data", "on_part_end", "on_header_field", "on_header_value", "on_header_end"
-        names += "on_headers_finished", "on_end"
-        self._parser = MultipartParser(boundary, {name: getattr(self, name) for name in names})
-
-    def take(self, chunk: bytes) -> bool:
-        """Parse bytes; whether enough has come together to be written."""
-        self._parser.write(chunk)
-        return self._pending_bytes >= WRITE_BYTES
-
-    def write(self) -> None:
-        """Write what has come. Raises OSError."""
-        for file, data in self._pending:
-            file.write(data)
-        self._pending.clear()
-        self._pending_bytes = 0
-        for file in self._closing:
-            file.close()
-        self._closing.clear()
-
-    def finish(self) -> list[Path]:
-        """The files, if the body was whole."""
-        self._parser.finalize()
-        if not self._ended:
-            raise Refused(400, "The upload did not come to its end: send it again.")
-        if not self.paths:
-            raise Refused(400, "The upload holds no file: choose one.")
-        return self.paths
-
-    def close(self) -> None:
-        for file in {self._file, *self._closing} - {None}:
-            with suppress(OSError):
-                file.close()
-
-    # ---- called by the parser
-
-    def on_part_begin(self) -> None:
-        self._disposition, self._file, self._size = b"", None, 0
-
-    def on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def on_header_end(self) -> None:
-        if self._header.lower() == b"content-disposition":
-            self._disposition = self._value
-        self._header, self._value = b"", b""
-
-    def on_headers_finished(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        if b"filename" not in options:
-            return
-        if len(self.paths) >= MAX_FILES:
-            raise Refused(400, f"The upload holds more than {MAX_FILES} files: send them one by one.")
-        name = file_name(options[b"filename"].decode("utf-8", "replace"))
-        place = self._place if not self.paths else self._place / str(len(self.paths))
-        place.mkdir(exist_ok=True, mode=0o700)
-        self._file = open(place / name, "xb")  # closed in `write` or `close`
-        self.paths.append(place / name)
-
-    def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._file is None:
-            return
-        part = data[start:end]
-        self._size += len(part)
-        if self._max_file is not None and self._size > self._max_file:
-            raise _too_large(self._max_file)
-        self._pending.append((self._file, part))
-        self._pending_bytes += len(part)
-        if self._progress:
-            self._progress(self.paths[-1].name, part)
-
-    def on_part_end(self) -> None:
-        if self._file is not None:
-            self._closing.append(self._file)
-            self._file = None
-
-    def on_end(self) -> None:
-        self._ended = True
-
-
-def file_name(name: str) -> str:
-    """A visitor's name of a file as one that every system takes: its last part, without letters that mean something."""
-    name = name.replace("\\", "/").split("/")[-1]
-    name = "".join(c if c.isprintable() and c not in '<>:"/\\|?*\ufffd' else "_" for c in name).strip(" .")
-    stem, dot, ending = name.rpartition(".")
-    if dot and len(ending) <= 10:
-        while len(f"{stem}.{ending}".encode()) > NAME_BYTES:
-            stem = stem[:-1]
-        name = f"{stem}.{ending}"
-    while len(name.encode()) > NAME_BYTES:
-        name = name[:-1]
-    return name or "file"
-
-
-def link_or_copy(source: Path, target: Path) -> Path:
-    """A second name of a file, or a copy where its file system has none. Raises OSError."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where its file system has no links. Raises OSError."""
     try:
         os.link(source, target)
     except FileNotFoundError:
@@ -333,71 +218,71 @@ def link_or_copy(source: Path, target: Path) -> Path:
         except OSError:
             target.unlink(missing_ok=True)
             raise
-    return target
 
 
-def _too_large(limit: int) -> Refused:
-    return Refused(413, f"The file is larger than {limit / 1e6:.4g} MB, which is the maximum allowed size here.")
-
-
-def _unwritten(error: OSError) -> Refused:
-    print(f"An upload cannot be stored: {error}", file=sys.stderr, flush=True)
+def _storage_refusal(error: OSError) -> Refusal:
+    log.error("An upload cannot be stored: %s", error)
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return Refused(507, "The server's disk is too full for this file: let who serves the page make room.")
-    return Refused(500, "The server cannot store files now: let who serves the page look at its console.")
+        return Refusal(507, "The server's disk is too full for this file: ask whoever runs the server to make room.")
+    return Refusal(500, "The server cannot store files now: ask whoever runs it to look at its console.")
 
 
-def _folders(place: Path) -> list[Path]:
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, without links; none if it cannot be read."""
     try:
-        return [each for each in place.iterdir() if not each.is_symlink() and each.is_dir()]
+        return [path for path in folder.iterdir() if not path.is_symlink() and path.is_dir()]
     except OSError:
         return []
 
 
-def _files(place: Path) -> list[os.stat_result]:
-    found = []
-    for file in place.rglob("*"):
-        with suppress(OSError):
-            found.append(file.lstat())
-    return [about for about in found if stat.S_ISREG(about.st_mode)]
+def _files(folder: Path) -> list[os.stat_result]:
+    """The status of each regular file below a folder."""
+    statuses = []
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # removed meanwhile
+            statuses.append(path.lstat())
+    return [status for status in statuses if stat.S_ISREG(status.st_mode)]
 
 
 # ---- the folder of a server
 
 
 def make_folder() -> Path:
-    """A new folder for this server's uploads, mode 700, which says whose it is."""
+    """Make a new temporary folder, mode 700, for this server's uploads, and record the server's process in it."""
     import psutil
 
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    about = {"pid": os.getpid(), "began": psutil.Process().create_time()}
-    (folder / OWNER).write_text(json.dumps(about), encoding="utf-8")
+    owner = {"pid": os.getpid(), "began": psutil.Process().create_time()}
+    (folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
     return folder
 
 
 def remove_orphans(within: Path | None = None) -> list[Path]:
-    """Remove the folders of servers that are gone; returns which. Links, and folders of other users, are left alone."""
+    """Remove the folders of servers that no longer run; returns them. Links and other users' folders stay."""
     within = Path(tempfile.gettempdir()) if within is None else within
     removed = []
     for folder in within.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # another server removes it, too
-            about = folder.lstat()
-            own = not hasattr(os, "getuid") or about.st_uid == os.getuid()
-            if stat.S_ISDIR(about.st_mode) and own and not _runs(folder, about.st_mtime):
+        with suppress(OSError):  # another server removes it too
+            status = folder.lstat()
+            is_ours = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+            if stat.S_ISDIR(status.st_mode) and is_ours and not _is_running(folder, status.st_mtime):
                 shutil.rmtree(folder, ignore_errors=True)
                 removed.append(folder)
     return removed
 
 
-def _runs(folder: Path, changed: float) -> bool:
-    """Whether the server of a folder is there: a process of that number that began at that moment."""
+def _is_running(folder: Path, modified: float) -> bool:
+    """Whether the server of a folder still runs: a process with its pid that began at its time.
+
+    A folder without an owner, of a server that is starting or of an older version, counts as in use for a day.
+    """
     import psutil
 
-    about = folder / OWNER
-    if about.is_symlink() or not about.is_file():
-        return time.time() - changed < 24 * 3600  # of an older version; of a server that starts just now
+    path = folder / OWNER
+    if path.is_symlink() or not path.is_file():
+        return time.time() - modified < 24 * 3600
     try:
-        owner = json.loads(about.read_text(encoding="utf-8"))
+        owner = json.loads(path.read_text(encoding="utf-8"))
         return abs(psutil.Process(owner["pid"]).create_time() - owner["began"]) < 1
     except psutil.AccessDenied:
         return True

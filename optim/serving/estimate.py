@@ -1,0 +1,48 @@
+"""What a request means on this machine, in words, and how long it will take."""
+
+import math
+from typing import TYPE_CHECKING
+
+from latentsync import FPS
+from optim.serving.job import Request
+from optim.serving.machine import Machine
+from optim.serving.run import make_plan
+from optim.serving.speeds import Speeds, speed_key
+
+if TYPE_CHECKING:  # torch takes seconds to load
+    from latentsync.checkpoints.find import Checkpoint
+
+
+def describe_request(
+    request: Request, checkpoint: "Checkpoint", machine: Machine, speeds: Speeds, seconds: float | None, lent: bool
+) -> tuple[str, str]:
+    """A line for the page, and the plan in detail.
+
+    seconds: of the sound, None where there is none yet; lent: the job will run on a lent GPU. Raises UserError.
+    """
+    import torch
+
+    from optim.accelerate import details, summary
+
+    device = torch.device(machine.device)
+    plan = make_plan(request, checkpoint, device)
+    line = f"{summary(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
+    in_detail = f"{details(plan, device)}."
+    if lent:  # the plan is for the processor that is here; only its level and steps hold on the lent GPU
+        return f"{line}, on {machine.device_name}.", in_detail
+    if seconds is None:
+        return f"{line}.", in_detail
+    estimate = speeds.estimate(speed_key(checkpoint, machine), plan.settings, math.ceil(seconds * FPS))
+    if estimate is None:
+        return f"{line}; how long it takes here is not known before the first job.", in_detail
+    expected, measured = estimate
+    return f"{line}; {'about' if measured else 'roughly'} {duration_text(expected)} for this clip.", in_detail
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
