@@ -27,6 +27,9 @@ def clips(tmp_path_factory):
     save_video(folder / "old.avi", [portrait(t) for t in range(24)], "-c:v", "mpeg4", "-q:v", 3)
     make_sound(folder / "short.wav", seconds=0.78)
     make_sound(folder / "long.wav", seconds=40)
+    make_sound(folder / "other.wav", seconds=0.38)
+    sounds = ("-i", folder / "short.wav", "-i", folder / "other.wav", "-map", "0:a", "-map", "1:a", "-c:a", "aac")
+    ffmpeg(*sounds, "-disposition:a:0", "default", "-disposition:a:1", "0", folder / "two.m4a")
     (folder / "text.mp4").write_text("this is not a video\n" * 50)
     make_video(folder / "faceless.mp4", seconds=0.5)
     return folder
@@ -150,6 +153,21 @@ def test_own_files_give_a_result_beside_the_original(visit, clips, server):
     page.once("dialog", lambda box: box.accept())
     page.click("text=Remove")
     page.wait_for_selector(".card", state="detached")
+
+
+def test_of_several_sounds_in_a_file_one_can_be_chosen(visit, clips):
+    page = visit()
+    playwright.expect(page.locator("#audio-track")).to_be_hidden()
+    give(page, clips, audio="two.m4a")
+    playwright.expect(page.locator("#audio-track input")).to_have_value(re.compile(r"^1 \(aac"), timeout=SLOW)
+    page.click("#audio-track input")
+    page.click("#audio-track [role=option]:has-text('2 (aac')")
+    start(page)
+    state(page, "done")
+    page.wait_for_function("document.querySelector('.made').readyState > 0")
+    assert page.evaluate("Math.round(document.querySelector('.made').duration * 25)") in (10, 11)  # AAC has priming
+    page.click("#audio [aria-label='Clear']")
+    playwright.expect(page.locator("#audio-track")).to_be_hidden(timeout=SLOW)
 
 
 def test_the_slider_changes_the_line_and_the_settings_that_are_used(visit, clips):

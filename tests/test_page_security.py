@@ -425,7 +425,9 @@ def test_polling_and_files_go_on_while_previews_wait(tmp_path, monkeypatch):
     monkeypatch.setattr(endpoints, "probe_video", stuck)
     api = Endpoints(worker, Fetcher(worker, False), Uploads(tmp_path))
     built = app.Page(api)
-    guard = app.guarded(api, app.policy_for(None, [], {}))
+    policy = app.policy_for(None, [], {})
+    policy.check_call = app.CallCheck(built.blocks)
+    guard = app.guarded(api, policy)
     _, url, _ = built.blocks.launch(
         prevent_thread_lock=True, quiet=True, ssr_mode=False,
         app_kwargs={"routes": app.routes(api), "lifespan": guard},

@@ -187,10 +187,10 @@ class Endpoints:
     def watch(self, visitor: str, since: float = 0.0, known: dict[str, str] | None = None) -> dict[str, Any]:
         """A visitor's jobs, the length of the queue, the machine's curves after the time `since`, and what is fetched.
 
-        known: "version" of jobs by "id", as they were told before: where it is the same, nothing else of a job is told.
-        server: another one after the server was started again, when `since` and the addresses of files mean nothing.
-        models: a number that changes when /models has something new to say; None before the machine was looked at.
-        measured: one that changes when /describe may know better how long a job takes.
+        known: "version" of jobs by "id", from an earlier reply: a job that still has it comes without its other fields.
+        server: changes when the server was started again, after which `since` and the addresses of files are void.
+        models: a number that changes when /models has news; None before the machine was looked at.
+        measured: a number that changes when /describe may know better how long a job takes.
         """
         versions, after = known or {}, form.parse_seconds(since, "The time since when")
         if not isinstance(versions, dict):
