@@ -47,7 +47,11 @@ class AutoencoderConfig:
             sizes["block_out_channels"] = tuple(sizes["block_out_channels"])
         if isinstance(sizes.get("sample_size"), list | tuple):
             sizes["sample_size"] = sizes["sample_size"][0]
-        return cls(**sizes)
+        built = cls(**sizes)
+        for name in BLOCK_TYPES.keys() & config.keys():
+            if len(config[name]) != len(built.block_out_channels):
+                raise ValueError(f"{name} and block_out_channels are of different lengths")
+        return built
 
     @property
     def downscaling(self) -> int:

@@ -150,7 +150,7 @@ def apply_vram_fraction(fraction: float = VRAM_FRACTION, index: int = 0, cuda: A
 
 
 SIDE = 512  # px; the resolution for which the memory model and the largest useful batch are stated
-TILE = 256  # px; side of the tiles of diffusers' VAE
+TILE = 256  # px; side of the VAE's tiles
 
 
 @dataclass(frozen=True)

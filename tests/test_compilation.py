@@ -55,7 +55,7 @@ def home(tmp_path, monkeypatch, one_thread):
 def models() -> Models:
     torch.manual_seed(0)
     unet = UNet(CONFIG).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8, 8, 8, 8)))
+    vae = SimpleNamespace(config=SimpleNamespace(downscaling=8))
     return Models("tiny", 8 * SIDE, unet, None, vae)
 
 

@@ -344,10 +344,7 @@ class Worker:
             if self.lent:
                 self._run_lent(job, self.lent)
             else:
-                check_cancel(job)
-                models = self._load(job)
-                check_cancel(job)
-                run_job(job, models, self.monitor, self.speeds, speed_key(models.name, self.machine))
+                self._run_here(job, self.machine, self.monitor, self.speeds)
             early = bool(job.report and job.report["ended_early"])
             job.doing = "stopped; the finished part is kept" if early else "done"
             return CANCELLED if early else DONE
@@ -381,6 +378,13 @@ class Worker:
         if self.machine is None:
             raise UserError(self.problem or "This machine cannot be used.")
         return self.machine
+
+    def _run_here(self, job: Job, machine: Machine, monitor: "Monitor", speeds: Speeds) -> None:
+        """Run a job with the model in this process; only this call holds it, so that it can be unloaded after it."""
+        check_cancel(job)
+        models = self._load(job)
+        check_cancel(job)
+        run_job(job, models, monitor, speeds, speed_key(models.name, machine))
 
     def _run_lent(self, job: Job, lent: RunAlone) -> None:
         job.doing = "running on a GPU that is lent for it; how far it is cannot be seen here"
