@@ -198,7 +198,7 @@ class Progress:
 def out_of_memory(machine: Machine, checkpoint: "Checkpoint | None") -> tuple[str, dict[str, Any] | None]:
     """The sentence for a run that did not fit into memory, and the remedy; checkpoint: of the model that ran.
 
-    By then everything that a level can give up has been given up.
+    The run has tried the smallest batches of every level by then.
     """
     sentence = f"The memory of {machine.device_name} is not enough for this, even in the smallest pieces: "
     present = [model for model in machine.models if model["present"]]

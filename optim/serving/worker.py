@@ -281,6 +281,7 @@ class Worker:
                 self._closed.wait(1.0)
 
     def _inspect(self) -> None:
+        """Start the monitor and inspect the machine. Raises UserError, and whatever else goes wrong."""
         from latentsync.checkpoints.releases import home
         from optim.monitor import Monitor
 
