@@ -23,11 +23,11 @@ from latentsync.options import interrupt_on_signals, log_to_stderr
 from optim.levels import STOPS
 from optim.serving.calls import CallCheck
 from optim.serving.endpoints import BUSY, Endpoints
+from optim.serving.fetcher import Fetcher
 from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_values, parse_settings
 from optim.serving.limits import NO_LIMITS, SHARED_LIMITS
 from optim.serving.login import Throttle, password_checker
 from optim.serving.markup import ASSETS, advice_html, asset, footer_html
-from optim.serving.models import Fetcher
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
 from optim.serving.policy import Policy, policy_for
 from optim.serving.routes import guarded, routes

@@ -26,7 +26,7 @@ exit /b 2
 echo launch.bat                           open the web page (options such as --share are passed on)
 echo launch.bat demo                      lip-sync the bundled example to outputs\demo.mp4
 echo launch.bat sync VIDEO AUDIO -o OUT   lip-sync two files; all options: launch.bat sync --help
-echo launch.bat test                      check the code: ruff and pytest (options are passed on to pytest)
+echo launch.bat test                      check the code: ruff, mypy and pytest (options are passed on to pytest)
 echo launch.bat help                      show this text
 echo.
 echo The first start creates the folder .venv beside this script and installs the packages into it.

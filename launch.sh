@@ -15,7 +15,7 @@ help() {
 ./launch.sh                           open the web page (options such as --share are passed on)
 ./launch.sh demo                      lip-sync the bundled example to outputs/demo.mp4
 ./launch.sh sync VIDEO AUDIO -o OUT   lip-sync two files; all options: ./launch.sh sync --help
-./launch.sh test                      check the code: ruff and pytest (options are passed on to pytest)
+./launch.sh test                      check the code: ruff, mypy and pytest (options are passed on to pytest)
 ./launch.sh help                      show this text
 
 The first start creates the folder .venv beside this script and installs the packages into it.

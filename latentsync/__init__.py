@@ -1,6 +1,6 @@
-"""LatentSync: give a filmed face new words. See `latentsync.pipeline.lipsync`."""
+"""LatentSync: make the mouth in a video say the words of a recording. See `latentsync.pipeline.lipsync`."""
 
 __version__ = "0.1.0"
-STAGES = ("faces", "mouths", "writing")  # of a run, by which its progress is told
-FPS = 25  # frames a second of everything inside (LatentSync reference)
-SAMPLE_RATE = 16_000  # samples a second that the audio encoder takes (Whisper)
+STAGES = ("faces", "mouths", "writing")  # of a run, in which its progress is reported
+FPS = 25  # frames per second inside the program (LatentSync reference)
+SAMPLE_RATE = 16_000  # samples per second for the audio encoder (Whisper)

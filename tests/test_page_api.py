@@ -21,8 +21,8 @@ from latentsync.media import COMMENT, probe_video
 from optim.levels import find_level
 from optim.serving import form, options
 from optim.serving.endpoints import Endpoints
+from optim.serving.fetcher import Fetcher
 from optim.serving.job import Job, Request, owner_of
-from optim.serving.models import Fetcher
 from optim.serving.uploads import Uploads
 from optim.serving.worker import Worker
 

@@ -15,8 +15,9 @@ from latentsync.checkpoints.releases import RELEASES
 from latentsync.errors import UserError
 from optim.hardware import Gpu
 from optim.serving.endpoints import Endpoints
+from optim.serving.fetcher import DONE, FAILED, RUNNING, STOPPED, Fetcher
 from optim.serving.job import Request
-from optim.serving.models import DONE, FAILED, RUNNING, STOPPED, Fetcher, recommended_model
+from optim.serving.models import recommended_model
 from optim.serving.uploads import Uploads
 from optim.serving.worker import Worker
 

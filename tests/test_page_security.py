@@ -22,7 +22,7 @@ from serving import ROOT, serve
 from latentsync.errors import UserError
 from optim.serving import endpoints
 from optim.serving.endpoints import MAX_PROBES, MAX_WAITING_PROBES, Endpoints
-from optim.serving.models import Fetcher
+from optim.serving.fetcher import Fetcher
 from optim.serving.options import wait_for_signal
 from optim.serving.uploads import Uploads
 from optim.serving.worker import Worker

@@ -17,10 +17,10 @@ import anyio
 from latentsync.errors import UserError
 from latentsync.media import AudioInfo, VideoInfo, probe_audio, probe_video
 from optim.serving import form
+from optim.serving.fetcher import Fetcher
 from optim.serving.guard import is_text, shorten
 from optim.serving.inputs import disk_problem, with_user_names
 from optim.serving.job import Request
-from optim.serving.models import Fetcher
 from optim.serving.preview import thumbnail
 from optim.serving.uploads import Uploads
 from optim.serving.worker import Worker
