@@ -140,7 +140,7 @@ def test_own_files_give_a_result_beside_the_original(visit, clips, server):
     assert download.value.suggested_filename == "talking-synced.mp4" and os.path.getsize(download.value.path()) > 1000
     page.click("text=Side by side")
     with page.expect_download() as download:
-        page.click("text=Download side by side")
+        page.click("a:text-is('Download side by side')")
     assert download.value.suggested_filename == "talking-side-by-side.mp4"
     asked = []
     page.once("dialog", lambda box: (asked.append(box.message), box.dismiss()))
