@@ -45,7 +45,7 @@ from latentsync.retarget.geometry import (
     reshape_lips,
     transform,
 )
-from latentsync.retarget.mouths import choose_mouths, cut_mouth
+from latentsync.retarget.mouths import Mouth, choose_mouths, cut_patch, measure_mouth
 from latentsync.retarget.warping import thin_plate_map
 from latentsync.settings import Settings
 from latentsync.windows import AlignedFrame, Window
@@ -116,6 +116,10 @@ def frames_of(tracked: list[tuple[np.ndarray, Face]], painted: int = 0) -> list[
 def reader(landmarks: np.ndarray):
     """In place of the landmarker: the target opening of the face whose number the picture shows."""
     return lambda picture: moved(landmarks, target_opening_at(int(picture[0, 0, 0])))
+
+
+def cut_mouth(frame: np.ndarray, points: np.ndarray, position: int) -> Mouth:
+    return measure_mouth(cut_patch(frame, points), points, position)
 
 
 def collected(frames) -> MouthBank:
@@ -336,12 +340,12 @@ def test_jumps_are_faded(still):
         for i, o in enumerate([0.01] * 30 + [0.12] * 30)
     ]
     mouths = [cut_mouth(f, mouth_points(seen.landmarks), i) for i, (f, seen) in enumerate(frames)]
-    selection = None
+    last = None
     weights = []
-    for mouth in [mouths[0], mouths[1], *mouths[40:46]]:
-        selection = stage._next_selection(selection, mouth)
-        weights.append(selection.weight)
-    assert weights == [1, 1, 0.25, 0.5, 0.75, 1, 1, 1]
+    for mouth in [mouths[0], mouths[1], *mouths[40:44]]:
+        weights.append([weight for _, weight in stage.cross_fade(last, mouth)])
+        last = mouth
+    assert weights == [[1], [1], [0.5, 0.5], [1], [1], [1]]
 
 
 def test_covered_mouths_are_not_taken_and_stay_as_they_are(still):
