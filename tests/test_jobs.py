@@ -752,7 +752,7 @@ def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeyp
         worker._wake.set()
         until(lambda: swept)
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "optim.serving.compare", None)  # its import fails
+        patch.setitem(sys.modules, "optim.serving.side_by_side", None)  # its import fails
         job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
         assert job.state == DONE, job.error
         worker.compare(job.id, ME)

@@ -33,7 +33,7 @@ def _compare(job: Job, comparison: Comparison, result: Path, store: JobStore) ->
 
     partial = job.compared.with_suffix(".partial.mp4")
     try:
-        from optim.serving.compare import side_by_side
+        from optim.serving.side_by_side import side_by_side
 
         while not _one_at_a_time.acquire(timeout=0.2):
             on_progress(0, 0)
