@@ -1,6 +1,5 @@
 """Clips through the pipeline's own stages, from faces that have been followed before."""
 
-from collections.abc import Iterator
 from contextlib import closing
 
 import numpy as np
@@ -49,12 +48,14 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own: bo
     """
     n = min(len(clip.seen.frames), frame_count(len(wav)))
 
-    def tracked() -> Iterator:
-        yield from zip(clip.seen.frames[:n].copy(), clip.seen.faces[:n], strict=True)
-
+    bank = MouthBank()
+    faces = clip.seen.faces
+    if models.face is not None:
+        faces = list(bank.collect(zip(clip.seen.frames, faces, strict=True)))
+    tracked = zip(clip.seen.frames[:n].copy(), faces[:n], strict=True)
     chunks = audio_chunks(models.audio_encoder, torch.from_numpy(wav), n, models.mel_range, models.speech_level)
     tokens = on_side_stream(chunks, models.device)
-    frames = list(align_frames(tracked(), tokens, models.resolution, max_crops=n))
+    frames = list(align_frames(tracked, tokens, models.resolution, max_crops=n))
     painter = Painter(models, settings)
     if own:
         others = [frames[i] if frames[i].crop is not None else frames[k] for k, i in enumerate(elsewhere(n))]
@@ -62,8 +63,5 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own: bo
     with closing(paint_groups(group_windows(split_windows(frames), settings.windows_per_pass), painter)) as painted:
         if models.face is None:
             return np.stack([frame.frame for frame in painted])
-        bank = MouthBank()
-        for _ in bank.collect(zip(clip.seen.frames, clip.seen.faces, strict=True)):
-            pass
         with face_reader() as read_face:
             return np.stack([frame.frame for frame in retarget(painted, bank, read_face)])
