@@ -31,6 +31,7 @@ from latentsync.retarget.bank import limit_mouths
 from latentsync.retarget.drawing import HULL_OUTSIDE, GeneratedMouth, Layer, draw_mouths, soft_hull
 from latentsync.retarget.geometry import (
     CHIN,
+    HEAD,
     INNER_LIPS,
     LEFT,
     LIPS,
@@ -46,6 +47,7 @@ from latentsync.retarget.geometry import (
     transform,
 )
 from latentsync.retarget.mouths import Mouth, choose_mouths, cut_patch, measure_mouth
+from latentsync.retarget.smoothing import smooth_points
 from latentsync.retarget.warping import thin_plate_map
 from latentsync.settings import Settings
 from latentsync.windows import AlignedFrame, Window
@@ -482,3 +484,28 @@ def test_hull_ends_within_the_promised_distance():
     far = cv2.distanceTransform((hull < 1).astype(np.uint8), cv2.DIST_L2, 5)
     assert far[hull > 0].max() <= HULL_OUTSIDE * 100 + 1
     assert hull.max() == 1
+
+
+def test_tremble_is_smoothed_and_fast_motion_stays(still):
+    random = np.random.default_rng(0)
+    points = mouth_points(still[1])
+    scale = pixels_per_unit(head_similarity(points))
+    velocity = np.float32((0.02 * scale, 0))
+    noise = random.normal(0, 0.002 * scale, (9, *points.shape)).astype(np.float32)
+    steady = {k: points + k * velocity + noise[k + 4] for k in range(-4, 5)}
+    deviation = np.abs(smooth_points(steady) - points).mean()
+    assert deviation < 0.6 * np.abs(noise[4]).mean()
+    spoken = {k: points.copy() for k in range(-4, 5)}
+    spoken[0][LIPS, 1] += 0.05 * scale
+    smoothed = smooth_points(spoken)
+    assert np.abs(smoothed[LIPS] - spoken[0][LIPS]).max() < 0.01 * scale
+    assert np.allclose(smoothed[HEAD], points[HEAD], atol=1e-3)
+
+
+def test_points_are_not_smoothed_across_a_cut(still):
+    frame, landmarks = still
+    shifted = landmarks + (3, 0)
+    faces = [face(landmarks, first=i == 0) for i in range(6)] + [face(shifted, first=i == 0) for i in range(6)]
+    collected_faces = list(MouthBank().collect([(frame, each) for each in faces]))
+    for before, after in zip(faces, collected_faces, strict=True):
+        assert np.allclose(before.landmarks, after.landmarks, atol=1e-3)

@@ -32,7 +32,7 @@ HELD_FRAMES = BLOCK + LOOKAHEAD  # frames that wait in this stage
 CONTEXT = LOOKBACK + 2 * BLOCK  # frames before the first new one whose faces a resumed run needs for the same result
 
 USUAL_WIDTH = 0.555  # of a mouth that the model paints
-MIN_WIDTH, MAX_WIDTH = 0.85, 1.03  # of the person's own usual width; wider, dark corners reach the patch's edge
+MIN_WIDTH, MAX_WIDTH = 0.85, 1.0  # of the usual width: lips round, but the corners of wider ones stick out of the patch
 MIN_SIZE, MAX_SIZE = 0.6, 1.0  # of an opening, as the person's mouth may be narrower than the model's
 SMOOTHING_SIGMA = 4.0  # frames, for a mouth's place and usual width
 
