@@ -161,8 +161,8 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, dim: int, max_len: int):
         super().__init__()
-        position = torch.arange(max_len)[:, None]
-        rate = torch.exp(torch.arange(0, dim, 2) * (-math.log(10000.0) / dim))
+        position = torch.arange(max_len, device="cpu")[:, None]
+        rate = torch.exp(torch.arange(0, dim, 2, device="cpu") * (-math.log(10000.0) / dim))
         pe = torch.zeros(1, max_len, dim)
         pe[0, :, 0::2] = torch.sin(position * rate)
         pe[0, :, 1::2] = torch.cos(position * rate)

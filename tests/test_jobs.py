@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clips import make_sound, make_video
+from clips import ffmpeg, make_sound, make_video
 from small_release import NAME
 
 from latentsync import STAGES, painting, pipeline
@@ -28,8 +28,9 @@ from latentsync.settings import DeepCache, Settings
 from optim.monitor import History
 from optim.serving import comparison, inputs, preview
 from optim.serving import worker as worker_module
-from optim.serving.job import CANCELLED, DONE, FAILED, Job, Request, load_jobs
+from optim.serving.job import CANCELLED, DONE, FAILED, Job, Request
 from optim.serving.limits import Limits
+from optim.serving.records import load_jobs
 from optim.serving.run import interruptible, make_plan, out_of_memory, run_alone
 from optim.serving.speeds import Speeds
 from optim.serving.worker import Worker
@@ -108,26 +109,28 @@ def test_who_asks_for_no_lip_strength_gets_the_model_s_own(checkpoint, tmp_path)
 
 
 def test_the_curves_are_given_point_by_point(worker):
-    until(lambda: len(worker.live()["time"]) >= 3)
+    def sampled() -> list[float]:
+        return worker.monitor.snapshot().time.round(2).tolist()
+
     times, since = [], 0.0
-    for _ in range(5):
+    for _ in range(3):
+        until(lambda: sampled() and sampled()[-1] > since)  # noqa: B023
         worker._history = None  # ask the monitor anew
         live = worker.live(since)
-        assert all(len(values) == len(live["time"]) for values in live["curves"].values())
+        assert live["time"] and all(len(values) == len(live["time"]) for values in live["curves"].values())
         times += live["time"]
         since = times[-1]
-        time.sleep(0.4)
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
-    assert len(gaps) >= 2 and min(gaps) > 0.01, "in order, and each once"
+    first = sampled().index(times[0])
+    assert times == sampled()[first : first + len(times)], "in order, and each once"
 
 
-def test_a_running_job_is_cancelled_within_a_second(worker, talking, long_voice):
+def test_a_running_job_is_cancelled_at_once(worker, talking, long_voice):
     job = worker.submit(Request(talking, long_voice), ME)
-    until(lambda: job.part > 0)
-    began = time.monotonic()
+    until(lambda: job.partial_frames > 0)
     worker.cancel(job.id, ME)
+    painted = job.progress["mouths"]
     ended(worker, job)
-    assert time.monotonic() - began < 1
+    assert job.progress["mouths"] <= painted + 1, "a call of the pipeline may have been under way"
     assert job.state == CANCELLED and job.output is None
     assert sorted(os.listdir(job.folder)) == ["job.json", "video.mp4", "voice.wav"]
 
@@ -262,7 +265,7 @@ def test_a_gpu_that_has_failed_for_good_ends_its_jobs_with_a_sentence(worker, ta
         patch.setattr("latentsync.pipeline.lipsync", fault)
         for _ in range(2):
             job = worker.submit(Request(talking, voice, steps=1), ME)
-            until(lambda job=job: job.state == FAILED, 20)
+            until(lambda job=job: job.state == FAILED)
             assert job.ended and job.error == worker_module.GPU_FAILED and "start the server again" in job.error
             assert json.loads((job.folder / "job.json").read_text())["state"] == FAILED
     assert ended(worker, worker.again(job.id, ME)).state == DONE
@@ -281,7 +284,7 @@ def test_a_gpu_that_fails_while_nothing_runs_does_not_end_the_worker(checkpoint,
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     worker._unload = fault
-    until(lambda: tried, 10)
+    until(lambda: tried)
     worker._unload = unload
     assert ended(worker, worker.submit(Request(talking, voice, steps=1), ME)).state == DONE
     worker.close()
@@ -352,7 +355,7 @@ def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice,
     for name, words in (("a", "{"), ("b", "{}"), ("c", '{"server": {"pid": 1, "began": 0}}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "job.json").write_text(words)
-    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
+    monkeypatch.setattr("optim.serving.records._is_running", lambda _: False)
     after = Worker(tmp_path, model=worker.model, device="cpu")
     after.start()
     again, found = after.store.jobs_of(ME)
@@ -364,6 +367,31 @@ def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice,
     assert sorted(os.listdir(again.folder)) == sorted(["job.json", again.output.name, "video.mp4", "voice.wav"])
     assert not half.folder.exists() and all((tmp_path / name).is_dir() for name in "abc")
     after.close()
+
+
+def test_a_request_chooses_among_the_tracks_of_its_files(worker, talking, voice, tmp_path):
+    sounds, videos = tmp_path / "sounds.mka", tmp_path / "videos.mkv"
+    short = make_sound(tmp_path / "short.wav", seconds=0.4)
+    ffmpeg("-i", voice, "-i", short, "-map", "0:a", "-map", "1:a", "-c", "copy", sounds)
+    small = make_video(tmp_path / "small.mp4", size="64x48", seconds=0.4)
+    ffmpeg("-i", talking, "-i", small, "-map", "0:v", "-map", "1:v", "-c", "copy", videos)
+    job = ended(worker, worker.submit(Request(talking, sounds, steps=1, audio_track=2), ME))
+    assert job.state == DONE and (job.frames, job.report["frames"], probe_video(job.output).n_frames) == (10, 10, 10)
+    waiting = Worker(tmp_path / "outputs")  # not started
+    assert waiting.submit(Request(talking, sounds), ME).frames == 20
+    job = waiting.submit(Request(videos, sounds, video_track=2, audio_track=1), ME)
+    assert (job.size, job.frames) == ((64, 48), 20)
+    again = waiting.again(job.id, ME, video_track=1, audio_track=2)
+    assert again.size == (probe_video(talking).width, probe_video(talking).height) and again.frames == 10
+    with pytest.raises(UserError, match="'mine.mka' .*3"):
+        waiting.submit(Request(talking, sounds, audio_track=3), ME, ("a.mp4", "mine.mka"))
+
+
+@pytest.mark.parametrize("track", [0, -1, 1.0, True, "1"])
+@pytest.mark.parametrize("name", ["video_track", "audio_track"])
+def test_a_track_is_a_whole_number_from_1(talking, voice, name, track):
+    with pytest.raises(UserError, match="track cannot be .*: give a whole number of at least 1"):
+        Request(talking, voice, **{name: track})
 
 
 @pytest.mark.parametrize("which", ["video", "audio"])
@@ -378,16 +406,16 @@ def test_files_that_cannot_be_used_are_refused_by_the_user_s_name_for_them(worke
 
 def test_a_full_disk_is_said_and_leaves_nothing(talking, voice, tmp_path, monkeypatch, caplog):
     worker = Worker(tmp_path / "outputs")  # not started: what is put in waits
-    store = inputs.store
+    store_file = inputs.store_file
 
     def full(source, target, stored):
         if Path(target).stem == "voice":
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
-        return store(source, target, stored)
+        return store_file(source, target, stored)
 
     kept = worker.submit(Request(talking, voice), ME)
     with monkeypatch.context() as patch:
-        patch.setattr(inputs, "store", full)
+        patch.setattr(inputs, "store_file", full)
         for submit in (lambda: worker.submit(Request(talking, voice), ME), lambda: worker.again(kept.id, ME)):
             with pytest.raises(UserError, match="the disk is full.*: remove jobs") as caught:
                 submit()
@@ -504,7 +532,7 @@ def short_segments(monkeypatch):
 @pytest.fixture
 def next_server(tmp_path, checkpoint, home, monkeypatch):
     """Starts a server on the outputs of those before it, which this process has been, too."""
-    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
+    monkeypatch.setattr("optim.serving.records._is_running", lambda _: False)
     started = []
 
     def start():
@@ -638,9 +666,9 @@ def test_a_failed_job_goes_on_if_nothing_is_changed_and_is_another_one_otherwise
 
 
 def test_a_job_that_waits_to_go_on_and_is_cancelled_keeps_nothing(talking, voice, tmp_path, monkeypatch):
-    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
+    monkeypatch.setattr("optim.serving.records._is_running", lambda _: False)
     job = Worker(tmp_path / "outputs").submit(Request(talking, voice), ME)
-    work = segments.work_folder(job.planned, [], "its request")
+    work = segments.work_folder(job.planned_output, [], "its request")
     work.mkdir()
     (work / "00000.mp4").touch()
     listed = {"frames": 5, "bytes": 0, "sha256": "", "counts": {}}
@@ -654,13 +682,13 @@ def test_a_job_that_waits_to_go_on_and_is_cancelled_keeps_nothing(talking, voice
 
 
 def test_records_of_jobs_that_are_not_as_they_were_written_are_left_alone(talking, voice, tmp_path, monkeypatch):
-    monkeypatch.setattr("optim.serving.job._still_runs", lambda _: False)
+    monkeypatch.setattr("optim.serving.records._is_running", lambda _: False)
     job = Worker(tmp_path / "outputs").submit(Request(talking, voice), ME)
     path, about = job.folder / "job.json", json.loads((job.folder / "job.json").read_text())
     spoilt = [about | {name: value} for name, value in (
         ("created", float("nan")), ("created", "now"), ("names", [1, 2]), ("size", [1]), ("messages", None),
         ("progress", []), ("error", 5), ("settings", None), ("settings", {"what": 1}), ("video", None),
-        ("starts", "2"), ("seconds", float("inf")),
+        ("starts", "2"), ("seconds", float("inf")), ("settings", about["settings"] | {"audio_track": 0}),
     )]  # fmt: skip
     texts = [*map(json.dumps, spoilt), "", "[" * 100_000, "null", "[]", json.dumps(about)[:-30], "\udcff"]
     for text in texts:
@@ -668,6 +696,7 @@ def test_records_of_jobs_that_are_not_as_they_were_written_are_left_alone(talkin
         assert list(load_jobs(tmp_path / "outputs")) == [], text[:300]
         assert job.request.video.is_file()
     del about["queued"], about["starts"], about["frames_at_start"], about["remarks"]  # of an earlier version
+    del about["settings"]["video_track"], about["settings"]["audio_track"]
     path.write_text(json.dumps(about))
     if os.name != "nt":
         (tmp_path / "outputs" / "link").symlink_to(job.folder, target_is_directory=True)
@@ -723,7 +752,7 @@ def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeyp
         worker._wake.set()
         until(lambda: swept)
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "optim.serving.compare", None)  # its import fails
+        patch.setitem(sys.modules, "optim.serving.side_by_side", None)  # its import fails
         job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
         assert job.state == DONE, job.error
         worker.compare(job.id, ME)
@@ -733,14 +762,16 @@ def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeyp
 
 
 def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, talking, voice, tmp_path, home):
-    worker = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=1.0, keep_hours=0.0003)
+    worker = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=600)
     worker.start()
     ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     models = worker._models
     assert ended(worker, worker.submit(Request(talking, voice, steps=1, level="1"), ME)).state == DONE
     assert worker._models is models is not None
-    until(lambda: worker._models is None, 10)
-    until(lambda: os.listdir(tmp_path) == [], 10)  # old results go, too
+    worker.idle_seconds, worker.keep_hours = 0.1, 1e-9
+    worker._wake.set()
+    until(lambda: worker._models is None)
+    until(lambda: os.listdir(tmp_path) == [])  # old results go, too
     assert worker.store.jobs_of(ME) == []
     worker.close()
     assert "jobs" not in [thread.name for thread in threading.enumerate() if thread is worker._thread]
@@ -749,22 +780,46 @@ def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, ta
 def test_a_worker_that_lets_the_model_go_at_once_does_not_spin_and_sweeps_while_it_is_busy(
     checkpoint, talking, voice, tmp_path, home, monkeypatch
 ):
-    worker, rounds = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=0, keep_hours=1e-9), []
-    remove_old = worker.store.remove_old
-    counted = lambda hours: rounds.append(len(worker.store.waiting)) or remove_old(hours)  # noqa: E731
-    monkeypatch.setattr(worker.store, "remove_old", counted)
+    worker, stored, timeouts = Worker(tmp_path, model=str(checkpoint), idle_seconds=0, keep_hours=1e-9), [], []
+    remove_old, wait = worker.store.remove_old, worker._wake.wait
+
+    def remove_and_count(hours):
+        remove_old(hours)
+        stored.append(len(worker.store.all()))
+
+    monkeypatch.setattr(worker.store, "remove_old", remove_and_count)
+    monkeypatch.setattr(worker._wake, "wait", lambda timeout: timeouts.append(timeout) or wait(timeout))
+    jobs = [worker.submit(Request(talking, voice, steps=1), ME) for _ in range(3)]
     worker.start()
-    assert worker.ready.wait(60)
-    time.sleep(2.5)
-    assert 1 <= len(rounds) <= 4
-    jobs_ = [worker.submit(Request(talking, voice, steps=1), ME) for _ in range(3)]
-    until(lambda: not jobs_[0].folder.exists())
-    assert jobs_[2].state != DONE, "the first is swept while others wait or run"
+    until(lambda: len(timeouts) >= 2)
+    assert min(timeouts) >= 1, "seconds"
+    assert [job.state for job in jobs] == [DONE] * 3
+    assert stored[:4] == [3, 2, 1, 0], "each is removed when it has ended, before the next one runs"
     worker.close()
 
 
+def test_a_worker_that_is_closed_just_before_it_waits_ends_at_once(tmp_path, monkeypatch):
+    looking, go_on = threading.Event(), threading.Event()
+
+    def take_next():
+        looking.set()
+        go_on.wait(60)
+
+    worker = Worker(tmp_path)
+    monkeypatch.setattr(worker, "_inspect", lambda: None)
+    monkeypatch.setattr(worker.store, "take_next", take_next)
+    worker.start()
+    assert looking.wait(60)
+    closing = threading.Thread(target=worker.close)
+    closing.start()
+    until(worker._closed.is_set)
+    go_on.set()
+    closing.join()
+    assert not worker._thread.is_alive(), "it waits for a job, and nobody will wake it"
+
+
 def test_the_list_has_all_jobs_that_have_not_ended(talking, voice, tmp_path, monkeypatch):
-    monkeypatch.setattr("optim.serving.store.KEPT_JOBS", 1)
+    monkeypatch.setattr("optim.serving.store.MAX_LISTED", 1)
     worker = Worker(tmp_path)
     first, *others, last = (worker.submit(Request(talking, voice), ME) for _ in range(5))
     for job in others:
@@ -829,7 +884,7 @@ def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, st
         until(lambda: taking._queue.empty())
         taking(np.full((16, 16, 3), 200, np.uint8))
     taking.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30, "the encoder would have taken 60 s"
     if not stuck:
         assert len(shown) == 201 and shown[:10] == list(range(10)) and shown[-1] == 200, "the sound stays in step"
     go_on.set()

@@ -328,7 +328,7 @@ def test_a_result_that_cannot_be_given_away_is_said(tmp_path):
     worker = Worker(tmp_path)
     api = Endpoints(worker, Fetcher(worker, True), Uploads(tmp_path / "missing"))
     job = Job(Request(Path("a"), Path("b")), owner_of("v" * 24), tmp_path, ("a.mp4", "b"), (2, 2), 1.0)
-    job.output, worker.store.jobs = job.planned, {job.id: job}
+    job.output, worker.store.jobs = job.planned_output, {job.id: job}
     with pytest.raises(UserError, match="'a-synced.mp4' is not on this server any more"):
         api.result(job.id, "v" * 24)
     job.output.touch()

@@ -31,6 +31,7 @@ from latentsync.retarget.bank import limit_mouths
 from latentsync.retarget.drawing import HULL_OUTSIDE, GeneratedMouth, Layer, draw_mouths, soft_hull
 from latentsync.retarget.geometry import (
     CHIN,
+    HEAD,
     INNER_LIPS,
     LEFT,
     LIPS,
@@ -45,7 +46,8 @@ from latentsync.retarget.geometry import (
     reshape_lips,
     transform,
 )
-from latentsync.retarget.mouths import choose_mouths, cut_mouth
+from latentsync.retarget.mouths import Mouth, choose_mouths, cut_patch, measure_mouth
+from latentsync.retarget.smoothing import smooth_points
 from latentsync.retarget.warping import thin_plate_map
 from latentsync.settings import Settings
 from latentsync.windows import AlignedFrame, Window
@@ -116,6 +118,10 @@ def frames_of(tracked: list[tuple[np.ndarray, Face]], painted: int = 0) -> list[
 def reader(landmarks: np.ndarray):
     """In place of the landmarker: the target opening of the face whose number the picture shows."""
     return lambda picture: moved(landmarks, target_opening_at(int(picture[0, 0, 0])))
+
+
+def cut_mouth(frame: np.ndarray, points: np.ndarray, position: int) -> Mouth:
+    return measure_mouth(cut_patch(frame, points), points, position)
 
 
 def collected(frames) -> MouthBank:
@@ -336,12 +342,12 @@ def test_jumps_are_faded(still):
         for i, o in enumerate([0.01] * 30 + [0.12] * 30)
     ]
     mouths = [cut_mouth(f, mouth_points(seen.landmarks), i) for i, (f, seen) in enumerate(frames)]
-    selection = None
+    last = None
     weights = []
-    for mouth in [mouths[0], mouths[1], *mouths[40:46]]:
-        selection = stage._next_selection(selection, mouth)
-        weights.append(selection.weight)
-    assert weights == [1, 1, 0.25, 0.5, 0.75, 1, 1, 1]
+    for mouth in [mouths[0], mouths[1], *mouths[40:44]]:
+        weights.append([weight for _, weight in stage.cross_fade(last, mouth)])
+        last = mouth
+    assert weights == [[1], [1], [0.5, 0.5], [1], [1], [1]]
 
 
 def test_covered_mouths_are_not_taken_and_stay_as_they_are(still):
@@ -478,3 +484,28 @@ def test_hull_ends_within_the_promised_distance():
     far = cv2.distanceTransform((hull < 1).astype(np.uint8), cv2.DIST_L2, 5)
     assert far[hull > 0].max() <= HULL_OUTSIDE * 100 + 1
     assert hull.max() == 1
+
+
+def test_tremble_is_smoothed_and_fast_motion_stays(still):
+    random = np.random.default_rng(0)
+    points = mouth_points(still[1])
+    scale = pixels_per_unit(head_similarity(points))
+    velocity = np.float32((0.02 * scale, 0))
+    noise = random.normal(0, 0.002 * scale, (9, *points.shape)).astype(np.float32)
+    steady = {k: points + k * velocity + noise[k + 4] for k in range(-4, 5)}
+    deviation = np.abs(smooth_points(steady) - points).mean()
+    assert deviation < 0.6 * np.abs(noise[4]).mean()
+    spoken = {k: points.copy() for k in range(-4, 5)}
+    spoken[0][LIPS, 1] += 0.05 * scale
+    smoothed = smooth_points(spoken)
+    assert np.abs(smoothed[LIPS] - spoken[0][LIPS]).max() < 0.01 * scale
+    assert np.allclose(smoothed[HEAD], points[HEAD], atol=1e-3)
+
+
+def test_points_are_not_smoothed_across_a_cut(still):
+    frame, landmarks = still
+    shifted = landmarks + (3, 0)
+    faces = [face(landmarks, first=i == 0) for i in range(6)] + [face(shifted, first=i == 0) for i in range(6)]
+    collected_faces = list(MouthBank().collect([(frame, each) for each in faces]))
+    for before, after in zip(faces, collected_faces, strict=True):
+        assert np.allclose(before.landmarks, after.landmarks, atol=1e-3)

@@ -33,7 +33,7 @@ from latentsync.media.watchdog import Watchdog
 from latentsync.pipeline import Hooks, StopEarly, lipsync
 from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.settings import Settings
-from optim.serving import compare
+from optim.serving import side_by_side
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -203,11 +203,11 @@ def test_a_comparison_ends_when_it_is_cancelled_and_when_it_stands_still(
         if cancelled and done == 1:  # it is waited for from another thread, while this one writes
             ending.set()
 
-    stopping(monkeypatch, compare)
+    stopping(monkeypatch, side_by_side)
     if cancelled:
         monkeypatch.setattr(watchdog, "STALL_SECONDS", 600.0)
     with pytest.raises(Cancelled if cancelled else UserError, match=None if cancelled else "stood still"):
-        compare.side_by_side(info.path, result, tmp_path / "both.mp4", step, ending)
+        side_by_side.side_by_side(info.path, result, tmp_path / "both.mp4", step, ending)
 
 
 class Stuck:

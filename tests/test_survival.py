@@ -290,7 +290,7 @@ PLACES = {
     "preparing": ("optim.accelerate", "accelerate"),
     "preview": ("optim.serving.preview", "Preview._encode"),
     "speeds": ("optim.serving.speeds", "Speeds.record"),
-    "curves": ("optim.serving.worker", "thinned"),
+    "curves": ("optim.serving.worker", "thinned_curves"),
 }
 
 

@@ -1,7 +1,5 @@
 """Dub clips with the pipeline's stages, from faces that have been tracked before."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -48,12 +46,14 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own_sou
     """
     n = min(len(clip.track.frames), frame_count(len(wav)))
 
-    def tracked() -> Iterator:
-        yield from zip(clip.track.frames[:n].copy(), clip.track.faces[:n], strict=True)
-
+    bank = MouthBank()
+    faces = clip.track.faces
+    if models.face is not None:
+        faces = list(bank.collect(zip(clip.track.frames, faces, strict=True)))
+    tracked = zip(clip.track.frames[:n].copy(), faces[:n], strict=True)
     chunks = audio_chunks(models.audio_encoder, torch.from_numpy(wav), n, models.mel_range, models.speech_level)
     tokens = on_side_stream(chunks, models.device)
-    frames = list(align_frames(tracked(), tokens, models.resolution, max_crops=n))
+    frames = list(align_frames(tracked, tokens, models.resolution, max_crops=n))
     painter = Painter(models, settings)
     if own_sound:
         others = [frames[i] if frames[i].crop is not None else frames[k] for k, i in enumerate(reference_frames(n))]
@@ -61,8 +61,5 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own_sou
     painted = paint_groups(group_windows(split_windows(frames), settings.windows_per_pass), painter)
     if models.face is None:
         return np.stack([frame.frame for frame in painted])
-    bank = MouthBank()
-    for _ in bank.collect(zip(clip.track.frames, clip.track.faces, strict=True)):
-        pass
     with face_reader() as read_face:
         return np.stack([frame.frame for frame in retarget(painted, bank, read_face)])

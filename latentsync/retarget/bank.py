@@ -2,22 +2,39 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from latentsync.faces import Face
 from latentsync.prefetch import POLL_SECONDS, close
-from latentsync.retarget.geometry import mouth_points
-from latentsync.retarget.mouths import TURN, Mouth, cut_mouth, most_alike
+from latentsync.retarget.geometry import MESH_INDICES, mouth_points
+from latentsync.retarget.mouths import TURN, Mouth, Patch, cut_patch, measure_mouth, most_alike
 from latentsync.retarget.occlusion import OcclusionDetector
+from latentsync.retarget.smoothing import REACH, smooth_points
 
 CHUNK = 250  # frames that share a bank; it holds mouths up to the chunk's end
 MAX_BYTES = 96 * 2**20  # of pixels in one bank; at most two banks are held
 MAX_MOUTHS = 250  # in one bank
 MAX_TURN = 0.2  # head units from the nose's tip to the middle of the face; a head turned further lends no mouth
 COVER_FADE = 4  # frames in which the opacity falls before something covers the mouth, and rises after it
+DELAY = max(COVER_FADE, REACH)  # frames that must follow before a face can be passed on
+
+
+@dataclass(frozen=True, eq=False)
+class _Tracked:
+    """A frame's face, its `mouth_points` as they were detected, and its mouth, None where it cannot be used."""
+
+    face: Face | None
+    points: np.ndarray | None = None
+    patch: Patch | None = None
+    covered: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether the face does not continue that of the frame before."""
+        return self.face is None or self.face.first
 
 
 class MouthBank:
@@ -33,51 +50,52 @@ class MouthBank:
         self._last: int | None = None  # chunk
         self._error: BaseException | None = None
 
-    def collect(self, tracked: Iterable[tuple[np.ndarray, Face | None]]) -> Iterator[Face | None]:
-        """Take mouths from the frames of a film, in order, and yield the faces.
+    def collect(self, film: Iterable[tuple[np.ndarray, Face | None]]) -> Iterator[Face | None]:
+        """Take mouths from the frames of a film, in order, and yield the faces, DELAY frames later.
 
-        Covered mouths are not taken; the opacity of the faces falls to 0 around them.
+        The faces' landmarks around mouth and head are smoothed over time. Covered mouths are not taken; the opacity of
+        the faces falls to 0 around them.
         """
         mouths: list[Mouth] = []
         occlusion = OcclusionDetector()
-        waiting: deque[tuple[Face | None, bool]] = deque()  # faces, and whether their mouths are covered
-        since_cover = COVER_FADE  # faces yielded since a covered one
-        position = -1
+        window: deque[_Tracked] = deque(maxlen=2 * DELAY + 1)
+        position = -1  # of the last face that was yielded
 
-        def next_face() -> Face | None:
-            nonlocal since_cover
-            face, covered = waiting[0]
-            until_cover = next((i for i, (_, later) in enumerate(waiting) if later), COVER_FADE)
-            since_cover = 0 if covered else since_cover + 1
-            waiting.popleft()
-            share = min(until_cover, since_cover, COVER_FADE) / COVER_FADE
-            return face if face is None or share == 1 else replace(face, opacity=face.opacity * share)
-
-        try:
-            for position, (frame, face) in enumerate(tracked):
-                covered = False
-                if face is not None:
-                    points = mouth_points(face.landmarks)
-                    covered = occlusion.is_covered(frame, points, face.first)
-                    mouth = None if covered else cut_mouth(frame, points, position)
-                    if mouth is not None and abs(mouth.features[TURN]) < MAX_TURN:
+        def finish(index: int) -> Face | None:
+            """Take the mouth of window[index], and return its face."""
+            nonlocal position
+            position += 1
+            tracked = window[index]
+            face = tracked.face
+            if face is not None and tracked.points is not None:
+                points = smooth_points(_neighbours(window, index, tracked.points))
+                landmarks = face.landmarks.copy()
+                landmarks[MESH_INDICES] = points
+                face = replace(face, landmarks=landmarks, opacity=face.opacity * _opacity(window, index))
+                if tracked.patch is not None:
+                    mouth = measure_mouth(tracked.patch, points, position)
+                    if abs(mouth.features[TURN]) < MAX_TURN:
                         mouths.append(mouth)
                         limit_mouths(mouths)
-                if (position + 1) % CHUNK == 0:
-                    self._publish(position // CHUNK, mouths, last=False)
-                waiting.append((face, covered))
-                if len(waiting) > COVER_FADE:
-                    yield next_face()
+            if (position + 1) % CHUNK == 0:
+                self._publish(position // CHUNK, mouths, last=False)
+            return face
+
+        try:
+            for frame, face in film:
+                window.append(_track(frame, face, occlusion))
+                if len(window) > DELAY:
+                    yield finish(len(window) - 1 - DELAY)
+            for index in range(max(len(window) - DELAY, 0), len(window)):
+                yield finish(index)
             self._publish(max(position, 0) // CHUNK, mouths, last=True)
-            while waiting:
-                yield next_face()
         except BaseException as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
             raise
         finally:
-            close(tracked)
+            close(film)
 
     def _publish(self, chunk: int, mouths: list[Mouth], last: bool) -> None:
         with self._changed:
@@ -101,6 +119,35 @@ class MouthBank:
             for earlier in [key for key in self._banks if key < chunk]:
                 del self._banks[earlier]
             return self._banks[chunk]
+
+
+def _track(frame: np.ndarray, face: Face | None, occlusion: OcclusionDetector) -> _Tracked:
+    if face is None:
+        return _Tracked(None)
+    points = mouth_points(face.landmarks)
+    covered = occlusion.is_covered(frame, points, face.first)
+    return _Tracked(face, points, None if covered else cut_patch(frame, points), covered)
+
+
+def _neighbours(window: Sequence[_Tracked], index: int, points: np.ndarray) -> dict[int, np.ndarray]:
+    """Points of the frame at `index` and of those that continue it, by their distance in frames."""
+    neighbours = {0: points}
+    for step in (-1, 1):
+        for distance in range(1, REACH + 1):
+            other = index + step * distance
+            if not 0 <= other < len(window) or window[max(other, other - step)].first:
+                break
+            neighbour = window[other].points
+            if neighbour is None:
+                break
+            neighbours[step * distance] = neighbour
+    return neighbours
+
+
+def _opacity(window: Sequence[_Tracked], index: int) -> float:
+    """0 where the mouth at `index` is covered, rising to 1 at COVER_FADE frames from the next covered one."""
+    distances = [abs(other - index) for other, tracked in enumerate(window) if tracked.covered]
+    return min([*distances, COVER_FADE]) / COVER_FADE
 
 
 def limit_mouths(mouths: list[Mouth]) -> None:

@@ -20,8 +20,11 @@ LIP_EDGE = 0.012  # width of the soft edges of the lips
 # The inside of a mouth is generated where the target opening exceeds MAX_STRETCH times the filmed one: none at
 # MISSING_FROM more, all of it at MISSING_FROM + MISSING_RANGE.
 MAX_STRETCH, MISSING_FROM, MISSING_RANGE = 2.2, 0.015, 0.03
-MIN_LIP_GAIN, MAX_LIP_GAIN = 0.5, 1.1  # of a generated inside, per channel, to the colour of the filmed lips
-SHADOW, SHADOW_WIDTH = 0.5, 0.05  # the lips' shadow on a generated inside: brightness at its edge, and reach
+# A generated inside is too soft and has the colours of another film. Its green over that of the generated lips tells
+# cavity from teeth, which are drawn in colours of this film: a share of its lips' colour, and of its skin's, half grey.
+CAVITY_LEVEL, TEETH_LEVEL = 0.5, 1.1
+CAVITY_SHARE, TEETH_SHARE = 0.4, 1.0
+SHADOW, SHADOW_WIDTH = 0.5, 0.07  # the lips' shadow on a generated inside: brightness at its edge, and reach
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +106,27 @@ def draw_layer(
     patch = upper + (lower - upper) * grid.lower_mask(edge)[..., None]
     inside = sample(mouth.pixels, grid.inside_map(mouth.points[LIPS]))
     if layer.missing > 0:
-        gain = lip_colour(mouth.pixels, mouth.points) / np.maximum(lip_colour(generated.face, generated.lips), 1)
-        made = sample(generated.face, grid.inside_map(generated.lips)) * np.clip(gain, MIN_LIP_GAIN, MAX_LIP_GAIN)
+        made = generated_inside(generated, grid, mouth)
         made *= SHADOW + (1 - SHADOW) * grid.inside_mask(SHADOW_WIDTH * scale)[..., None]
         inside += (made - inside) * layer.missing
     return patch + (inside - patch) * grid.inside_mask(edge)[..., None]
+
+
+def generated_inside(generated: GeneratedMouth, grid: MouthGrid, mouth: Mouth) -> np.ndarray:
+    """The inside of a generated mouth in the colours of a filmed one: float32 (h, w, 3)."""
+    green = sample(generated.face, grid.inside_map(generated.lips))[..., 1]
+    level = green / max(lip_colour(generated.face, generated.lips)[1], 1.0)
+    share = np.clip((level - CAVITY_LEVEL) / (TEETH_LEVEL - CAVITY_LEVEL), 0, 1)[..., None]
+    skin = skin_colour(mouth.pixels, mouth.points)
+    cavity = CAVITY_SHARE * lip_colour(mouth.pixels, mouth.points)
+    teeth = TEETH_SHARE * (skin + skin.mean()) / 2
+    return (cavity + (teeth - cavity) * share).astype(np.float32)
+
+
+def skin_colour(pixels: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Median colour (3,) of the skin at the points RING of a picture uint8 (h, w, 3)."""
+    columns, rows = np.clip(np.rint(points[RING]), 0, np.array(pixels.shape[1::-1]) - 1).astype(int).T
+    return np.median(pixels[rows, columns], axis=0)
 
 
 def lip_colour(pixels: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -19,6 +19,8 @@ HEAD_TEMPLATE = np.array(
     ]
 )
 
+MESH_INDICES = np.array([*OUTER_LIPS, *INNER_LIPS, *RING_POINTS, *HEAD_POINTS])  # of `mouth_points`
+
 # Slices and indices of `mouth_points`.
 OUTER, INNER, LIPS = slice(0, 20), slice(20, 40), slice(0, 40)
 RING = slice(40, 40 + len(RING_POINTS))
@@ -31,12 +33,12 @@ GAPS = ((25, 35), (24, 36), (26, 34))  # pairs of opposite inner points: in the 
 
 MIN_GAP = 0.004  # between closed lips
 UPPER_SHARE = 0.25  # share of a change of the opening by which the upper lip moves
-PROFILE_POWER = 0.75  # how a change of the opening falls off from the middle of the lips to their corners
+PROFILE_POWER = 1.0  # how a change of the opening falls off from the middle of the lips to their corners
 
 
 def mouth_points(landmarks: np.ndarray) -> np.ndarray:
     """Select LIPS, RING and HEAD from a mesh (478, 2): (73, 2) float32."""
-    return landmarks[[*OUTER_LIPS, *INNER_LIPS, *RING_POINTS, *HEAD_POINTS]].astype(np.float32)
+    return landmarks[MESH_INDICES].astype(np.float32)
 
 
 def head_similarity(points: np.ndarray) -> np.ndarray:

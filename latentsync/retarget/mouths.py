@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -48,6 +49,13 @@ class Mouth:
     features: np.ndarray
 
 
+class Patch(NamedTuple):
+    """Part of a frame: pixels uint8 (h, w, 3), and x, y of its first pixel."""
+
+    pixels: np.ndarray
+    corner: tuple[int, int]
+
+
 def mouth_box(points: np.ndarray, frame_shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """The part of a frame (H, W, …) with a mouth and the skin around it: x0, y0, x1, y1, the last two exclusive."""
     margin = PATCH_MARGIN * pixels_per_unit(head_similarity(points))
@@ -58,21 +66,21 @@ def mouth_box(points: np.ndarray, frame_shape: tuple[int, ...]) -> tuple[int, in
     return x0, y0, x1, y1
 
 
-def cut_mouth(frame: np.ndarray, points: np.ndarray, position: int) -> Mouth | None:
-    """Cut the mouth out of a frame uint8 (H, W, 3) with `mouth_points`; None where it is not wholly in the picture."""
+def cut_patch(frame: np.ndarray, points: np.ndarray) -> Patch | None:
+    """Cut a mouth out of a frame uint8 (H, W, 3) with `mouth_points`; None where it is not wholly in the picture."""
     x0, y0, x1, y1 = mouth_box(points, frame.shape)
     mouth = points[: HEAD.start]
     if (mouth < (x0, y0)).any() or (mouth > (x1 - 1, y1 - 1)).any():
         return None
-    pixels = frame[y0:y1, x0:x1].copy()
+    return Patch(frame[y0:y1, x0:x1].copy(), (x0, y0))
+
+
+def measure_mouth(patch: Patch, points: np.ndarray, position: int) -> Mouth:
+    """The mouth in a patch of frame `position`; points: `mouth_points` in the frame."""
     lips = transform(head_similarity(points), points[LIPS])
-    return Mouth(
-        position,
-        pixels,
-        points - np.array((x0, y0), np.float32),
-        lips - lip_anchor(lips),
-        mouth_features(points, pixels),
-    )
+    points_in_patch = points - np.array(patch.corner, np.float32)
+    features = mouth_features(points, patch.pixels)
+    return Mouth(position, patch.pixels, points_in_patch, lips - lip_anchor(lips), features)
 
 
 def mouth_features(points: np.ndarray, pixels: np.ndarray) -> np.ndarray:

@@ -32,10 +32,9 @@ HELD_FRAMES = BLOCK + LOOKAHEAD  # frames that wait in this stage
 CONTEXT = LOOKBACK + 2 * BLOCK  # frames before the first new one whose faces a resumed run needs for the same result
 
 USUAL_WIDTH = 0.555  # of a mouth that the model paints
-MIN_WIDTH, MAX_WIDTH = 0.85, 1.12  # of the person's own usual width
+MIN_WIDTH, MAX_WIDTH = 0.85, 1.0  # of the usual width: lips round, but the corners of wider ones stick out of the patch
 MIN_SIZE, MAX_SIZE = 0.6, 1.0  # of an opening, as the person's mouth may be narrower than the model's
 SMOOTHING_SIGMA = 4.0  # frames, for a mouth's place and usual width
-FADE_FRAMES = 3  # of the cross-fade after a jump from one mouth to another
 
 ReadFace = Callable[[np.ndarray], np.ndarray | None]  # the mesh (478, 2) of the face in a picture, or None
 
@@ -69,20 +68,6 @@ class _Measured:
     features: np.ndarray  # (6,) of the mouth in the source
     generated: GeneratedMouth | None
     target: np.ndarray | None  # (2,) opening and width of the generated mouth
-
-
-@dataclass(frozen=True, eq=False)
-class _Selection:
-    """The mouth of a frame, for how many frames it has been there, and the mouth that it is replacing."""
-
-    mouth: Mouth
-    age: int
-    replaced: Mouth | None
-
-    @property
-    def weight(self) -> float:
-        """Of `mouth` in the cross-fade."""
-        return (self.age + 1) / (FADE_FRAMES + 1) if self.replaced else 1.0
 
 
 def retarget(frames: Iterable[Frame], bank: MouthBank, read_face: ReadFace) -> Iterator[Frame]:
@@ -127,7 +112,7 @@ class _Run(Generic[Frame]):
         self.bank = bank
         self.waiting: deque[Frame] = deque()
         self.measured: list[_Measured] = []  # of the waiting frames, after those of frames that lend context
-        self.selection: _Selection | None = None  # of the last frame that was drawn
+        self.last_mouth: Mouth | None = None  # chosen for the frame before
 
     def append(self, frame: Frame, measured: _Measured) -> None:
         self.waiting.append(frame)
@@ -143,7 +128,7 @@ class _Run(Generic[Frame]):
         for _ in range(count):
             yield self.waiting.popleft()
         start = len(self.measured) - len(self.waiting)
-        del self.measured[: max(start - max(LOOKBACK, LOOKAHEAD), 0)]
+        del self.measured[: max(start - LOOKBACK, 0)]
 
     def _draw_mouths(self, count: int) -> None:
         """Choose and draw the mouths of the next `count` frames.
@@ -156,43 +141,41 @@ class _Run(Generic[Frame]):
         if any(measured.target is not None for measured in self.measured[first:last]):
             mouths = self.bank.mouths_for(self.waiting[count - 1].position)
         if not mouths:
-            self.selection = None
+            self.last_mouth = None
             return
         targets = _target_features(self.measured, first, last)
         path = choose_mouths(mouths, targets)
         anchors = np.stack([measured.anchor for measured in self.measured])
         for index, frame in zip(range(start, start + count), self.waiting, strict=False):
-            self.selection = _next_selection(self.selection, mouths[path[index - first]])
-            anchor, target = gaussian_mean(anchors, index), targets[index - first]
-            _draw_frame(frame, self.measured[index], self.selection, anchor, target)
+            mouth = mouths[path[index - first]]
+            blend = cross_fade(self.last_mouth, mouth)
+            _draw_frame(frame, self.measured[index], blend, gaussian_mean(anchors, index), targets[index - first])
+            self.last_mouth = mouth
 
 
-def _next_selection(current: _Selection | None, mouth: Mouth) -> _Selection:
-    """The selection of the next frame: the film's next mouth, or another one that is faded in."""
-    if current is None:
-        return _Selection(mouth, FADE_FRAMES, None)
-    if abs(current.mouth.position - mouth.position) > 1:
-        return _Selection(mouth, 0, current.mouth)
-    age = current.age + 1
-    return _Selection(mouth, age, current.replaced if age < FADE_FRAMES else None)
+def cross_fade(last: Mouth | None, mouth: Mouth) -> list[tuple[Mouth, float]]:
+    """Mouths to draw and their weights: a jump in the film is halved by one frame of both; more frames would blur."""
+    if last is None or abs(last.position - mouth.position) <= 1:
+        return [(mouth, 1.0)]
+    return [(last, 0.5), (mouth, 0.5)]
 
 
 def _draw_frame(
-    frame: RetargetFrame, measured: _Measured, selection: _Selection, anchor: np.ndarray, target: np.ndarray
+    frame: RetargetFrame,
+    measured: _Measured,
+    blend: list[tuple[Mouth, float]],
+    anchor: np.ndarray,
+    target: np.ndarray,
 ) -> None:
-    """Draw the selected mouth into a frame, with its anchor at (2,) and target features (6,)."""
+    """Draw a blend of mouths into a frame, with their anchor at (2,) in head units and target features (6,)."""
     if measured.generated is None:
         return
     to_frame = cv2.invertAffineTransform(measured.head)
-
-    def layer(mouth: Mouth, weight: float) -> Layer:
+    layers = []
+    for mouth, weight in blend:
         lips = anchor + reshape_lips(mouth.lips, target[OPENING], target[WIDTH])
         missing = missing_inside(mouth.features[OPENING], target[OPENING])
-        return Layer(mouth, transform(to_frame, lips), weight, missing)
-
-    layers = [layer(selection.mouth, selection.weight)]
-    if selection.replaced is not None:
-        layers.append(layer(selection.replaced, 1 - selection.weight))
+        layers.append(Layer(mouth, transform(to_frame, lips), weight, missing))
     scale = pixels_per_unit(measured.head)
     draw_mouths(frame.frame, measured.points, scale, layers, measured.generated, frame.opacity)
 

@@ -1,1 +1,1 @@
-"""What the page asks of the engine: jobs in the background, preview and curves, speeds, and the models there are."""
+"""The page's side of the engine: jobs and their previews, curves, models, uploads, endpoints, and the HTTP guard."""

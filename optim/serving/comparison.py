@@ -1,4 +1,4 @@
-"""The side-by-side video of a job, made in a thread of its own; one at a time, whoever asks."""
+"""The side-by-side video of a job, made in a thread of its own; one at a time on a server."""
 
 import logging
 import os
@@ -17,14 +17,14 @@ _one_at_a_time = threading.Lock()
 
 
 def start_comparison(job: Job, result: Path, store: JobStore) -> None:
-    """Begin to put original and result side by side; `job.comparison` says how far it is, and cancels it."""
+    """Start making the side-by-side video; `job.comparison` has its progress and cancels it."""
     job.comparison = Comparison()
     thread = threading.Thread(target=_compare, args=(job, job.comparison, result, store), name="compare", daemon=True)
     thread.start()
 
 
 def _compare(job: Job, comparison: Comparison, result: Path, store: JobStore) -> None:
-    """Make a comparison, whatever its end; raises nothing."""
+    """Make a comparison and record how it ended; raises nothing."""
 
     def on_progress(done: int, total: int) -> None:
         if comparison.cancel.is_set():
@@ -33,7 +33,7 @@ def _compare(job: Job, comparison: Comparison, result: Path, store: JobStore) ->
 
     partial = job.compared.with_suffix(".partial.mp4")
     try:
-        from optim.serving.compare import side_by_side
+        from optim.serving.side_by_side import side_by_side
 
         while not _one_at_a_time.acquire(timeout=0.2):
             on_progress(0, 0)

@@ -19,7 +19,7 @@ from latentsync.media import AudioInfo, VideoInfo, probe_audio, probe_video
 from optim.serving import form
 from optim.serving.fetcher import Fetcher
 from optim.serving.guard import is_text, shorten
-from optim.serving.inputs import unwritten, with_user_names
+from optim.serving.inputs import disk_problem, with_user_names
 from optim.serving.job import Request
 from optim.serving.preview import thumbnail
 from optim.serving.uploads import Uploads
@@ -257,8 +257,8 @@ class Endpoints:
             if not path.is_file():
                 raise UserError(f"'{path.name}' is not on this server any more: run the job again.") from None
             raise UserError(
-                f"'{path.name}' cannot be given away ({unwritten(error)}): let who serves the page look at the folder "
-                "for temporary files, which GRADIO_TEMP_DIR names."
+                f"'{path.name}' cannot be given away ({disk_problem(error)}): let who serves the page look at the "
+                "folder for temporary files, which GRADIO_TEMP_DIR names."
             ) from None
 
     # ---- before a job

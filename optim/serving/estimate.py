@@ -1,4 +1,4 @@
-"""What a request means on this machine, in words, and how long it will take."""
+"""A request described in words: its plan on this machine, and how long it will take."""
 
 import math
 from typing import TYPE_CHECKING
@@ -16,9 +16,9 @@ if TYPE_CHECKING:  # torch takes seconds to load
 def describe_request(
     request: Request, checkpoint: "Checkpoint", machine: Machine, speeds: Speeds, seconds: float | None, lent: bool
 ) -> tuple[str, str]:
-    """A line for the page, and the plan in detail.
+    """What a request means, in one line, and its plan in detail.
 
-    seconds: of the sound, None where there is none yet; lent: the job will run on a lent GPU. Raises UserError.
+    seconds: of the sound, None if unknown; lent: the job will run on a lent GPU. Raises UserError.
     """
     import torch
 
@@ -32,15 +32,15 @@ def describe_request(
         return f"{line}, on {machine.device_name}.", in_detail
     if seconds is None:
         return f"{line}.", in_detail
-    estimate = speeds.estimate(speed_key(checkpoint, machine), plan.settings, math.ceil(seconds * FPS))
+    estimate = speeds.estimate(speed_key(checkpoint.name, machine), plan.settings, math.ceil(seconds * FPS))
     if estimate is None:
         return f"{line}; how long it takes here is not known before the first job.", in_detail
-    expected, measured = estimate
-    return f"{line}; {'about' if measured else 'roughly'} {duration_text(expected)} for this clip.", in_detail
+    about = "about" if estimate.measured else "roughly"
+    return f"{line}; {about} {duration_text(estimate.seconds)} for this clip.", in_detail
 
 
 def duration_text(seconds: float) -> str:
-    """A duration for people."""
+    """A duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     if seconds < 5400:

@@ -1,10 +1,10 @@
-"""Fetching, verifying and removing released models while the page is served.
+"""Fetch, verify and remove released models while the page is served.
 
     fetcher = Fetcher(worker, allowed=True)
     fetcher.start("latentsync-1.6")
     fetcher.view()      # its progress
 
-One task runs at a time, in a thread of its own beside that of the jobs.
+One task runs at a time, in a thread of its own, not that of the jobs.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What visitors may have on a server, and options in their ranges."""
+"""Limits of what visitors may have on a server, and checks of numeric options."""
 
 import math
 from dataclasses import dataclass
@@ -7,13 +7,14 @@ from typing import Any
 from latentsync.errors import UserError
 
 
-def check_option(what: str, value: Any, least: float, whole: bool = False, optional: bool = False) -> None:
-    """Raise UserError unless an option is a number of at least `least`, and finite."""
+def check_option(what: str, value: Any, minimum: float, whole: bool = False, optional: bool = False) -> None:
+    """Raise UserError unless an option is a number of at least `minimum`, and finite."""
     if value is None and optional:
         return
-    kinds = int if whole else int | float
-    if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < math.inf:
-        raise UserError(f"{what} cannot be {value!r}: give a {'whole ' if whole else ''}number of at least {least:g}.")
+    kind = int if whole else int | float
+    if not isinstance(value, kind) or isinstance(value, bool) or not minimum <= value < math.inf:
+        number = "whole number" if whole else "number"
+        raise UserError(f"{what} cannot be {value!r}: give a {number} of at least {minimum:g}.")
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ class Machine:
 
 
 def inspect_machine(folder: Path, model: str, device_name: str, lent: bool) -> Machine:
-    """Look at the machine; torch is imported. Raises UserError where it cannot be used.
+    """Inspect the machine, which imports torch. Raises UserError if it cannot be used.
 
-    folder: of the results, made if it is not there; model, device_name: as on the command line; lent: a GPU is lent to
+    folder: of the results, created if missing; model, device_name: as on the command line; lent: a GPU is lent to
     each job, and none is here.
     """
     import torch
@@ -57,7 +57,7 @@ def inspect_machine(folder: Path, model: str, device_name: str, lent: bool) -> M
 
 
 def device_text(device: "torch.device") -> str:
-    """The device's own name."""
+    """The name of a device's hardware."""
     if device.type == "cuda":
         import torch
 

@@ -136,9 +136,9 @@ def accounts(options: argparse.Namespace) -> list[tuple[str, str]] | None:
     if (variable := os.environ.get("LATENTSYNC_AUTH")) is not None:
         return parse_accounts(variable, "The variable LATENTSYNC_AUTH")
     if options.share:
-        name, password = "lipsync", secrets.token_urlsafe(9)
-        print(f"Log in as '{name}', password '{password}' (--auth sets another, --no-auth none).", flush=True)
-        return [(name, password)]
+        login = ("lipsync", secrets.token_urlsafe(9))
+        print(f"Log in as '{login[0]}', password '{login[1]}' (--auth sets another, --no-auth none).", flush=True)
+        return [login]
     return None
 
 

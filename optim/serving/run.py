@@ -1,6 +1,6 @@
-"""One job through the pipeline: its plan, its progress, how it is interrupted, and what its failures mean.
+"""One job through the pipeline: its plan, its progress, how it is cancelled, and what to try when memory runs out.
 
-torch is imported by what is called, so that a page can be shown before.
+The functions import torch, not the module, so that the page can be shown before it is loaded.
 """
 
 import time
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentsync.media.segments import clock
 from latentsync.settings import WINDOW
-from optim.serving.curves import latest
+from optim.serving.curves import last_seconds
 from optim.serving.job import Job, Request
 from optim.serving.machine import Machine
 from optim.serving.preview import Preview
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to load
 
 
 class Cancelled(Exception):
-    """Raised inside a run that is to end and leave nothing."""
+    """Raised inside a run to end it and leave nothing."""
 
 
 def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.device") -> "Plan":
@@ -46,11 +46,11 @@ def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.dev
     return plan_for_device(device, model.resolution, settings, request.level, request.batch, **overrides)
 
 
-def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, machine: str) -> None:
-    """Run a job with loaded models and write into it what comes out: result, report, advice, messages.
+def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, speed_key: str) -> None:
+    """Run a job with loaded models, and set its output, report, advice and messages.
 
-    speeds: gives the expected time, and gets the job's own; machine: the name that they are filed under. Raises
-    Cancelled, UserError, `pipeline.StopEarly` where nothing was finished yet, and whatever goes wrong.
+    speeds: gives the expected time and records the job's own, under `speed_key`. Raises Cancelled, UserError,
+    `pipeline.StopEarly` where nothing was finished yet, and whatever else goes wrong.
     """
     from latentsync.pipeline import Hooks, lipsync
     from optim.accelerate import accelerate, oom_handler
@@ -59,8 +59,8 @@ def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, mach
 
     request = job.request
     plan = make_plan(request, models, models.device)
-    estimate = speeds.estimate(machine, plan.settings, job.frames)
-    job.expected_seconds = estimate[0] if estimate else None
+    estimate = speeds.estimate(speed_key, plan.settings, job.frames)
+    job.expected_seconds = estimate.seconds if estimate else None
     job.doing = "preparing the networks"
     accelerate(models, plan, job.messages.append, frames=job.frames)
     check_cancel(job)
@@ -85,7 +85,7 @@ def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, mach
             report = lipsync(
                 request.video,
                 request.audio,
-                job.planned,
+                job.planned_output,
                 models,
                 plan.settings,
                 hooks,
@@ -96,22 +96,23 @@ def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, mach
         preview.close()
     seconds = time.monotonic() - began
     if not report.ended_early and not step_downs and not report.resumed_from:
-        speeds.record(machine, plan.settings, report.frames, seconds)
+        speeds.record(speed_key, plan.settings, report.frames, seconds)
     gpu = None
-    if models.device.type == "cuda" and (history := latest(monitor.snapshot(), seconds)):
+    if models.device.type == "cuda" and (history := last_seconds(monitor.snapshot(), seconds)):
         gpu = history.gpu(nvml_index(models.device))
-    job.advice = [asdict(each) for each in advise_report(report, plan, step_downs, gpu)]
+    job.advice = [asdict(advice) for advice in advise_report(report, plan, step_downs, gpu)]
     job.messages.extend(report.remarks)
     position = {"level": plan.level.name, "position": plan.level.position}
     job.report = report.as_dict() | position | {"step_downs": step_downs}
-    job.output = job.planned
+    job.output = job.planned_output
     monitor.mark("done")
 
 
 def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
-    """All of a job in one call, where a GPU is lent to one function at a time, in a process of its own.
+    """Run a whole job in one call, where a GPU is lent to one function at a time, in a process of its own.
 
-    model: as on the command line. Returns the report. The run can be neither watched nor cancelled. Raises UserError.
+    model: as on the command line. Returns the report. The run shows no progress and cannot be cancelled. Raises
+    UserError.
     """
     from latentsync.checkpoints.find import resolve_model
     from latentsync.checkpoints.load import load_models
@@ -139,18 +140,18 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
 
 
 def check_cancel(job: Job) -> None:
-    """Raise Cancelled or, where what is finished is kept, `pipeline.StopEarly`, if a job is to end."""
+    """If a job is to end, raise Cancelled, or `pipeline.StopEarly` to keep what is finished."""
     if job.cancel_requested.is_set():
         from latentsync.pipeline import StopEarly
 
-        raise StopEarly if job.keep else Cancelled
+        raise StopEarly if job.keep_finished else Cancelled
 
 
 @contextmanager
 def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]:
-    """On a processor, call `check` in the middle of passes too, which may take many seconds; what it raises ends them.
+    """On a processor, call `check` also within passes, which may take many seconds; what it raises ends the pass.
 
-    On a GPU there is no need: the pipeline never runs far ahead of it. A compiled network is left alone.
+    A GPU does not need that: the pipeline never runs far ahead of it. A compiled network is left alone.
     """
     from optim.compilation import is_compiled
 
@@ -167,7 +168,7 @@ def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]
 
 
 class Progress:
-    """The pipeline's on_progress: writes into the job, and ends the run when it is cancelled."""
+    """The pipeline's hook on_progress: updates the job, and ends the run when it is cancelled."""
 
     def __init__(self, job: Job, steps: int, monitor: "Monitor"):
         self._job, self._steps, self._monitor = job, steps, monitor
@@ -187,8 +188,8 @@ class Progress:
             job.doing = "painting mouths"
             # A call without a new frame is a denoising step. Decoding follows the last one.
             self._steps_taken = self._steps_taken + 1 if done == job.progress.get(stage, 0) else 0
-            part = min(self._steps_taken / (self._steps + 1), 1.0) * WINDOW
-            job.part = min(part, total - done)
+            fraction = min(self._steps_taken / (self._steps + 1), 1.0)
+            job.partial_frames = min(fraction * WINDOW, total - done)
         elif stage == "faces" and "mouths" not in job.progress:
             job.doing = "finding faces"
         job.progress[stage] = done
@@ -197,14 +198,11 @@ class Progress:
 def out_of_memory(machine: Machine, checkpoint: "Checkpoint | None") -> tuple[str, dict[str, Any] | None]:
     """The sentence for a run that did not fit into memory, and the remedy; checkpoint: of the model that ran.
 
-    By then everything that a level can give up has been given up.
+    The run has tried the smallest batches of every level by then.
     """
     sentence = f"The memory of {machine.device_name} is not enough for this, even in the smallest pieces: "
-    smaller = [
-        model
-        for model in machine.models
-        if model["present"] and checkpoint and model["resolution"] < checkpoint.resolution
-    ]
+    present = [model for model in machine.models if model["present"]]
+    smaller = [model for model in present if checkpoint and model["resolution"] < checkpoint.resolution]
     if not smaller:
         return sentence + "close other programs that use it.", None
     name = max(smaller, key=lambda model: model["resolution"])["name"]

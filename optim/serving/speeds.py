@@ -1,71 +1,74 @@
-"""How fast this machine has been, so that a page can say how long a job will take."""
+"""How fast this machine was in earlier jobs, to estimate how long a job will take."""
 
 import json
 import math
-import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # torch takes seconds to load
-    from latentsync.checkpoints.find import Checkpoint
-    from latentsync.settings import Settings
+from latentsync.paths import replacing
+from latentsync.settings import Settings
+
+if TYPE_CHECKING:
     from optim.serving.machine import Machine
 
 
+class Estimate(NamedTuple):
+    """The time that a job will take."""
+
+    seconds: float
+    measured: bool  # with these settings, not scaled from others
+
+
 class Speeds:
-    """How fast this machine has been, in a small file: seconds a frame by model, device and what a frame costs."""
+    """Seconds a frame, by a key for model and device and by the work that a frame takes, in a small JSON file."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.jobs = 0  # that were measured since
-        self._known: dict[str, dict[str, float]] = {}
+        self.jobs = 0  # that were recorded by this process
+        self._seconds: dict[str, dict[str, float]] = {}
         with suppress(OSError, ValueError, RecursionError):
-            self._known = _checked(json.loads(path.read_text(encoding="utf-8")))
+            self._seconds = _valid_entries(json.loads(path.read_text(encoding="utf-8")))
 
     @staticmethod
-    def work(settings: "Settings") -> float:
-        """What denoising a frame costs, in full unguided passes; shallow ones take a ninth (docs/speed.md)."""
+    def work(settings: Settings) -> float:
+        """The work of denoising a frame, in full unguided passes; a shallow one takes a ninth (docs/speed.md)."""
         sides = 2 if settings.guidance_scale > 1 else 1
         if settings.cache is None or settings.cache.interval < 2:
             return sides * settings.steps
         full = math.ceil(settings.steps / settings.cache.interval)
         return sides * full + (settings.steps - full) / 9 * (sides if settings.cache.guided else 1)
 
-    def estimate(self, place: str, settings: "Settings", frames: int) -> tuple[float, bool] | None:
-        """Seconds for so many frames, and whether that was measured with these settings; None where nothing was.
-
-        With other settings, the time is scaled by the work of the nearest that were.
-        """
-        known = {float(work): seconds for work, seconds in self._known.get(place, {}).items()}
-        if not known:
+    def estimate(self, key: str, settings: Settings, frames: int) -> Estimate | None:
+        """The time for a number of frames, scaled by the work from the nearest recorded settings; None without any."""
+        seconds = {float(work): value for work, value in self._seconds.get(key, {}).items()}
+        if not seconds:
             return None
         work = round(self.work(settings), 2)
-        nearest = min(known, key=lambda other: abs(math.log(other / work)))
-        return frames * known[nearest] * work / nearest, nearest == work
+        nearest = min(seconds, key=lambda other: abs(math.log(other / work)))
+        return Estimate(frames * seconds[nearest] * work / nearest, measured=nearest == work)
 
-    def record(self, place: str, settings: "Settings", frames: int, seconds: float) -> None:
-        """Remember a job; the newest of its kind counts."""
+    def record(self, key: str, settings: Settings, frames: int, seconds: float) -> None:
+        """Record a job; it replaces an earlier one of the same work. A full disk costs the file, not the job."""
         self.jobs += 1
-        self._known.setdefault(place, {})[str(round(self.work(settings), 2))] = seconds / frames
-        with suppress(OSError):  # a full disk costs the memory, not the job
+        self._seconds.setdefault(key, {})[str(round(self.work(settings), 2))] = seconds / frames
+        with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._known, indent=1), encoding="utf-8")
-            os.replace(partial, self.path)
+            with replacing(self.path) as partial:
+                partial.write_text(json.dumps(self._seconds, indent=1), encoding="utf-8")
 
 
-def _checked(read: object) -> dict[str, dict[str, float]]:
-    """What of a file's content are speeds: by place, a positive number by a positive number in text."""
-    known: dict[str, dict[str, float]] = {}
-    for place, speeds in read.items() if isinstance(read, dict) else ():
+def _valid_entries(content: object) -> dict[str, dict[str, float]]:
+    """The entries of a file's content that are speeds: by key, positive numbers by positive numbers as text."""
+    valid: dict[str, dict[str, float]] = {}
+    for key, speeds in content.items() if isinstance(content, dict) else ():
         for work, seconds in speeds.items() if isinstance(speeds, dict) else ():
             with suppress(ValueError):
                 if type(seconds) in (int, float) and 0 < seconds < math.inf and 0 < float(work) < math.inf:
-                    known.setdefault(place, {})[work] = seconds
-    return known
+                    valid.setdefault(key, {})[work] = seconds
+    return valid
 
 
-def speed_key(checkpoint: "Checkpoint", machine: "Machine") -> str:
-    """What a speed is filed under."""
-    return f"{checkpoint.name}, {machine.device_name}"
+def speed_key(model: str, machine: "Machine") -> str:
+    """The key in `Speeds` for a model, by name, on a machine."""
+    return f"{model}, {machine.device_name}"

@@ -1,4 +1,4 @@
-"""The jobs of a server, in memory and on the disk: the queue, who may see what, and how much a visitor may have."""
+"""The jobs of a server: the queue, who may see which job, and how much a visitor may have."""
 
 import secrets
 import shutil
@@ -8,32 +8,35 @@ from collections import deque
 from pathlib import Path
 
 from latentsync.errors import UserError
-from optim.serving.inputs import stored_bytes, unwritten
-from optim.serving.job import FAILED, RUNNING, WAITING, Job, finished_frames, load_jobs, owner_of, save_job
-from optim.serving.limits import NO_LIMITS, Limits
+from optim.serving.inputs import disk_problem, stored_bytes
+from optim.serving.job import FAILED, RUNNING, WAITING, Job, owner_of
+from optim.serving.limits import NO_LIMITS, Limits, check_option
+from optim.serving.records import finished_frames, load_jobs, save_job
 
-KEPT_JOBS = 50  # finished ones that a visitor finds in the list
+MAX_LISTED = 50  # ended jobs in a visitor's list
 
 
 class JobStore:
-    """All jobs, oldest first, and those that wait in the order in which they will run. Safe to use from any thread.
+    """All jobs, the oldest first, and the queue of those that wait. Any thread may use it.
 
-    folder: each job gets a folder of its own in it; queue_size: jobs that may wait; limits: of each visitor.
+    folder: each job gets a folder in it; queue_size: jobs that may wait; limits: of each visitor. Raises UserError for
+    options out of range.
     """
 
     def __init__(self, folder: Path, queue_size: int, limits: Limits = NO_LIMITS):
+        check_option("The length of the queue", queue_size, 1, whole=True)
         self.folder, self.queue_size, self.limits = folder, queue_size, limits
         self.lock = threading.Lock()
         self.jobs: dict[str, Job] = {}
         self.waiting: deque[Job] = deque()
 
     def load(self) -> None:
-        """Load the jobs of earlier servers; those that they had not finished wait. Raises UserError."""
+        """Load the jobs of earlier servers, and queue those that they had not finished. Raises UserError."""
         try:
             loaded = {job.id: job for job in load_jobs(self.folder)}
         except OSError as error:
             raise UserError(
-                f"The folder of the results '{self.folder}' cannot be read ({unwritten(error)}): give another with "
+                f"The folder of the results '{self.folder}' cannot be read ({disk_problem(error)}): give another with "
                 "--outputs."
             ) from error
         with self.lock:  # the page may have been used already
@@ -44,24 +47,25 @@ class JobStore:
     # ---- finding
 
     def find(self, job_id: str, visitor: str) -> Job:
-        """A visitor's own job. Raises UserError, the same for another's as for one that does not exist."""
+        """A visitor's job. Raises UserError, with the same sentence for another's job as for none."""
         job = self.jobs.get(job_id)
         if job is None or not same_token(job.owner, owner_of(visitor)):
             raise UserError(f"There is no job '{job_id}' of yours: it may have been removed.")
         return job
 
     def by_key(self, key: str) -> Job | None:
-        """The job whose files a key opens."""
+        """The job to whose files a key gives access."""
         return next((job for job in self.all() if same_token(job.key, key)), None)
 
     def all(self) -> list[Job]:
+        """The oldest first."""
         return list(self.jobs.values())
 
     def jobs_of(self, visitor: str) -> list[Job]:
-        """A visitor's jobs, the newest first: all that have not ended, and KEPT_JOBS that have."""
-        own = self._owned_by(owner_of(visitor))[::-1]
-        old = [job for job in own if job.state not in (WAITING, RUNNING)][KEPT_JOBS:]
-        return [job for job in own if job not in old]
+        """A visitor's jobs, the newest first: all that have not ended, and MAX_LISTED that have."""
+        jobs = self._owned_by(owner_of(visitor))[::-1]
+        unlisted = [job for job in jobs if not job.unfinished][MAX_LISTED:]
+        return [job for job in jobs if job not in unlisted]
 
     def _owned_by(self, owner: str) -> list[Job]:
         return [job for job in self.all() if same_token(job.owner, owner)]
@@ -74,14 +78,14 @@ class JobStore:
             return self.waiting.index(job) + any(other.state == RUNNING for other in self.jobs.values())
 
     def load_counts(self) -> tuple[int, int]:
-        """Jobs that run and that wait, of all visitors."""
+        """The numbers of running and of waiting jobs, of all visitors."""
         with self.lock:
             return sum(job.state == RUNNING for job in self.jobs.values()), len(self.waiting)
 
     # ---- the queue
 
     def add(self, job: Job) -> None:
-        """Save a new job and put it into the queue. Raises UserError where there is no room for it."""
+        """Save a new job and queue it. Raises UserError if there is no room for it."""
         save_job(job, WAITING)
         with self.lock:
             self.check_room(job.owner)
@@ -89,7 +93,7 @@ class JobStore:
             self.waiting.append(job)
 
     def retry(self, job: Job) -> bool:
-        """Put a failed job into the queue again if it has finished segments to resume from; whether it has."""
+        """Queue a failed job again if it has finished segments to resume after; returns whether it has."""
         with self.lock:
             if job.state != FAILED or not finished_frames(job):
                 return False
@@ -102,7 +106,7 @@ class JobStore:
         return True
 
     def take_next(self) -> Job | None:
-        """The next job, which runs from now on; None where none waits."""
+        """Take the next job from the queue and mark it as running; None if none waits."""
         with self.lock:
             job = self.waiting.popleft() if self.waiting else None
             if job:
@@ -120,7 +124,7 @@ class JobStore:
         shutil.rmtree(job.folder, ignore_errors=True)
 
     def remove_old(self, hours: float) -> None:
-        """Remove the jobs that ended longer ago than that."""
+        """Remove the jobs that ended more than that many hours ago."""
         for job in self.all():
             if job.ended and time.time() - job.ended > 3600 * hours:
                 self.remove(job)
@@ -128,41 +132,48 @@ class JobStore:
     # ---- limits
 
     def check_room(self, owner: str, new: bool = True) -> None:
-        """Raise UserError where the queue is full, or a visitor has as many jobs as they may."""
+        """Raise UserError if the queue is full, or a visitor has as many jobs as allowed; new: for one more job."""
         if len(self.waiting) >= self.queue_size:
             raise UserError(f"The queue is full, {len(self.waiting)} jobs wait already: try again in a few minutes.")
-        states = [job.state for job in self._owned_by(owner)]
-        unfinished = states.count(WAITING) + states.count(RUNNING)
-        limits = self.limits
+        jobs, limits = self._owned_by(owner), self.limits
+        unfinished = sum(job.unfinished for job in jobs)
         if limits.unfinished and unfinished >= limits.unfinished:
             raise UserError(
                 f"You have {unfinished} jobs that wait or run, and this server takes {limits.unfinished} of a "
                 "visitor: wait until one has ended, or cancel one."
             )
-        if new and limits.kept and len(states) >= limits.kept:
+        if new and limits.kept and len(jobs) >= limits.kept:
             raise UserError(
-                f"You have {len(states)} jobs here, and this server keeps {limits.kept} of a visitor: remove those "
+                f"You have {len(jobs)} jobs here, and this server keeps {limits.kept} of a visitor: remove those "
                 "that you do not need."
             )
 
     def check_stored(self, owner: str, new_folder: Path | None = None) -> None:
-        """Raise UserError where the files of a visitor's jobs, or of all, take more than they may.
+        """Raise UserError if the files of a visitor's jobs, or of all, take more space than allowed.
 
         new_folder: of a job that is being submitted.
         """
-        own = "Your files here take {} GB, and this server keeps {} GB of a visitor: remove jobs that you do not need, "
-        own += "or give smaller files."
-        everyones = "The jobs of this server take {} GB of the {} GB that it keeps: remove jobs that you do not need, "
-        everyones += "or try again later."
-        for limit, jobs, sentence in (
-            (self.limits.stored, self._owned_by(owner), own),
-            (self.limits.stored_by_all, self.all(), everyones),
-        ):
-            folders = [*(job.folder for job in jobs), *([new_folder] if new_folder else [])]
-            if limit and (taken := stored_bytes(folders)) > limit:
-                raise UserError(sentence.format(f"{taken / 1e9:.3g}", f"{limit / 1e9:.3g}"))
+        limits, new = self.limits, [new_folder] if new_folder else []
+
+        def used(jobs: list[Job]) -> int:
+            return stored_bytes([*(job.folder for job in jobs), *new])
+
+        if limits.stored and (taken := used(self._owned_by(owner))) > limits.stored:
+            raise UserError(
+                f"Your files here take {gigabytes(taken)}, and this server keeps {gigabytes(limits.stored)} of a "
+                "visitor: remove jobs that you do not need, or give smaller files."
+            )
+        if limits.stored_by_all and (taken := used(self.all())) > limits.stored_by_all:
+            raise UserError(
+                f"The jobs of this server take {gigabytes(taken)} of the {gigabytes(limits.stored_by_all)} that it "
+                "keeps: remove jobs that you do not need, or try again later."
+            )
 
 
-def same_token(ours: str, theirs: str) -> bool:
+def same_token(token: str, other: str) -> bool:
     """Constant-time comparison."""
-    return secrets.compare_digest(ours.encode(), theirs.encode())
+    return secrets.compare_digest(token.encode(), other.encode())
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"

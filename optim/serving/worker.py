@@ -1,11 +1,11 @@
-"""The thread that runs the jobs of a page, one after the other, and what a page asks of it.
+"""The thread that runs the jobs of the page, one after the other, and what the page can do with them.
 
     worker = Worker(Path("outputs"))
     worker.start()
     job = worker.submit(Request(video, audio), visitor)
     worker.cancel(job.id, visitor, keep=True)
 
-Nothing here knows of a page or a server. torch is imported by the worker's thread, so that a page can be shown before.
+Nothing here knows of a page or a server. The thread imports torch, so that the page can be shown before it is loaded.
 The model stays loaded between jobs and is unloaded after a while without any.
 """
 
@@ -25,24 +25,14 @@ from latentsync.errors import UserError, is_out_of_memory
 from latentsync.media import probe_audio, probe_video
 from latentsync.media.segments import discard
 from optim.serving.comparison import start_comparison
-from optim.serving.curves import NO_CURVES, latest, live, thinned
+from optim.serving.curves import NO_CURVES, curves_since, last_seconds, thinned_curves
 from optim.serving.estimate import describe_request
 from optim.serving.inputs import store_inputs, with_user_names
-from optim.serving.job import (
-    CANCELLED,
-    DONE,
-    FAILED,
-    RUNNING,
-    WAITING,
-    Job,
-    Request,
-    finished_frames,
-    owner_of,
-    save_job,
-)
+from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, WAITING, Job, Request, owner_of
 from optim.serving.limits import NO_LIMITS, Limits, check_option
 from optim.serving.machine import Machine, inspect_machine
 from optim.serving.models import find_checkpoint, list_models
+from optim.serving.records import finished_frames, save_job
 from optim.serving.run import Cancelled, check_cancel, out_of_memory, run_job
 from optim.serving.speeds import Speeds, speed_key
 from optim.serving.store import JobStore
@@ -56,7 +46,7 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 600.0  # without a job, until the model is unloaded
 LIVE_SECONDS = 120.0  # of the curves of the machine
-LIVE_INTERVAL = 0.5  # seconds within which everybody gets the same curves
+LIVE_INTERVAL = 0.5  # seconds for which a snapshot of the curves serves all visitors
 JOIN_SECONDS = 10.0  # that `close` waits for the thread
 FAULT = (
     "Something inside the program failed ({}); its console says where. Your files are unharmed: try again, or with "
@@ -73,11 +63,12 @@ class Worker:
     """The queue of jobs and the thread that works on it.
 
     folder, queue_size, limits: see `JobStore`; max_seconds: of sound, None for any length; model, device: what `auto`
-    means, as on the command line; keep_hours: after which finished jobs and their files are removed, None for never;
-    lent: does what `run.run_alone` does, where a GPU is only lent to it. Raises UserError for options out of range.
+    means, as on the command line; idle_seconds: without a job, until the model is unloaded; keep_hours: after which
+    ended jobs and their files are removed, None for never; lent: runs a job on a GPU that is lent for it, as
+    `run.run_alone` does. Raises UserError for options out of range.
 
-    The worker owns every file in the folders of its jobs: they go with `remove`, or after `keep_hours`. What a job does
-    not need any more goes when it ends.
+    The worker owns every file in the folders of its jobs: they go with `remove`, or after `keep_hours`. Files that a
+    job does not need any more go when it ends.
     """
 
     def __init__(
@@ -92,7 +83,6 @@ class Worker:
         lent: RunAlone | None = None,
         limits: Limits = NO_LIMITS,
     ):
-        check_option("The length of the queue", queue_size, 1, whole=True)
         check_option("The most seconds of sound", max_seconds, 0.01, optional=True)
         check_option("The seconds until the model is unloaded", idle_seconds, 0)
         check_option("The hours that results are kept", keep_hours, 1e-9, optional=True)
@@ -100,10 +90,10 @@ class Worker:
         self.folder, self.max_seconds = folder, max_seconds
         self.model, self.device_name = model, device
         self.idle_seconds, self.keep_hours, self.lent = idle_seconds, keep_hours, lent
-        self.server = secrets.token_hex(6)  # tells this server from those before and after it at the same address
+        self.server = secrets.token_hex(6)  # identifies this server among others at the same address
         self.machine: Machine | None = None
-        self.problem: str | None = None  # why there is none
-        self.ready = threading.Event()  # set when one of the two is there
+        self.problem: str | None = None  # why there is no machine
+        self.ready = threading.Event()  # set when there is a machine or a problem
         self.monitor: Monitor | None = None
         self.speeds: Speeds | None = None
         self._wake = threading.Event()
@@ -111,20 +101,20 @@ class Worker:
         self._history: tuple[float, History] | None = None  # of the last LIVE_SECONDS, and when it was taken
         self._history_lock = threading.Lock()
         self._models: Models | None = None
-        self._loaded: Checkpoint | None = None
-        self._checkpoint: Checkpoint | None = None  # of the job that runs
+        self._loaded: Checkpoint | None = None  # of `_models`
+        self._checkpoint: Checkpoint | None = None  # of the running job
         self._idle_since = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
 
     # ---- for every thread
 
     def start(self) -> None:
-        """Load the jobs of earlier servers and begin to work. Raises UserError where they cannot be read."""
+        """Load the jobs of earlier servers and start the thread. Raises UserError if they cannot be read."""
         self.store.load()
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread. The next server resumes the job that runs, and has those that wait in its queue."""
+        """End the thread. The next server resumes the running job, and runs those that wait."""
         self._closed.set()
         for job in self.store.all():
             if job.state == RUNNING:
@@ -143,11 +133,11 @@ class Worker:
             job.cancel_requested.set()
 
     def submit(self, request: Request, visitor: str, names: tuple[str, str] | None = None) -> Job:
-        """Take ownership of the files of a request, probe them, and put the job into the queue.
+        """Take ownership of the files of a request, probe them, and queue the job.
 
-        The job's folder gets names of its own for the files, see `inputs.store_inputs`: they must not be changed in
-        place afterwards, and the names they had may go at once. names: what the user calls the files. Raises UserError
-        for files that cannot be used, a sound that is too long, a full queue or disk, and at a visitor's limits.
+        The job's folder gets links to the files, see `inputs.store_inputs`: they must not be changed in place
+        afterwards, but their own names may be removed at once. names: the user's names of the files. Raises UserError
+        for files that cannot be used, sound that is too long, a full queue or disk, and at a visitor's limits.
         """
         owner = owner_of(visitor)
         self.store.check_room(owner)
@@ -175,9 +165,10 @@ class Worker:
         return job
 
     def again(self, job_id: str, visitor: str, **changes: Any) -> Job:
-        """The same files with some settings changed: a new job, or a failed one that resumes.
+        """Run a job's files once more, with some settings changed.
 
-        Raises UserError, also for unknown settings.
+        Returns a new job, or the same one if it failed, nothing is changed, and there are finished segments to resume
+        after. Raises UserError, also for unknown settings.
         """
         job = self.store.find(job_id, visitor)
         if unknown := changes.keys() - job.request.settings().keys():
@@ -199,10 +190,10 @@ class Worker:
             if self._history is None or now - self._history[0] > LIVE_INTERVAL:
                 self._history = now, self.monitor.snapshot(LIVE_SECONDS)
             history = self._history[1]
-        return live(history, since)
+        return curves_since(history, since)
 
     def cancel(self, job_id: str, visitor: str, keep: bool = False) -> Job:
-        """End a job, or the comparison of one that has ended; keep: leave what is finished as a result.
+        """End a job, or the comparison of one that has ended; keep: leave the finished frames as a result.
 
         The first call decides: a job that is cancelled with `keep` stays kept, and one without cannot be kept any more.
         Raises UserError for another's job, and for one that runs on a lent GPU.
@@ -214,38 +205,37 @@ class Worker:
             if self.lent and job.state == RUNNING:
                 raise UserError("This job runs in one call on a GPU that is lent for it: wait until it is done.")
             if not job.cancel_requested.is_set():
-                job.keep = keep
+                job.keep_finished = keep
                 job.cancel_requested.set()
             if job in self.store.waiting:
                 self.store.waiting.remove(job)
                 job.ended, job.doing = time.time(), "cancelled"
-                discard(job.planned)  # what an earlier server had finished
+                discard(job.planned_output)  # segments of an earlier server
                 save_job(job, CANCELLED)
                 job.state = CANCELLED
         return job
 
     def compare(self, job_id: str, visitor: str) -> Job:
-        """Begin to put original and result side by side, once; `cancel` ends it. Raises UserError."""
+        """Start making the side-by-side video, unless it is there; `cancel` ends it. Raises UserError."""
         job = self.store.find(job_id, visitor)
         if job.output is None:
             raise UserError("There is no result yet to put beside the original: watch the job until it is done.")
         with self.store.lock:
-            if job.comparison is None or job.comparison.state not in (WAITING, RUNNING, DONE):
+            if job.comparison is None or job.comparison.state in (CANCELLED, FAILED):
                 start_comparison(job, job.output, self.store)
         return job
 
     def remove(self, job_id: str, visitor: str) -> None:
         """Forget a job and delete its files. Raises UserError for another's, or one that has not ended."""
         job = self.store.find(job_id, visitor)
-        if job.state in (WAITING, RUNNING):
+        if job.unfinished:
             raise UserError("This job has not ended yet: cancel it first.")
         self.store.remove(job)
 
     def describe(self, request: Request, seconds: float | None) -> tuple[str, str]:
-        """What a request means on this machine, in one line, and the same in detail.
+        """What a request means on this machine, in one line, and in detail.
 
-        seconds: of its sound, None where there is none yet. Waits until the machine has been inspected. Raises
-        UserError.
+        seconds: of its sound, None if unknown. Waits until the machine has been inspected. Raises UserError.
         """
         self.ready.wait()
         if self.machine is None or self.speeds is None:
@@ -254,7 +244,7 @@ class Worker:
         return describe_request(request, checkpoint, self.machine, self.speeds, seconds, self.lent is not None)
 
     def find_models(self) -> None:
-        """Look again which models are here and what `auto` is, as one may have been fetched, or removed."""
+        """Update which models are here and what `auto` means, after one was fetched or removed."""
         if self.machine is None:
             return
         import torch
@@ -263,11 +253,11 @@ class Worker:
         self.machine = replace(self.machine, **models)
 
     def wait(self, job: Job, timeout: float) -> bool:
-        """Wait for a job to end, at most that many seconds; whether it has."""
+        """Wait for a job to end, at most `timeout` seconds; returns whether it has."""
         until = time.monotonic() + timeout
-        while job.state in (WAITING, RUNNING) and time.monotonic() < until:
+        while job.unfinished and time.monotonic() < until:
             time.sleep(0.05)
-        return job.state not in (WAITING, RUNNING)
+        return not job.unfinished
 
     # ---- for the worker's thread
 
@@ -291,6 +281,7 @@ class Worker:
                 self._closed.wait(1.0)
 
     def _inspect(self) -> None:
+        """Start the monitor and inspect the machine. Raises UserError, and whatever else goes wrong."""
         from latentsync.checkpoints.releases import home
         from optim.monitor import Monitor
 
@@ -302,7 +293,7 @@ class Worker:
         """Run the next job, or wait for one."""
         if self.keep_hours is not None:
             self.store.remove_old(self.keep_hours)
-        self._wake.clear()  # before the look at what it stands for, so that none is missed
+        self._wake.clear()  # before looking for a job, so that no call is missed
         job = self.store.take_next()
         if job is None:
             if not self._closed.is_set():
@@ -315,15 +306,15 @@ class Worker:
         try:
             self._perform(job)
         finally:
-            if job.state == RUNNING:  # what follows a job's end has failed, too
-                self._fail(job, FAULT.format("see there"))
+            if job.state == RUNNING:  # recording its end has failed, too
+                job.set_error(FAULT.format("see there"))
                 job.ended, job.state = time.time(), FAILED
             self._idle_since = time.monotonic()
 
     def _perform(self, job: Job) -> None:
-        """Run a job, whatever its end."""
+        """Run a job and record how it ended."""
         job.starts, job.frames_at_start = job.starts + 1, finished_frames(job)
-        save_job(job, RUNNING)  # whatever ends the server from here on, the next one finds it so
+        save_job(job, RUNNING)  # the next server finds it so, whatever ends this one
         job.timeline = {"stages": {}}
         state = self._run(job)
         job.ended = time.time()
@@ -340,10 +331,10 @@ class Worker:
         try:
             save_job(job, state)
         finally:
-            job.state = state  # the last thing: whoever sees it finds all else as it is to stay
+            job.state = state  # last: whoever sees it finds everything else in place
 
     def _run(self, job: Job) -> str:
-        """Run a job and write into it what came of it; returns its final state."""
+        """Run a job and say in it how it ended; returns its final state."""
         from latentsync.pipeline import StopEarly
 
         self._checkpoint = None
@@ -361,60 +352,58 @@ class Worker:
         except (Cancelled, StopEarly):
             job.doing = "cancelled"
             if not job.interrupted:
-                discard(job.planned)
+                discard(job.planned_output)
             return CANCELLED
         except UserError as error:
             names = {job.request.video: job.names[0], job.request.audio: job.names[1]}
             remedy = {"label": "Choose another video", "focus": "video"} if "shows no face" in str(error) else None
-            self._fail(job, with_user_names(error, names), remedy)
+            job.set_error(with_user_names(error, names), remedy)
         except BaseException as error:  # also a SystemExit of a library: it would end the thread without a message
             failed = True
             if self.machine is not None and isinstance(error, Exception) and is_out_of_memory(error):
-                self._fail(job, *out_of_memory(self.machine, self._checkpoint))
+                job.set_error(*out_of_memory(self.machine, self._checkpoint))
             else:
                 log.exception("A job failed")
-                self._fail(job, FAULT.format(type(error).__name__))
-        if failed and not self.lent:  # not before the error is gone, whose traceback holds what the run had in memory
+                job.set_error(FAULT.format(type(error).__name__))
+        if failed and not self.lent:  # after the error is gone, whose traceback holds the run's memory
             try:
                 self._unload()
             except RuntimeError:
                 log.exception("The GPU has failed")
-                self._fail(job, GPU_FAILED)
+                job.set_error(GPU_FAILED)
         return FAILED
-
-    def _fail(self, job: Job, error: str, remedy: dict[str, Any] | None = None) -> None:
-        job.doing, job.error, job.remedy = "failed", error, remedy
 
     @property
     def _inspected(self) -> Machine:
-        """The machine, for what is only called when it has been inspected."""
+        """The machine. Raises UserError if there is none."""
         if self.machine is None:
             raise UserError(self.problem or "This machine cannot be used.")
         return self.machine
 
     def _run_here(self, job: Job, machine: Machine, monitor: "Monitor", speeds: Speeds) -> None:
+        """Run a job with the model in this process; only this call holds it, so that it can be unloaded after it."""
         check_cancel(job)
         models = self._load(job)
         check_cancel(job)
-        run_job(job, models, monitor, speeds, speed_key(self._find_checkpoint(job.request), machine))
+        run_job(job, models, monitor, speeds, speed_key(models.name, machine))
 
     def _run_lent(self, job: Job, lent: RunAlone) -> None:
         job.doing = "running on a GPU that is lent for it; how far it is cannot be seen here"
         self._checkpoint = self._find_checkpoint(job.request)
         name = self._checkpoint.name
         model = name if self.model == "auto" or name != self._inspected.chosen else self.model
-        job.report, job.output = lent(job.request, job.planned, model), job.planned
+        job.report, job.output = lent(job.request, job.planned_output, model), job.planned_output
 
     def _find_checkpoint(self, request: Request) -> "Checkpoint":
         """The model of a request, as it is on this machine now. Raises UserError."""
         import torch
 
-        own = request.model == self._inspected.chosen and self.model != "auto"  # the folder that the server was given
-        name = self.model if own or request.model == "auto" else request.model
+        configured = request.model in ("auto", self._inspected.chosen) and self.model != "auto"  # maybe a folder
+        name = self.model if configured else request.model
         return find_checkpoint(name, torch.device(self._inspected.device), self.lent is not None)
 
     def _load(self, job: Job) -> "Models":
-        """The models of a job: those that are loaded, or others in their place."""
+        """The models of a job: the loaded ones, or others in their place."""
         import torch
 
         from latentsync.checkpoints.load import load_models
@@ -422,7 +411,7 @@ class Worker:
         checkpoint = self._checkpoint = self._find_checkpoint(job.request)
         if checkpoint.remark:
             job.messages.append(checkpoint.remark)
-            checkpoint = replace(checkpoint, remark=None)  # the same files, however they were named
+            checkpoint = replace(checkpoint, remark=None)  # the same files under any name
         if self._models is None or self._loaded != checkpoint:
             self._unload()
             job.doing = f"loading the model {checkpoint.name}"
@@ -430,7 +419,7 @@ class Worker:
         return self._models
 
     def _unload(self) -> None:
-        """Free the model. Raises RuntimeError where the GPU has failed for good, as CUDA does at every call then."""
+        """Unload the model. Raises RuntimeError if the GPU has failed, as CUDA then does at every call."""
         import torch
 
         self._models = self._loaded = None
@@ -439,9 +428,11 @@ class Worker:
             torch.cuda.empty_cache()
 
     def _save_timeline(self, job: Job) -> None:
-        """Store the machine's curves during a job beside its stages."""
+        """Add the machine's curves during a job to its timeline."""
         if self.monitor is None or job.report is None or job.started is None:
             return
         seconds = time.time() - job.started
-        if history := latest(self.monitor.snapshot(), seconds):
-            job.timeline = (job.timeline or {}) | thinned(history, seconds)  # the old one may be being sent
+        if history := last_seconds(self.monitor.snapshot(), seconds):
+            job.timeline = (job.timeline or {}) | thinned_curves(
+                history, seconds
+            )  # a new dict: the old one may be being sent
