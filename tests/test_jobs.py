@@ -29,7 +29,7 @@ from optim.monitor import History
 from optim.serving import comparison, inputs, preview
 from optim.serving import worker as worker_module
 from optim.serving.job import CANCELLED, DONE, FAILED, Job, Request
-from optim.serving.limits import Limits
+from optim.serving.limits import VisitorLimits
 from optim.serving.records import load_jobs
 from optim.serving.run import interruptible, make_plan, out_of_memory, run_alone
 from optim.serving.speeds import Speeds
@@ -476,7 +476,7 @@ def test_limits_are_said(talking, long_voice, voice, tmp_path):
 
 def test_a_visitor_has_limits_that_others_do_not_feel(talking, voice, tmp_path):
     request, size = Request(talking, voice), talking.stat().st_size + voice.stat().st_size
-    worker = Worker(tmp_path / "a", limits=Limits(unfinished=2, kept=3))
+    worker = Worker(tmp_path / "a", limits=VisitorLimits(unfinished_jobs=2, jobs=3))
     first, second = (worker.submit(request, ME) for _ in range(2))
     with pytest.raises(UserError, match="You have 2 jobs that wait or run, .* 2 of a visitor: wait until"):
         worker.submit(request, ME)
@@ -488,7 +488,7 @@ def test_a_visitor_has_limits_that_others_do_not_feel(talking, voice, tmp_path):
             submit()
     worker.remove(first.id, ME)
     assert worker.submit(request, ME)
-    worker = Worker(tmp_path / "b", limits=Limits(stored=size + 20_000))
+    worker = Worker(tmp_path / "b", limits=VisitorLimits(stored_bytes=size + 20_000))
     for _ in range(3):  # they share their inputs
         worker.submit(request, ME)
     louder = make_sound(tmp_path / "louder.wav", seconds=3)
@@ -497,7 +497,7 @@ def test_a_visitor_has_limits_that_others_do_not_feel(talking, voice, tmp_path):
         worker.submit(Request(talking, louder), ME)
     assert sorted(os.listdir(tmp_path / "b")) == before
     worker.submit(request, OTHER)
-    worker = Worker(tmp_path / "c", limits=Limits(stored_by_all=size))
+    worker = Worker(tmp_path / "c", limits=VisitorLimits(total_bytes=size))
     with pytest.raises(UserError, match="The jobs of this server take"):  # with what is written of it
         worker.submit(request, ME), worker.submit(request, OTHER)
 
@@ -513,10 +513,12 @@ def test_options_out_of_range_are_refused(tmp_path, options):
         Worker(tmp_path, **options)
 
 
-@pytest.mark.parametrize("limits", [{"kept": 0}, {"unfinished": -1}, {"stored": float("nan")}, {"stored_by_all": 1e9}])
+@pytest.mark.parametrize(
+    "limits", [{"jobs": 0}, {"unfinished_jobs": -1}, {"stored_bytes": float("nan")}, {"total_bytes": 1e9}]
+)
 def test_limits_out_of_range_are_refused(limits):
     with pytest.raises(UserError, match="The limit .* give a whole number of at least 1"):
-        Limits(**limits)
+        VisitorLimits(**limits)
 
 
 # ---- jobs that go on
