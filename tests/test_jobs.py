@@ -86,7 +86,7 @@ def until(condition, seconds=60):
         time.sleep(0.01)
 
 
-def test_a_job_is_done_and_told(worker, talking, voice):
+def test_a_finished_job_has_its_result_and_its_report(worker, talking, voice):
     job = ended(worker, worker.submit(Request(talking, voice, steps=2), ME, ("mine & yours.mp4", "v.wav")))
     assert job.state == DONE, job.error
     assert job.output.name == "mine___yours-synced.mp4" and probe_video(job.output).n_frames == 20
@@ -101,14 +101,14 @@ def test_a_job_is_done_and_told(worker, talking, voice):
     assert "DeepCache every 3 steps" in details
 
 
-def test_who_asks_for_no_lip_strength_gets_the_model_s_own(checkpoint, tmp_path):
+def test_guidance_defaults_to_the_model_s_own(checkpoint, tmp_path):
     model = replace(resolve_model(str(checkpoint), CPU), guidance_scale=2.25)
     request = Request(tmp_path, tmp_path)
     assert make_plan(request, model, CPU).settings.guidance_scale == 2.25
     assert make_plan(replace(request, guidance=1.0), model, CPU).settings.guidance_scale == 1.0
 
 
-def test_the_curves_are_given_point_by_point(worker):
+def test_each_sample_of_the_curves_is_sent_once(worker):
     def sampled() -> list[float]:
         return worker.monitor.snapshot().time.round(2).tolist()
 
@@ -145,7 +145,7 @@ def test_a_long_job_that_is_cancelled_leaves_no_segments(worker, talking, long_v
     assert job.state == CANCELLED and sorted(os.listdir(job.folder)) == ["job.json", "video.mp4", "voice.wav"]
 
 
-def test_what_is_finished_can_be_kept(worker, talking, long_voice):
+def test_a_cancelled_job_can_keep_its_finished_frames(worker, talking, long_voice):
     job = worker.submit(Request(talking, long_voice, steps=4), ME)
     until(lambda: job.progress.get("writing", 0) > 20 and job.picture)
     worker.cancel(job.id, ME, keep=True)
@@ -154,7 +154,7 @@ def test_what_is_finished_can_be_kept(worker, talking, long_voice):
 
 
 @pytest.mark.parametrize("keep, words", [(False, "cancelling"), (True, "stopping; what is finished is kept")])
-def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, long_voice, monkeypatch, keep, words):
+def test_the_first_cancel_decides_what_is_kept_and_is_visible(worker, talking, long_voice, monkeypatch, keep, words):
     hold, held, go_on = (threading.Event() for _ in range(3))
     merge = painting.merge_faces
 
@@ -178,7 +178,7 @@ def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, lon
     assert job.state == CANCELLED and bool(job.output) is keep and not job.view(worker.store.place(job))["ending"]
 
 
-def test_a_pass_is_ended_in_its_middle(worker, talking, voice):
+def test_a_pass_on_a_processor_is_interrupted_in_its_middle(worker, talking, voice):
     ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     models, asked = worker._models, []
 
@@ -214,7 +214,7 @@ def test_others_do_not_find_a_job(worker, talking, voice):
     assert not job.folder.exists() and worker.store.by_key(job.key) is None
 
 
-def test_a_failing_job_gets_a_sentence_and_the_next_one_runs(worker, talking, voice, tmp_path, monkeypatch, caplog):
+def test_a_failed_job_says_why_and_the_next_one_runs(worker, talking, voice, tmp_path, monkeypatch, caplog):
     faceless = make_video(tmp_path / "no face.mp4", seconds=0.4)
     job = ended(worker, worker.submit(Request(faceless, voice, steps=1), ME))
     assert job.state == FAILED and "'no face.mp4' shows no face" in job.error and job.remedy["focus"] == "video"
@@ -229,7 +229,7 @@ def test_a_failing_job_gets_a_sentence_and_the_next_one_runs(worker, talking, vo
     assert ended(worker, worker.again(job.id, ME, level="balanced")).state == DONE
 
 
-def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, monkeypatch):
+def test_a_job_out_of_memory_suggests_a_remedy(worker, talking, voice, monkeypatch):
     def starved(*_, **__):
         raise torch.OutOfMemoryError
 
@@ -255,7 +255,7 @@ def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, mon
     assert ended(worker, worker.again(job.id, ME, steps=1)).state == DONE
 
 
-def test_a_gpu_that_has_failed_for_good_ends_its_jobs_with_a_sentence(worker, talking, voice, monkeypatch, caplog):
+def test_jobs_on_a_gpu_that_has_failed_say_so(worker, talking, voice, monkeypatch, caplog):
     def fault(*_, **__):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -316,7 +316,7 @@ def test_original_and_result_go_side_by_side_once(worker, talking, tmp_path):
     assert not list(job.folder.glob("*partial*"))
 
 
-def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voice):
+def test_a_comparison_can_be_cancelled_and_says_why_it_failed(worker, talking, voice):
     waiting = Worker(worker.folder / "other").submit(Request(talking, voice), ME)
     worker.store.jobs[waiting.id] = waiting
     with pytest.raises(UserError, match="no result yet"):
@@ -344,7 +344,7 @@ def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voi
 def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice, tmp_path, monkeypatch):
     done = ended(worker, worker.submit(Request(talking, voice, steps=1), ME, ("mine.mp4", "v.wav")))
     assert list(load_jobs(worker.folder)) == [], "their own server still runs"
-    before = Worker(tmp_path)  # not started: what is put in waits
+    before = Worker(tmp_path)  # not started: jobs wait
     shutil.copytree(done.folder, tmp_path / done.folder.name)
     waiting, half = before.submit(Request(talking, voice, steps=1), ME), before.submit(Request(talking, voice), ME)
     half.request.audio.unlink()
@@ -404,8 +404,8 @@ def test_files_that_cannot_be_used_are_refused_by_the_user_s_name_for_them(worke
     assert set(worker.folder.iterdir()) == before
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(talking, voice, tmp_path, monkeypatch, caplog):
-    worker = Worker(tmp_path / "outputs")  # not started: what is put in waits
+def test_a_full_disk_is_reported_and_leaves_nothing(talking, voice, tmp_path, monkeypatch, caplog):
+    worker = Worker(tmp_path / "outputs")  # not started: jobs wait
     store_file = inputs.store_file
 
     def full(source, target, stored):
@@ -465,8 +465,8 @@ def test_where_there_are_no_hard_links_inputs_are_copied(talking, voice, tmp_pat
     assert not job.request.video.samefile(talking) and job.request.video.read_bytes() == talking.read_bytes()
 
 
-def test_limits_are_said(talking, long_voice, voice, tmp_path):
-    worker = Worker(tmp_path, queue_size=1, max_seconds=20)  # not started: what is put in waits
+def test_the_length_of_sound_and_queue_is_limited(talking, long_voice, voice, tmp_path):
+    worker = Worker(tmp_path, queue_size=1, max_seconds=20)  # not started: jobs wait
     with pytest.raises(UserError, match="sound in 'long.wav' lasts more than 20 s; cut it"):
         worker.submit(Request(talking, long_voice), ME)
     worker.submit(Request(talking, voice), ME)
@@ -521,7 +521,7 @@ def test_limits_out_of_range_are_refused(limits):
         VisitorLimits(**limits)
 
 
-# ---- jobs that go on
+# ---- jobs that resume
 
 
 @pytest.fixture
@@ -551,7 +551,7 @@ def states(folder: Path) -> list[str]:
     return [json.loads((path / "job.json").read_text())["state"] for path in sorted(folder.iterdir())]
 
 
-def test_jobs_go_on_with_the_next_server_in_their_order(talking, long_voice, voice, next_server, short_segments):
+def test_the_next_server_resumes_jobs_in_their_order(talking, long_voice, voice, next_server, short_segments):
     before = next_server()
     job = before.submit(Request(talking, long_voice, steps=1), ME, ("long.mp4", "v.wav"))
     waiting = [before.submit(Request(talking, voice, steps=steps), ME) for steps in (3, 2, 1)]
@@ -610,7 +610,7 @@ time.sleep(300)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
-def test_a_job_goes_on_when_its_server_was_killed_but_not_for_ever(
+def test_a_job_resumes_after_its_server_was_killed_unless_it_may_be_the_cause(
     talking, voice, checkpoint, tmp_path, next_server, short_segments
 ):
     def serve_until_killed(*arguments):
@@ -637,7 +637,7 @@ def test_a_job_goes_on_when_its_server_was_killed_but_not_for_ever(
     assert probe_video(failed.output).n_frames == 20
 
 
-def test_a_failed_job_goes_on_if_nothing_is_changed_and_is_another_one_otherwise(
+def test_a_failed_job_resumes_if_nothing_is_changed_and_is_a_new_one_otherwise(
     worker, talking, long_voice, voice, short_segments, monkeypatch
 ):
     write, written = VideoWriter.write, []
@@ -667,7 +667,7 @@ def test_a_failed_job_goes_on_if_nothing_is_changed_and_is_another_one_otherwise
         worker.again(job.id, ME, cost=3)
 
 
-def test_a_job_that_waits_to_go_on_and_is_cancelled_keeps_nothing(talking, voice, tmp_path, monkeypatch):
+def test_cancelling_a_job_that_waits_to_resume_removes_its_segments(talking, voice, tmp_path, monkeypatch):
     monkeypatch.setattr("optim.serving.records._is_running", lambda _: False)
     job = Worker(tmp_path / "outputs").submit(Request(talking, voice), ME)
     work = segments.work_folder(job.planned_output, [], "its request")
@@ -683,7 +683,7 @@ def test_a_job_that_waits_to_go_on_and_is_cancelled_keeps_nothing(talking, voice
     assert sorted(os.listdir(job.folder)) == ["job.json", "video.mp4", "voice.wav"]
 
 
-def test_records_of_jobs_that_are_not_as_they_were_written_are_left_alone(talking, voice, tmp_path, monkeypatch):
+def test_invalid_records_are_left_alone_and_old_ones_load(talking, voice, tmp_path, monkeypatch):
     monkeypatch.setattr("optim.serving.records._is_running", lambda _: False)
     job = Worker(tmp_path / "outputs").submit(Request(talking, voice), ME)
     path, about = job.folder / "job.json", json.loads((job.folder / "job.json").read_text())
@@ -708,7 +708,7 @@ def test_records_of_jobs_that_are_not_as_they_were_written_are_left_alone(talkin
 # ---- what must not take the others with it
 
 
-def test_the_curves_are_taken_once_for_all_who_look_in_the_same_moment(tmp_path):
+def test_one_snapshot_of_the_curves_serves_all_visitors(tmp_path):
     class Watching:
         def __init__(self):
             self.taken, self.look = 0, threading.Event()
@@ -763,7 +763,7 @@ def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeyp
     assert "by a test" in caplog.text and worker._thread.is_alive()
 
 
-def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, talking, voice, tmp_path, home):
+def test_the_model_stays_loaded_between_jobs_and_is_unloaded_when_idle(checkpoint, talking, voice, tmp_path, home):
     worker = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=600)
     worker.start()
     ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
@@ -779,7 +779,7 @@ def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, ta
     assert "jobs" not in [thread.name for thread in threading.enumerate() if thread is worker._thread]
 
 
-def test_a_worker_that_lets_the_model_go_at_once_does_not_spin_and_sweeps_while_it_is_busy(
+def test_a_worker_that_unloads_at_once_does_not_spin_and_removes_old_jobs_while_busy(
     checkpoint, talking, voice, tmp_path, home, monkeypatch
 ):
     worker, stored, timeouts = Worker(tmp_path, model=str(checkpoint), idle_seconds=0, keep_hours=1e-9), [], []
@@ -829,7 +829,7 @@ def test_the_list_has_all_jobs_that_have_not_ended(talking, voice, tmp_path, mon
     assert worker.store.jobs_of(ME) == [last, others[-1], first]
 
 
-def test_the_jobs_are_changed_under_the_lock_and_what_is_shown_is_not_changed(worker, talking, voice, tmp_path):
+def test_jobs_change_under_the_lock_and_a_sent_timeline_does_not_change(worker, talking, voice, tmp_path):
     job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     shown, before = job.timeline, json.dumps(job.timeline)
     worker._save_timeline(job)
@@ -853,7 +853,7 @@ def test_the_jobs_are_changed_under_the_lock_and_what_is_shown_is_not_changed(wo
     assert list(other.store.jobs.values()) == [early]
 
 
-def test_results_that_cannot_be_read_are_said(tmp_path):
+def test_an_unreadable_folder_of_results_is_reported(tmp_path):
     (tmp_path / "outputs").mkdir()
     worker = Worker(tmp_path / "outputs")
     with pytest.MonkeyPatch.context() as patch:
@@ -863,7 +863,7 @@ def test_results_that_cannot_be_read_are_said(tmp_path):
 
 
 @pytest.mark.parametrize("stuck", [False, True])
-def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, stuck):
+def test_a_slow_preview_does_not_delay_the_run(monkeypatch, tmp_path, stuck):
     go_on, shown = threading.Event(), []
 
     def write_fragments(*_):
@@ -894,7 +894,7 @@ def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, st
     assert not taking._thread.is_alive()
 
 
-def test_speeds_are_remembered_and_scaled_by_the_work(tmp_path):
+def test_speeds_are_recorded_and_scaled_by_the_work(tmp_path):
     speeds = Speeds(tmp_path / "deep" / "speeds.json")
     full, half = Settings(steps=20), Settings(steps=10)
     assert speeds.estimate("demo, here", full, 100) is None
@@ -911,7 +911,7 @@ def test_speeds_are_remembered_and_scaled_by_the_work(tmp_path):
         assert Speeds(tmp_path / "broken").estimate("demo, here", full, 1) is None
 
 
-def test_a_gpu_that_is_lent_runs_the_job_in_one_call(checkpoint, talking, voice, tmp_path, home):
+def test_a_job_runs_on_a_lent_gpu_in_one_call(checkpoint, talking, voice, tmp_path, home):
     calls = []
 
     def lent(request: Request, output: Path, model: str):
@@ -926,7 +926,7 @@ def test_a_gpu_that_is_lent_runs_the_job_in_one_call(checkpoint, talking, voice,
     worker.close()
 
 
-def test_where_a_gpu_is_lent_the_best_model_that_is_here_runs(hub, talking, voice, tmp_path, monkeypatch):
+def test_auto_is_the_best_model_present_on_a_lent_gpu(hub, talking, voice, tmp_path, monkeypatch):
     calls = []
     worker = Worker(tmp_path, lent=lambda request, output, model: calls.append(model) or {"ended_early": False})
     worker.start()
@@ -941,7 +941,7 @@ def test_where_a_gpu_is_lent_the_best_model_that_is_here_runs(hub, talking, voic
     worker.close()
 
 
-def test_a_job_on_a_gpu_that_is_lent_does_not_claim_to_be_cancelled(checkpoint, talking, voice, tmp_path, home):
+def test_a_job_on_a_lent_gpu_cannot_be_cancelled(checkpoint, talking, voice, tmp_path, home):
     go_on = threading.Event()
     worker = Worker(tmp_path, model=str(checkpoint), lent=lambda *_: go_on.wait(60) and {"ended_early": False})
     worker.start()
