@@ -124,6 +124,25 @@ class JobStore:
                 save_job(job, CANCELLED)
                 job.state = CANCELLED
 
+    def move(self, job: Job, earlier: bool) -> None:
+        """Let a waiting job change places with its owner's next one before it, or after it if not `earlier`.
+
+        The first or last one stays where it is. Raises UserError for a job that does not wait.
+        """
+        with self.lock:
+            own = [each for each in self.waiting if each.owner == job.owner]
+            if job not in own:
+                raise UserError("This job does not wait any more: only waiting jobs can be moved.")
+            place = own.index(job) + (-1 if earlier else 1)
+            if not 0 <= place < len(own):
+                return
+            other = own[place]
+            first, second = self.waiting.index(job), self.waiting.index(other)
+            self.waiting[first], self.waiting[second] = other, job
+            job.queued, other.queued = other.queued, job.queued
+            for each in (job, other):
+                save_job(each, WAITING)
+
     def take_next(self) -> Job | None:
         """Take the next job from the queue and mark it as running; None if none waits."""
         with self.lock:

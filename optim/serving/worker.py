@@ -215,9 +215,11 @@ class Worker:
         return job
 
     def remove(self, job_id: str, visitor: str) -> None:
-        """Forget a job and delete its files. Raises UserError for another's, or one that has not ended."""
+        """Forget a job and delete its files. Raises UserError for another's, and for one that runs."""
         job = self.store.find(job_id, visitor)
-        if job.unfinished:
+        if job.state == WAITING:
+            self.store.cancel(job, keep=False)
+        if job.unfinished:  # it has begun meanwhile, or long before
             raise UserError("This job has not ended yet: cancel it first.")
         self.store.remove(job)
 
