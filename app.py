@@ -4,43 +4,35 @@ Jobs run in the thread of `optim.serving.worker.Worker`. torch is not imported b
 an endpoint with a name (`optim.serving.endpoints`), for `gradio_client` as for the page's own scripts (docs/api.md).
 """
 
-import functools
 import html
-import inspect
 import json
 import os
-import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import anyio
 import gradio as gr
-from gradio import FileData
 
 from latentsync.errors import UserError
 from latentsync.options import interrupt_on_signals, log_to_stderr
 from latentsync.settings import FACES
 from optim.levels import STOPS
 from optim.serving.calls import CallCheck
-from optim.serving.endpoints import Endpoints, as_reply
+from optim.serving.clients import wire_clients
+from optim.serving.endpoints import Endpoints, as_reply, visitor_token
 from optim.serving.fetcher import Fetcher
-from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_values, parse_settings
-from optim.serving.limits import NO_LIMITS, SHARED_LIMITS
+from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_values, parse_settings, parse_text
 from optim.serving.login import Throttle, password_checker
 from optim.serving.markup import ASSETS, advice_html, asset, audio_note, footer_html, head_html, video_note
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
 from optim.serving.policy import Policy, policy_for
 from optim.serving.routes import guarded, routes
-from optim.serving.run import run_alone
+from optim.serving.setup import make_uploads, make_worker, upload_folder
 from optim.serving.timeline import timeline_figure
-from optim.serving.uploads import Limits, Uploads, make_folder, remove_orphans
-from optim.serving.worker import Worker
 
 ROOT = Path(__file__).resolve().parent
 EXAMPLE = ASSETS / "example"
@@ -60,9 +52,6 @@ FACE_CLICK = """element.addEventListener("click", ({ target }) => {
 });"""
 # The page's scripts, which share one scope: Gradio runs them as the body of one function.
 SCRIPTS = ("basics", "server", "plots", "result", "cards", "outside", "models", "uploads", "theme", "main")
-PUBLIC_STORED = 20  # uploads of the largest size that a public server holds before they are jobs
-PUBLIC_UNUSED_SECONDS = 3600.0  # until an upload to a public server is deleted that no job has used
-GPU_SECONDS = 240  # of ZeroGPU that a job may ask for
 
 
 def control(setting: Setting) -> Any:
@@ -81,44 +70,11 @@ def plain_html(name: str, **options: Any) -> gr.HTML:
     return gr.HTML(asset(name), apply_default_css=False, **options)
 
 
-def example_path(path: Path) -> str:
-    """What an example's button fills in."""
-    return str(path)
-
-
 def track_dropdown(reply: dict[str, Any]) -> Any:
     """The choice of a file's track, shown where there are several; reply: of `check_video` or `measure`."""
     choices = [(each["label"], each["number"]) for each in reply.get("tracks", [])]
     several = len(choices) > 1
     return gr.Dropdown(choices, value=reply["track"] if several else None, visible=several)
-
-
-def for_clients(fn: Callable) -> Callable:
-    """Make a method of `Endpoints` a function for `gr.api`, which reads its signature.
-
-    A UserError is raised as Gradio's error, which clients raise; a path is returned as a file; `progress` is Gradio's.
-    """
-    signature = inspect.signature(fn)
-    parameters = [each for name, each in signature.parameters.items() if name != "progress"]
-    returned = FileData if signature.return_annotation is Path else signature.return_annotation
-
-    @functools.wraps(fn)
-    async def call(*args: Any) -> Any:
-        extra = {"progress": gr.Progress()} if "progress" in signature.parameters else {}
-        try:
-            if inspect.iscoroutinefunction(fn):
-                reply = await fn(*args, **extra)
-            else:
-                reply = await anyio.to_thread.run_sync(functools.partial(fn, *args, **extra))
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        return FileData(path=str(reply)).model_dump() if isinstance(reply, Path) else reply
-
-    function: Any = call
-    hints = {name: hint for name, hint in fn.__annotations__.items() if name != "progress"}
-    function.__annotations__ = hints | {"return": returned}
-    function.__signature__ = signature.replace(parameters=parameters, return_annotation=returned)
-    return function
 
 
 class Page:
@@ -149,7 +105,7 @@ class Page:
             self._wire_files()
             self._wire_settings()
             self._wire_live(uploads_stay)
-            self._wire_clients()
+            wire_clients(api, self.blocks)
 
     # ---- components
 
@@ -217,8 +173,8 @@ class Page:
         self.visitor = gr.Textbox("", visible=False, label="visitor")
         self.reply = gr.JSON(visible=False, label="reply")
         self.seconds = gr.Number(visible=False, label="seconds")
-        measure = api.probing(as_reply(api.measure))
-        check_video, press = api.probing(as_reply(api.check_video)), api.probing(as_reply(self.press))
+        measure, check_video = as_reply(api.probing(api.measure)), as_reply(api.probing(api.check_video))
+        press = as_reply(api.probing(self.press))
 
         async def look_at_audio(audio: Any, track: Any = None) -> tuple:
             reply = await measure(audio, track) if audio else {}
@@ -245,7 +201,7 @@ class Page:
         self._controls["face"].change(**mark_face)
 
         for button, field, path in self.examples:
-            button.click(functools.partial(example_path, path), None, field, **PRIVATE)
+            button.click(path.as_posix, None, field, **PRIVATE)
         inputs = [self.video, self.audio, self.more, self.visitor, self.video_track, self.audio_track, *settings]
         self.start.click(press, inputs, self.reply, js=WITH_VISITOR.format(3), api_name="press", **PRIVATE).then(
             **self._show_reply, js="(reply) => window.lipsync.onStarted(reply)"
@@ -300,40 +256,27 @@ class Page:
         if not uploads_stay:  # another server runs, and the uploads went with the one before
             live.clear(None, files, files, js="(...files) => window.lipsync.dropFiles(files)")
 
-    def _wire_clients(self) -> None:
-        """The endpoints for clients, typed by the hints of their functions (docs/api.md)."""
-        api = self.api
-        endpoints = {
-            "submit": api.probing(api.submit),
-            "describe": api.when_ready(api.describe),
-            "measure": api.probing(api.measure),
-            "check_video": api.probing(api.check_video),
-            "machine": api.when_ready(api.machine),
-            "models": api.when_ready(api.models),
-        }
-        jobs, models = "watch cancel again move remove compare result", "fetch stop_fetching remove_model"
-        for name, fn in (endpoints | {name: getattr(api, name) for name in f"{jobs} {models}".split()}).items():
-            gr.api(for_clients(fn), api_name=name, queue=False)
-        gr.api(for_clients(api.lipsync), api_name="lipsync", concurrency_limit=None)
-
     # ---- what only the page asks for
 
     def press(
         self, video: Any, audio: Any, more: Any, visitor: str, video_track: Any, audio_track: Any, *values: Any
     ) -> dict[str, Any]:
         """Queue a job for each voice."""
-        voices = [*([audio] if audio or not more else []), *(more or [])]
+        more = more if isinstance(more, list) else []
+        voices = [audio, *more] if audio or not more else more
         settings = dict(zip(NAMES, values, strict=True))
         return self.api.submit_all(video, voices, settings, visitor, video_track, audio_track if audio else None)
 
     def meaning(self, *values: Any) -> tuple[str, str]:
         """The line under the button and the details for the page's settings and the seconds of its sound."""
-        reply = as_reply(self.api.describe)(*values)
-        problem, details = reply.get("error"), reply.get("details")
+        try:
+            reply, kind = self.api.describe(*values), ""
+        except UserError as error:
+            reply, kind = {"line": str(error), "details": ""}, "problem"
+        details = reply["details"] and f"In detail: {reply['details']}"
         return (
-            f"<p id='line' role='status' class='{'problem' if problem else ''}'>"
-            f"{html.escape(problem or reply['line'])}</p>",
-            f"<p id='details'>{html.escape('In detail: ' + details if details else '')}</p>",
+            f"<p id='line' role='status' class='{kind}'>{html.escape(reply['line'])}</p>",
+            f"<p id='details'>{html.escape(details)}</p>",
         )
 
     def on_load(self, saved: Any) -> tuple:
@@ -392,68 +335,26 @@ class Page:
 
     def again_with(self, event: gr.EventData, *values: Any) -> dict[str, Any]:
         """Run a job's files again with the page's settings."""
-        return as_reply(self.api.again)(
-            event._data.get("job"), dict(zip(NAMES, values, strict=True)), event._data.get("visitor")
-        )
+        try:
+            job, visitor = self._named_job(event)
+            return self.api.again(job, dict(zip(NAMES, values, strict=True)), visitor)
+        except UserError as error:
+            return {"error": str(error)}
+
+    def _named_job(self, event: gr.EventData) -> tuple[str, str]:
+        """The job and the visitor of an event. Raises UserError."""
+        data = event._data if isinstance(event._data, dict) else {}
+        return parse_text(data.get("job"), "job"), visitor_token(data.get("visitor"))
 
     def show_timeline(self, event: gr.EventData) -> Any:
         """The timeline of a job, as a figure."""
         try:
-            job = self.worker.store.find(event._data.get("job"), event._data.get("visitor"))
-            return gr.Plot(timeline_figure(job), visible=True)
+            return gr.Plot(timeline_figure(self.worker.store.find(*self._named_job(event))), visible=True)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
 
 # ---- serving
-
-
-@contextmanager
-def upload_folder() -> Iterator[tuple[Path, bool]]:
-    """The folder of uploads, and whether it stays: GRADIO_TEMP_DIR, or one of this server alone that goes with it."""
-    if "GRADIO_TEMP_DIR" in os.environ:
-        yield Path(os.environ["GRADIO_TEMP_DIR"]), True
-        return
-    remove_orphans()
-    folder = make_folder()
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    try:
-        yield folder, False
-    finally:
-        del os.environ["GRADIO_TEMP_DIR"]
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def lent_gpu() -> Callable | None:
-    """`run_alone` on a GPU that Hugging Face's ZeroGPU lends for each call; None elsewhere."""
-    if "SPACES_ZERO_GPU" not in os.environ:
-        return None
-    try:
-        import spaces
-    except ImportError:
-        return None
-    return spaces.GPU(duration=GPU_SECONDS)(run_alone)
-
-
-def make_worker(options: Namespace) -> Worker:
-    return Worker(
-        options.outputs.absolute(),
-        options.queue_size,
-        options.max_seconds,
-        options.model,
-        options.device,
-        60 * options.idle_minutes,
-        options.keep_hours,
-        lent_gpu(),
-        SHARED_LIMITS if options.shared else NO_LIMITS,
-    )
-
-
-def make_uploads(folder: Path, options: Namespace) -> Uploads:
-    largest = options.max_upload
-    if not options.shared:
-        return Uploads(folder, Limits(largest))
-    return Uploads(folder, Limits(largest, 16, 8, largest and PUBLIC_STORED * largest, PUBLIC_UNUSED_SECONDS))
 
 
 def main(arguments: list[str] | None = None, prog: str = "app.py") -> int:

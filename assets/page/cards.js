@@ -47,8 +47,8 @@ function makeCard(job) {
 
 /** The level of a job: a stop's name, or the place of the slider. */
 function levelText({ report, settings }) {
-  const level = report?.level ?? settings.level;
-  return Number.isNaN(Number(level)) ? level : `level ${Number(level)}`;
+  const level = report?.level ?? settings.level, place = Number(level);
+  return Number.isNaN(place) ? level : LEVELS[2 * place] ?? `level ${place}`;
 }
 const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 const dateText = (seconds) => DATE.format(new Date(seconds * 1000));

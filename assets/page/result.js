@@ -86,9 +86,9 @@ function compareWith(view, job, box, player) {
   const fill = () => {
     const options = [["original", "the original"], ["", "nothing"]];
     for (const other of results()) options.push([other.id, `${other.names[1]}, ${levelText(other)}, ${dateText(other.created)}`]);
-    const { value } = select;
+    const value = select.options.length ? select.value : "original";
     select.innerHTML = html`${options.map(([id, text]) => html`<option value="${id}">${text}</option>`)}`;
-    if (options.some(([id]) => id === value)) select.value = value;
+    select.value = options.some(([id]) => id === value) ? value : "original";
   };
   const show = () => {
     const other = results().find((each) => each.id === select.value), none = select.value === "";

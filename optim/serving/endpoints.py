@@ -34,20 +34,20 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.25  # between two looks at a job that a caller waits for
 # Files that are probed at once, and requests that may wait for that; everything else goes on meanwhile.
 MAX_PROBES, MAX_WAITING_PROBES = 4, 24
-BUSY = {"error": "This server looks at as many files as it can now: try again in a minute."}
+BUSY = "This server looks at as many files as it can now: try again in a minute."
 DEMO_HINT = (
     " Demo model: it shows mouth shapes with the video's own pixels. For a newly painted mouth fetch LatentSync 1.6, "
     "under Advanced."
 )
 
 
-def as_reply(fn: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def as_reply(fn: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[dict[str, Any]]]:
     """Let a function return {"error": sentence} in place of raising UserError, for the page's own scripts."""
 
     @functools.wraps(fn)
-    def reply(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    async def reply(*args: Any) -> dict[str, Any]:
         try:
-            return fn(*args, **kwargs)
+            return await fn(*args)
         except UserError as error:
             return {"error": str(error)}
 
@@ -135,13 +135,13 @@ class Endpoints:
 
         return call
 
-    def probing(self, fn: Callable, busy: Any = BUSY) -> Callable[..., Awaitable[Any]]:
-        """A function that probes files: few run at once, waiting ones hold no thread, and too many get `busy`."""
+    def probing(self, fn: Callable) -> Callable[..., Awaitable[Any]]:
+        """A function that probes files: few run at once, waiting ones hold no thread, too many raise UserError."""
 
         @with_signature_of(fn)
         async def call(*args: Any) -> Any:
             if self._pending_probes >= MAX_PROBES + MAX_WAITING_PROBES:
-                return busy
+                raise UserError(BUSY)
             self._pending_probes += 1
             try:
                 return await anyio.to_thread.run_sync(fn, *args, limiter=self._probes)
@@ -235,8 +235,6 @@ class Endpoints:
         defaults = {setting.name: None if setting.optional else setting.default for setting in form.SETTINGS}
         settings = defaults | {"level": level, "model": model, "steps": steps, "seed": seed, "face": face}
         reply = await self.probing(self.submit_all)(video, [audio], settings, "", None, None)
-        if "error" in reply:  # BUSY
-            raise UserError(reply["error"])
         job = self.worker.store.find(reply["job"], reply["visitor"])
         try:
             while job.unfinished:
