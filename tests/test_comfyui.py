@@ -1,0 +1,339 @@
+"""The nodes for ComfyUI, through its node interface: that of `recorded_comfy`, and a real one where COMFYUI names it."""
+
+import asyncio
+import importlib
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import recorded_comfy
+import torch
+from conftest import portrait
+from fake_nvml import Card, FakeNvml
+from recorded_comfy import InterruptProcessingException, VideoFromFile, components
+from scipy.io import wavfile
+from tiny import make_checkpoint
+
+from latentsync.errors import UserError
+from latentsync.media import probe_audio, probe_video, read_frames
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 0.78
+
+
+@pytest.fixture
+def comfy(monkeypatch, tmp_path, one_thread):
+    """ComfyUI's recorded interface, and our modules freshly imported over it."""
+    recorder = recorded_comfy.install(monkeypatch, tmp_path)
+    for name in [name for name in sys.modules if name.startswith("optim.comfyui.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in "nodes", "run", "models", "media":
+        setattr(recorder, name, importlib.import_module(f"optim.comfyui.{name}"))
+    yield recorder
+    for name in [name for name in sys.modules if name.startswith("optim.comfyui.")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def tiny(comfy):
+    """The pack's nodes by their ids, with a tiny model in ComfyUI's models/latentsync."""
+    make_checkpoint(comfy.root / "models" / "latentsync" / "tiny")
+    return nodes_of(comfy)
+
+
+def nodes_of(comfy) -> dict:
+    found = asyncio.run(comfy.nodes.Extension().get_node_list())
+    return {node.define_schema().node_id: node for node in found}
+
+
+def execute(node, prompt=None, **inputs):
+    """Run a node as ComfyUI does: in inference mode, with what its schema hides."""
+    node.hidden = SimpleNamespace(prompt=prompt or {}, unique_id="4")
+    with torch.inference_mode():
+        return node.execute(**inputs)
+
+
+def sound(seconds: float = SECONDS, rate: int = 16000) -> dict:
+    time = torch.arange(round(seconds * rate)) / rate
+    return {"waveform": (0.3 * torch.sin(2 * math.pi * 440 * time))[None, None], "sample_rate": rate}
+
+
+@pytest.fixture(scope="module")
+def faces() -> torch.Tensor:
+    """An IMAGE batch of eight frames."""
+    return torch.from_numpy(np.stack([portrait(t) for t in range(8)])).float() / 255
+
+
+FAST = {"seed": 1247, "inference_steps": 2, "model": "tiny", "optimization_level": "conservative"}
+
+
+def decoded(path: Path) -> np.ndarray:
+    return np.stack(list(read_frames(probe_video(path))))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def test_a_video_becomes_a_file_in_the_output_folder_and_its_frames_stay_there(comfy, tiny, talking):
+    audio = sound()
+    out = execute(tiny["LatentSyncAccelerated"], images=VideoFromFile(str(talking)), audio=audio, **FAST)
+    frames, same_audio, video, path = out.args
+    assert Path(path) == comfy.root / "output" / "video" / "LatentSync_00001_.mp4"
+    assert out.ui == {"images": [{"filename": "LatentSync_00001_.mp4", "subfolder": "video", "type": "output"}]}
+    assert same_audio is audio and video.get_stream_source() == path
+    assert probe_video(path).n_frames == 20 and abs(probe_audio(path).duration - SECONDS) < 0.03
+    assert "Get Video Components" in frames.message
+    assert not list((comfy.root / "temp").iterdir())
+
+
+def test_the_frames_of_a_video_are_returned_where_something_is_linked_to_them(tiny, talking):
+    prompt = {"4": {"inputs": {}}, "5": {"inputs": {"images": ["4", 0]}}}
+    given = {"images": VideoFromFile(str(talking)), "audio": sound(0.2), **FAST}
+    out = execute(tiny["LatentSyncAccelerated"], prompt, **given)
+    assert out.args[0].shape == (5, 192, 192, 3) and out.args[0].dtype == torch.float32
+    others = {"4": {"inputs": {}}, "5": {"inputs": {"images": ["4", 2], "audio": ["3", 0]}}}
+    out = execute(tiny["LatentSyncAccelerated"], others, **given)
+    assert not isinstance(out.args[0], torch.Tensor)
+
+
+def test_images_run_with_the_demo_model_and_come_back_as_frames(comfy, faces):
+    node = nodes_of(comfy)["LatentSyncAccelerated"]
+    out = execute(node, images=faces, audio=sound(0.12), **{**FAST, "model": "demo", "inference_steps": 1})
+    frames, path = out.args[0], out.args[3]
+    assert frames.shape == (3, 192, 192, 3) and 0 <= frames.min() and frames.max() <= 1
+    written = decoded(path)
+    assert len(written) == 3 and psnr(written, frames.mul(255).numpy()) > 35
+    # Away from the mouth they are the frames that went in.
+    assert torch.equal(frames[:, :40], faces[:3, :40])
+
+
+def test_the_result_is_that_of_the_command_line(comfy, tiny, talking, voice):
+    from optim.__main__ import main
+
+    rate, samples = wavfile.read(voice)
+    audio = {"waveform": torch.from_numpy(samples / 2**15).float()[None, None], "sample_rate": rate}
+    path = execute(tiny["LatentSyncAccelerated"], images=VideoFromFile(str(talking)), audio=audio, **FAST).args[3]
+    expected = comfy.root / "expected.mp4"
+    model = comfy.root / "models" / "latentsync" / "tiny"
+    options = ["--model", str(model), "--steps", "2", "--guidance", "1.5", "--level", "conservative", "--device", "cpu"]
+    assert main([str(talking), str(voice), "-o", str(expected), *options]) == 0
+    assert np.array_equal(decoded(path), decoded(expected))
+    assert probe_audio(path).duration == probe_audio(expected).duration
+
+
+def test_a_wrapper_s_node_takes_its_saved_values_by_position(comfy, tiny):
+    schema = tiny["LatentSyncNode"].define_schema()
+    sockets = {"IMAGE,VIDEO", "AUDIO", "LATENTSYNC_MODEL"}
+    assert [port.id for port in schema.inputs][:5] == ["images", "audio", "seed", "lips_expression", "inference_steps"]
+    # As the page does it: required inputs first, and a place of its own behind a seed.
+    ordered = sorted(schema.inputs, key=lambda port: port.optional)
+    widgets = []
+    for port in ordered:
+        if port.io_type not in sockets:
+            widgets += [port.id, *(["control"] if port.options.get("control_after_generate") else [])]
+    assert widgets[:4] == ["seed", "control", "lips_expression", "inference_steps"]
+    options = {port.id: port.options for port in schema.inputs}
+    assert options["seed"]["default"] == 1247
+    assert [options["lips_expression"][name] for name in ("default", "min", "max", "step")] == [1.5, 1.0, 3.0, 0.1]
+    assert [options["inference_steps"][name] for name in ("default", "min", "max")] == [20, 1, 999]
+    assert [port.options["display_name"] for port in schema.outputs][:2] == ["images", "audio"]
+
+
+@pytest.mark.parametrize("values", [[1247, "randomize", 1.5, 2], [1247, "randomize"]], ids=["newer", "older"])
+def test_a_saved_workflow_of_the_wrapper_runs(comfy, tiny, faces, values, monkeypatch):
+    monkeypatch.setattr(comfy.run, "find_checkpoint", lambda name, device: comfy.models.find_checkpoint("tiny", device))
+    saved = dict(zip(["seed", "control", "lips_expression", "inference_steps"], values, strict=False))
+    saved.pop("control")
+    if "inference_steps" not in saved:
+        original = comfy.run.Settings
+        monkeypatch.setattr(comfy.run, "Settings", lambda **kw: original(**{**kw, "steps": kw["steps"] // 10}))
+    out = execute(tiny["LatentSyncNode"], images=faces, audio=sound(0.4), **saved)
+    assert out.args[0].shape == (10, 192, 192, 3) and Path(out.args[3]).is_file()
+
+
+def test_ids_of_the_wrapper_are_left_to_another_pack_that_has_them(comfy):
+    assert set(nodes_of(comfy)) >= {"LatentSyncNode", "VideoLengthAdjuster"}
+    comfy.node_ids["LatentSyncNode"] = object
+    assert "LatentSyncNode" not in nodes_of(comfy) and "VideoLengthAdjuster" in nodes_of(comfy)
+    asyncio.run(comfy.nodes.Extension().on_load())
+    (replacement,) = comfy.replacements
+    assert (replacement.old_node_id, replacement.new_node_id) == ("LatentSyncNode", "LatentSyncAccelerated")
+    assert [each["new_id"] for each in replacement.input_mapping] == [
+        "images", "audio", "seed", "lips_expression", "inference_steps",
+    ]  # fmt: skip
+
+
+def test_progress_grows_to_the_end_with_a_preview_of_each_window(comfy, tiny, talking):
+    execute(tiny["LatentSyncAccelerated"], images=VideoFromFile(str(talking)), audio=sound(), **FAST)
+    values = [value for value, _, _ in comfy.progress]
+    assert values == sorted(values) and values[-1] == 20
+    assert {total for _, total, _ in comfy.progress} == {20}
+    assert len({value for value in values if 0 < value < 16}) > 1  # within the first window, at its steps
+    previews = [preview for *_, preview in comfy.progress if preview is not None]
+    assert [preview[1].size for preview in previews] == [(192, 192)] * 2 and previews[0][0] == "JPEG"
+
+
+@pytest.mark.parametrize("checks", [0, 1, 40], ids=["at the start", "soon", "while it paints"])
+def test_an_interruption_ends_the_run_and_leaves_nothing(comfy, tiny, faces, checks):
+    comfy.interrupt_after = checks
+    with pytest.raises(InterruptProcessingException):
+        execute(tiny["LatentSyncAccelerated"], images=faces, audio=sound(), **FAST)
+    assert not [path for path in (comfy.root / "output").rglob("*") if path.is_file()]
+    assert not list((comfy.root / "temp").iterdir())
+    out = execute(tiny["LatentSyncAccelerated"], images=faces, audio=sound(0.12), **FAST)
+    assert Path(out.args[3]).is_file()
+
+
+def test_two_runs_load_the_model_once_and_an_unloaded_one_is_loaded_again(comfy, tiny, faces, monkeypatch):
+    loads = []
+    load = comfy.models.load_models
+    monkeypatch.setattr(comfy.models, "load_models", lambda *args: loads.append(args[0].name) or load(*args))
+    run = {"images": faces, "audio": sound(0.12), **FAST}
+    execute(tiny["LatentSyncAccelerated"], **run)
+    execute(tiny["LatentSyncAccelerated"], **run)
+    (patcher,) = comfy.loaded
+    assert loads == ["tiny"] and patcher.loaded_size() == patcher.size > 0
+    comfy.unload_all()
+    assert patcher.loaded_size() == 0 and patcher.models is None
+    execute(tiny["LatentSyncAccelerated"], **run)
+    assert loads == ["tiny", "tiny"]
+    make_checkpoint(comfy.root / "models" / "latentsync" / "other")
+    execute(tiny["LatentSyncAccelerated"], **{**run, "model": "other"})
+    assert loads[2:] == ["other"] and patcher.models is None
+
+
+def test_other_nodes_find_torch_as_they_left_it(comfy, tiny, faces):
+    torch.set_float32_matmul_precision("highest")
+    before = torch.backends.cudnn.allow_tf32
+    options = {**FAST, "optimization_level": "balanced"}
+    execute(tiny["LatentSyncAccelerated"], images=faces, audio=sound(0.2), **options)
+    assert torch.get_float32_matmul_precision() == "highest" and torch.backends.cudnn.allow_tf32 == before
+
+
+def nothing() -> dict:
+    return {"waveform": torch.zeros(1, 2, 0), "sample_rate": 44100}
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"audio": nothing()}, "'audio' holds no sound"),
+        ({"audio": None}, "'audio' holds no sound"),
+        ({"audio": {"waveform": torch.zeros(1, 1, 9), "sample_rate": 0}}, "sample rate of 0"),
+        ({"images": torch.zeros(0, 64, 64, 3)}, r"shape is \(0, 64, 64, 3\)"),
+        ({"images": torch.zeros(5, 64, 64)}, "no batch of frames"),
+        ({"images": torch.zeros(5, 64, 64, 3)}, "shows no face"),
+        ({"fps": 0.0}, "fps = 0.0"),
+        ({"model": "no such"}, "no model 'no such'"),
+        ({"model": "latentsync-1.6"}, "not on this machine"),
+        ({"face": "upper"}, "no face 'upper'"),
+        ({"inference_steps": 1000}, "steps = 1000"),
+        ({"optimization_level": "warp"}, "warp"),
+        ({"vram_fraction": 0.01}, "vram_fraction is 0.01"),
+        ({"filename_prefix": "../../elsewhere"}, "another filename_prefix"),
+        ({"images": VideoFromFile("/nowhere/at.mp4")}, "There is no file /nowhere/at.mp4"),
+    ],
+    ids=str,
+)
+def test_bad_input_gets_one_sentence(comfy, tiny, faces, change, sentence, monkeypatch):
+    monkeypatch.setenv("LATENTSYNC_HOME", str(comfy.root / "home"))
+    with pytest.raises(UserError, match=sentence) as error:
+        execute(tiny["LatentSyncAccelerated"], **{"images": faces, "audio": sound(0.2), **FAST, **change})
+    assert "\n" not in str(error.value)
+    assert not [path for path in (comfy.root / "output").rglob("*") if path.is_file()]
+
+
+def test_frames_are_written_without_loss_in_any_size(comfy):
+    images = torch.rand(3, 33, 47, 4, generator=torch.Generator().manual_seed(1))
+    path = comfy.media.write_images(images, 25, comfy.root / "frames.mkv", lambda: None)
+    assert np.array_equal(decoded(path), np.stack([comfy.media.as_uint8(image) for image in images]))
+
+
+def test_a_video_keeps_its_file_and_others_get_one(comfy, talking, faces):
+    check = lambda: None  # noqa: E731
+    whole = comfy.media.write_video(VideoFromFile(str(talking)), comfy.root, check)
+    assert whole == talking
+    trimmed = comfy.media.write_video(VideoFromFile(str(talking), start_time=0.2, duration=0.4), comfy.root, check)
+    assert trimmed.parent == comfy.root and probe_video(trimmed).n_frames == 10
+    made = comfy.media.write_video(components(faces, 50), comfy.root, check)
+    assert probe_video(made).fps == pytest.approx(50) and probe_video(made).n_frames == 4
+
+
+@pytest.mark.parametrize(
+    "mode, seconds, frames, samples",
+    [
+        ("normal", 1.0, [0, 1, 2, 3], 12000),
+        ("normal", 0.2, [0, 1, 2, 3], 5600),
+        ("pingpong", 0.9, [0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 2, 3, 3, 2], 11200),
+        ("loop_to_audio", 0.9, [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1], 11200),
+        ("pingpong", 0.1, [0, 1, 2, 3, 3, 2], 4800),
+    ],
+)
+def test_the_length_adjuster_fits_frames_and_sound(comfy, mode, seconds, frames, samples):
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 2, 2, 3)
+    node = nodes_of(comfy)["VideoLengthAdjuster"]
+    out, audio = execute(
+        node, images=images, audio=sound(seconds, 8000), mode=mode, fps=10, silent_padding_sec=0.5
+    ).args
+    assert out[:, 0, 0, 0].tolist() == frames
+    assert audio["waveform"].shape == (1, 1, samples) and audio["sample_rate"] == 8000
+    assert audio["waveform"][..., round(seconds * 8000) :].abs().sum() == 0
+
+
+def test_normal_gives_a_shorter_sound_the_silence_that_the_frames_need(comfy):
+    images, audio = comfy.media.fit_length(torch.zeros(4, 2, 2, 3), sound(0.2, 8000), "normal", 10, 0.0)
+    assert len(images) == 4 and audio["waveform"].shape[-1] == 3200
+
+
+def test_models_are_found_in_comfyui_s_folders(comfy):
+    models = comfy.root / "models" / "latentsync"
+    make_checkpoint(models / "mine")
+    make_checkpoint(comfy.root / "custom_nodes" / "A-Wrapper" / "checkpoints")
+    (comfy.root / "custom_nodes" / "Other").mkdir()
+    nodes = nodes_of(comfy)
+    options = nodes["LatentSyncModelLoader"].define_schema().inputs[0].options["options"]
+    assert options[:2] == ["auto", "demo"] and {"mine", "A-Wrapper/checkpoints"} <= set(options)
+    cpu = torch.device("cpu")
+    assert comfy.models.find_checkpoint("auto", cpu).unet.parent == models / "mine"
+    assert execute(nodes["LatentSyncModelLoader"], model="mine", fetch=False).args == ("mine",)
+
+
+def test_the_model_node_fetches_a_release_with_progress_and_ends_when_interrupted(comfy, hub):
+    node = nodes_of(comfy)["LatentSyncModelLoader"]
+    with pytest.raises(UserError, match="not on this machine"):
+        execute(node, model="latentsync-1.5", fetch=False)
+    comfy.interrupt_after = 1
+    with pytest.raises(InterruptProcessingException):
+        execute(node, model="latentsync-1.5", fetch=True)
+    assert execute(node, model="latentsync-1.5", fetch=True).args == ("latentsync-1.5",)
+    assert comfy.progress
+    with pytest.raises(UserError, match="'demo' is not fetched"):
+        execute(node, model="demo", fetch=True)
+
+
+def test_the_doctor_describes_the_cards_and_what_to_improve(comfy):
+    from optim.comfyui.health import health_text
+
+    lines = health_text(comfy.root / "output", FakeNvml([Card("RTX 4090", slow=0x40)])).splitlines()
+    assert lines[0].startswith("RTX 4090, 0.6 of 24.0 GB in use") and "°C" in lines[0]
+    assert any("too hot" in line for line in lines)
+    node = nodes_of(comfy)["LatentSyncDoctor"]
+    assert node.fingerprint_inputs() != node.fingerprint_inputs()  # nothing is reused
+    assert "GPU" in execute(node).args[0]
+
+
+def test_the_pack_is_loaded_as_comfyui_loads_it_without_a_change_of_the_search_path(comfy, monkeypatch):
+    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py")
+    pack = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(pack)
+    extension = asyncio.run(pack.comfy_entrypoint())
+    assert sys.path == path and isinstance(extension, recorded_comfy.ComfyExtension)
+    monkeypatch.setitem(sys.modules, "latentsync", SimpleNamespace(__file__="/packs/wrapper/latentsync/__init__.py"))
+    with pytest.raises(ImportError, match="Another pack has loaded a package named latentsync, '/packs/wrapper"):
+        asyncio.run(pack.comfy_entrypoint())
