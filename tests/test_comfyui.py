@@ -1,16 +1,26 @@
-"""The nodes for ComfyUI, through its node interface: that of `recorded_comfy`, and a real one where COMFYUI names it."""
+"""The nodes for ComfyUI, through its node interface: `recorded_comfy`, and a real one where COMFYUI names it."""
 
 import asyncio
 import importlib
+import json
 import math
+import os
+import shutil
+import socket
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
 import recorded_comfy
 import torch
+from clips import make_sound
 from conftest import portrait
 from fake_nvml import Card, FakeNvml
 from recorded_comfy import InterruptProcessingException, VideoFromFile, components
@@ -21,6 +31,7 @@ from latentsync.errors import UserError
 from latentsync.media import probe_audio, probe_video, read_frames
 
 ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "assets" / "comfyui"
 SECONDS = 0.78
 
 
@@ -337,3 +348,157 @@ def test_the_pack_is_loaded_as_comfyui_loads_it_without_a_change_of_the_search_p
     monkeypatch.setitem(sys.modules, "latentsync", SimpleNamespace(__file__="/packs/wrapper/latentsync/__init__.py"))
     with pytest.raises(ImportError, match="Another pack has loaded a package named latentsync, '/packs/wrapper"):
         asyncio.run(pack.comfy_entrypoint())
+
+
+def test_the_example_workflows_fit_the_nodes(comfy):
+    """Both forms of the example name our nodes, their inputs in order, and values that they take."""
+    nodes = nodes_of(comfy)
+    api = json.loads((EXAMPLES / "latentsync_api.json").read_text(encoding="utf-8"))
+    page = json.loads((EXAMPLES / "latentsync.json").read_text(encoding="utf-8"))
+    ours = {node["class_type"]: node["inputs"] for node in api.values() if node["class_type"] in nodes}
+    assert set(ours) == {"LatentSyncAccelerated", "LatentSyncModelLoader"}
+    for node_id, inputs in ours.items():
+        schema = nodes[node_id].define_schema()
+        assert set(inputs) == {port.id for port in schema.inputs}
+        (drawn,) = [node for node in page["nodes"] if node["type"] == node_id]
+        places = list(drawn["widgets_values"])
+        for port in sorted(schema.inputs, key=lambda port: port.optional):
+            if port.io_type in ("IMAGE,VIDEO", "AUDIO", "LATENTSYNC_MODEL"):
+                assert isinstance(inputs[port.id], list)
+                continue
+            value = places.pop(0)
+            assert value == inputs[port.id], port.id
+            assert value in port.options.get("options", [value])
+            assert port.options.get("min", value) <= value <= port.options.get("max", value)
+            if port.options.get("control_after_generate"):
+                assert places.pop(0) in ("fixed", "randomize")
+        assert not places
+
+
+@pytest.fixture(scope="module")
+def real_comfyui(tmp_path_factory):
+    """A real ComfyUI on the processor, with this repository in custom_nodes: the address of its server and its folder.
+
+    The variable COMFYUI names its source, COMFYUI_PYTHON an interpreter with its packages.
+    """
+    source = os.environ.get("COMFYUI")
+    if not source:
+        pytest.skip("the variable COMFYUI does not name the folder of a ComfyUI")
+    folder = tmp_path_factory.mktemp("comfyui")
+    (folder / "custom_nodes").mkdir()
+    (folder / "input").mkdir()
+    os.symlink(ROOT, folder / "custom_nodes" / "latentsync")
+    shutil.copy(ROOT / "assets" / "example" / "face.mp4", folder / "input")
+    make_sound(folder / "input" / "speech.wav", seconds=0.4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", "--disable-api-nodes"]
+    command += ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(folder)]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=source, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            while True:
+                assert server.poll() is None, (folder / "log").read_text(errors="replace")
+                with suppress(URLError):
+                    ask(address, "/system_stats")
+                    break
+                time.sleep(0.2)
+            yield address, folder
+        finally:
+            server.kill()
+            server.wait()
+
+
+def ask(address: str, path: str, body: dict | None = None):
+    data = None if body is None else json.dumps(body).encode()
+    request = Request(address + path, data, {"Content-Type": "application/json"})  # noqa: S310 - our own server
+    with urlopen(request) as reply:  # noqa: S310
+        text = reply.read()
+    return json.loads(text) if text else None
+
+
+def queue_prompt(address: str, prompt: dict) -> str:
+    return ask(address, "/prompt", {"prompt": prompt})["prompt_id"]
+
+
+def history_of(address: str, prompt_id: str) -> dict:
+    while True:
+        if entry := ask(address, f"/history/{prompt_id}").get(prompt_id):
+            return entry
+        time.sleep(0.1)
+
+
+def example(**changes) -> dict:
+    prompt = json.loads((EXAMPLES / "latentsync_api.json").read_text(encoding="utf-8"))
+    (node,) = [node for node in prompt.values() if node["class_type"] == "LatentSyncAccelerated"]
+    node["inputs"] |= {"inference_steps": 1, **changes}
+    return prompt
+
+
+def test_real_comfyui_runs_the_example_to_a_video(real_comfyui):
+    address, folder = real_comfyui
+    entry = history_of(address, queue_prompt(address, example()))
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    (saved,) = [file for output in entry["outputs"].values() for file in output["images"]]
+    assert probe_video(folder / "output" / saved["subfolder"] / saved["filename"]).n_frames == 10
+
+
+def test_real_comfyui_runs_a_saved_workflow_of_the_wrapper(real_comfyui):
+    address, folder = real_comfyui
+    prompt = {
+        "1": {"class_type": "LoadVideo", "inputs": {"file": "face.mp4"}},
+        "2": {"class_type": "GetVideoComponents", "inputs": {"video": ["1", 0]}},
+        "3": {"class_type": "LoadAudio", "inputs": {"audio": "speech.wav"}},
+        "4": {
+            "class_type": "VideoLengthAdjuster",
+            "inputs": {
+                "images": ["2", 0], "audio": ["3", 0], "mode": "pingpong", "fps": 25.0, "silent_padding_sec": 0.2
+            },
+        },
+        "5": {"class_type": "LatentSyncNode", "inputs": {"images": ["4", 0], "audio": ["4", 1], "seed": 1247}},
+        "6": {"class_type": "CreateVideo", "inputs": {"images": ["5", 0], "audio": ["5", 1], "fps": 25.0}},
+        "7": {"class_type": "SaveVideo", "inputs": {
+            "video": ["6", 0], "filename_prefix": "old/wrapper", "format": "auto", "codec": "auto",
+        }},
+    }  # fmt: skip
+    prompt["5"]["inputs"] |= {"lips_expression": 1.5, "inference_steps": 1}
+    entry = history_of(address, queue_prompt(address, prompt))
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    (made,) = (folder / "output" / "old").iterdir()
+    assert probe_video(made).n_frames == 15
+
+
+def test_real_comfyui_ends_an_interrupted_run(real_comfyui):
+    address, folder = real_comfyui
+    before = set((folder / "output").rglob("*.mp4"))
+    prompt_id = queue_prompt(address, example(seed=2, inference_steps=999))
+    while not ask(address, "/queue")["queue_running"]:
+        time.sleep(0.05)
+    ask(address, "/interrupt", {})
+    entry = history_of(address, prompt_id)
+    assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
+    assert set((folder / "output").rglob("*.mp4")) == before
+
+
+def test_the_recorded_interface_is_that_of_the_real_comfyui(real_comfyui, monkeypatch, tmp_path):
+    """Every name that the nodes use exists in ComfyUI, and takes the arguments that ours takes."""
+    recorded_comfy.install(monkeypatch, tmp_path)
+    names = {}
+    for module in recorded_comfy.MODULES:
+        for name, value in vars(sys.modules[module]).items():
+            if not name.startswith("__") and not isinstance(value, type(sys)):
+                members = vars(value) if isinstance(value, SimpleNamespace) else ()
+                names[f"{module}:{name}"] = [member for member in members if member != "NodeReplace"]
+    script = (
+        "import sys, json, importlib; sys.argv = ['', '--cpu']\n"
+        "for place, members in json.loads(sys.stdin.read()).items():\n"
+        "    module, name = place.split(':'); found = getattr(importlib.import_module(module), name)\n"
+        "    for member in members: getattr(found, member)\n"
+    )
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    run = subprocess.run(
+        [python, "-c", script], cwd=os.environ["COMFYUI"], input=json.dumps(names), text=True, capture_output=True
+    )
+    assert run.returncode == 0 and len(names) > 15, run.stderr

@@ -186,8 +186,8 @@ class VideoLengthAdjuster(io.ComfyNode):
                     "mode",
                     options=list(LENGTHS),
                     default="normal",
-                    tooltip="normal keeps all frames; pingpong plays them forward and backward, and loop_to_audio from the "
-                    "first on again, as long as the sound lasts.",
+                    tooltip="normal keeps all frames; the others play them as long as the sound lasts: forward and "
+                    "backward, or from the first on again",
                 ),
                 io.Float.Input("fps", default=float(FPS), min=1.0, max=120.0, step=0.01),
                 io.Float.Input(
