@@ -19,7 +19,7 @@ from latentsync.checkpoints.find import MODEL_NAMES, UNET_NAMES, Checkpoint, fin
 from latentsync.checkpoints.load import Models, load_models
 from latentsync.checkpoints.releases import RELEASES
 from latentsync.errors import UserError
-from optim.hardware import RELEASED, apply_vram_fraction, batch_sizes, gpu_of
+from optim.hardware import RELEASED, batch_sizes, gpu_of
 from optim.levels import Level
 
 log = logging.getLogger(__name__)
@@ -182,4 +182,5 @@ def own_torch_settings() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = tf32
-        apply_vram_fraction(1.0, compute_device().index or 0)
+        if (device := compute_device()).type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
