@@ -65,7 +65,11 @@ class ModelPatcher:
         self.real_model = weakref.ref(model)
 
 
-class VideoFromFile:
+class VideoInput:
+    pass
+
+
+class VideoFromFile(VideoInput):
     def __init__(self, file: Any, *, start_time: float = 0, duration: float = 0):
         self._file, self._start, self._duration = file, start_time, duration
 
@@ -90,7 +94,7 @@ class VideoFromFile:
 
 
 @dataclass
-class VideoFromComponents:
+class VideoFromComponents(VideoInput):
     _components: Any  # with images and frame_rate
 
     def get_components(self) -> Any:
@@ -245,6 +249,7 @@ def install(monkeypatch: Any, root: Path) -> Recorder:
         "comfy_api.latest",
         ComfyAPI=ComfyAPI,
         ComfyExtension=ComfyExtension,
+        Input=SimpleNamespace(Video=VideoInput),
         InputImpl=SimpleNamespace(VideoFromFile=VideoFromFile, VideoFromComponents=VideoFromComponents),
         io=io,
         ui=ui,

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -91,13 +92,13 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_a_video_becomes_a_file_in_the_output_folder_and_its_frames_stay_there(comfy, tiny, talking):
-    audio = sound()
+    audio = sound(0.38)
     out = execute(tiny["LatentSyncAccelerated"], images=VideoFromFile(str(talking)), audio=audio, **FAST)
     frames, same_audio, video, path = out.args
     assert Path(path) == comfy.root / "output" / "video" / "LatentSync_00001_.mp4"
     assert out.ui == {"images": [{"filename": "LatentSync_00001_.mp4", "subfolder": "video", "type": "output"}]}
     assert same_audio is audio and video.get_stream_source() == path
-    assert probe_video(path).n_frames == 20 and abs(probe_audio(path).duration - SECONDS) < 0.03
+    assert probe_video(path).n_frames == 10 and abs(probe_audio(path).duration - 0.38) < 0.03
     assert "Get Video Components" in frames.message
     assert not list((comfy.root / "temp").iterdir())
 
@@ -124,9 +125,10 @@ def test_images_run_with_the_demo_model_and_come_back_as_frames(comfy, faces):
 
 
 @pytest.mark.parametrize("kind", ["VIDEO", "IMAGE"])
-def test_the_result_is_that_of_the_command_line(comfy, tiny, talking, faces, voice, kind):
+def test_the_result_is_that_of_the_command_line(comfy, tiny, talking, faces, kind):
     from optim.__main__ import main
 
+    voice = make_sound(comfy.root / "voice.wav", seconds=0.3)
     rate, samples = wavfile.read(voice)
     audio = {"waveform": torch.from_numpy(samples / 2**15).float()[None, None], "sample_rate": rate}
     video, images = talking, VideoFromFile(str(talking))
@@ -167,8 +169,8 @@ def test_a_saved_workflow_of_the_wrapper_runs(comfy, tiny, faces, values, monkey
     if "inference_steps" not in saved:
         original = comfy.run.Settings
         monkeypatch.setattr(comfy.run, "Settings", lambda **kw: original(**{**kw, "steps": kw["steps"] // 10}))
-    out = execute(tiny["LatentSyncNode"], images=faces, audio=sound(0.4), **saved)
-    assert out.args[0].shape == (10, 192, 192, 3) and Path(out.args[3]).is_file()
+    out = execute(tiny["LatentSyncNode"], images=faces, audio=sound(0.12), **saved)
+    assert out.args[0].shape == (3, 192, 192, 3) and Path(out.args[3]).is_file()
 
 
 def test_ids_of_the_wrapper_are_left_to_another_pack_that_has_them(comfy):
@@ -193,13 +195,17 @@ def test_progress_grows_to_the_end_with_a_preview_of_each_window(comfy, tiny, ta
     assert [preview[1].size for preview in previews] == [(192, 192)] * 2 and previews[0][0] == "JPEG"
 
 
-@pytest.mark.parametrize("checks", [0, 1, 40], ids=["at the start", "soon", "while it paints"])
-def test_an_interruption_ends_the_run_and_leaves_nothing(comfy, tiny, faces, checks):
-    comfy.interrupt_after = checks
-    with pytest.raises(InterruptProcessingException):
-        execute(tiny["LatentSyncAccelerated"], images=faces, audio=sound(), **FAST)
-    assert not [path for path in (comfy.root / "output").rglob("*") if path.is_file()]
-    assert not list((comfy.root / "temp").iterdir())
+def test_an_interruption_ends_the_run_and_leaves_nothing(comfy, tiny, faces):
+    before = threading.enumerate()
+    # At the first frame that is written, at the next, and while the networks work.
+    for checks in 0, 1, 40:
+        comfy.interrupt_after = checks
+        with pytest.raises(InterruptProcessingException):
+            execute(tiny["LatentSyncAccelerated"], images=faces, audio=sound(0.2), **FAST)
+        assert comfy.interrupt_after is None
+        assert not [path for path in (comfy.root / "output").rglob("*") if path.is_file()]
+        assert not list((comfy.root / "temp").iterdir())
+    assert not [thread.name for thread in threading.enumerate() if thread not in before]
     out = execute(tiny["LatentSyncAccelerated"], images=faces, audio=sound(0.12), **FAST)
     assert Path(out.args[3]).is_file()
 
@@ -208,7 +214,7 @@ def test_two_runs_load_the_model_once_and_an_unloaded_one_is_loaded_again(comfy,
     loads = []
     load = comfy.models.load_models
     monkeypatch.setattr(comfy.models, "load_models", lambda *args: loads.append(args[0].name) or load(*args))
-    run = {"images": faces, "audio": sound(0.12), **FAST}
+    run = {"images": faces, "audio": sound(0.04), **FAST, "inference_steps": 1}
     execute(tiny["LatentSyncAccelerated"], **run)
     execute(tiny["LatentSyncAccelerated"], **run)
     (patcher,) = comfy.loaded
@@ -243,6 +249,7 @@ def nothing() -> dict:
         ({"images": torch.zeros(0, 64, 64, 3)}, r"shape is \(0, 64, 64, 3\)"),
         ({"images": torch.zeros(5, 64, 64)}, "no batch of frames"),
         ({"images": torch.zeros(5, 64, 64, 3)}, "shows no face"),
+        ({"images": None}, "'images' is a NoneType"),
         ({"fps": 0.0}, "fps = 0.0"),
         ({"model": "no such"}, "no model 'no such'"),
         ({"model": "latentsync-1.6"}, "not on this machine"),

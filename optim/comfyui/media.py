@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from comfy_api.latest import InputImpl
+from comfy_api.latest import Input, InputImpl
 from scipy.io import wavfile
 from torch import Tensor
 
@@ -100,6 +100,8 @@ def write_video(video: Any, folder: Path, check: Callable[[], None]) -> Path:
     if isinstance(video, InputImpl.VideoFromComponents):
         components = video.get_components()
         return write_images(components.images, float(components.frame_rate), folder / "frames.mkv", check)
+    if not isinstance(video, Input.Video):
+        raise UserError(f"'images' is a {type(video).__name__}: give an IMAGE batch or a VIDEO.")
     source = video.get_stream_source()
     if not isinstance(source, BytesIO) and _is_whole(video, source):
         return Path(source)

@@ -94,6 +94,12 @@ def lip_sync_inputs() -> list[Any]:
         io.Float.Input(
             "crf", default=float(CRF), min=0.0, max=51.0, step=1.0, optional=True, tooltip="x264's quality."
         ),
+        io.Boolean.Input(
+            "silence_gate",
+            default=True,
+            optional=True,
+            tooltip="Between words the model hears silence, so that noise moves no mouth.",
+        ),
         io.String.Input("filename_prefix", default="video/LatentSync", optional=True),
         LATENTSYNC_MODEL.Input("model", optional=True, tooltip="Of the node LatentSync Model; without it: auto."),
     ]
@@ -133,6 +139,7 @@ class LatentSync(io.ComfyNode):
         face: str = FACES[0],
         fps: float = FPS,
         crf: float = CRF,
+        silence_gate: bool = True,
         filename_prefix: str = "video/LatentSync",
         model: str = "auto",
     ) -> io.NodeOutput:
@@ -149,6 +156,7 @@ class LatentSync(io.ComfyNode):
                 fps=fps,
                 face=face,
                 crf=crf,
+                silence_gate=silence_gate,
                 filename_prefix=filename_prefix,
                 keep_frames=isinstance(images, Tensor) or cls._is_linked(output=0),
             )

@@ -54,6 +54,7 @@ class Request:
     fps: float
     face: str
     crf: float
+    silence_gate: bool
     filename_prefix: str
     keep_frames: bool
 
@@ -65,7 +66,6 @@ class Result:
     path: Path
     subfolder: str  # of the output folder
     frames: Tensor | None
-    messages: tuple[str, ...]  # sentences for the user
 
 
 class Progress:
@@ -105,12 +105,6 @@ class Progress:
 def run(request: Request) -> Result:
     """Make the video. Raises UserError, ComfyUI's interruption and whatever else goes wrong; then no file is left."""
     check = management.throw_exception_if_processing_interrupted
-    messages: list[str] = []
-
-    def tell(message: str) -> None:
-        log.info(message)
-        messages.append(message)
-
     waveform, rate = check_audio(request.audio)
     with own_torch_settings(), temporary_folder() as folder:
         audio = write_audio(request.audio, folder / "sound.wav")
@@ -126,9 +120,10 @@ def run(request: Request) -> Result:
             seed=request.seed,
             crf=request.crf,
             face=request.face,
+            silence_gate=request.silence_gate,
         )
         plan = plan_for_device(models.device, models.resolution, settings, request.level, **overrides(request))
-        accelerate(models, plan, tell, frames=math.ceil(waveform.shape[-1] / rate * FPS))
+        accelerate(models, plan, frames=math.ceil(waveform.shape[-1] / rate * FPS))
         output, subfolder = output_path(request.filename_prefix)
         step_downs: list[str] = []
         progress = Progress(plan.settings.steps, request.keep_frames)
@@ -136,17 +131,17 @@ def run(request: Request) -> Result:
             on_progress=progress.on_progress,
             on_frame=progress.on_frame,
             on_wait=check,
-            on_out_of_memory=oom_handler(models, plan, tell, step_downs.append),
-            on_message=tell,
+            on_out_of_memory=oom_handler(models, plan, on_step_down=step_downs.append),
+            on_message=log.info,
         )
         with interruptible(models, check):
             # In one piece: the next run has another temporary sound, and would not find the segments of this one.
             report = lipsync(video, audio, output, models, plan.settings, hooks, segment_frames=None)
     for remark in report.remarks:
-        tell(remark)
+        log.info(remark)
     for advice in advise_report(report, plan, step_downs):
-        tell(f"{advice.problem} {advice.remedy}")
-    return Result(output, subfolder, progress.frames, tuple(messages))
+        log.info(f"{advice.problem} {advice.remedy}")
+    return Result(output, subfolder, progress.frames)
 
 
 def overrides(request: Request) -> dict[str, Any]:
