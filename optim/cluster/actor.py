@@ -100,9 +100,7 @@ class Worker:
                     "same on both."
                 )
         device = choose_device(order.kind)
-        if order.kind == "cpu":
-            torch.set_num_threads(order.threads)
-        else:
+        if order.kind == "cuda":
             name += f" GPU {os.environ.get('CUDA_VISIBLE_DEVICES', '0')}"
         try:
             checkpoint = resolve_model(order.model, device)
@@ -130,6 +128,8 @@ class Worker:
         return future.result()
 
     def _paint_tasks(self) -> None:
+        if self._order.kind == "cpu":
+            torch.set_num_threads(self._order.threads)  # of this thread
         on_out_of_memory = oom_handler(self._models, self._plan, self._messages.append)
         settings, own_face = self._plan.settings, self._models.face is not None
 

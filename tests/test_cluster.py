@@ -1,0 +1,270 @@
+"""Several workers paint one job: what travels, what is refused, and with Ray the same frames, whoever dies."""
+
+import importlib.util
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import portrait
+from tiny import RESOLUTION, WIDTH
+
+from latentsync.checkpoints.find import resolve_model
+from latentsync.checkpoints.load import load_models
+from latentsync.errors import UserError
+from latentsync.painting import Painter, paint_groups
+from latentsync.settings import Settings
+from latentsync.windows import AlignedFrame, Window, group_windows, split_windows
+from optim.cluster import actor
+from optim.cluster.actor import Order, Worker, hashes_of, versions
+from optim.cluster.messages import pack, pack_result, unpack, unpack_result
+from optim.cluster.options import choose_gpus
+
+HAS_RAY = importlib.util.find_spec("ray") is not None  # not imported: Ray reads its settings then
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+FRAMES = 130  # eight windows and one that is slid back, in two shots
+SETTINGS = Settings(steps=2, frames_per_pass=4)  # as the plan of a processor has it
+MATRIX = np.array([[0.4, 0.02, -8.0], [-0.02, 0.4, -10.0]])
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint):
+    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
+
+
+def aligned_frames(count: int = FRAMES) -> list[AlignedFrame]:
+    """Frames of a clip whose faces are known; every eleventh of the first shot has none."""
+    random = np.random.default_rng(0)
+    frames = []
+    for number in range(count):
+        frame = AlignedFrame(portrait(number), torch.from_numpy(random.standard_normal((50, WIDTH), np.float32)))
+        if number % 40 != 39:
+            frame.crop = random.integers(0, 256, (RESOLUTION, RESOLUTION, 3), np.uint8)
+            frame.matrix, frame.opacity, frame.shot = MATRIX + random.normal(size=(2, 3)) / 100, 1.0, number // 60
+        frames.append(frame)
+    return frames
+
+
+def groups_of(frames: list[AlignedFrame], windows: int = 1):
+    return group_windows(split_windows(frames), windows)
+
+
+@pytest.fixture(scope="module")
+def expected(models) -> np.ndarray:
+    """What a single process paints."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    painted = list(paint_groups(groups_of(aligned_frames()), Painter(models, SETTINGS)))
+    torch.set_num_threads(threads)
+    assert len(painted) == FRAMES
+    return np.stack([frame.frame for frame in painted])
+
+
+def make_order(checkpoint, **changes) -> Order:
+    values = {
+        "model": str(checkpoint), "hashes": None, "versions": versions(), "kind": "cpu", "threads": 1,
+        "settings": SETTINGS, "level": "conservative", "batch": None, "overrides": {"fused": False}, "frames": FRAMES,
+        "token_required": False,
+    }  # fmt: skip
+    return Order(**(values | changes))
+
+
+# Without Ray
+
+
+@pytest.mark.parametrize(
+    "text, present, numbers",
+    [("all", 3, [0, 1, 2]), ("2", 3, [0, 1]), ("0,2", 3, [0, 2]), ("2,0", 3, [2, 0]), ("2", 0, [0, 1]), ("1", 8, [0])],
+)
+def test_gpus_are_chosen_by_number_or_by_count(text, present, numbers):
+    assert choose_gpus(text, present, cores=4) == numbers
+
+
+@pytest.mark.parametrize(
+    "text, present, words",
+    [
+        ("all", 0, "no GPU"), ("5", 4, "1 to 4"), ("0", 4, "1 to 4"), ("-1", 4, "1 to 4"), ("0,4", 4, "0 to 3"),
+        ("1,1", 4, "each once"), ("two", 4, "not understood"), ("0,", 4, "not understood"), ("0,1", 0, "no GPU"),
+        ("9", 0, "8 cores"),
+    ],
+)  # fmt: skip
+def test_gpus_that_are_not_there_are_refused_with_a_sentence(text, present, words):
+    with pytest.raises(UserError, match=words):
+        choose_gpus(text, present, cores=8)
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_windows_that_have_travelled_are_painted_to_the_same_bits(models, expected, windows):
+    frames = aligned_frames()
+    for group in groups_of(frames, windows):
+        if (task := pack(group, RESOLUTION, own_face=False)) is None:
+            continue
+        for array in (task.tokens, task.crops, task.matrices, task.regions):
+            array.flags.writeable = False  # as Ray hands them out
+        received = unpack(task, RESOLUTION)
+        painted = list(paint_groups([list(received)], Painter(models, SETTINGS)))
+        assert len(painted) == task.new_frames
+        unpack_result(pack_result(received, RESOLUTION, False, []), group, RESOLUTION, own_face=False)
+    assert np.array_equal(np.stack([frame.frame for frame in frames]), expected)
+
+
+def test_a_worker_paints_several_tasks_at_once_in_their_order(checkpoint, expected):
+    worker = Worker(make_order(checkpoint))
+    worker.prepare()
+    frames = aligned_frames()
+    groups = list(groups_of(frames))
+    tasks = [(group, task) for group in groups if (task := pack(group, RESOLUTION, False)) is not None]
+    results = {}
+    threads = [
+        threading.Thread(target=lambda i=i, task=task: results.update({i: worker.paint(task)}))
+        for i, (_, task) in enumerate(tasks)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, (group, _) in enumerate(tasks):
+        unpack_result(results[i], group, RESOLUTION, own_face=False)
+    assert np.array_equal(np.stack([frame.frame for frame in frames]), expected)
+
+
+def test_a_task_that_fails_ends_with_its_error_and_the_next_is_painted(checkpoint, models):
+    worker = Worker(make_order(checkpoint))
+    worker.prepare()
+    (group, *_) = groups_of(aligned_frames())
+    good = pack(group, RESOLUTION, own_face=False)
+    bad = pack(group, RESOLUTION, own_face=False)
+    object.__setattr__(bad, "tokens", bad.tokens[:, :, :-1].copy())
+    with pytest.raises(RuntimeError):
+        worker.paint(bad)
+    assert worker.paint(good).recomputed == [False] * good.new_frames
+
+
+def test_a_worker_with_other_versions_other_files_or_an_open_ray_is_refused(checkpoint, models, monkeypatch):
+    hashes = hashes_of(resolve_model(str(checkpoint), CPU))
+    Worker(make_order(checkpoint, hashes=hashes)).prepare()
+    other = hashes | {"latentsync_unet.safetensors": "0" * 64}
+    with pytest.raises(UserError, match=r"another one than here \(latentsync_unet.safetensors\)"):
+        Worker(make_order(checkpoint, hashes=other)).prepare()
+    with pytest.raises(UserError, match="torch .* was started with 0.1"):
+        Worker(make_order(checkpoint, versions=versions() | {"torch": "0.1"})).prepare()
+    with pytest.raises(UserError, match=f"On {actor.socket.gethostname()}: There is no model 'elsewhere'"):
+        Worker(make_order(checkpoint, model="elsewhere")).prepare()
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(UserError, match="lets in anybody"):
+        Worker(make_order(checkpoint, token_required=True)).prepare()
+
+
+# With Ray
+
+
+@pytest.fixture(scope="module")
+def session():
+    """A Ray of this machine with two places for workers."""
+    if not HAS_RAY:
+        pytest.skip("Ray is not installed (pip install -e .[cluster])")
+    from optim.cluster.session import local_session
+
+    before = set(psutil.Process().children(recursive=True))
+    with local_session(2):
+        processes = set(psutil.Process().children(recursive=True)) - before
+        yield processes
+    gone, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
+
+
+@pytest.fixture
+def workers(session, checkpoint):
+    from optim.cluster.workers import RayWorkers
+
+    with RayWorkers(make_order(checkpoint), 2, 2, RESOLUTION, False, lambda line: None) as members:
+        yield members
+
+
+def process_of(member) -> psutil.Process:
+    import ray
+
+    return psutil.Process(ray.get(member.actor.__ray_call__.remote(lambda self: os.getpid())))
+
+
+def paint(workers, on_step=lambda: None, done: int = 0) -> np.ndarray:
+    frames = list(workers.paint_groups(groups_of(aligned_frames()), on_step, done))
+    assert len(frames) == FRAMES
+    return np.stack([frame.frame for frame in frames])
+
+
+def test_two_workers_paint_what_one_process_paints(workers, expected):
+    workers.wait_until_ready()
+    assert np.array_equal(paint(workers), expected)
+    with_faces = [group for group in groups_of(aligned_frames()) if any(isinstance(part, Window) for part in group)]
+    assert sum(entry["groups"] for entry in workers.summary()) == len(with_faces)
+    painted = paint(workers, done=50)
+    assert np.array_equal(painted[64:], expected[64:]) and not np.array_equal(painted, expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_worker_that_is_killed_changes_nothing(workers, expected, seed):
+    workers.wait_until_ready()
+    while sum(member.prepared is not None for member in workers.members) < 2:
+        workers._start_workers()
+        workers._receive(0.1)
+    random, steps = np.random.default_rng(seed), []
+    victim, moment = process_of(workers.members[random.integers(2)]), random.integers(1, 4)
+
+    def on_step():
+        steps.append(0)
+        if len(steps) == moment:
+            victim.send_signal(signal.SIGKILL)
+
+    assert np.array_equal(paint(workers, on_step), expected)
+    assert sum(member.lost for member in workers.members) == 1
+
+
+def test_a_run_that_is_stopped_ends_its_workers(session, checkpoint):
+    from optim.cluster.workers import RayWorkers
+
+    class Stop(Exception):
+        pass
+
+    def on_step():
+        raise Stop
+
+    with pytest.raises(Stop), RayWorkers(make_order(checkpoint), 2, 2, RESOLUTION, False, print) as workers:
+        workers.wait_until_ready()
+        processes = [process_of(member) for member in workers.members if member.prepared]
+        paint(workers, on_step)
+    gone, alive = psutil.wait_procs(processes, timeout=60)
+    assert gone and not alive
+
+
+def test_with_no_worker_left_there_is_a_sentence(session, checkpoint):
+    from optim.cluster.workers import RayWorkers
+
+    order = make_order(checkpoint, model="elsewhere")
+    with RayWorkers(order, 2, 2, RESOLUTION, False, lambda line: None) as workers:
+        with pytest.raises(UserError, match="There is no model 'elsewhere'"):
+            workers.wait_until_ready()
+
+
+def test_workers_that_die_at_their_start_are_not_started_for_ever(session, checkpoint, monkeypatch):
+    from optim.cluster.workers import MAX_LOSSES, RayWorkers
+
+    with RayWorkers(make_order(checkpoint), 1, 1, RESOLUTION, False, lambda line: None) as workers:
+        start = workers._start_workers
+
+        def start_and_kill():
+            known = len(workers.members)
+            start()
+            for member in workers.members[known:]:
+                process_of(member).kill()
+
+        monkeypatch.setattr(workers, "_start_workers", start_and_kill)
+        with pytest.raises(UserError, match="No worker is left"):
+            workers.wait_until_ready()
+        assert len(workers.members) == MAX_LOSSES
