@@ -1,21 +1,28 @@
 """Several workers paint one job: what travels, what is refused, and with Ray the same frames, whoever dies."""
 
 import importlib.util
+import json
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from clips import make_sound
 from conftest import portrait
 from tiny import RESOLUTION, WIDTH
 
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
+from latentsync.machine import usable_cores
 from latentsync.painting import Painter, paint_groups
 from latentsync.settings import Settings
 from latentsync.windows import AlignedFrame, Window, group_windows, split_windows
@@ -26,6 +33,7 @@ from optim.cluster.options import choose_gpus
 
 HAS_RAY = importlib.util.find_spec("ray") is not None  # not imported: Ray reads its settings then
 ROOT = Path(__file__).resolve().parent.parent
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 CPU = torch.device("cpu")
 FRAMES = 130  # eight windows and one that is slid back, in two shots
 SETTINGS = Settings(steps=2, frames_per_pass=4)  # as the plan of a processor has it
@@ -161,6 +169,33 @@ def test_a_worker_with_other_versions_other_files_or_an_open_ray_is_refused(chec
         Worker(make_order(checkpoint, token_required=True)).prepare()
 
 
+def run_command(code: str, *arguments: object, **options) -> subprocess.CompletedProcess:
+    """The accelerated command line in a process of its own, after `code`; the exit code is its own."""
+    program = f"import sys\nfrom optim.__main__ import main\nARGUMENTS = sys.argv[1:]\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, **options,
+    )  # fmt: skip
+
+
+def test_one_device_needs_no_ray(checkpoint, talking, voice, tmp_path):
+    """Without the options, and with --gpus 1, which is the same."""
+    options = (talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint, "--steps", 1, "--device", "cpu")
+    loaded = "print('loaded:', [name for name in sys.modules if name == 'ray' or name == 'optim.cluster.workers'])"
+    run = run_command(f"assert main(ARGUMENTS) == main([*ARGUMENTS, '--gpus', '1']) == 0\n{loaded}", *options)
+    assert run.returncode == 0 and "loaded: []" in run.stdout, run.stderr
+
+
+def test_where_ray_is_missing_a_sentence_says_how_to_get_it(checkpoint, talking, voice, tmp_path):
+    options = (talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint, "--device", "cpu", "--gpus", 2)
+    run = run_command("sys.modules['ray'] = None\nsys.exit(main(ARGUMENTS))", *options)
+    if usable_cores() < 2:
+        assert run.returncode == 2 and "give 1 to 1" in run.stderr
+    else:
+        assert run.returncode == 2 and "pip install -e .[cluster]" in run.stderr and "Traceback" not in run.stderr
+    assert os.listdir(tmp_path) == []
+
+
 # With Ray
 
 
@@ -199,31 +234,49 @@ def paint(workers, on_step=lambda: None, done: int = 0) -> np.ndarray:
     return np.stack([frame.frame for frame in frames])
 
 
+def wait_for_both(workers) -> list:
+    """The two workers, when both are ready."""
+    while len(alive := [member for member in workers.members if member.prepared and not member.lost]) < 2:
+        workers._start_workers()
+        workers._receive(0.1)
+    return alive
+
+
 def test_two_workers_paint_what_one_process_paints(workers, expected):
     workers.wait_until_ready()
     assert np.array_equal(paint(workers), expected)
     with_faces = [group for group in groups_of(aligned_frames()) if any(isinstance(part, Window) for part in group)]
     assert sum(entry["groups"] for entry in workers.summary()) == len(with_faces)
-    painted = paint(workers, done=50)
-    assert np.array_equal(painted[64:], expected[64:]) and not np.array_equal(painted, expected)
+    painted = paint(workers, done=50)  # of an earlier run: the groups within the first 50 frames stay as they are
+    assert np.array_equal(painted[48:], expected[48:]) and not np.array_equal(painted[:48], expected[:48])
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_worker_that_is_killed_changes_nothing(workers, expected, seed):
-    workers.wait_until_ready()
-    while sum(member.prepared is not None for member in workers.members) < 2:
-        workers._start_workers()
-        workers._receive(0.1)
-    random, steps = np.random.default_rng(seed), []
-    victim, moment = process_of(workers.members[random.integers(2)]), random.integers(1, 4)
+@pytest.mark.parametrize("tries", [2, pytest.param(20, marks=pytest.mark.full_size)])
+def test_a_worker_that_is_killed_at_any_moment_changes_nothing(workers, expected, tries):
+    random = np.random.default_rng(tries)
+    for attempt in range(1, tries + 1):
+        victim = process_of(wait_for_both(workers)[random.integers(2)])
+        steps, moment = [], random.integers(1, 6)
 
-    def on_step():
-        steps.append(0)
-        if len(steps) == moment:
-            victim.send_signal(signal.SIGKILL)
+        def on_step(victim=victim, steps=steps, moment=moment):
+            steps.append(0)
+            if len(steps) == moment:
+                victim.send_signal(signal.SIGKILL)
 
-    assert np.array_equal(paint(workers, on_step), expected)
-    assert sum(member.lost for member in workers.members) == 1
+        assert np.array_equal(paint(workers, on_step), expected)
+        wait_for_both(workers)
+        assert sum(member.lost for member in workers.members) == attempt
+
+
+def test_ray_listens_on_the_loopback_address_only(session):
+    listening = [
+        connection.laddr.ip
+        for process in session
+        if process.is_running()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening and {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
 
 
 def test_a_run_that_is_stopped_ends_its_workers(session, checkpoint):
@@ -268,3 +321,62 @@ def test_workers_that_die_at_their_start_are_not_started_for_ever(session, check
         with pytest.raises(UserError, match="No worker is left"):
             workers.wait_until_ready()
         assert len(workers.members) == MAX_LOSSES
+
+
+# The command
+
+
+SEGMENT = 20  # frames, in place of a minute's
+SHORT_SEGMENTS = f"""
+from functools import partial
+from latentsync import pipeline
+pipeline.lipsync = partial(pipeline.lipsync, segment_frames={SEGMENT})
+"""
+KILLED = f"""{SHORT_SEGMENTS}
+import os, signal
+from latentsync.media import VideoWriter
+write, written = VideoWriter.write, []
+
+def killing(self, frame):
+    written.append(0)
+    if len(written) == 50:  # in the third segment
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, frame)
+
+VideoWriter.write = killing
+main(ARGUMENTS)
+"""
+
+
+def ray_processes() -> set[int]:
+    """Those of the sessions of this program on this machine, but Ray's two agents: they end by themselves, and after a
+    SIGKILL of the driver only when they have tried for a minute to report that."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            mine = any("latentsync-ray-" in part for part in process.cmdline()) or process.name().startswith("ray::")
+            if mine and "Agent" not in process.name():
+                found.add(process.pid)
+    return found
+
+
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed (pip install -e .[cluster])")
+@pytest.mark.skipif(usable_cores() < 2, reason="two workers need two cores")
+def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(checkpoint, talking, tmp_path):
+    sound = make_sound(tmp_path / "sound.wav", seconds=68 / 25)
+    options = (talking, sound, "--model", checkpoint, "--steps", 1, "--device", "cpu", "-o")
+    alone = run_command(f"{SHORT_SEGMENTS}\nsys.exit(main(ARGUMENTS))", *options, tmp_path / "alone.mp4")
+    assert alone.returncode == 0, alone.stderr
+    before, shared = ray_processes(), set(SHARED_MEMORY.glob("*plasma*"))
+    folders = set(Path(tempfile.gettempdir()).glob("latentsync-ray-*"))
+    several = (*options, tmp_path / "several.mp4", "--gpus", 2, "--report", tmp_path / "report.json")
+    assert run_command(KILLED, *several).returncode == -signal.SIGKILL
+    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in ray_processes() - before], timeout=60)
+    assert not alive and set(SHARED_MEMORY.glob("*plasma*")) <= shared
+    again = run_command(f"{SHORT_SEGMENTS}\nsys.exit(main(ARGUMENTS))", *several)
+    assert again.returncode == 0 and "resuming at 0:01" in again.stderr, again.stderr
+    assert (tmp_path / "several.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["device"] == "2 × cpu" and report["resumed_from"] == 40 and report["workers"]
+    assert not ray_processes() - before and set(SHARED_MEMORY.glob("*plasma*")) <= shared
+    assert set(Path(tempfile.gettempdir()).glob("latentsync-ray-*")) <= folders

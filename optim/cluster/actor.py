@@ -21,6 +21,7 @@ from latentsync.errors import UserError
 from latentsync.options import choose_device
 from latentsync.painting import Group, Painter, paint_groups
 from latentsync.settings import Settings
+from latentsync.windows import Window
 from optim.accelerate import Plan, accelerate, details, oom_handler, plan_for_device
 from optim.cluster.messages import PaintedGroup, PaintTask, pack_result, unpack
 
@@ -83,7 +84,7 @@ class Worker:
     def __init__(self, order: Order):
         self._order = order
         self._tasks: queue.SimpleQueue[tuple[PaintTask, Future[PaintedGroup]]] = queue.SimpleQueue()
-        self._started: deque[tuple[PaintTask, Group, Future[PaintedGroup]]] = deque()  # of the painting thread
+        self._started: deque[tuple[PaintTask, list[Window], Future[PaintedGroup]]] = deque()  # of the painting thread
         self._messages: list[str] = []
 
     def prepare(self) -> Prepared:

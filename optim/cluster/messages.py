@@ -102,7 +102,7 @@ def pack_result(windows: list[Window], resolution: int, own_face: bool, messages
     """The pixels of painted windows."""
     frames = [frame for window in windows for frame in window.new]
     if own_face:
-        pixels = np.stack([frame.generated for frame in frames])
+        pixels = np.stack([frame.generated for frame in frames if frame.generated is not None])
     else:
         pixels = np.concatenate([region.ravel() for region in _regions(list(windows), resolution)])
     return PaintedGroup(pixels, [frame.recomputed for frame in frames], messages)

@@ -88,7 +88,8 @@ def cluster_session(address: str) -> Iterator[None]:
         raise UserError(f"--cluster {address}: give the address as HOST:PORT, as `ray start --head` prints it.")
     with _environment({"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}):
         ray = _import_ray()
-        with _signals_kept(), _errors_as_sentences(f"The Ray cluster at {address} cannot be used"):
+        what = f"The Ray cluster at {address} cannot be used; is it running, and is the token here that of the cluster?"
+        with _signals_kept(), _errors_as_sentences(what):
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         try:
             yield
@@ -142,7 +143,7 @@ def _errors_as_sentences(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what}: {reason}") from error
+        raise UserError(f"{what} ({reason})") from error
 
 
 @contextmanager

@@ -157,8 +157,8 @@ class RayWorkers:
         for member, place in self._waits.values():
             if place is not None:
                 given[id(member)] += 1
-        member = min(self._ready(), key=lambda member: given[id(member)], default=None)
-        return member if member is not None and given[id(member)] < QUEUED[self.kind] else None
+        free = [member for member in self._ready() if given[id(member)] < QUEUED[self.kind]]
+        return min(free, key=lambda member: given[id(member)], default=None)
 
     def _hand_out(self) -> None:
         while self._waiting and (member := self._least_busy()) is not None:
