@@ -133,11 +133,16 @@ class Page:
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             self.model = self._add("model")
             gr.HTML(asset("models.html"), padding=False)
-            for names in ("steps", "guidance"), ("face", "crf"), ("seed", "batch"), ("deepcache", "compile"):
+            for names in (
+                ("steps", "guidance"),
+                ("face", "crf"),
+                ("seed", "batch"),
+                ("deepcache", "compile"),
+                ("silence_gate", "vram_fraction"),
+            ):
                 with gr.Row():
                     for name in names:
                         self._add(name)
-            self._add("vram_fraction")
             self.details = gr.HTML("<p id='details'></p>", elem_id="details-box", padding=False)
 
     # ---- events
@@ -225,7 +230,7 @@ class Page:
         self.blocks.load(api.when_ready(self.on_load), None, loaded, **private).then(**mark_stop).then(**show_meaning)
 
         # The page always says how strong the lips are; who calls an endpoint may leave that to the model.
-        by_name = [*settings[:-1], guidance]
+        by_name = [guidance if name == "guidance" else self._controls[name] for name in NAMES]
         endpoints: dict[str, tuple[Callable, list, Any]] = {
             "submit": (submit, [*inputs[:2], *by_name, visitor, video_track, audio_track], reply),
             "describe": (describe, [*by_name, seconds], [self.line, self.details]),

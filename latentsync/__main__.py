@@ -18,7 +18,7 @@ from latentsync.errors import UserError, is_out_of_memory
 from latentsync.machine import peak_memory
 from latentsync.options import between, choose_device, interrupt_on_signals, log_to_stderr
 from latentsync.paths import check_writable, write_text
-from latentsync.settings import FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
+from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
     import torch
@@ -63,6 +63,12 @@ def make_parser() -> argparse.ArgumentParser:
         default=Settings.face,
         help="which one, if the video shows several (default %(default)s)",
     )
+    parser.add_argument(
+        "--crf",
+        type=between(float, 0, 40),
+        default=CRF,
+        help="quality of the written video: x264's CRF, smaller numbers are better and larger (default %(default)s)",
+    )
     for kind in ("video", "audio"):
         parser.add_argument(
             f"--{kind}-track",
@@ -70,6 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
             metavar="N",
             help=f"which track of {kind.upper()}, from 1 (default: the one with the default flag, else the first)",
         )
+    parser.add_argument(
+        "--silence-gate",
+        choices=("on", "off"),
+        default="on",
+        help="on (default): between words the model hears silence, so that noise moves no mouth; off: it hears all",
+    )
     parser.add_argument(
         "--copy-audio",
         action="store_true",
@@ -216,7 +228,15 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
     check_output(args.output, checkpoint.files)
     if args.report:
         check_writable(args.report, checkpoint.files, REPORT)
-    settings = Settings.suiting(checkpoint, args.guidance, steps=args.steps, seed=args.seed, face=args.face)
+    settings = Settings.suiting(
+        checkpoint,
+        args.guidance,
+        steps=args.steps,
+        seed=args.seed,
+        face=args.face,
+        crf=args.crf,
+        silence_gate=args.silence_gate == "on",
+    )
     progress = ProgressBars() if sys.stderr.isatty() else ProgressLines()
 
     def print_message(message: str) -> None:

@@ -341,7 +341,7 @@ def generate_frames(
         hooks.progress("mouths", max(painted, done), source.total)
 
     bank = None if source.second_reading is None else MouthBank()
-    aligned_frames = read_aligned(source, models, settings.face, bank, clock)
+    aligned_frames = read_aligned(source, models, settings, bank, clock)
     with ExitStack() as stack:
         crops = stack.enter_context(
             closing(prefetch(aligned_frames, buffered_crops(settings), "crops", hooks.wait, source.cancel))
@@ -362,11 +362,11 @@ def generate_frames(
 
 
 def read_aligned(
-    source: Source, models: Models, face: str, bank: MouthBank | None, clock: StageClock
+    source: Source, models: Models, settings: Settings, bank: MouthBank | None, clock: StageClock
 ) -> Iterator[AlignedFrame]:
     """The first half of the chain: decode, follow the face, encode the sound, cut out the face.
 
-    face: one of `settings.FACES`; bank: collects the mouths of the source's second reading, up to CHUNK frames early.
+    bank: collects the mouths of the source's second reading, up to CHUNK frames early.
     """
     max_crops = MAX_CROP_BYTES // (3 * models.resolution**2) if source.repeats else None
     repeated: list[tuple[int, np.ndarray]] = []
@@ -376,15 +376,17 @@ def read_aligned(
             made = threads.enter_context(closing(prefetch(clock.time(items, stage), depth, stage)))
             return clock.wait(made, stage)
 
-        chunks = audio_chunks(models.audio_encoder, source.wav, source.total, models.mel_range, models.speech_level)
+        chunks = audio_chunks(
+            models.audio_encoder, source.wav, source.total, models.mel_range, models.speech_level, settings.silence_gate
+        )
         tokens = in_thread(on_side_stream(chunks, models.device), "sound", TRACKED_FRAMES)
         frames = in_thread(source.frames, "reading", DECODED_FRAMES)
         first_time = until_repeated(frames, repeated)
         tracked: Iterable[tuple[np.ndarray, Face | None]]
         if bank is None or source.second_reading is None:
-            tracked = in_thread(track_faces(first_time, which=face), "faces", TRACKED_FRAMES)
+            tracked = in_thread(track_faces(first_time, which=settings.face), "faces", TRACKED_FRAMES)
         else:
-            faces = in_thread(bank.collect(track_faces(source.second_reading, which=face)), "faces", CHUNK)
+            faces = in_thread(bank.collect(track_faces(source.second_reading, which=settings.face)), "faces", CHUNK)
             tracked = zip(first_time, faces, strict=False)
         aligned = align_frames(tracked, tokens, models.resolution, max_crops, chain(repeated, frames))
         yield from clock.time(aligned, "crops")

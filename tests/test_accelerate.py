@@ -24,10 +24,10 @@ from optim.accelerate import (
 from optim.fused import FAST
 from optim.hardware import recommended_level
 from optim.lean import SLICE, LeanFeedForward, LeanVaeResnetBlock, make_lean
-from optim.levels import CONSERVATIVE, STOPS, override
+from optim.levels import CONSERVATIVE, STOPS, find_level, override
 from optim.swap import restore_classes
 
-_, BALANCED, AGGRESSIVE = STOPS
+BALANCED, AGGRESSIVE = find_level("balanced"), find_level("aggressive")
 CPU = torch.device("cpu")
 CARDS = (6, 8, 12, 16, 24, 48, 80)  # GB
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,9 +6,9 @@ import torch
 from fake_nvml import GIB, MIB, Card, FakeCuda, FakeNvml, card_of
 
 from optim.hardware import RELEASED, Gpu, batch_sizes, nvml_index, read_gpus, recommended_level
-from optim.levels import CONSERVATIVE, STOPS, override
+from optim.levels import CONSERVATIVE, STOPS, find_level, override
 
-_, BALANCED, AGGRESSIVE = STOPS
+BALANCED, AGGRESSIVE = find_level("balanced"), find_level("aggressive")
 SIZES = (6, 8, 12, 16, 24, 48, 80)
 RESOLUTIONS = (256, 512)
 
