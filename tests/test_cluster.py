@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,7 @@ from latentsync.windows import AlignedFrame, Window, group_windows, split_window
 from optim.cluster import actor
 from optim.cluster.actor import Order, Worker, hashes_of, versions
 from optim.cluster.messages import pack, pack_result, unpack, unpack_result
-from optim.cluster.options import choose_gpus
+from optim.cluster.options import choose_gpus, whole_number
 
 HAS_RAY = importlib.util.find_spec("ray") is not None  # not imported: Ray reads its settings then
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +110,13 @@ def test_gpus_that_are_not_there_are_refused_with_a_sentence(text, present, word
         choose_gpus(text, present, cores=8)
 
 
+@pytest.mark.parametrize("text", ["0", "0,1", "-1", "two", ""])
+def test_a_cluster_takes_a_number_of_gpus(text):
+    assert whole_number("3") == 3
+    with pytest.raises(UserError, match="a number from 1"):
+        whole_number(text)
+
+
 @pytest.mark.parametrize("windows", [1, 3])
 def test_windows_that_have_travelled_are_painted_to_the_same_bits(models, expected, windows):
     frames = aligned_frames()
@@ -169,13 +179,20 @@ def test_a_worker_with_other_versions_other_files_or_an_open_ray_is_refused(chec
         Worker(make_order(checkpoint, token_required=True)).prepare()
 
 
-def run_command(code: str, *arguments: object, **options) -> subprocess.CompletedProcess:
-    """The accelerated command line in a process of its own, after `code`; the exit code is its own."""
+def start_command(code: str, *arguments: object, **variables: str) -> subprocess.Popen:
+    """A process that runs `code` with the accelerated command line's `main`, and ARGUMENTS for it."""
     program = f"import sys\nfrom optim.__main__ import main\nARGUMENTS = sys.argv[1:]\n{code}"
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, **options,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def run_command(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    with start_command(code, *arguments) as process:
+        output, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def test_one_device_needs_no_ray(checkpoint, talking, voice, tmp_path):
@@ -380,3 +397,107 @@ def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(checkpoint,
     assert report["device"] == "2 × cpu" and report["resumed_from"] == 40 and report["workers"]
     assert not ray_processes() - before and set(SHARED_MEMORY.glob("*plasma*")) <= shared
     assert set(Path(tempfile.gettempdir()).glob("latentsync-ray-*")) <= folders
+
+
+# A cluster
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Two Ray nodes on addresses of their own, as two machines, with a token: the address; the second's processes."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    folder = Path(tempfile.mkdtemp(prefix="ls-"))  # short, for the paths of Ray's sockets
+
+    def start(name: str, ip: str, *options: str) -> None:
+        common = ("--num-cpus=1", "--num-gpus=0", "--disable-usage-stats", f"--temp-dir={folder / name}")
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={ip}", *common, *options]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+    def processes_of(name: str) -> list[psutil.Process]:
+        """A node's own processes; they have started all others."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if any(str(folder / name) in part for part in process.cmdline()):
+                    found.append(process)
+        return found
+
+    def kill(name: str) -> None:
+        with suppress(psutil.Error):
+            processes = [one for own in processes_of(name) for one in (*own.children(recursive=True), own)]
+            for process in processes:
+                with suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=60)
+
+    try:
+        start("head", "127.0.0.2", "--head", "--port=0", "--include-dashboard=false")
+        address = (folder / "head" / "ray_current_cluster").read_text()
+        start("other", "127.0.0.3", f"--address={address}")
+        yield address, partial(processes_of, "other")
+    finally:
+        kill("other")
+        kill("head")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# Waits for both machines, and takes the second away when the first frame has been written; the first arguments are its
+# processes.
+MACHINE_LOST = """
+import psutil
+from latentsync.media import VideoWriter
+from optim.cluster import workers
+
+processes, ARGUMENTS = [psutil.Process(int(pid)) for pid in ARGUMENTS[0].split(",")], ARGUMENTS[1:]
+write, wait = VideoWriter.write, workers.RayWorkers.wait_until_ready
+
+def wait_for_both(self):
+    first = wait(self)
+    while sum(member.prepared is not None for member in self.members) < 2:
+        self._start_workers()
+        self._receive(0.1)
+    return first
+
+def killing(self, frame):
+    while processes:
+        process = processes.pop()
+        for one in (*process.children(recursive=True), process):
+            one.kill()
+    write(self, frame)
+
+workers.RayWorkers.wait_until_ready = wait_for_both
+VideoWriter.write = killing
+sys.exit(main(ARGUMENTS))
+"""
+
+
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed (pip install -e .[cluster])")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address")
+def test_a_job_runs_over_two_machines_and_one_of_them_may_go(cluster, checkpoint, talking, tmp_path):
+    address, other = cluster
+    sound, report = make_sound(tmp_path / "sound.wav", seconds=8), tmp_path / "report.json"
+    options = (talking, sound, "--model", checkpoint, "--steps", 1, "--device", "cpu", "--level", "conservative")
+    both = (*options, "--cluster", address, "--report", report, "-o", tmp_path / "both.mp4")
+    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    refused = start_command("sys.exit(main(ARGUMENTS))", *options, "--cluster", address, "-o", "no.mp4", **token)
+    alone = run_command("sys.exit(main(ARGUMENTS))", *options, "-o", tmp_path / "alone.mp4")
+    assert alone.returncode == 0, alone.stderr
+    run = run_command(MACHINE_LOST, ",".join(str(process.pid) for process in other()), *both)
+    assert run.returncode == 0 and "Its windows go to the others." in run.stderr, run.stderr
+    assert (tmp_path / "both.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
+    found = json.loads(report.read_text())["workers"]
+    assert sorted(worker["lost"] for worker in found) == [False, True]
+    _, text = refused.communicate(timeout=300)
+    assert refused.returncode == 2 and "is the token here that of the cluster?" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("missing", ["--model", "--level"])
+def test_a_cluster_takes_a_model_and_a_level_by_name_and_a_token(checkpoint, talking, voice, tmp_path, missing):
+    named = {"--model": str(checkpoint), "--level": "conservative"}
+    del named[missing]
+    options = (talking, voice, "-o", tmp_path / "out.mp4", "--device", "cpu", "--cluster", "127.0.0.1:6379")
+    run = run_command("sys.exit(main(ARGUMENTS))", *options, *(part for pair in named.items() for part in pair))
+    assert run.returncode == 2 and f"--cluster: give {missing}, too" in run.stderr

@@ -15,7 +15,7 @@ from latentsync.checkpoints.load import load_outline, working_dtype
 from latentsync.errors import UserError
 from latentsync.machine import usable_cores
 from latentsync.settings import Report, Settings
-from optim.cluster.options import choose_gpus
+from optim.cluster.options import choose_gpus, whole_number
 from optim.cluster.session import cluster_session, local_session
 from optim.doctor import advise_report
 from optim.hardware import read_gpus, recommended_level
@@ -64,8 +64,8 @@ def prepare_workers(
         if args.cluster is not None:
             count = places(kind)
             limit = AHEAD * count
-            if args.gpus is not None:
-                count = limit = min(len(choose_gpus(args.gpus, count, 0)), count)
+            if args.gpus not in (None, "all"):
+                count = limit = min(count, whole_number(args.gpus))
         order = Order(
             model=checkpoint.name if args.model in MODEL_NAMES else str(Path(args.model).expanduser().resolve()),
             hashes=hashes_of(checkpoint) if args.cluster is not None else None,

@@ -20,6 +20,13 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def whole_number(text: str) -> int:
+    """The number of workers that --gpus gives for a cluster. Raises UserError."""
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"--gpus {text}: with --cluster give all, or a number from 1.")
+    return int(text)
+
+
 def choose_gpus(text: str, present: int, cores: int) -> list[int]:
     """The numbers of the GPUs that --gpus names; where none is present, those of as many workers on the processor.
 
