@@ -97,7 +97,7 @@ choose_torch() { "$python" -I "$here/optim/torch_build.py"; }
 # install_torch BUILD PRESENT: that build of the pinned torch, in place of the one that is present.
 install_torch() {
     local version
-    version=$(sed -n 's/^torch==//p' "$here/requirements.txt")
+    version=$(sed -n 's/^torch==//p' "$here/requirements.exact.txt")
     # Builds differ in their local version alone, which `torch==2.13.0` does not look at.
     if [ "$2" != none ] && [ "$2" != "$1" ]; then
         "$python" -m pip uninstall --quiet --yes --disable-pip-version-check torch || fail_install
@@ -187,18 +187,18 @@ case $command in
         help
         ;;
     "" | -*)
-        install "$here/requirements.txt" installed
+        install "$here/requirements.exact.txt" installed
         exec "$python" "$here/app.py" "$@"
         ;;
     sync)
         shift
-        install "$here/requirements.txt" installed
+        install "$here/requirements.exact.txt" installed
         install_cluster "$@"
         exec "$venv/bin/latentsync" sync "$@"
         ;;
     demo)
         shift
-        install "$here/requirements.txt" installed
+        install "$here/requirements.exact.txt" installed
         install_cluster "$@"
         mkdir -p -- "$here/outputs"
         "$venv/bin/latentsync" sync "$here/assets/example/face.mp4" "$here/assets/example/speech.wav" \
@@ -207,7 +207,7 @@ case $command in
         ;;
     test)
         shift
-        install "$here/requirements.txt" installed
+        install "$here/requirements.exact.txt" installed
         install "$here/requirements.cluster.txt" installed-cluster
         install "$here/tests/requirements.txt" installed-tests
         cd -- "$here"
