@@ -153,6 +153,20 @@ install() {
     contents "$1" "$build" >"$record"
 }
 
+# Several GPUs take packages that one does not: installed when an option first asks for them.
+install_cluster() {
+    local argument
+    for argument; do
+        case $argument in
+            --) return ;;
+            --gpus | --gpus=* | --cluster | --cluster=*)
+                install "$here/requirements.cluster.txt" installed-cluster
+                return
+                ;;
+        esac
+    done
+}
+
 # Two runs of pytest: Triton settles at its import whether it interprets, so the kernels have a run of their own.
 # Options go to both; a run that has none of the tests that they select (exit code 5) is no failure unless both have none.
 run_tests() {
@@ -179,11 +193,13 @@ case $command in
     sync)
         shift
         install "$here/requirements.exact.txt" installed
+        install_cluster "$@"
         exec "$venv/bin/latentsync" sync "$@"
         ;;
     demo)
         shift
         install "$here/requirements.exact.txt" installed
+        install_cluster "$@"
         mkdir -p -- "$here/outputs"
         "$venv/bin/latentsync" sync "$here/assets/example/face.mp4" "$here/assets/example/speech.wav" \
             -o "$here/outputs/demo.mp4" --model demo "$@"
@@ -192,6 +208,7 @@ case $command in
     test)
         shift
         install "$here/requirements.exact.txt" installed
+        install "$here/requirements.cluster.txt" installed-cluster
         install "$here/tests/requirements.txt" installed-tests
         cd -- "$here"
         "$python" -m ruff check .

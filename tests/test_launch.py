@@ -45,6 +45,7 @@ class Copy:
         (self.root / "latentsync").write_text(REPORT_ARGUMENTS)
         (self.root / "latentsync").chmod(0o755)
         (self.root / "requirements.exact.txt").write_text("torch==2.13.0\n")
+        (self.root / "requirements.cluster.txt").write_text("ray==2.60.0\n")
         shutil.copy(ROOT / "launch.sh", self.root)
         (self.root / "tests").mkdir()
         (self.root / "tests" / "requirements.txt").write_text("pytest==9.2.0\n")
@@ -157,6 +158,16 @@ def test_second_start_installs_nothing_until_the_requirements_change(with_python
     (with_python.root / "requirements.exact.txt").write_text("torch==2.14.0\n")
     assert with_python.start("sync").returncode == 0
     assert len(with_python.installs()) == 1
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--gpus=all", "--cluster"])
+def test_the_packages_for_several_gpus_are_installed_when_an_option_first_asks_for_them(with_python, option):
+    assert with_python.start("sync", "a.mp4", "--", option).returncode == 0
+    assert len(with_python.installs()) == 1
+    assert with_python.start("sync", "a.mp4", option, "2").returncode == 0
+    [call] = with_python.installs()
+    assert call.endswith("requirements.cluster.txt")
+    assert with_python.start("demo", option, "2").returncode == 0 and with_python.installs() == []
 
 
 def test_a_folder_that_was_moved_is_installed_again(with_python):
@@ -319,7 +330,7 @@ def test_requirements_name_one_version_for_every_python():
     from packaging.requirements import Requirement
 
     for python in ("3.10", "3.11", "3.12", "3.13"):
-        for file in ("requirements.exact.txt", "tests/requirements.txt"):
+        for file in ("requirements.exact.txt", "requirements.cluster.txt", "tests/requirements.txt"):
             lines = (ROOT / file).read_text().splitlines()
             wanted = [Requirement(line) for line in lines if not line.startswith("#")]
             for system in ("Linux", "Windows"):
