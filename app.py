@@ -157,11 +157,11 @@ class Page:
     def _build_advanced(self) -> None:
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             self.model = self._add("model")
-            for names in ("steps", "guidance"), ("face", "crf"), ("seed", "batch"), ("deepcache", "compile"):
+            pairs = ("steps", "guidance"), ("face", "crf"), ("seed", "batch"), ("deepcache", "compile")
+            for names in (*pairs, ("silence_gate", "vram_fraction")):
                 with gr.Row():
                     for name in names:
                         self._add(name)
-            self._add("vram_fraction")
             self.details = gr.HTML("<p id='details'></p>", elem_id="details-box", apply_default_css=False)
             plain_html("models.html")
 

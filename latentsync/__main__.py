@@ -18,12 +18,15 @@ from latentsync.errors import UserError, is_out_of_memory
 from latentsync.machine import peak_memory
 from latentsync.options import between, choose_device, interrupt_on_signals, log_to_stderr
 from latentsync.paths import check_writable, write_text
-from latentsync.settings import FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
+from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
+    import torch
     from tqdm import tqdm
 
+    from latentsync.checkpoints.find import Checkpoint
     from latentsync.checkpoints.load import Models
+    from latentsync.painting import Workers
 
 LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 REPORT = "The report"
@@ -60,6 +63,12 @@ def make_parser() -> argparse.ArgumentParser:
         default=Settings.face,
         help="which one, if the video shows several (default %(default)s)",
     )
+    parser.add_argument(
+        "--crf",
+        type=between(float, 0, 40),
+        default=CRF,
+        help="quality of the written video: x264's CRF, smaller numbers are better and larger (default %(default)s)",
+    )
     for kind in ("video", "audio"):
         parser.add_argument(
             f"--{kind}-track",
@@ -67,6 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
             metavar="N",
             help=f"which track of {kind.upper()}, from 1 (default: the one with the default flag, else the first)",
         )
+    parser.add_argument(
+        "--silence-gate",
+        choices=("on", "off"),
+        default="on",
+        help="on (default): between words the model hears silence, so that noise moves no mouth; off: it hears all",
+    )
     parser.add_argument(
         "--copy-audio",
         action="store_true",
@@ -161,28 +176,34 @@ class ProgressLines:
 
 @dataclass
 class PreparedRun:
-    """The settings of a run, and what to do during it and afterwards."""
+    """The models and settings of a run, and what to do during it and afterwards."""
 
+    models: "Models"
     settings: Settings
     on_out_of_memory: Callable[[], Settings | None] | None = None  # see `latentsync.pipeline.lipsync`
     on_finished: Callable[[Report], None] = lambda report: None  # called before the report is written
     report_extras: dict[str, Any] = field(default_factory=dict)  # added to the file of --report
+    workers: "Workers | None" = None  # other processes that paint the faces
 
 
-# (arguments, models, settings, seconds of sound) → context manager of the run
-Prepare = Callable[[argparse.Namespace, "Models", Settings, float], AbstractContextManager[PreparedRun]]
+# (arguments, checkpoint, device, settings, seconds of sound) → context manager of the run
+Prepare = Callable[
+    [argparse.Namespace, "Checkpoint", "torch.device", Settings, float], AbstractContextManager[PreparedRun]
+]
 
 
 @contextmanager
 def prepare_plain(
-    args: argparse.Namespace, models: "Models", settings: Settings, seconds: float
+    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", settings: Settings, seconds: float
 ) -> Iterator[PreparedRun]:
     """Run the pipeline as it is, with the settings that the user gave."""
-    yield PreparedRun(settings)
+    from latentsync.checkpoints.load import load_models
+
+    yield PreparedRun(load_models(checkpoint, device), settings)
 
 
 def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
-    """Run one job from parsed arguments; `prepare` may change its models and settings. Raises UserError."""
+    """Run one job from parsed arguments; `prepare` loads its models and may change its settings. Raises UserError."""
     # Imported late: --help needs none of it, and the files are checked before torch is imported.
     from latentsync.media import check_output, probe_audio, probe_video
 
@@ -197,7 +218,6 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
     import torch
 
     from latentsync.checkpoints.find import resolve_model
-    from latentsync.checkpoints.load import load_models
     from latentsync.media.segments import discard
     from latentsync.pipeline import Hooks, lipsync
 
@@ -208,7 +228,15 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
     check_output(args.output, checkpoint.files)
     if args.report:
         check_writable(args.report, checkpoint.files, REPORT)
-    settings = Settings.suiting(checkpoint, args.guidance, steps=args.steps, seed=args.seed, face=args.face)
+    settings = Settings.suiting(
+        checkpoint,
+        args.guidance,
+        steps=args.steps,
+        seed=args.seed,
+        face=args.face,
+        crf=args.crf,
+        silence_gate=args.silence_gate == "on",
+    )
     progress = ProgressBars() if sys.stderr.isatty() else ProgressLines()
 
     def print_message(message: str) -> None:
@@ -216,21 +244,21 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
         print(message, file=sys.stderr, flush=True)
 
     try:
-        models = load_models(checkpoint, device)
-        print_message(f"model {models.name}, {models.resolution} px, on {device}")
+        print_message(f"model {checkpoint.name}, {checkpoint.resolution} px, on {device}")
         if checkpoint.remark:
             print_message(checkpoint.remark)
-        with prepare(args, models, settings, sound.duration) as prepared:
+        with prepare(args, checkpoint, device, settings, sound.duration) as prepared:
             report = lipsync(
                 args.video,
                 args.audio,
                 args.output,
-                models,
+                prepared.models,
                 prepared.settings,
                 Hooks(on_progress=progress, on_out_of_memory=prepared.on_out_of_memory, on_message=print_message),
                 video_track=args.video_track,
                 audio_track=args.audio_track,
                 copy_audio=args.copy_audio,
+                workers=prepared.workers,
             )
             progress.close()
             for remark in report.remarks:
@@ -249,7 +277,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
         print(f"{report.frames_without_face} frames show no usable face and were left as they are", file=sys.stderr)
     if args.report:
         contents = report.as_dict() | prepared.report_extras | {"peak_memory_bytes": peak_memory()}
-        if device.type == "cuda":
+        if device.type == "cuda" and prepared.workers is None:
             contents["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         try:
             write_text(args.report, json.dumps(contents, indent=2) + "\n", REPORT)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentsync import FPS, SAMPLE_RATE
+from latentsync.silence import BLOCK, DIGITAL_SILENCE, block_levels, silence_pauses
 from latentsync.whisper import AudioEncoder
 
 N_FFT = 400  # samples, 25 ms
@@ -23,13 +24,11 @@ MEL_FLOOR = 1e-10  # power
 MEL_RANGE = 8.0  # decades below the loudest point of the clip that are kept
 PADDING = -4.0  # decades of power; normalised, it is the 0.0 that segments are padded with
 ROWS_BEFORE, ROWS_AFTER = 4, 6  # a video frame's tokens are rows c − 4 … c + 5
-LEVEL_BLOCK = SAMPLE_RATE // 50  # samples per level measurement, 20 ms
-LEVEL_STEP, LEVEL_REACH = 25, 75  # blocks: a gain every 0.5 s, from the levels up to 1.5 s to either side
+LEVEL_STEP, LEVEL_REACH = 25, 75  # blocks of 20 ms: a gain every 0.5 s, from the levels up to 1.5 s to either side
 SPEECH_PERCENTILE, PAUSE_PERCENTILE = 95, 10  # of these levels: those of speech, and of the pauses in it
 # dB between pauses and speech: noise and hum have at most the first, speech that is raised in full at least the second.
 NOISE_RANGE, SPEECH_RANGE = 8.0, 14.0
 QUIETEST_SPEECH = -80.0  # dB relative to full scale; quieter sound is not raised
-DIGITAL_SILENCE = -100.0  # dB, below the resolution of 16 bits: nothing was recorded
 
 
 @cache
@@ -96,10 +95,8 @@ def speech_gains(wav: Tensor, level: float) -> np.ndarray:
     wav: (samples,) at 16 kHz; level: dB relative to full scale, of the louder blocks (SPEECH_PERCENTILE). Noise and
     hum are not raised; unlike speech they have no pauses.
     """
-    count = len(wav) // LEVEL_BLOCK
-    parts = wav[: count * LEVEL_BLOCK].split(SEGMENT_SAMPLES)  # whole blocks each
-    power = [part.unflatten(0, (-1, LEVEL_BLOCK)).double().square().mean(1).cpu().numpy() for part in parts]
-    levels = 10 * np.log10(np.maximum(np.concatenate(power), 1e-20))
+    levels = block_levels(wav)
+    count = len(levels)
     gains = np.zeros(-(-count // LEVEL_STEP))
     for i, block in enumerate(range(0, count, LEVEL_STEP)):
         nearby = levels[max(block - LEVEL_REACH, 0) : block + LEVEL_REACH]
@@ -119,7 +116,7 @@ def raise_quiet_speech(wav: Tensor, level: float) -> Tensor:
     if not gains.any():
         return wav
     raised = wav.clone()
-    gain_samples = np.arange(len(gains)) * LEVEL_STEP * LEVEL_BLOCK
+    gain_samples = np.arange(len(gains)) * LEVEL_STEP * BLOCK
     for start in range(0, len(wav), SEGMENT_SAMPLES):
         part = raised[start : start + SEGMENT_SAMPLES]
         decibels = np.interp(np.arange(start, start + len(part)), gain_samples, gains)
@@ -151,15 +148,19 @@ def audio_chunks(
     frames: int,
     mel_range: float = MEL_RANGE,
     speech_level: float | None = None,
+    silence_gate: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the audio tokens of video frames 0 … frames − 1 at 25 fps.
 
     wav: (samples,) float32 at 16 kHz; speech_level: dB relative to full scale, to which quieter speech is raised for an
-    encoder that was trained without quieter speech; None: the audio is not changed. Yields (10 · layers, width) on the
-    host, row-major (row, layer): rows c − 4 … c + 5 around the frame's row c, each clamped to the clip.
+    encoder that was trained without quieter speech, None: it is not raised; silence_gate: whether pauses are silenced
+    (`silence.silence_pauses`). Yields (10 · layers, width) on the host, row-major (row, layer): rows c − 4 … c + 5
+    around the frame's row c, each clamped to the clip.
     """
     if speech_level is not None:
         wav = raise_quiet_speech(wav, speech_level)
+    if silence_gate:
+        wav = silence_pauses(wav)
     total = max(len(wav), N_FFT) // HOP_LENGTH // 2  # every segment but the last has an even number of frames
     # Copied by segment: a copy per frame would wait for the device every time.
     segments = (features.cpu() for features in feature_segments(encoder, wav, mel_range))

@@ -25,6 +25,7 @@ from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
 from latentsync.faces import Face, track_faces
+from latentsync.hooks import NO_HOOKS, Hooks, RunHooks, StopEarly
 from latentsync.landmarks import face_reader
 from latentsync.machine import available_memory
 from latentsync.media import (
@@ -37,7 +38,7 @@ from latentsync.media import (
     read_frames_looped,
 )
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
-from latentsync.painting import Painter, paint_groups
+from latentsync.painting import Painter, Workers, paint_groups
 from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.retarget import CHUNK, CONTEXT, HELD_FRAMES, MouthBank, retarget
 from latentsync.settings import WINDOW, Report, Settings
@@ -50,31 +51,6 @@ TRACKED_FRAMES = 8  # that wait for their faces to be cut out
 MEMORY_SHARE = 0.8  # of the free main memory, for the frames that are held at a time
 END = object()
 T = TypeVar("T")
-
-
-class StopEarly(Exception):
-    """For a hook of `lipsync` to raise: end the run here, and keep what is finished as a video of its own."""
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What `lipsync` calls while it runs, all in the caller's thread. What they raise stops the run.
-
-    on_progress(stage, frames done, frames in all): as the stages of `latentsync.STAGES` advance, and at every denoising
-    step. on_frame(frame): with every finished frame, uint8 (H, W, 3), in order; it must not change it. on_wait():
-    several times a second while the caller's thread waits for others or for ffmpeg. on_out_of_memory(): when the
-    device's memory ran out; returns settings that need less, or None to give up. on_message(line): what the user should
-    know before the end.
-    """
-
-    on_progress: Callable[[str, int, int], None] | None = None
-    on_frame: Callable[[np.ndarray], None] | None = None
-    on_wait: Callable[[], None] | None = None
-    on_out_of_memory: Callable[[], Settings | None] | None = None
-    on_message: Callable[[str], None] = lambda line: None
-
-
-NO_HOOKS = Hooks()
 
 
 @dataclass(frozen=True)
@@ -113,16 +89,16 @@ def max_frames(settings: Settings) -> int:
     return buffers + on_device + in_transit
 
 
-def fit_memory(settings: Settings, info: VideoInfo, held: int = 0) -> Settings:
+def fit_memory(settings: Settings, info: VideoInfo, held: int = 0, groups: int = 0) -> Settings:
     """The settings with as many windows a pass, at most, as the free main memory has room for their frames.
 
-    held: frames that are held besides `max_frames`. A frame of 4K is 25 MB, of 8K 100 MB. Raises UserError where not
-    even those of one window a pass fit.
+    held, groups: frames and groups of windows that are held besides `max_frames`. A frame of 4K is 25 MB, of 8K 100 MB.
+    Raises UserError where not even those of one window a pass fit.
     """
     size, free = 3 * info.width * info.height, MEMORY_SHARE * available_memory()
     for windows in range(settings.windows_per_pass, 0, -1):
         fewer = replace(settings, windows_per_pass=windows)
-        frames = max_frames(fewer) + held
+        frames = max_frames(fewer) + held + groups * windows * WINDOW
         if frames * size <= free:
             return fewer
     raise UserError(
@@ -130,35 +106,6 @@ def fit_memory(settings: Settings, info: VideoInfo, held: int = 0) -> Settings:
         f"{frames * size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free. Close other programs, or give "
         "a smaller version of the video."
     )
-
-
-class RunHooks:
-    """The caller's hooks, as far as they still apply to a run."""
-
-    def __init__(self, hooks: Hooks):
-        self._hooks = hooks
-        self.frames_complete = False  # all frames have been handed to the writer: nothing is left to end early
-
-    def silence(self) -> None:
-        """Call neither on_progress nor on_wait from now on."""
-        self._hooks = replace(self._hooks, on_progress=None, on_wait=None)
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        if self._hooks.on_progress:
-            self._hooks.on_progress(stage, done, total)
-
-    def frame(self, frame: np.ndarray) -> None:
-        if self._hooks.on_frame:
-            self._hooks.on_frame(frame)
-
-    def wait(self) -> None:
-        if self._hooks.on_wait:
-            try:
-                self._hooks.on_wait()
-            except StopEarly:
-                if not self.frames_complete:
-                    raise
-                self._hooks = replace(self._hooks, on_wait=None)
 
 
 class EncodingThread:
@@ -219,6 +166,7 @@ def lipsync(
     copy_audio: bool = False,
     video_track: int | None = None,
     audio_track: int | None = None,
+    workers: Workers | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
@@ -227,6 +175,7 @@ def lipsync(
     their sound.
     copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
     video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
+    workers: paint the faces in place of `models`, which may then be without weights, see `load_outline`.
 
     A job of more than `segment_frames` is written in segments of as many, see `media.segments`. Whatever ends it early,
     but `StopEarly`, the same call resumes after the last finished one, to the same result. It finds the faces of
@@ -237,14 +186,14 @@ def lipsync(
     began = time.perf_counter()
     output = check_output(output, (video, audio, *models.files))
     info = probe_video(video, video_track)
-    settings = fit_memory(settings or Settings(), info, 0 if models.face is None else HELD_FRAMES)
+    held, groups = 0 if models.face is None else HELD_FRAMES, 0 if workers is None else workers.max_groups
+    settings = fit_memory(settings or Settings(), info, held, groups)
+    device, kind = (str(models.device), models.device.type) if workers is None else (workers.name, workers.kind)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):
         wav = torch.from_numpy(read_audio(audio, track=audio_track))
     total = frame_count(len(wav))
-    report = Report(
-        settings, models.name, models.resolution, str(models.device), str(models.dtype).removeprefix("torch.")
-    )
+    report = Report(settings, models.name, models.resolution, device, str(models.dtype).removeprefix("torch."))
     cancel = threading.Event()
     source = Source(
         read_frames_looped(info, total, cancel),
@@ -260,7 +209,7 @@ def lipsync(
     writer: VideoWriter | SegmentWriter
     # A resumed job must have the same models; those that were not loaded from files cannot be compared.
     if segment_frames and total > segment_frames and models.files:
-        identity = job_identity(models, settings, segment_frames, video_track, audio_track)
+        identity = job_identity(models, settings, segment_frames, video_track, audio_track) | {"device": kind}
         folder = work_folder(output, (video, audio, *models.files), identity)
         clean(output, folder)
         writer = SegmentWriter(
@@ -291,7 +240,15 @@ def lipsync(
         closing(EncodingThread(writer, buffered_results(settings), total, counts, clock, run_hooks)) as encoding,
         closing(
             generate_frames(
-                source, models, settings, clock, run_hooks, encoding.report, hooks.on_out_of_memory, writer.frames
+                source,
+                models,
+                settings,
+                clock,
+                run_hooks,
+                encoding.report,
+                hooks.on_out_of_memory,
+                writer.frames,
+                workers,
             )
         ) as frames,
     ):
@@ -361,6 +318,7 @@ def generate_frames(
     report_written: Callable[[], None] = lambda: None,
     on_out_of_memory: Callable[[], Settings | None] | None = None,
     done: int = 0,
+    workers: Workers | None = None,
 ) -> Generator[AlignedFrame, None, None]:
     """The chain of stages between decoding and encoding: finished frames, in order.
 
@@ -383,8 +341,7 @@ def generate_frames(
         hooks.progress("mouths", max(painted, done), source.total)
 
     bank = None if source.second_reading is None else MouthBank()
-    painter = Painter(models, settings, on_step)
-    aligned_frames = read_aligned(source, models, settings.face, bank, clock)
+    aligned_frames = read_aligned(source, models, settings, bank, clock)
     with ExitStack() as stack:
         crops = stack.enter_context(
             closing(prefetch(aligned_frames, buffered_crops(settings), "crops", hooks.wait, source.cancel))
@@ -392,7 +349,11 @@ def generate_frames(
         parts = split_windows(count(clock.wait(crops, "crops"), "faces"))
         groups = group_windows(parts, settings.windows_per_pass)
         needed = done if bank is None else done - CONTEXT
-        frames = clock.time(paint_groups(groups, painter, on_out_of_memory, needed), "mouths")
+        if workers is None:
+            frames = paint_groups(groups, Painter(models, settings, on_step), on_out_of_memory, needed)
+        else:
+            frames = workers.paint_groups(groups, on_step, needed)
+        frames = clock.time(frames, "mouths")
         if bank is not None:
             frames = clock.time(retarget(frames, bank, stack.enter_context(face_reader())), "retarget")
         for aligned in count(frames, "mouths", done):
@@ -401,11 +362,11 @@ def generate_frames(
 
 
 def read_aligned(
-    source: Source, models: Models, face: str, bank: MouthBank | None, clock: StageClock
+    source: Source, models: Models, settings: Settings, bank: MouthBank | None, clock: StageClock
 ) -> Iterator[AlignedFrame]:
     """The first half of the chain: decode, follow the face, encode the sound, cut out the face.
 
-    face: one of `settings.FACES`; bank: collects the mouths of the source's second reading, up to CHUNK frames early.
+    bank: collects the mouths of the source's second reading, up to CHUNK frames early.
     """
     max_crops = MAX_CROP_BYTES // (3 * models.resolution**2) if source.repeats else None
     repeated: list[tuple[int, np.ndarray]] = []
@@ -415,15 +376,17 @@ def read_aligned(
             made = threads.enter_context(closing(prefetch(clock.time(items, stage), depth, stage)))
             return clock.wait(made, stage)
 
-        chunks = audio_chunks(models.audio_encoder, source.wav, source.total, models.mel_range, models.speech_level)
+        chunks = audio_chunks(
+            models.audio_encoder, source.wav, source.total, models.mel_range, models.speech_level, settings.silence_gate
+        )
         tokens = in_thread(on_side_stream(chunks, models.device), "sound", TRACKED_FRAMES)
         frames = in_thread(source.frames, "reading", DECODED_FRAMES)
         first_time = until_repeated(frames, repeated)
         tracked: Iterable[tuple[np.ndarray, Face | None]]
         if bank is None or source.second_reading is None:
-            tracked = in_thread(track_faces(first_time, which=face), "faces", TRACKED_FRAMES)
+            tracked = in_thread(track_faces(first_time, which=settings.face), "faces", TRACKED_FRAMES)
         else:
-            faces = in_thread(bank.collect(track_faces(source.second_reading, which=face)), "faces", CHUNK)
+            faces = in_thread(bank.collect(track_faces(source.second_reading, which=settings.face)), "faces", CHUNK)
             tracked = zip(first_time, faces, strict=False)
         aligned = align_frames(tracked, tokens, models.resolution, max_crops, chain(repeated, frames))
         yield from clock.time(aligned, "crops")

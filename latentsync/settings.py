@@ -54,6 +54,7 @@ class Settings:
     cache: DeepCache | None = None
     crf: float = CRF  # x264's, of the output
     face: str = "largest"  # one of FACES
+    silence_gate: bool = True  # between words the model hears silence, see `latentsync.silence`
 
     def __post_init__(self) -> None:
         if self.face not in FACES:

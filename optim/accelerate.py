@@ -18,9 +18,9 @@ from optim import kernels
 from optim.compilation import LONG_JOB, compile_unet, configure_compilers, restore_eager
 from optim.fused import fuse
 from optim.graphs import capture, captures_for, release
-from optim.hardware import GIB, BatchSizes, Gpu, apply_vram_fraction, batch_sizes, gpu_of, recommended_level
+from optim.hardware import GIB, BatchSizes, Gpu, batch_sizes, gpu_of, recommended_level
 from optim.lean import make_lean
-from optim.levels import STOPS, Level, find_level, override, steps_for
+from optim.levels import Level, find_level, override, steps_for
 from optim.swap import restore_classes
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def accelerate(
     torch.backends.cudnn.allow_tf32 = level.tf32
     if on_gpu:
         torch.cuda.set_device(models.device)  # of this thread, for Triton's kernels and for captures
-        apply_vram_fraction(level.vram_fraction, models.device.index or 0)
+        torch.cuda.set_per_process_memory_fraction(level.vram_fraction, models.device.index or 0)
     compiled = False
     configuration = level, batch.frames, batch.windows, batch.tiling, settings.cache, settings.guidance_scale > 1
     if not captures_for(models.unet, configuration):  # else it replays the graphs of the job before, 0.3 s on an H100
@@ -183,7 +183,7 @@ def step_down(plan: Plan) -> tuple[Plan, str] | None:
     """A plan that needs less memory, and what was given up, in words; None where nothing is left.
 
     In this order: smaller batches, the autoencoder in tiles, no graphs, a smaller share of the card (the rest is
-    for the desktop and the driver), the next level towards quality, whose batches are the smallest.
+    for the desktop and the driver), no DeepCache, whose features take memory.
     """
     level, batch = plan.level, plan.batch
     if batch.frames > 1 or batch.windows > 1:
@@ -196,13 +196,10 @@ def step_down(plan: Plan) -> tuple[Plan, str] | None:
     elif level.vram_fraction > SAFE_VRAM_FRACTION:
         level = replace(level, vram_fraction=SAFE_VRAM_FRACTION)
         words = f"at most {SAFE_VRAM_FRACTION} of the GPU's memory"
+    elif level.cache is not None:
+        level, words = replace(level, cache=None), "no DeepCache"
     else:
-        slower = [stop for stop in STOPS if stop.position < level.position]
-        if not slower:
-            return None
-        level = replace(slower[-1], graphs=False, vram_fraction=level.vram_fraction)
-        words = f"level {level.name}"
-    # The plan's steps stay at every level: the requested number is not known here.
+        return None
     settings = replace(plan.settings, cache=level.cache, windows_per_pass=batch.windows, frames_per_pass=batch.frames)
     return Plan(level, batch, settings), words
 

@@ -225,7 +225,6 @@ class RunFacts:
     position: float = 0.0  # of the level on its slider
     cache_interval: int = 1  # 1: no DeepCache
     frames_without_face: int = 0
-    face_width: float | None = None  # px; side of the face's square in the frame
     utilization: float | None = None  # percent, mean while generating
     slowdowns: int = 0  # NVML's clock event reasons during the run, bits
     step_downs: tuple[str, ...] = ()  # what was given up when memory ran out
@@ -285,13 +284,6 @@ def quality_advice(run: RunFacts) -> Iterator[Advice]:
             f"Only one step in {run.cache_interval} was worked out in full, which blurs the mouth.",
             "Choose a smaller DeepCache interval, or a level nearer to quality.",
             "warning",
-        )
-    if run.face_width is not None and run.face_width > 1.5 * run.resolution:
-        remedy = "Use the 512 px model, --model latentsync-1.6." if run.resolution < 512 else "Use a smaller video."
-        yield Advice(
-            f"The face is {run.face_width:.0f} px wide and is made at {run.resolution} px, so that it looks soft.",
-            remedy,
-            "hint",
         )
     if run.frames_without_face > MAX_FACELESS * run.frames:
         yield Advice(

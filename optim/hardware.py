@@ -15,7 +15,7 @@ from typing import Any
 import pynvml
 import torch
 
-from optim.levels import STOPS, VRAM_FRACTION, Level
+from optim.levels import STOPS, Level
 
 GIB = 2**30
 # Cards report less than they are sold with: up to 1/16 goes to error correction, 1 to 2 % to the driver. An 11 GB
@@ -136,17 +136,6 @@ def recommended_level(gpu: Gpu | None) -> Level:
     """The default level for a card, by the memory it is sold with; conservative without a card."""
     memory = gpu.memory_total if gpu else 0
     return [level for level in STOPS if memory >= NOMINAL * level.card_gib * GIB][-1]
-
-
-def apply_vram_fraction(fraction: float = VRAM_FRACTION, index: int = 0, cuda: Any = torch.cuda) -> bool:
-    """Limit torch to this fraction of a GPU's memory; returns whether there is a GPU.
-
-    An allocation beyond the limit fails like one beyond the card's memory.
-    """
-    if not cuda.is_available():
-        return False
-    cuda.set_per_process_memory_fraction(float(fraction), index)
-    return True
 
 
 SIDE = 512  # px; the resolution for which the memory model and the largest useful batch are stated

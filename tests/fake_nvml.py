@@ -105,7 +105,7 @@ class FakeCuda:
     """torch.cuda with these cards visible, in this order."""
 
     def __init__(self, cards=(), knows_uuid=True):
-        self.cards, self.knows_uuid, self.fractions = list(cards), knows_uuid, {}
+        self.cards, self.knows_uuid = list(cards), knows_uuid
 
     def is_available(self):
         return bool(self.cards)
@@ -125,6 +125,3 @@ class FakeCuda:
 
     def memory_reserved(self, index):
         return self.cards[index].reserved
-
-    def set_per_process_memory_fraction(self, fraction, index):
-        self.fractions[index] = fraction

@@ -24,10 +24,10 @@ from optim.accelerate import (
 from optim.fused import FAST
 from optim.hardware import recommended_level
 from optim.lean import SLICE, LeanFeedForward, LeanVaeResnetBlock, make_lean
-from optim.levels import CONSERVATIVE, STOPS, override
+from optim.levels import CONSERVATIVE, STOPS, find_level, override
 from optim.swap import restore_classes
 
-_, BALANCED, AGGRESSIVE = STOPS
+BALANCED, AGGRESSIVE = find_level("balanced"), find_level("aggressive")
 CPU = torch.device("cpu")
 CARDS = (6, 8, 12, 16, 24, 48, 80)  # GB
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,7 +134,7 @@ def test_tiling_and_tf32_follow_the_plan_and_are_taken_back(models):
 def test_a_job_as_the_one_before_keeps_its_graphs_and_any_other_frees_them(models, monkeypatch):
     monkeypatch.setattr(type(models), "device", torch.device("cuda"))  # the networks stay on the processor
     monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
-    monkeypatch.setattr("optim.accelerate.apply_vram_fraction", lambda *_: True)
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda *_: None)
     fused = []
     monkeypatch.setattr("optim.accelerate.fuse", fused.append)
 
@@ -165,7 +165,7 @@ def test_memory_is_given_up_in_the_stated_order_until_nothing_is_left():
         settings = plan.settings
         assert (settings.frames_per_pass, settings.windows_per_pass) == (plan.batch.frames, plan.batch.windows)
         assert len(given_up) < 20
-    order = ["a pass", "tiles", "graphs", str(SAFE_VRAM_FRACTION), "balanced", "conservative"]
+    order = ["a pass", "tiles", "graphs", str(SAFE_VRAM_FRACTION), "DeepCache"]
     places = [[i for i, words in enumerate(given_up) if word in words] for word in order]
     assert all(places) and places == sorted(places) and sum(map(len, places)) == len(given_up)
     assert plan.level.vram_fraction == SAFE_VRAM_FRACTION and not plan.level.graphs and plan.batch.tiling

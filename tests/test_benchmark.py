@@ -18,10 +18,10 @@ from optim.benchmark.flops import audio_flops, window_flops
 from optim.benchmark.reference import PlainUNet
 from optim.benchmark.rows import CACHED_REFERENCE, REFERENCE, BenchmarkConfig, start_rows, window_rows
 from optim.benchmark.windows import Timing, mean_utilization, pipeline_stages, released_config
-from optim.levels import CONSERVATIVE, STOPS
+from optim.levels import CONSERVATIVE, STOPS, find_level
 from optim.monitor import GpuHistory, History
 
-_, BALANCED, AGGRESSIVE = STOPS
+BALANCED, AGGRESSIVE = find_level("balanced"), find_level("aggressive")
 CPU = torch.device("cpu")
 NAMES = [REFERENCE, CACHED_REFERENCE, "conservative", "balanced", "aggressive"]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,9 +22,9 @@ from optim.compilation import (
     missing_compiler,
     restore_eager,
 )
-from optim.levels import CONSERVATIVE, STOPS, override
+from optim.levels import CONSERVATIVE, find_level, override
 
-_, BALANCED, AGGRESSIVE = STOPS
+BALANCED, AGGRESSIVE = find_level("balanced"), find_level("aggressive")
 
 CONFIG = UNetConfig(
     in_channels=9,

@@ -105,7 +105,6 @@ def test_a_good_run_gets_no_advice():
         ({"step_downs": ("10 frames a pass", "tiling")}, "10 frames a pass, tiling", "256 px"),
         ({"steps": 8}, "8 steps", "12 to 15"),
         ({"cache_interval": 6}, "one step in 6", "interval"),
-        ({"resolution": 256, "face_width": 700.0}, "700 px wide", "latentsync-1.6"),
         ({"frames_without_face": 30}, "30 of 100", "from the front"),
     ],
 )

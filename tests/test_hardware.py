@@ -5,10 +5,10 @@ import pytest
 import torch
 from fake_nvml import GIB, MIB, Card, FakeCuda, FakeNvml, card_of
 
-from optim.hardware import RELEASED, Gpu, apply_vram_fraction, batch_sizes, nvml_index, read_gpus, recommended_level
-from optim.levels import CONSERVATIVE, STOPS, override
+from optim.hardware import RELEASED, Gpu, batch_sizes, nvml_index, read_gpus, recommended_level
+from optim.levels import CONSERVATIVE, STOPS, find_level, override
 
-_, BALANCED, AGGRESSIVE = STOPS
+BALANCED, AGGRESSIVE = find_level("balanced"), find_level("aggressive")
 SIZES = (6, 8, 12, 16, 24, 48, 80)
 RESOLUTIONS = (256, 512)
 
@@ -21,7 +21,6 @@ def test_without_a_gpu_there_is_none_and_quality_is_kept():
     assert read_gpus(FakeNvml([Card()]), FakeCuda()) == []
     assert read_gpus(FakeNvml(readable=False), FakeCuda()) == []
     assert recommended_level(None) is CONSERVATIVE
-    assert not apply_vram_fraction(0.85, 0, FakeCuda())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -146,8 +145,3 @@ def test_memory_that_others_hold_is_left_to_them():
     free, taken = (read(Card(used=used)) for used in (GIB, 16 * GIB))
     assert batch_sizes(taken, 512, AGGRESSIVE).frames < batch_sizes(free, 512, AGGRESSIVE).frames
     assert batch_sizes(taken, 512, AGGRESSIVE).planned <= taken.memory_free
-
-
-def test_the_vram_fraction_is_handed_to_torch():
-    cuda = FakeCuda([Card(), card_of(8)])
-    assert apply_vram_fraction(BALANCED.vram_fraction, 1, cuda) and cuda.fractions == {1: 0.85}

@@ -11,7 +11,7 @@ from latentsync.errors import UserError
 from latentsync.settings import DeepCache
 from optim.levels import CONSERVATIVE, SETTINGS, STOPS, find_level, level_at, override, steps_for
 
-_, BALANCED, AGGRESSIVE = STOPS
+BALANCED, AGGRESSIVE = find_level("balanced"), find_level("aggressive")
 
 ROOT = Path(__file__).resolve().parent.parent
 POSITIONS = [i / 100 for i in range(101)]

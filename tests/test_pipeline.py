@@ -289,7 +289,7 @@ def test_the_host_waits_for_the_third_last_step(models, monkeypatch):
 
 def test_stages_that_overlap_give_what_they_give_in_turns(models, wav):
     settings = Settings(steps=2)
-    tokens = audio_chunks(models.audio_encoder, wav, FRAMES)
+    tokens = audio_chunks(models.audio_encoder, wav, FRAMES, silence_gate=settings.silence_gate)
     shots = align_frames(pipeline.track_faces(portrait(t) for t in range(FRAMES)), tokens, models.resolution)
     in_turns = list(paint_groups(group_windows(split_windows(shots), 1), Painter(models, settings)))
     assert np.array_equal(stacked(in_turns), stacked(run(models, wav)))

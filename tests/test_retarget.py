@@ -28,7 +28,7 @@ from latentsync.painting import Painter
 from latentsync.pipeline import lipsync
 from latentsync.retarget import CONTEXT, HELD_FRAMES, MouthBank, bank, mouth_points, retarget, stage
 from latentsync.retarget.bank import limit_mouths
-from latentsync.retarget.drawing import HULL_OUTSIDE, GeneratedMouth, Layer, draw_mouths, soft_hull
+from latentsync.retarget.drawing import HULL_OUTSIDE, Layer, draw_mouths, soft_hull
 from latentsync.retarget.geometry import (
     CHIN,
     HEAD,
@@ -160,7 +160,7 @@ def test_a_mouth_opens_as_far_as_the_target(target):
             cv2.invertAffineTransform(head), lip_anchor(lips) + reshape_lips(mouth.lips, target, lip_width(lips))
         )
         layer = Layer(mouth, goal, 1.0, 0.0)
-        draw_mouths(frame, points, pixels_per_unit(head), [layer], GeneratedMouth(frame, points[LIPS]))
+        draw_mouths(frame, points, pixels_per_unit(head), [layer])
         shown = mouth_points(read(frame))
     assert lip_opening(transform(head_similarity(shown), shown[LIPS])) == pytest.approx(target, abs=0.025)
 
@@ -181,10 +181,10 @@ def test_a_face_in_the_frame_it_was_filmed_in_stays_nearly_as_it_is(still):
     after = frame.copy()
     points = mouth_points(landmarks)
     layer = Layer(cut_mouth(frame, points, 0), points[LIPS].astype(float), 1.0, 0.0)
-    draw_mouths(after, points, pixels_per_unit(head_similarity(points)), [layer], GeneratedMouth(frame, points[LIPS]))
+    draw_mouths(after, points, pixels_per_unit(head_similarity(points)), [layer])
     assert np.abs(after.astype(int) - frame).mean() < 0.2
     untouched = frame.copy()
-    draw_mouths(untouched, points, 100.0, [layer], GeneratedMouth(frame, points[LIPS]), opacity=0.0)
+    draw_mouths(untouched, points, 100.0, [layer], opacity=0.0)
     assert np.array_equal(untouched, frame)
 
 
@@ -194,12 +194,12 @@ def test_a_patch_takes_on_the_light_of_the_frame_that_it_is_laid_into(still):
     mouth = cut_mouth((frame * 0.8).astype(np.uint8), points, 0)
     after = frame.copy()
     layer = Layer(mouth, points[LIPS].astype(float), 1.0, 0.0)
-    draw_mouths(after, points, pixels_per_unit(head_similarity(points)), [layer], GeneratedMouth(frame, points[LIPS]))
+    draw_mouths(after, points, pixels_per_unit(head_similarity(points)), [layer])
     changed = (after != frame).any(-1)
     assert np.abs(after[changed].astype(float).mean(0) - frame[changed].mean(0)).max() < 4
 
 
-def test_a_missing_inside_is_generated_there_and_nowhere_else(still):
+def test_a_missing_inside_is_drawn_there_and_nowhere_else(still):
     frame, landmarks = still
     closed = moved(landmarks, 0.0)
     points = mouth_points(closed)
@@ -208,8 +208,7 @@ def test_a_missing_inside_is_generated_there_and_nowhere_else(still):
     shown = []
     for missing in (0.0, 1.0):
         after = frame.copy()
-        generated = GeneratedMouth(np.full_like(frame, (0, 255, 0)), mouth_points(landmarks)[LIPS])
-        draw_mouths(after, points, scale, [Layer(cut_mouth(frame, points, 0), goal, 1.0, missing)], generated)
+        draw_mouths(after, points, scale, [Layer(cut_mouth(frame, points, 0), goal, 1.0, missing)])
         shown.append(after.astype(int))
     differs = np.abs(shown[1] - shown[0]).max(-1) > 8
     inside = np.zeros(frame.shape[:2], np.uint8)

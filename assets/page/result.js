@@ -14,6 +14,7 @@ function settingsUsed({ settings, level, model, resolution, device, frames, fram
     seed: settings.seed,
     DeepCache: settings.cache ? `every ${settings.cache.interval} steps` : "off",
     face: settings.face,
+    "silence gate": settings.silence_gate ? "on" : "off",
     "output quality": `CRF ${settings.crf}`,
     frames: faceless ? `${frames}, ${faceless} without a usable face` : frames,
   };

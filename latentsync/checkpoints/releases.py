@@ -78,9 +78,6 @@ LICENCES = {  # by repository: what, its maker, its licence
 }
 WHISPER_LICENCE = "Whisper tiny, the audio encoder, by OpenAI: MIT"
 
-# A face crop of 1.5 is stretched by this much before it is visibly softer than one of 1.6.
-STRETCH = 1.25
-
 
 def home() -> Path:
     """The user's folder for checkpoints: $LATENTSYNC_HOME, else ~/.cache/latentsync."""
@@ -114,20 +111,14 @@ def notice(name: str) -> str:
     return "\n".join([*lines, f"  {WHISPER_LICENCE} (a copy in {release.repository})"])
 
 
-def recommend(fits: Callable[[int], bool], face: float | None = None) -> tuple[str, str]:
-    """Name of the model that suits a device and a clip, and the reason as a sentence.
+def recommend(fits: Callable[[int], bool]) -> tuple[str, str]:
+    """Name of the model that suits a device, and the reason as a sentence.
 
-    fits(side): whether the device has the memory for face crops of that side, in pixels. face: height of the face crop
-    in the frames of the clip, in their pixels; None: not measured.
+    fits(side): whether the device has the memory for face crops of that side, in pixels.
     """
     large, small = RELEASES["latentsync-1.6"].resolution, RELEASES["latentsync-1.5"].resolution
     if not fits(small):
         return "demo", "The demo model, because the released ones need a GPU with more memory than there is."
     if not fits(large):
         return "latentsync-1.5", f"LatentSync 1.5, because the GPU's memory does not hold the {large} px of 1.6."
-    if face is not None and face <= STRETCH * small:
-        return "latentsync-1.5", (
-            f"LatentSync 1.5, because the face is only {face:.0f} px high in this clip: its {small} px show all of "
-            "that, in about a quarter of the time."
-        )
     return "latentsync-1.6", f"LatentSync 1.6, because the GPU's memory holds its {large} px, the finest there is."

@@ -51,7 +51,9 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own_sou
     if models.face is not None:
         faces = list(bank.collect(zip(clip.track.frames, faces, strict=True)))
     tracked = zip(clip.track.frames[:n].copy(), faces[:n], strict=True)
-    chunks = audio_chunks(models.audio_encoder, torch.from_numpy(wav), n, models.mel_range, models.speech_level)
+    chunks = audio_chunks(
+        models.audio_encoder, torch.from_numpy(wav), n, models.mel_range, models.speech_level, settings.silence_gate
+    )
     tokens = on_side_stream(chunks, models.device)
     frames = list(align_frames(tracked, tokens, models.resolution, max_crops=n))
     painter = Painter(models, settings)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from latentsync.retarget.geometry import CHIN, INNER, LIPS, LOWER_LIP, OUTER, RING, UPPER_LIP
+from latentsync.retarget.geometry import CHIN, LIPS, LOWER_LIP, OUTER, RING, UPPER_LIP
+from latentsync.retarget.inside import draw_inside
 from latentsync.retarget.mouths import Mouth
 from latentsync.retarget.warping import MouthGrid, sample, thin_plate_map
 
@@ -17,29 +18,16 @@ SHARPEN_SIGMA, MAX_SHARPEN = 1.0, 1.0  # of the unsharp mask: pixels, amount
 RING_BLURS = ((0.06, 1.0), (0.25, 0.02))  # deviations in head units and weights: near the ring, and farther inside
 
 LIP_EDGE = 0.012  # width of the soft edges of the lips
-# The inside of a mouth is generated where the target opening exceeds MAX_STRETCH times the filmed one: none at
+# The inside of a mouth is drawn anew where the target opening exceeds MAX_STRETCH times the filmed one: none at
 # MISSING_FROM more, all of it at MISSING_FROM + MISSING_RANGE.
-MAX_STRETCH, MISSING_FROM, MISSING_RANGE = 2.2, 0.015, 0.03
-# A generated inside is too soft and has the colours of another film. Its green over that of the generated lips tells
-# cavity from teeth, which are drawn in colours of this film: a share of its lips' colour, and of its skin's, half grey.
-CAVITY_LEVEL, TEETH_LEVEL = 0.5, 1.1
-CAVITY_SHARE, TEETH_SHARE = 0.4, 1.0
-SHADOW, SHADOW_WIDTH = 0.5, 0.07  # the lips' shadow on a generated inside: brightness at its edge, and reach
-
-
-@dataclass(frozen=True, eq=False)
-class GeneratedMouth:
-    """A generated face uint8 (h, w, 3), and its lips (40, 2) in its pixels."""
-
-    face: np.ndarray
-    lips: np.ndarray
+MAX_STRETCH, MISSING_FROM, MISSING_RANGE = 1.8, 0.015, 0.03
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
     """A mouth to be drawn with its lips at (40, 2), in pixels of the frame, and its weight in the result.
 
-    missing: share of its inside that must be generated, 0 to 1.
+    missing: share of its inside that must be drawn, 0 to 1.
     """
 
     mouth: Mouth
@@ -49,7 +37,7 @@ class Layer:
 
 
 def missing_inside(filmed_opening: float, target_opening: float) -> float:
-    """Share of a mouth's inside, 0 to 1, that must be generated to show a filmed opening as another one."""
+    """Share of a mouth's inside, 0 to 1, that must be drawn to show a filmed opening as another one."""
     excess = target_opening - MAX_STRETCH * filmed_opening
     return float(np.clip((excess - MISSING_FROM) / MISSING_RANGE, 0, 1))
 
@@ -59,7 +47,6 @@ def draw_mouths(
     points: np.ndarray,
     scale: float,
     layers: list[Layer],
-    generated: GeneratedMouth,
     opacity: float = 1.0,
 ) -> None:
     """Composite mouths into a frame uint8 (H, W, 3), in place; beyond HULL_OUTSIDE of lips and chin it is unchanged.
@@ -76,16 +63,14 @@ def draw_mouths(
     hull = soft_hull(hull_points - corner, region.shape[:2], scale)
     patch = np.zeros(region.shape, np.float32)
     for layer in layers:
-        drawn = draw_layer(layer, layer.lips - corner, points[RING] - corner, region.shape[:2], scale, generated)
+        drawn = draw_layer(layer, layer.lips - corner, points[RING] - corner, region.shape[:2], scale)
         patch += layer.weight * match_light(drawn, region, hull, scale)
     alpha = (hull * opacity)[..., None]
     blended = np.clip(np.rint(region + (patch - region) * alpha), 0, 255)
     np.copyto(region, blended.astype(np.uint8), where=alpha > 0)
 
 
-def draw_layer(
-    layer: Layer, lips: np.ndarray, ring: np.ndarray, shape: tuple[int, int], scale: float, generated: GeneratedMouth
-) -> np.ndarray:
+def draw_layer(layer: Layer, lips: np.ndarray, ring: np.ndarray, shape: tuple[int, int], scale: float) -> np.ndarray:
     """Draw a filmed mouth with its lips (40, 2) and the skin around them (RING, 2) at new places: float32 (h, w, 3).
 
     Upper lip, lower lip and the inside are warped separately: one warp of them all would tear or fold where lips part
@@ -106,35 +91,9 @@ def draw_layer(
     patch = upper + (lower - upper) * grid.lower_mask(edge)[..., None]
     inside = sample(mouth.pixels, grid.inside_map(mouth.points[LIPS]))
     if layer.missing > 0:
-        made = generated_inside(generated, grid, mouth)
-        made *= SHADOW + (1 - SHADOW) * grid.inside_mask(SHADOW_WIDTH * scale)[..., None]
+        made = draw_inside(grid, mouth.pixels, mouth.points, scale)
         inside += (made - inside) * layer.missing
     return patch + (inside - patch) * grid.inside_mask(edge)[..., None]
-
-
-def generated_inside(generated: GeneratedMouth, grid: MouthGrid, mouth: Mouth) -> np.ndarray:
-    """The inside of a generated mouth in the colours of a filmed one: float32 (h, w, 3)."""
-    green = sample(generated.face, grid.inside_map(generated.lips))[..., 1]
-    level = green / max(lip_colour(generated.face, generated.lips)[1], 1.0)
-    share = np.clip((level - CAVITY_LEVEL) / (TEETH_LEVEL - CAVITY_LEVEL), 0, 1)[..., None]
-    skin = skin_colour(mouth.pixels, mouth.points)
-    cavity = CAVITY_SHARE * lip_colour(mouth.pixels, mouth.points)
-    teeth = TEETH_SHARE * (skin + skin.mean()) / 2
-    return (cavity + (teeth - cavity) * share).astype(np.float32)
-
-
-def skin_colour(pixels: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Median colour (3,) of the skin at the points RING of a picture uint8 (h, w, 3)."""
-    columns, rows = np.clip(np.rint(points[RING]), 0, np.array(pixels.shape[1::-1]) - 1).astype(int).T
-    return np.median(pixels[rows, columns], axis=0)
-
-
-def lip_colour(pixels: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Mean colour (3,) of the lips in a picture uint8 (h, w, 3); points begin with LIPS, in its pixels."""
-    mask = np.zeros(pixels.shape[:2], np.uint8)
-    for part, value in (OUTER, 1), (INNER, 0):
-        cv2.fillPoly(mask, [fixed_point(points[part])], value, shift=4)
-    return pixels[mask > 0].mean(0) if mask.any() else np.full(3, 128.0)
 
 
 def fixed_point(points: np.ndarray) -> np.ndarray:

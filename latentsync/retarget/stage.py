@@ -10,7 +10,7 @@ import numpy as np
 
 from latentsync.alignment import crop_size
 from latentsync.retarget.bank import MouthBank
-from latentsync.retarget.drawing import GeneratedMouth, Layer, draw_mouths, missing_inside
+from latentsync.retarget.drawing import Layer, draw_mouths, missing_inside
 from latentsync.retarget.geometry import (
     LIPS,
     head_similarity,
@@ -66,8 +66,7 @@ class _Measured:
     head: np.ndarray  # (2, 3)
     anchor: np.ndarray  # (2,)
     features: np.ndarray  # (6,) of the mouth in the source
-    generated: GeneratedMouth | None
-    target: np.ndarray | None  # (2,) opening and width of the generated mouth
+    target: np.ndarray | None  # (2,) opening and width of the generated mouth, where there is one
 
 
 def retarget(frames: Iterable[Frame], bank: MouthBank, read_face: ReadFace) -> Iterator[Frame]:
@@ -94,15 +93,15 @@ def _measure(frame: RetargetFrame, points: np.ndarray, read_face: ReadFace) -> _
     head = head_similarity(points)
     x0, y0, x1, y1 = mouth_box(points, frame.frame.shape)
     features = mouth_features(points, frame.frame[y0:y1, x0:x1])
-    generated = target = None
+    target = None
     if frame.generated is not None:
         face = cv2.resize(frame.generated, crop_size(READ_RESOLUTION), interpolation=cv2.INTER_CUBIC)
         landmarks = read_face(face)
         if landmarks is not None:
             painted = mouth_points(landmarks)
             lips = transform(head_similarity(painted), painted[LIPS])
-            generated, target = GeneratedMouth(face, painted[LIPS]), np.array([lip_opening(lips), lip_width(lips)])
-    return _Measured(points, head, lip_anchor(transform(head, points[LIPS])), features, generated, target)
+            target = np.array([lip_opening(lips), lip_width(lips)])
+    return _Measured(points, head, lip_anchor(transform(head, points[LIPS])), features, target)
 
 
 class _Run(Generic[Frame]):
@@ -168,7 +167,7 @@ def _draw_frame(
     target: np.ndarray,
 ) -> None:
     """Draw a blend of mouths into a frame, with their anchor at (2,) in head units and target features (6,)."""
-    if measured.generated is None:
+    if measured.target is None:
         return
     to_frame = cv2.invertAffineTransform(measured.head)
     layers = []
@@ -177,7 +176,7 @@ def _draw_frame(
         missing = missing_inside(mouth.features[OPENING], target[OPENING])
         layers.append(Layer(mouth, transform(to_frame, lips), weight, missing))
     scale = pixels_per_unit(measured.head)
-    draw_mouths(frame.frame, measured.points, scale, layers, measured.generated, frame.opacity)
+    draw_mouths(frame.frame, measured.points, scale, layers, frame.opacity)
 
 
 def _target_features(frames: list[_Measured], first: int, last: int) -> np.ndarray:

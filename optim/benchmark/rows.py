@@ -33,7 +33,7 @@ from optim.benchmark.windows import (
     set_layout,
     time_stages,
 )
-from optim.hardware import GIB, Gpu, apply_vram_fraction, gpu_of, recommended_level
+from optim.hardware import GIB, Gpu, gpu_of, recommended_level
 from optim.levels import STOPS, Level
 from optim.trial import one_line, relative_error
 
@@ -330,7 +330,8 @@ def memory_row(limit: float, resolution: int, config: BenchmarkConfig) -> Memory
 
         def limit_memory() -> None:  # `accelerate` limits it by the whole card
             reset_memory(device)
-            apply_vram_fraction(min(1.0, level.vram_fraction * limit * GIB / total), device.index or 0)
+            fraction = min(1.0, level.vram_fraction * limit * GIB / total)
+            torch.cuda.set_per_process_memory_fraction(fraction, device.index or 0)
 
         step_downs: list[str] = []
         on_out_of_memory = oom_handler(models, plan, on_step_down=step_downs.append)

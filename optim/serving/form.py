@@ -20,9 +20,10 @@ CACHES = {AS_LEVEL: "level", "off": None} | {
     f"every {words} step": n for n, words in ((2, "2nd"), (3, "3rd"), (4, "4th"))
 }
 SWITCHES = {AS_LEVEL: None, "on": True, "off": False}
+ON_OFF = {"on": True, "off": False}
 FACE_LABELS = {"largest": "the largest", "left": "on the left", "right": "on the right", "centre": "in the centre"}
 TRACKS = {"video_track": "video", "audio_track": "sound"}  # fields of `Request` that belong to its files
-QUALITIES = {12: "highest", 16: "high", 20: "good", 26: "small file"}  # by CRF
+QUALITIES = {12: "highest", CRF: "high", 20: "good", 26: "small file"}  # by CRF
 
 
 def parse_number(value: Any, what: str, low: float, high: float, kind: type = int, otherwise: str = "") -> Any:
@@ -103,7 +104,7 @@ class Setting:
     field: str = ""  # of `Request`, where its name differs
     show: Callable[[Any], Any] = _same  # from the field of `Request` to what the page shows; leaves other values alone
     hint: Any = None  # type of the parameter of endpoints, where it is not that of the default
-    optional: bool = False  # as a parameter of an endpoint: None stands for what suits the model
+    optional: bool = False  # as a parameter of an endpoint: None stands for the default, or for what suits the model
 
 
 def _number(what: str, low: float, high: float, kind: type = int) -> Callable[[Any], Any]:
@@ -153,6 +154,9 @@ SETTINGS = (
             lambda value: None if value is None else parse_number(value, "The lip strength", 0, 10, float),
             Slider(1, 3, 0.1), "How strongly the voice drives the mouth; 1 is fastest.",
             hint=float | None, optional=True),
+    Setting("silence_gate", "Silence gate", "on", lambda value: value is None or _word("silence gate", ON_OFF)(value),
+            _labels(ON_OFF), "Between words the model hears silence, so that noise moves no mouth.",
+            show=_word_for(ON_OFF), hint=str | None, optional=True),
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in SETTINGS)
 

@@ -37,6 +37,7 @@ class Request:
     compile: bool | None = None
     face: str = "largest"
     crf: float = CRF
+    silence_gate: bool = True
     video_track: int | None = None  # from 1; None: the file's own choice
     audio_track: int | None = None
 

@@ -37,7 +37,13 @@ def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.dev
     from optim.accelerate import plan_for_device
 
     settings = Settings.suiting(
-        model, request.guidance, steps=request.steps, seed=request.seed, crf=request.crf, face=request.face
+        model,
+        request.guidance,
+        steps=request.steps,
+        seed=request.seed,
+        crf=request.crf,
+        face=request.face,
+        silence_gate=request.silence_gate,
     )
     overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
     overrides = {name: value for name, value in overrides.items() if value is not None}
