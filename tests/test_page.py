@@ -555,3 +555,37 @@ def test_every_control_has_a_name_and_can_be_reached_by_keyboard(visit):
     assert page.evaluate("document.activeElement.textContent.trim()") == "Face one"
     shared = page.locator("[aria-label*='hare' i], [title*='hare' i]").count()
     assert shared == 0, "nothing is offered that uploads a face or a voice to a public place"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_any_state(visit, clips, theme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    page, found = visit(theme=theme), []
+
+    def check(what):
+        page.evaluate("window.lipsync.refresh().then(window.lipsync.refresh)")
+        for violation in axe.Axe().run(page).response["violations"]:
+            if violation["impact"] in ("serious", "critical"):
+                found.append((what, violation["id"], [node["html"][:200] for node in violation["nodes"]]))
+
+    check("first visit")
+    page.click("#advanced > button")
+    page.wait_for_selector("#models article")
+    check("advanced")
+    page.click("#advanced > button")
+    give(page, clips, audio="long.wav")
+    start(page)
+    page.wait_for_selector(".card .newest:not([hidden])")
+    check("running")
+    page.click("text=Stop and keep what is finished")
+    page.wait_for_selector(".card .made")
+    page.click(".card summary")
+    page.click("text=Show the timeline")
+    page.wait_for_selector("#timeline .js-plotly-plot")
+    check("finished")
+    page.click("#video [aria-label='Clear']")
+    give(page, clips, video="faceless.mp4")
+    page.click("#start")
+    state(page, "failed")
+    check("failed")
+    assert found == []

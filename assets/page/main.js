@@ -25,6 +25,8 @@ async function update() {
   }
   if (!inContact) notice("");
   inContact = true;
+  // Gradio's names for its fields leave out the words that are seen on them.
+  document.querySelectorAll("button.upload-container[aria-label]").forEach((field) => field.removeAttribute("aria-label"));
   updateCards(news.jobs);
   const busy = news.running + news.waiting;
   setText(find("#load"), busy ? `${news.running} running, ${news.waiting} waiting` : "No job is running");
