@@ -10,7 +10,6 @@ import os
 import sys
 from argparse import Namespace
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -142,7 +141,7 @@ class Page:
         gr.HTML("<p id='start-note' role='status'></p>", apply_default_css=False)
         self.line = gr.HTML(line, elem_id="line-box", apply_default_css=False)
         with gr.Row(elem_id="examples"):
-            gr.HTML("<p class='quiet'>No files at hand? Examples:</p>", apply_default_css=False)
+            gr.HTML("<p class='quiet'>Examples:</p>", apply_default_css=False)
             fields, looks = {"video": self.video, "audio": self.audio}, {"size": "sm", "elem_classes": ["example"]}
             self.examples = [
                 (gr.Button(label, icon=icon, min_width=60, **looks), fields[kind], path)
@@ -417,7 +416,6 @@ def serve(page: Page, options: Namespace, policy: Policy) -> None:
         run_history=False,
         inbrowser=not options.no_open and has_desktop(),
         prevent_thread_lock=True,
-        mcp_server=find_spec("mcp") is not None,
         show_error=True,
         ssr_mode=False,
     )

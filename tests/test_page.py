@@ -168,11 +168,11 @@ def test_own_files_give_a_result_beside_the_original(visit, clips, server):
     asked = []
     assert re.search(r"conservative · .*20\d\d", page.inner_text(".card .made-with"))
     page.once("dialog", lambda box: (asked.append(box.message), box.dismiss()))
-    page.click("text=Remove")
+    page.click("text=Remove >> visible=true")
     page.evaluate("window.lipsync.refresh().then(window.lipsync.refresh)")  # the second begins when the box is gone
     assert page.locator(".card").count() == 1 and "Remove talking-synced.mp4" in asked[0]
     page.once("dialog", lambda box: box.accept())
-    page.click("text=Remove")
+    page.click("text=Remove >> visible=true")
     page.wait_for_selector(".card", state="detached")
 
 
@@ -488,6 +488,11 @@ def test_a_video_that_the_browser_cannot_show_is_seen_by_its_first_frame_and_is_
     assert size == [SIDE, SIDE]
     page.wait_for_timeout(1000)  # for Gradio's own opinion of it
     assert page.locator(".toast-body, .problem").count() == 0
+    page.set_input_files("#audio input[type=file]", str(clips / "short.wav"))
+    start(page)
+    state(page, "done")
+    page.wait_for_selector(".card figcaption:has-text('First frame of the original')")
+    assert page.locator(".card .original[poster$='first-frame']:not([src])").count() == 1
 
 
 def test_a_picture_is_dropped_or_chosen_where_a_video_goes_and_speaks(visit, clips):

@@ -229,8 +229,8 @@ class Endpoints:
 
         video: the file with the face; audio: the voice; level: from 0, best, to 1, fastest, or conservative, balanced,
         aggressive, auto; model: auto, demo, or a released one; steps: of denoising; face: largest, left, right, centre.
-        progress: called with (finished, all) frames and the current activity. It waits until the video is finished;
-        the job is removed with whoever waits. Raises UserError.
+        progress: called with (finished, all) frames and the current activity. It waits until the video is finished.
+        Raises UserError.
         """
         defaults = {setting.name: None if setting.optional else setting.default for setting in form.SETTINGS}
         settings = defaults | {"level": level, "model": model, "steps": steps, "seed": seed, "face": face}
