@@ -5,12 +5,10 @@ All options of `python -m latentsync`, the level, and every setting of a level o
 
 import argparse
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from latentsync import FPS
 from latentsync import __main__ as plain
 from latentsync.options import between
 from optim.levels import SWITCHES, VRAM_FRACTION
@@ -46,9 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def prepare(
-    args: argparse.Namespace, models: "Models", settings: "Settings", seconds: float
+    args: argparse.Namespace, models: "Models", settings: "Settings", frames: int
 ) -> Iterator[plain.PreparedRun]:
-    """Accelerate the models for a job with this many seconds of sound, watch the GPU, and give advice at the end."""
+    """Accelerate the models for a job of this many frames, watch the GPU, and give advice at the end."""
     from optim.accelerate import accelerate, log_memory, oom_handler, plan_for_device
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
@@ -58,7 +56,7 @@ def prepare(
     overrides = {name: value for name in names if (value := getattr(args, name)) is not None} | cache_override(args)
     device = models.device
     plan = plan_for_device(device, models.resolution, settings, args.level, args.batch, **overrides)
-    accelerate(models, plan, frames=math.ceil(seconds * FPS))
+    accelerate(models, plan, frames=frames)
     log_memory("before the run", device)
     step_downs: list[str] = []
     prepared = plain.PreparedRun(plan.settings, oom_handler(models, plan, on_step_down=step_downs.append))
