@@ -47,9 +47,11 @@ def nominal_rate(pts: np.ndarray, time_base: Fraction) -> Fraction:
     if not ABSURD[0] <= measured <= ABSURD[1]:
         return Fraction(FPS)
     own = measured.limit_denominator(1001)
-    for rate in (*_standard_near(measured), own):
-        if _misfit(times, time_base, rate) < 1.01:  # rounded
-            return rate
+    for candidates in _standard_near(measured), [own]:
+        misfits = {rate: _misfit(times, time_base, rate) for rate in candidates}
+        best = min(candidates, key=lambda rate: misfits[rate], default=own)
+        if misfits.get(best, math.inf) < 1.01:  # timestamps are rounded to the time base, the first one, too
+            return best
     for multiple in range(1, MAX_MULTIPLE + 1):
         for rate in _standard_near(measured * multiple):
             if rate <= MAX_RATE and _lost(times, time_base, rate) <= MAX_LOST * len(times):

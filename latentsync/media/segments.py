@@ -79,7 +79,8 @@ class Unfinished:
     def describe(self) -> str:
         return (
             f"{clock(self.frames, self.rate)} of another job with this output, which was interrupted, are kept in "
-            f"'{self.folder}' ({megabytes(self.bytes)}); they are removed when nobody resumes it for {ABANDONED_DAYS:.0f} days"
+            f"'{self.folder}' ({megabytes(self.bytes)}); they are removed when nobody resumes it for "
+            f"{ABANDONED_DAYS:.0f} days"
         )
 
 
