@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentsync import FPS
 from latentsync.media import VideoInfo, read_frames
 from latentsync.media.process import file_url, input_arguments, open_pipe, run_ffmpeg
 from latentsync.media.watchdog import Watchdog
@@ -52,7 +53,7 @@ def thumbnail(info: VideoInfo) -> bytes:
 
 
 def write_fragments(
-    path: Path, size: tuple[int, int], rate: Fraction, audio: Path
+    path: Path, size: tuple[int, int], audio: Path, rate: Fraction = Fraction(FPS)
 ) -> Generator[None, "np.ndarray", None]:
     """Write the frames sent to this generator, with the sound, to an MP4 file that can be played while it grows.
 
@@ -154,7 +155,7 @@ class Preview:
                 if number:
                     if writer is None:
                         writer = stack.enter_context(
-                            closing(write_fragments(job.first, size, job.rate, job.request.audio))
+                            closing(write_fragments(job.first, size, job.request.audio, job.rate))
                         )
                         next(writer)
                     while written < number:
