@@ -98,7 +98,7 @@ if not defined COMMAND pause
 exit /b 2
 
 
-rem Makes .venv hold what requirements.txt asks for. .venv\installed records what was installed, and is written
+rem Makes .venv hold what requirements.exact.txt asks for. .venv\installed records what was installed, and is written
 rem last: after an interruption it is missing and the next start installs again.
 :install
 if not exist "%VPY%" goto create
@@ -126,10 +126,10 @@ for /f "usebackq tokens=1,2,* delims= " %%a in ("%VENV%\build") do (
 "%VPY%" -c "import sys; print(sys.version_info[:2])" >"%VENV%\wanted"
 >>"%VENV%\wanted" echo torch: %BUILD%
 >>"%VENV%\wanted" echo project: "%ROOT%"
->>"%VENV%\wanted" type "%ROOT%\requirements.txt"
+>>"%VENV%\wanted" type "%ROOT%\requirements.exact.txt"
 fc /b "%VENV%\wanted" "%VENV%\installed" >nul 2>nul && exit /b 0
 del "%VENV%\installed" >nul 2>nul
-echo Installing the packages of requirements.txt into .venv (only needed once) ...
+echo Installing the packages of requirements.exact.txt into .venv (only needed once) ...
 echo torch: the %BUILD% build, as %REASON%.
 rem Builds differ in their local version alone, which "torch==2.13.0" does not look at.
 if "%PRESENT%"=="none" goto torch
@@ -140,7 +140,7 @@ if errorlevel 1 goto install_failed
 rem The default build comes with the other packages, from the configured index. Only pytorch.org has the others: it is
 rem asked for torch alone, besides the configured index.
 if "%BUILD%"=="default" goto packages
-for /f "tokens=2 delims==" %%v in ('findstr /b "torch==" "%ROOT%\requirements.txt"') do set "TORCH=%%v"
+for /f "tokens=2 delims==" %%v in ('findstr /b "torch==" "%ROOT%\requirements.exact.txt"') do set "TORCH=%%v"
 "%VPY%" -m pip install --no-input --disable-pip-version-check --no-deps --extra-index-url https://download.pytorch.org/whl/%BUILD% "torch==%TORCH%+%BUILD%"
 if errorlevel 1 echo torch's %BUILD% build cannot be had (the reason is above): the default build is installed instead, which may not use the GPU.>&2
 :packages
@@ -148,7 +148,7 @@ rem First the pinned packages, by their hashes; pip wants hashes of either all p
 rem follows in a call of its own.
 "%VPY%" -m pip install --quiet --no-input --disable-pip-version-check --no-deps --require-hashes -r "%ROOT%\requirements.hashes.txt"
 if errorlevel 1 goto install_failed
-"%VPY%" -m pip install --quiet --no-input --disable-pip-version-check -r "%ROOT%\requirements.txt"
+"%VPY%" -m pip install --quiet --no-input --disable-pip-version-check -r "%ROOT%\requirements.exact.txt"
 if errorlevel 1 goto install_failed
 rem The command "latentsync", which runs the code in this folder.
 "%VPY%" -m pip install -qq --no-input --disable-pip-version-check --no-deps -e "%ROOT%"

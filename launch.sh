@@ -97,7 +97,7 @@ choose_torch() { "$python" -I "$here/optim/torch_build.py"; }
 # install_torch BUILD PRESENT: that build of the pinned torch, in place of the one that is present.
 install_torch() {
     local version
-    version=$(sed -n 's/^torch==//p' "$here/requirements.txt")
+    version=$(sed -n 's/^torch==//p' "$here/requirements.exact.txt")
     # Builds differ in their local version alone, which `torch==2.13.0` does not look at.
     if [ "$2" != none ] && [ "$2" != "$1" ]; then
         "$python" -m pip uninstall --quiet --yes --disable-pip-version-check torch || fail_install
@@ -153,6 +153,20 @@ install() {
     contents "$1" "$build" >"$record"
 }
 
+# Several GPUs take packages that one does not: installed when an option first asks for them.
+install_cluster() {
+    local argument
+    for argument; do
+        case $argument in
+            --) return ;;
+            --gpus | --gpus=* | --cluster | --cluster=*)
+                install "$here/requirements.cluster.txt" installed-cluster
+                return
+                ;;
+        esac
+    done
+}
+
 # Two runs of pytest: Triton settles at its import whether it interprets, so the kernels have a run of their own.
 # Options go to both; a run that has none of the tests that they select (exit code 5) is no failure unless both have none.
 run_tests() {
@@ -173,17 +187,19 @@ case $command in
         help
         ;;
     "" | -*)
-        install "$here/requirements.txt" installed
+        install "$here/requirements.exact.txt" installed
         exec "$python" "$here/app.py" "$@"
         ;;
     sync)
         shift
-        install "$here/requirements.txt" installed
+        install "$here/requirements.exact.txt" installed
+        install_cluster "$@"
         exec "$venv/bin/latentsync" sync "$@"
         ;;
     demo)
         shift
-        install "$here/requirements.txt" installed
+        install "$here/requirements.exact.txt" installed
+        install_cluster "$@"
         mkdir -p -- "$here/outputs"
         "$venv/bin/latentsync" sync "$here/assets/example/face.mp4" "$here/assets/example/speech.wav" \
             -o "$here/outputs/demo.mp4" --model demo "$@"
@@ -191,7 +207,8 @@ case $command in
         ;;
     test)
         shift
-        install "$here/requirements.txt" installed
+        install "$here/requirements.exact.txt" installed
+        install "$here/requirements.cluster.txt" installed-cluster
         install "$here/tests/requirements.txt" installed-tests
         cd -- "$here"
         "$python" -m ruff check .

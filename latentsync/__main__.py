@@ -23,9 +23,12 @@ from latentsync.rates import RATES, grid_rate
 from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
+    import torch
     from tqdm import tqdm
 
+    from latentsync.checkpoints.find import Checkpoint
     from latentsync.checkpoints.load import Models
+    from latentsync.painting import Workers
 
 LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 REPORT = "The report"
@@ -182,26 +185,34 @@ class ProgressLines:
 
 @dataclass
 class PreparedRun:
-    """The settings of a run, and what to do during it and afterwards."""
+    """The models and settings of a run, and what to do during it and afterwards."""
 
+    models: "Models"
     settings: Settings
     on_out_of_memory: Callable[[], Settings | None] | None = None  # see `latentsync.pipeline.lipsync`
     on_finished: Callable[[Report], None] = lambda report: None  # called before the report is written
     report_extras: dict[str, Any] = field(default_factory=dict)  # added to the file of --report
+    workers: "Workers | None" = None  # other processes that paint the faces
 
 
-# (arguments, models, settings, frames of the result) → context manager of the run
-Prepare = Callable[[argparse.Namespace, "Models", Settings, int], AbstractContextManager[PreparedRun]]
+# (arguments, checkpoint, device, settings, frames of the result) → context manager of the run
+Prepare = Callable[
+    [argparse.Namespace, "Checkpoint", "torch.device", Settings, int], AbstractContextManager[PreparedRun]
+]
 
 
 @contextmanager
-def prepare_plain(args: argparse.Namespace, models: "Models", settings: Settings, frames: int) -> Iterator[PreparedRun]:
+def prepare_plain(
+    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", settings: Settings, frames: int
+) -> Iterator[PreparedRun]:
     """Run the pipeline as it is, with the settings that the user gave."""
-    yield PreparedRun(settings)
+    from latentsync.checkpoints.load import load_models
+
+    yield PreparedRun(load_models(checkpoint, device), settings)
 
 
 def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
-    """Run one job from parsed arguments; `prepare` may change its models and settings. Raises UserError."""
+    """Run one job from parsed arguments; `prepare` loads its models and may change its settings. Raises UserError."""
     # Imported late: --help needs none of it, and the files are checked before torch is imported.
     from latentsync.media import check_output, probe_audio, probe_video
 
@@ -217,7 +228,6 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
     import torch
 
     from latentsync.checkpoints.find import resolve_model
-    from latentsync.checkpoints.load import load_models
     from latentsync.media.segments import discard
     from latentsync.pipeline import Hooks, lipsync
 
@@ -245,21 +255,21 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
         print(message, file=sys.stderr, flush=True)
 
     try:
-        models = load_models(checkpoint, device)
-        print_message(f"model {models.name}, {models.resolution} px, on {device}")
+        print_message(f"model {checkpoint.name}, {checkpoint.resolution} px, on {device}")
         if checkpoint.remark:
             print_message(checkpoint.remark)
-        with prepare(args, models, settings, math.ceil(sound.duration * info.rate)) as prepared:
+        with prepare(args, checkpoint, device, settings, math.ceil(sound.duration * info.rate)) as prepared:
             report = lipsync(
                 args.video,
                 args.audio,
                 args.output,
-                models,
+                prepared.models,
                 prepared.settings,
                 Hooks(on_progress=progress, on_out_of_memory=prepared.on_out_of_memory, on_message=print_message),
                 video_track=args.video_track,
                 audio_track=args.audio_track,
                 copy_audio=args.copy_audio,
+                workers=prepared.workers,
             )
             progress.close()
             for remark in report.remarks:
@@ -278,7 +288,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
         print(f"{report.frames_without_face} frames show no usable face and were left as they are", file=sys.stderr)
     if args.report:
         contents = report.as_dict() | prepared.report_extras | {"peak_memory_bytes": peak_memory()}
-        if device.type == "cuda":
+        if device.type == "cuda" and prepared.workers is None:
             contents["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         try:
             write_text(args.report, json.dumps(contents, indent=2) + "\n", REPORT)

@@ -7,6 +7,7 @@ for frame in paint_groups(groups, painter): ...
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -281,6 +282,21 @@ class Painter:
 
 
 Group = list[Window | AlignedFrame]
+
+
+class Workers(Protocol):
+    """Other processes that paint groups of windows: `paint_groups` on several devices at once.
+
+    kind: of their devices, "cpu" or "cuda"; name: theirs in a report, such as "2 × cpu"; max_groups: held at a time.
+    """
+
+    kind: str
+    name: str
+    max_groups: int
+
+    def paint_groups(self, groups: Iterable[Group], on_step: Callable[[], None], done: int) -> Iterator[AlignedFrame]:
+        """The function `paint_groups`; on_step: called several times a second, what it raises stops the run."""
+        ...
 
 
 def paint_groups(

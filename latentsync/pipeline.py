@@ -27,6 +27,7 @@ from latentsync.audio import audio_chunks, frame_count, on_side_stream
 from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
 from latentsync.faces import Face, track_faces
+from latentsync.hooks import NO_HOOKS, Hooks, RunHooks, StopEarly
 from latentsync.landmarks import face_reader
 from latentsync.machine import available_memory
 from latentsync.media import (
@@ -39,7 +40,7 @@ from latentsync.media import (
     read_frames_looped,
 )
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
-from latentsync.painting import Painter, paint_groups
+from latentsync.painting import Painter, Workers, paint_groups
 from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.rates import grid_rate
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
@@ -52,31 +53,6 @@ DECODED_FRAMES = 8  # that wait for the face tracker
 TRACKED_FRAMES = 8  # that wait for their faces to be cut out
 MEMORY_SHARE = 0.8  # of the free main memory, for the frames that are held at a time
 T = TypeVar("T")
-
-
-class StopEarly(Exception):
-    """For a hook of `lipsync` to raise: end the run here, and keep what is finished as a video of its own."""
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What `lipsync` calls while it runs, all in the caller's thread. What they raise stops the run.
-
-    on_progress(stage, frames done, frames in all): as the stages of `latentsync.STAGES` advance, and at every denoising
-    step. on_frame(frame): with every finished frame, uint8 (H, W, 3), in order; it must not change it. on_wait():
-    several times a second while the caller's thread waits for others or for ffmpeg. on_out_of_memory(): when the
-    device's memory ran out; returns settings that need less, or None to give up. on_message(line): what the user should
-    know before the end.
-    """
-
-    on_progress: Callable[[str, int, int], None] | None = None
-    on_frame: Callable[[np.ndarray], None] | None = None
-    on_wait: Callable[[], None] | None = None
-    on_out_of_memory: Callable[[], Settings | None] | None = None
-    on_message: Callable[[str], None] = lambda line: None
-
-
-NO_HOOKS = Hooks()
 
 
 @dataclass(frozen=True)
@@ -116,16 +92,16 @@ def max_frames(settings: Settings) -> int:
     return buffers + on_device + in_transit
 
 
-def fit_memory(settings: Settings, info: VideoInfo, held: int = 0) -> Settings:
+def fit_memory(settings: Settings, info: VideoInfo, held: int = 0, groups: int = 0) -> Settings:
     """The settings with as many windows a pass, at most, as the free main memory has room for their frames.
 
-    held: frames that are held besides `max_frames`. A frame of 4K is 25 MB, of 8K 100 MB. Raises UserError where not
-    even those of one window a pass fit.
+    held, groups: frames and groups of windows that are held besides `max_frames`. A frame of 4K is 25 MB, of 8K 100 MB.
+    Raises UserError where not even those of one window a pass fit.
     """
     size, free = 3 * info.width * info.height, MEMORY_SHARE * available_memory()
     for windows in range(settings.windows_per_pass, 0, -1):
         fewer = replace(settings, windows_per_pass=windows)
-        frames = max_frames(fewer) + held
+        frames = max_frames(fewer) + held + groups * windows * WINDOW
         if frames * size <= free:
             return fewer
     raise UserError(
@@ -133,35 +109,6 @@ def fit_memory(settings: Settings, info: VideoInfo, held: int = 0) -> Settings:
         f"{frames * size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free. Close other programs, or give "
         "a smaller version of the video."
     )
-
-
-class RunHooks:
-    """The caller's hooks, as far as they still apply to a run."""
-
-    def __init__(self, hooks: Hooks):
-        self._hooks = hooks
-        self.frames_complete = False  # all frames have been handed to the writer: nothing is left to end early
-
-    def silence(self) -> None:
-        """Call neither on_progress nor on_wait from now on."""
-        self._hooks = replace(self._hooks, on_progress=None, on_wait=None)
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        if self._hooks.on_progress:
-            self._hooks.on_progress(stage, done, total)
-
-    def frame(self, frame: np.ndarray) -> None:
-        if self._hooks.on_frame:
-            self._hooks.on_frame(frame)
-
-    def wait(self) -> None:
-        if self._hooks.on_wait:
-            try:
-                self._hooks.on_wait()
-            except StopEarly:
-                if not self.frames_complete:
-                    raise
-                self._hooks = replace(self._hooks, on_wait=None)
 
 
 class EncodingThread:
@@ -222,6 +169,7 @@ def lipsync(
     copy_audio: bool = False,
     video_track: int | None = None,
     audio_track: int | None = None,
+    workers: Workers | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
@@ -229,6 +177,7 @@ def lipsync(
     Whatever ends a run early, no part of the output is left, and no thread; but after `StopEarly` the finished frames
     are, with their sound. copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
     video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
+    workers: paint the faces in place of `models`, which may then be without weights, see `load_outline`.
 
     A job of more than `segment_frames` is written in segments of as many, see `media.segments`. Whatever ends it early,
     but `StopEarly`, the same call resumes after the last finished one, to the same result. It finds the faces of
@@ -241,13 +190,15 @@ def lipsync(
     info = probe_video(video, video_track)
     settings = settings or Settings()
     info = info.at(grid_rate(info.nominal_rate, settings.fps))
-    settings = fit_memory(settings, info, 0 if models.face is None else held_frames(info.rate))
+    held = 0 if models.face is None else held_frames(info.rate)
+    settings = fit_memory(settings, info, held, 0 if workers is None else workers.max_groups)
+    device, kind = (str(models.device), models.device.type) if workers is None else (workers.name, workers.kind)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):
         wav = torch.from_numpy(read_audio(audio, track=audio_track))
     total = frame_count(len(wav), info.rate)
     dtype = str(models.dtype).removeprefix("torch.")
-    report = Report(settings, models.name, models.resolution, str(models.device), dtype, round(float(info.rate), 3))
+    report = Report(settings, models.name, models.resolution, device, dtype, round(float(info.rate), 3))
     cancel = threading.Event()
     source = Source(
         read_frames_looped(info, total, cancel),
@@ -264,7 +215,7 @@ def lipsync(
     writer: VideoWriter | SegmentWriter
     # A resumed job must have the same models; those that were not loaded from files cannot be compared.
     if segment_frames and total > segment_frames and models.files:
-        identity = job_identity(models, settings, segment_frames, video_track, audio_track)
+        identity = job_identity(models, settings, segment_frames, video_track, audio_track) | {"device": kind}
         folder = work_folder(output, (video, audio, *models.files), identity)
         clean(output, folder)
         writer = SegmentWriter(
@@ -295,7 +246,15 @@ def lipsync(
         closing(EncodingThread(writer, buffered_results(settings), total, counts, clock, run_hooks)) as encoding,
         closing(
             generate_frames(
-                source, models, settings, clock, run_hooks, encoding.report, hooks.on_out_of_memory, writer.frames
+                source,
+                models,
+                settings,
+                clock,
+                run_hooks,
+                encoding.report,
+                hooks.on_out_of_memory,
+                writer.frames,
+                workers,
             )
         ) as frames,
     ):
@@ -365,6 +324,7 @@ def generate_frames(
     report_written: Callable[[], None] = lambda: None,
     on_out_of_memory: Callable[[], Settings | None] | None = None,
     done: int = 0,
+    workers: Workers | None = None,
 ) -> Generator[AlignedFrame, None, None]:
     """The chain of stages between decoding and encoding: finished frames, in order.
 
@@ -387,7 +347,6 @@ def generate_frames(
         hooks.progress("mouths", max(painted, done), source.total)
 
     bank = None if source.second_reading is None else MouthBank(source.rate)
-    painter = Painter(models, settings, on_step)
     aligned_frames = read_aligned(source, models, settings, bank, clock)
     with ExitStack() as stack:
         crops = stack.enter_context(
@@ -396,7 +355,11 @@ def generate_frames(
         parts = split_windows(count(clock.wait(crops, "crops"), "faces"))
         groups = group_windows(parts, settings.windows_per_pass)
         needed = done if bank is None else done - context_frames(source.rate)
-        frames = clock.time(paint_groups(groups, painter, on_out_of_memory, needed), "mouths")
+        if workers is None:
+            frames = paint_groups(groups, Painter(models, settings, on_step), on_out_of_memory, needed)
+        else:
+            frames = workers.paint_groups(groups, on_step, needed)
+        frames = clock.time(frames, "mouths")
         if bank is not None:
             frames = clock.time(retarget(frames, bank, stack.enter_context(face_reader()), source.rate), "retarget")
         for aligned in count(frames, "mouths", done):

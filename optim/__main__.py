@@ -7,23 +7,33 @@ import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentsync import __main__ as plain
 from latentsync.options import between
+from optim.cluster.options import add_worker_options
 from optim.levels import SWITCHES, VRAM_FRACTION
 from optim.options import add_level_options, cache_override
 
 if TYPE_CHECKING:  # torch takes seconds to load
-    from latentsync.checkpoints.load import Models
+    import torch
+
+    from latentsync.checkpoints.find import Checkpoint
     from latentsync.settings import Report, Settings
 
 log = logging.getLogger(__name__)
 
 
+def level_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the level that the options set. Raises UserError."""
+    names = ("vram_fraction", "step_share", *SWITCHES)
+    return {name: value for name in names if (value := getattr(args, name)) is not None} | cache_override(args)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = plain.make_parser()
     add_level_options(parser, default="auto")
+    add_worker_options(parser)
     fraction, batch, share = between(float, 0.1, 1), between(int, 1, 256), between(float, 0.01, 1)
     parser.add_argument(
         "--vram-fraction", type=fraction, help=f"share of the GPU's memory to use (default {VRAM_FRACTION})"
@@ -44,22 +54,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def prepare(
-    args: argparse.Namespace, models: "Models", settings: "Settings", frames: int
+    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", settings: "Settings", frames: int
 ) -> Iterator[plain.PreparedRun]:
-    """Accelerate the models for a job of this many frames, watch the GPU, and give advice at the end."""
+    """Load and accelerate the models for a job of this many frames, watch the GPU, and give advice at the
+    end."""
+    overrides = level_overrides(args)
+    if args.gpus is not None or args.cluster is not None:
+        from optim.cluster.command import prepare_workers
+
+        with prepare_workers(args, checkpoint, device, settings, overrides, frames) as prepared:
+            if prepared is not None:
+                yield prepared
+                return
+    from latentsync.checkpoints.load import load_models
     from optim.accelerate import accelerate, log_memory, oom_handler, plan_for_device
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
     from optim.monitor import Monitor
 
-    names = ("vram_fraction", "step_share", *SWITCHES)
-    overrides = {name: value for name in names if (value := getattr(args, name)) is not None} | cache_override(args)
-    device = models.device
+    models = load_models(checkpoint, device)
     plan = plan_for_device(device, models.resolution, settings, args.level, args.batch, **overrides)
     accelerate(models, plan, frames=frames)
     log_memory("before the run", device)
     step_downs: list[str] = []
-    prepared = plain.PreparedRun(plan.settings, oom_handler(models, plan, on_step_down=step_downs.append))
+    prepared = plain.PreparedRun(models, plan.settings, oom_handler(models, plan, on_step_down=step_downs.append))
     prepared.report_extras = {"level": plan.level.name, "step_downs": step_downs}
     with Monitor() if device.type == "cuda" else nullcontext() as monitor:
 

@@ -477,7 +477,7 @@ def test_the_container_copies_and_runs_what_exists():
     text = (root / "assets/Dockerfile").read_text()
     lines = [line.split() for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
     copied = [path for line in lines if line[0] == "COPY" for path in line[1:-1] if not path.startswith("--")]
-    assert {"launch.sh", "app.py", "requirements.txt", "optim", "latentsync", "assets"} <= set(copied)
+    assert {"launch.sh", "app.py", "requirements.exact.txt", "optim", "latentsync", "assets"} <= set(copied)
     assert all((root / path).exists() for path in copied)
     assert [line[-1] for line in lines if line[0] == "FROM"] == ["base", "cpu", "gpu"]
     packages = re.search(r"packages=\((.*?)\)", (root / ".ci/run").read_text())[1].split()

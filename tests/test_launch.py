@@ -44,7 +44,8 @@ class Copy:
         self.tools.mkdir()
         (self.root / "latentsync").write_text(REPORT_ARGUMENTS)
         (self.root / "latentsync").chmod(0o755)
-        (self.root / "requirements.txt").write_text("torch==2.13.0\n")
+        (self.root / "requirements.exact.txt").write_text("torch==2.13.0\n")
+        (self.root / "requirements.cluster.txt").write_text("ray==2.60.0\n")
         shutil.copy(ROOT / "launch.sh", self.root)
         (self.root / "tests").mkdir()
         (self.root / "tests" / "requirements.txt").write_text("pytest==9.2.0\n")
@@ -154,9 +155,19 @@ def test_second_start_installs_nothing_until_the_requirements_change(with_python
     assert len(with_python.installs()) == 1
     assert with_python.start("sync").returncode == 0
     assert with_python.installs() == []
-    (with_python.root / "requirements.txt").write_text("torch==2.14.0\n")
+    (with_python.root / "requirements.exact.txt").write_text("torch==2.14.0\n")
     assert with_python.start("sync").returncode == 0
     assert len(with_python.installs()) == 1
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--gpus=all", "--cluster"])
+def test_the_packages_for_several_gpus_are_installed_when_an_option_first_asks_for_them(with_python, option):
+    assert with_python.start("sync", "a.mp4", "--", option).returncode == 0
+    assert len(with_python.installs()) == 1
+    assert with_python.start("sync", "a.mp4", option, "2").returncode == 0
+    [call] = with_python.installs()
+    assert call.endswith("requirements.cluster.txt")
+    assert with_python.start("demo", option, "2").returncode == 0 and with_python.installs() == []
 
 
 def test_a_folder_that_was_moved_is_installed_again(with_python):
@@ -289,7 +300,7 @@ def test_the_pinned_packages_are_installed_by_their_hashes_before_the_rest(with_
     assert with_python.start("sync").returncode == 0
     by_hash, rest = [call for call in with_python.calls() if "pip install" in call and "-r " in call]
     assert "--no-deps --require-hashes" in by_hash and by_hash.endswith("requirements.hashes.txt")
-    assert rest.endswith("requirements.txt") and "--require-hashes" not in rest
+    assert rest.endswith("requirements.exact.txt") and "--require-hashes" not in rest
     result = with_python.start("sync", FAKE_TORCH="default cpu another driver", FAKE_PIP_STATUS="1")
     assert result.returncode == 2 and with_python.installs() == [], "nothing is installed after a hash that is wrong"
 
@@ -297,7 +308,7 @@ def test_the_pinned_packages_are_installed_by_their_hashes_before_the_rest(with_
 def test_every_pinned_package_but_torch_has_hashes():
     from packaging.requirements import Requirement
 
-    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = [line for line in (ROOT / "requirements.exact.txt").read_text().splitlines() if not line.startswith("#")]
     text = (ROOT / "requirements.hashes.txt").read_text()
     entries = re.findall(r"^(\S.*?)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.MULTILINE)
     assert len(entries) == sum(not line.startswith(("#", " ")) for line in text.splitlines())
@@ -319,7 +330,7 @@ def test_requirements_name_one_version_for_every_python():
     from packaging.requirements import Requirement
 
     for python in ("3.10", "3.11", "3.12", "3.13"):
-        for file in ("requirements.txt", "tests/requirements.txt"):
+        for file in ("requirements.exact.txt", "requirements.cluster.txt", "tests/requirements.txt"):
             lines = (ROOT / file).read_text().splitlines()
             wanted = [Requirement(line) for line in lines if not line.startswith("#")]
             for system in ("Linux", "Windows"):
@@ -327,3 +338,19 @@ def test_requirements_name_one_version_for_every_python():
                 names = [r.name for r in wanted if not r.marker or r.marker.evaluate(here)]
                 of_another = {r.name for r in wanted if "platform_system" in str(r.marker)} - set(names)
                 assert len(names) == len(set(names)) == len({r.name for r in wanted} - of_another)
+
+
+def test_the_ranges_for_comfyui_leave_its_packages_alone_and_hold_the_tested_versions():
+    from packaging.requirements import Requirement
+
+    def read(name: str) -> list[Requirement]:
+        return [Requirement(line) for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+
+    exact = {(r.name, str(r.marker)): next(iter(r.specifier)).version for r in read("requirements.exact.txt")}
+    for wanted in read("requirements.txt"):
+        assert {each.operator for each in wanted.specifier} == {">="}, f"{wanted} would replace what ComfyUI has"
+        tested = [version for (name, _), version in exact.items() if name == wanted.name]
+        assert all(version in wanted.specifier for version in tested)
+    assert not {"opencv-python", "opencv-contrib-python", "gradio", "diffusers"} & {
+        r.name for r in read("requirements.txt")
+    }

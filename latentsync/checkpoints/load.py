@@ -68,6 +68,24 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         raise UserError(f"'{checkpoint.unet}' and '{checkpoint.whisper}' do not belong together; fetch both again.")
     for module in (unet, vae, encoder):
         module.requires_grad_(False)
+    return _assemble(checkpoint, unet, vae, encoder)
+
+
+def load_outline(checkpoint: Checkpoint, dtype: torch.dtype) -> Models:
+    """The models of a process whose faces other processes paint.
+
+    The audio encoder is on the processor; U-Net and autoencoder, of that dtype, are on the meta device and have no
+    weights. Raises UserError where a file is damaged.
+    """
+    with _building(checkpoint.unet):
+        unet = UNet(checkpoint.unet_config).to(dtype)
+    with _building(checkpoint.vae_config):
+        vae = Autoencoder(AutoencoderConfig.from_dict(read_json(checkpoint.vae_config))).to(dtype)
+    encoder = load_audio_encoder(checkpoint.whisper).requires_grad_(False)
+    return _assemble(checkpoint, unet, vae, encoder)
+
+
+def _assemble(checkpoint: Checkpoint, unet: UNet, vae: Autoencoder, encoder: AudioEncoder) -> Models:
     return Models(
         name=checkpoint.name,
         resolution=checkpoint.resolution,

@@ -96,7 +96,7 @@ def side_by_side(
 
 
 def _frame_function(frames: Iterator[np.ndarray], size: tuple[int, int], rate: float) -> Callable[[float], np.ndarray]:
-    """A moviepy frame function that reads frames, `rate` a second, in order and scales them to `size` (width, height)."""
+    """A moviepy frame function: frames in order, `rate` a second, scaled to `size` (width, height)."""
     position = -1
     frame: np.ndarray = np.empty(0)
 

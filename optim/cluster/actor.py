@@ -1,0 +1,168 @@
+"""A worker: one process with a device of its own, which holds the models and paints what the driver sends."""
+
+import os
+import platform
+import queue
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from latentsync import __version__
+from latentsync.checkpoints.download import sha256_of
+from latentsync.checkpoints.find import Checkpoint, resolve_model
+from latentsync.checkpoints.load import load_models
+from latentsync.errors import UserError
+from latentsync.options import choose_device
+from latentsync.painting import Group, Painter, paint_groups
+from latentsync.settings import Settings
+from latentsync.windows import Window
+from optim.accelerate import Plan, accelerate, details, oom_handler, plan_for_device
+from optim.cluster.messages import PaintedGroup, PaintTask, pack_result, unpack
+
+QUEUED = {
+    "cpu": 2,
+    "cuda": 3,
+}  # groups that a worker is given: one waits, one is painted, one is on its way to the host
+
+
+@dataclass(frozen=True)
+class Order:
+    """What every worker of a run prepares for.
+
+    model: a name or a folder, see `resolve_model`; hashes: SHA-256 of its files by their names, None on the driver's
+    own machine; versions: of the driver, see `versions`; kind: of the device, "cpu" or "cuda"; threads: of a worker on
+    a processor, as many as the single process has, since another number rounds otherwise; level, batch, overrides: see
+    `plan_for_device`; frames: of the job; token_required: a machine whose Ray lets in anybody is refused.
+    """
+
+    model: str
+    hashes: dict[str, str] | None
+    versions: dict[str, str]
+    kind: str
+    threads: int
+    settings: Settings
+    level: str
+    batch: int | None
+    overrides: dict[str, Any]
+    frames: int
+    token_required: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A worker that is ready. name: its machine and device; details: everything that its plan does, in one line."""
+
+    name: str
+    plan: Plan
+    details: str
+
+
+def versions() -> dict[str, str]:
+    """What has to be the same on all machines, for their frames to be alike."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"latentsync": __version__, "torch": torch.__version__, "Python": python}
+
+
+def hashes_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA-256 of a checkpoint's files, by their names."""
+    return {path.name: sha256_of(path, f"hashing {path.name}") for path in checkpoint.files}
+
+
+class Worker:
+    """The class of Ray's actors. Its methods are called in several threads; one thread of its own paints.
+
+    So the device has its next group before the one it works on has come back: `paint_groups` finishes a group after it
+    has queued the next, as in a single process.
+    """
+
+    def __init__(self, order: Order):
+        self._order = order
+        self._tasks: queue.SimpleQueue[tuple[PaintTask, Future[PaintedGroup]]] = queue.SimpleQueue()
+        self._started: deque[tuple[PaintTask, list[Window], Future[PaintedGroup]]] = deque()  # of the painting thread
+        self._messages: list[str] = []
+
+    def prepare(self) -> Prepared:
+        """Check this machine, load the models and start to wait for tasks. Raises UserError."""
+        order, name = self._order, socket.gethostname()
+        if order.token_required and os.environ.get("RAY_AUTH_MODE") != "token":
+            raise UserError(
+                f"The Ray of {name} lets in anybody: restart it with RAY_AUTH_MODE=token and the cluster's token."
+            )
+        for what, version in versions().items():
+            if version != order.versions[what]:
+                raise UserError(
+                    f"{name} has {what} {version}, but the job was started with {order.versions[what]}: install the "
+                    "same on both."
+                )
+        device = choose_device(order.kind)
+        if order.kind == "cuda":
+            name += f" GPU {os.environ.get('CUDA_VISIBLE_DEVICES', '0')}"
+        try:
+            checkpoint = resolve_model(order.model, device)
+        except UserError as error:
+            raise UserError(f"On {name}: {error}") from None
+        if order.hashes is not None and (found := hashes_of(checkpoint)) != order.hashes:
+            wrong = sorted(file for file in order.hashes if found.get(file) != order.hashes[file])
+            raise UserError(
+                f"The model '{order.model}' of {name} is another one than here ({', '.join(wrong)}): copy its files "
+                "there."
+            )
+        self._models = load_models(checkpoint, device)
+        plan = plan_for_device(
+            device, self._models.resolution, order.settings, order.level, order.batch, **order.overrides
+        )
+        accelerate(self._models, plan, lambda _: None, order.frames)
+        self._plan = plan
+        threading.Thread(target=self._paint_tasks, name="painting", daemon=True).start()
+        return Prepared(name, plan, details(plan, device))
+
+    def paint(self, task: PaintTask) -> PaintedGroup:
+        """Paint a task after those that came before it; several calls wait here at a time."""
+        future: Future[PaintedGroup] = Future()
+        self._tasks.put((task, future))
+        return future.result()
+
+    def _paint_tasks(self) -> None:
+        if self._order.kind == "cpu":
+            torch.set_num_threads(self._order.threads)  # of this thread
+        on_out_of_memory = oom_handler(self._models, self._plan, self._messages.append)
+        settings, own_face = self._plan.settings, self._models.face is not None
+
+        def smaller() -> Settings | None:
+            nonlocal settings
+            fewer = on_out_of_memory()
+            settings = fewer or settings
+            return fewer
+
+        while True:
+            try:
+                left = 0
+                painter = Painter(self._models, settings)
+                for _ in paint_groups(self._groups(), painter, smaller):
+                    left = left or self._started[0][0].new_frames
+                    left -= 1
+                    if not left:
+                        _, windows, future = self._started.popleft()
+                        messages, self._messages[:] = list(self._messages), []
+                        future.set_result(pack_result(windows, self._models.resolution, own_face, messages))
+            except Exception as error:
+                while self._started:
+                    self._started.popleft()[2].set_exception(error)
+
+    def _groups(self) -> Iterator[Group]:
+        """The groups of the tasks, as they come; an empty one, to get the last back, where none waits."""
+        while True:
+            try:
+                task, future = self._tasks.get(block=not self._started)
+            except queue.Empty:
+                yield []
+                continue
+            windows = unpack(task, self._models.resolution)
+            self._started.append((task, windows, future))
+            yield list(windows)

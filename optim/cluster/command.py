@@ -1,0 +1,96 @@
+"""From the options of the command line to workers that are ready to paint."""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentsync.__main__ import PreparedRun
+from latentsync.checkpoints.find import MODEL_NAMES, Checkpoint
+from latentsync.checkpoints.load import load_outline, working_dtype
+from latentsync.errors import UserError
+from latentsync.machine import usable_cores
+from latentsync.settings import Report, Settings
+from optim.cluster.options import choose_gpus, whole_number
+from optim.cluster.session import cluster_session, local_session
+from optim.doctor import advise_report
+from optim.hardware import read_gpus, recommended_level
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def prepare_workers(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    settings: Settings,
+    overrides: dict[str, Any],
+    frames: int,
+) -> Iterator[PreparedRun | None]:
+    """Workers for a job of so many frames; None where --gpus asks for one device, which needs none. Raises UserError.
+
+    device: of this process, for the choice of the model.
+    """
+    if args.cluster is None:
+        if args.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"--gpus names the GPUs: leave --device {args.device} out.")
+        kind = device.type
+        numbers = choose_gpus(args.gpus, torch.cuda.device_count() if kind == "cuda" else 0, usable_cores())
+        if len(numbers) == 1:
+            yield None
+            return
+        count = limit = len(numbers)
+        gpus = [gpu for gpu in read_gpus() if gpu.index in numbers] if kind == "cuda" else [None]
+        level = args.level
+        if level == "auto":
+            level = min((recommended_level(gpu) for gpu in gpus), key=lambda level: level.position).name
+        session = local_session(count, numbers if kind == "cuda" else ())
+    else:
+        for option, value in (("--model", args.model), ("--level", args.level)):
+            if value == "auto":
+                raise UserError(f"--cluster: give {option}, too, since its machines may differ.")
+        kind, level = "cpu" if args.device == "cpu" else "cuda", args.level
+        session = cluster_session(args.cluster)
+    with ExitStack() as stack:
+        stack.enter_context(session)
+        from optim.cluster.actor import Order, hashes_of, versions
+        from optim.cluster.workers import AHEAD, RayWorkers, places
+
+        if args.cluster is not None:
+            count = places(kind)
+            limit = AHEAD * count
+            if args.gpus not in (None, "all"):
+                count = limit = min(count, whole_number(args.gpus))
+        order = Order(
+            model=checkpoint.name if args.model in MODEL_NAMES else str(Path(args.model).expanduser().resolve()),
+            hashes=hashes_of(checkpoint) if args.cluster is not None else None,
+            versions=versions(),
+            kind=kind,
+            threads=torch.get_num_threads(),
+            settings=settings,
+            level=level,
+            batch=args.batch,
+            overrides=overrides,
+            frames=frames,
+            token_required=args.cluster is not None,
+        )
+        models = load_outline(checkpoint, working_dtype(torch.device(kind)))
+        workers = stack.enter_context(
+            RayWorkers(order, count, limit, models.resolution, models.face is not None, log.info)
+        )
+        first = workers.wait_until_ready()
+        log.info(f"{workers.name}: {first.details}")
+        prepared = PreparedRun(models, first.plan.settings, workers=workers)
+
+        def on_finished(report: Report) -> None:
+            prepared.report_extras = {"level": first.plan.level.name, "workers": workers.summary()}
+            for advice in advise_report(report, first.plan):
+                log.info(f"{advice.severity}: {advice.problem} {advice.remedy}")
+
+        prepared.on_finished = on_finished
+        yield prepared

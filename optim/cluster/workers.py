@@ -1,0 +1,253 @@
+"""The driver's side: hands out groups of windows to workers, puts the results in order, replaces lost workers.
+
+A worker gets its next group when it has returned one, so a slow GPU gets fewer. Ray finds places for workers, also on a
+machine that joins later, and reports when one is lost.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from latentsync.errors import UserError
+from latentsync.painting import Group
+from latentsync.windows import AlignedFrame, Window
+from optim.cluster.actor import QUEUED, Order, Prepared, Worker
+from optim.cluster.messages import PaintedGroup, pack, unpack_result
+
+POLL_SECONDS = 0.1  # between two calls of on_step while workers paint
+SEARCH_SECONDS = 1.0  # between two looks for a place for another worker
+START_SECONDS = 600.0  # that a job waits for a worker while it has none: a large model may come from a slow disk
+REFUSED_SECONDS = 10.0  # the same where a machine was refused
+MAX_LOSSES = 3  # of workers in a row that had painted nothing, or by one group: the job is given up
+AHEAD = 2  # groups held for each that workers have: how far fast workers may get ahead of a slow one
+
+
+def places(kind: str) -> int:
+    """How many workers Ray has room for: GPUs or, for workers on a processor, the cores that were set aside for it.
+
+    Raises UserError where there is none.
+    """
+    resource = {"cpu": "CPU", "cuda": "GPU"}[kind]
+    if not (count := int(ray.cluster_resources().get(resource, 0))):
+        raise UserError(f"The cluster has no {resource} for a worker: add a machine that has one, with `ray start`.")
+    return count
+
+
+@dataclass
+class Member:
+    """A worker, as the driver sees it. actor: Ray's handle of it; prepared: None while it starts."""
+
+    actor: Any
+    prepared: Prepared | None = None
+    ready_at: float = 0.0  # seconds of time.monotonic
+    groups: int = 0  # that it has painted
+    lost: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.prepared.name if self.prepared else "a worker that was starting"
+
+
+@dataclass(eq=False)
+class Place:
+    """A group's place in the result. task: its windows in Ray's object store, None once they are painted."""
+
+    group: Group
+    task: Any
+    losses: int = 0  # workers that were lost while they had it
+
+
+class RayWorkers:
+    """Implements `painting.Workers` in the Ray that this process is connected to; use it in a `with` block.
+
+    count: workers that are expected, from which follows how many groups are held; limit: of workers at a time;
+    resolution, own_face: of the model, see `pack`. on_message: called with a sentence when a worker joins or is lost.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        count: int,
+        limit: int,
+        resolution: int,
+        own_face: bool,
+        on_message: Callable[[str], None],
+    ):
+        self.kind, self.name = order.kind, f"{count} × {order.kind}"
+        self.max_groups = AHEAD * QUEUED[order.kind] * count
+        self.members: list[Member] = []
+        self._order, self._limit, self._on_message = order, limit, on_message
+        self._resolution, self._own_face = resolution, own_face
+        self._waits: dict[Any, tuple[Member, Place | None]] = {}  # by Ray's reference; without a place: it starts
+        self._waiting: deque[Place] = deque()  # for a worker
+        self._fruitless = 0  # workers that were lost in a row without having painted
+        self._problem = ""  # of the last of them
+        self._refusal: UserError | None = None  # of the last machine that cannot take part
+        self._searched = -SEARCH_SECONDS
+        self._had_worker = time.monotonic()
+
+    def __enter__(self) -> "RayWorkers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for member in self.members:
+            with suppress(RayError):
+                ray.kill(member.actor)
+        self._waits.clear()
+
+    def wait_until_ready(self) -> Prepared:
+        """Start the workers; returns when the first one is ready. Raises UserError where none gets ready."""
+        while True:
+            for member in self.members:
+                if member.prepared is not None:
+                    return member.prepared
+            self._start_workers()
+            self._receive(POLL_SECONDS)
+
+    def paint_groups(self, groups: Iterable[Group], on_step: Callable[[], None], done: int) -> Iterator[AlignedFrame]:
+        """Paint every window of every group; yields the finished frames in order, see `painting.paint_groups`.
+
+        Raises UserError where no worker is left.
+        """
+        groups, taken, more = iter(groups), 0, True
+        order: deque[Place] = deque()  # the groups whose frames have not been yielded
+        self._waiting = deque()
+        while more or order:
+            while order and order[0].task is None:
+                yield from (frame for part in order.popleft().group for frame in _new_frames(part))
+            self._hand_out()
+            has_room = more and not self._waiting and len(order) < self.max_groups and self._least_busy() is not None
+            if has_room:
+                if (group := next(groups, None)) is None:
+                    more = False
+                    continue
+                taken += sum(len(_new_frames(part)) for part in group)
+                task = pack(group, self._resolution, self._own_face) if taken > done else None
+                order.append(Place(group, None if task is None else ray.put(task)))
+                if task is not None:
+                    self._waiting.append(order[-1])
+            self._start_workers()
+            self._receive(0 if has_room else POLL_SECONDS)
+            on_step()
+
+    def summary(self) -> list[dict[str, Any]]:
+        """What each worker did, ready for JSON."""
+        now = time.monotonic()
+        return [
+            {"name": m.name, "groups": m.groups, "lost": m.lost, "seconds": round(now - m.ready_at, 3)}
+            for m in self.members
+            if m.prepared is not None
+        ]
+
+    def _ready(self) -> list[Member]:
+        return [member for member in self.members if member.prepared is not None and not member.lost]
+
+    def _ever_ready(self) -> bool:
+        return any(member.prepared is not None for member in self.members)
+
+    def _least_busy(self) -> Member | None:
+        """The worker that has the fewest groups, if one has room for another."""
+        given = {id(member): 0 for member in self._ready()}
+        for member, place in self._waits.values():
+            if place is not None:
+                given[id(member)] += 1
+        free = [member for member in self._ready() if given[id(member)] < QUEUED[self.kind]]
+        return min(free, key=lambda member: given[id(member)], default=None)
+
+    def _hand_out(self) -> None:
+        while self._waiting and (member := self._least_busy()) is not None:
+            place = self._waiting.popleft()
+            self._waits[member.actor.paint.remote(place.task)] = member, place
+
+    def _start_workers(self) -> None:
+        """Start a worker in every place that Ray has for one, up to the limit. Raises UserError where none is had."""
+        now = time.monotonic()
+        alive = [member for member in self.members if not member.lost]
+        if self._ready():
+            self._had_worker = now
+        waited = now - self._had_worker
+        if self._refusal and not alive and (waited > REFUSED_SECONDS or not self._ever_ready()):
+            raise self._refusal
+        if waited > START_SECONDS or (self._fruitless >= MAX_LOSSES and not alive):
+            raise UserError(f"No worker is left to paint: {self._problem or 'none could be started.'}")
+        if now - self._searched < SEARCH_SECONDS or self._fruitless >= MAX_LOSSES:
+            return
+        self._searched = now
+        resource = {"cpu": "CPU", "cuda": "GPU"}[self.kind]
+        starting = sum(member.prepared is None for member in alive)
+        places = int(ray.available_resources().get(resource, 0)) if not starting else 0
+        for _ in range(min(places, self._limit - len(alive))):
+            options = {"num_cpus": 1} if self.kind == "cpu" else {"num_cpus": 0, "num_gpus": 1}
+            actor = ray.remote(Worker).options(max_concurrency=QUEUED[self.kind] + 1, **options).remote(self._order)
+            self.members.append(Member(actor))
+            self._waits[actor.prepare.remote()] = self.members[-1], None
+
+    def _receive(self, timeout: float) -> None:
+        """Take what workers return, waiting so many seconds for something."""
+        if not self._waits:
+            time.sleep(timeout)
+            return
+        references = list(self._waits)
+        ready, _ = ray.wait(references, num_returns=1 if timeout else len(references), timeout=timeout)
+        for reference in ready:
+            if reference in self._waits:  # no longer, where its worker was lost meanwhile
+                member, place = self._waits.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except RayError as error:
+                    self._on_error(error, member, place)
+                else:
+                    self._on_result(result, member, place)
+
+    def _on_result(self, result: Any, member: Member, place: Place | None) -> None:
+        if place is None:
+            member.prepared, member.ready_at = result, time.monotonic()
+            self._on_message(f"worker on {member.name} is ready")
+            return
+        painted: PaintedGroup = result
+        unpack_result(painted, place.group, self._resolution, self._own_face)
+        place.task = None
+        member.groups += 1
+        self._fruitless = 0
+        for message in painted.messages:
+            self._on_message(f"{member.name}: {message}")
+
+    def _on_error(self, error: RayError, member: Member, place: Place | None) -> None:
+        """Give what a worker had to the others, and let it go; raise what would happen to them, too."""
+        cause = error.cause if isinstance(error, RayTaskError) else None
+        if isinstance(cause, UserError) and place is not None:
+            raise cause
+        member.lost = True
+        if isinstance(cause, UserError):  # it keeps its place, so that Ray starts no other one there
+            self._refusal = cause
+            self._on_message(str(cause))
+            return
+        with suppress(RayError):
+            ray.kill(member.actor)
+        self._fruitless += not member.groups
+        self._problem = f"{member.name} was lost ({_first_line(cause or error)})."
+        places = [] if place is None else [place]
+        for reference, (other, had) in list(self._waits.items()):
+            if other is member:
+                del self._waits[reference]
+                places += [] if had is None else [had]
+        for had in places:
+            had.losses += 1
+            if had.losses >= MAX_LOSSES:
+                raise UserError(f"{had.losses} workers were lost over the same part of the job: {self._problem}")
+        self._waiting.extendleft(reversed(places))
+        self._on_message(f"{self._problem} Its windows go to the others.")
+
+
+def _new_frames(part: Window | AlignedFrame) -> list[AlignedFrame]:
+    return part.new if isinstance(part, Window) else [part]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
