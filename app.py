@@ -157,7 +157,7 @@ class Page:
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             self.model = self._add("model")
             pairs = ("steps", "guidance"), ("face", "crf"), ("seed", "batch"), ("deepcache", "compile")
-            for names in (*pairs, ("silence_gate", "vram_fraction")):
+            for names in (*pairs, ("fps", "silence_gate"), ("vram_fraction",)):
                 with gr.Row():
                     for name in names:
                         self._add(name)
@@ -171,7 +171,7 @@ class Page:
         api, settings = self.api, self.settings
         self.visitor = gr.Textbox("", visible=False, label="visitor")
         self.reply = gr.JSON(visible=False, label="reply")
-        self.seconds = gr.Number(visible=False, label="seconds")
+        self.seconds, self.video_fps = (gr.Number(visible=False, label=label) for label in ("seconds", "video_fps"))
         measure, check_video = as_reply(api.probing(api.measure)), as_reply(api.probing(api.check_video))
         press = as_reply(api.probing(self.press))
 
@@ -181,13 +181,18 @@ class Page:
 
         async def look_at_video(video: Any, track: Any = None) -> tuple:
             reply = await check_video(video, track) if video else {}
-            return reply, video_note(reply), track_dropdown(reply)
+            return reply.get("fps"), reply, video_note(reply), track_dropdown(reply)
 
         # A new file has tracks of its own: the number of an old one's must not be sent with it.
         self.video.change(None, None, self.video_track, js="() => null")
         self.audio.change(None, None, self.audio_track, js="() => null")
         seen_audio = {"fn": look_at_audio, "outputs": [self.seconds, self.audio_note, self.audio_track], **PRIVATE}
-        seen_video = {"fn": look_at_video, "outputs": [self.reply, self.video_note, self.video_track], **PRIVATE}
+        looked = [self.video_fps, self.reply, self.video_note, self.video_track]
+        seen_video = {"fn": look_at_video, "outputs": looked, **PRIVATE}
+            "fn": look_at_video,
+            "outputs": [self.video_fps, self.reply, self.video_note, self.video_track],
+            **PRIVATE,
+        }
         self.audio.change(inputs=self.audio, **seen_audio).then(**self._meaning)
         self.audio_track.input(inputs=[self.audio, self.audio_track], **seen_audio).then(**self._meaning)
         mark_face = {"fn": None, "inputs": self._controls["face"], "js": "(face) => window.lipsync?.markFace(face)"}
@@ -195,7 +200,8 @@ class Page:
             self.video.change(inputs=self.video, **seen_video),
             self.video_track.input(inputs=[self.video, self.video_track], **seen_video),
         ):
-            seen.then(None, self.reply, js="(reply) => window.lipsync.showPicture(reply)").then(**mark_face)
+            shown = seen.then(None, self.reply, js="(reply) => window.lipsync.showPicture(reply)")
+            shown.then(**mark_face).then(**self._meaning)
         self.video_note.select(self.chosen_face, None, self._controls["face"], **PRIVATE)
         self._controls["face"].change(**mark_face)
 
@@ -203,7 +209,7 @@ class Page:
             button.click(path.as_posix, None, field, **PRIVATE)
         inputs = [self.video, self.audio, self.more, self.visitor, self.video_track, self.audio_track, *settings]
         self.start.click(press, inputs, self.reply, js=WITH_VISITOR.format(3), api_name="press", **PRIVATE).then(
-            **self._show_reply, js="(reply) => window.lipsync.onStarted(reply)"
+            None, self.reply, js="(reply) => window.lipsync.onStarted(reply)"
         )
 
     @property
@@ -211,15 +217,11 @@ class Page:
         """The event that shows what the settings mean."""
         return {
             "fn": self.api.when_ready(self.meaning),
-            "inputs": [*self.settings, self.seconds],
+            "inputs": [*self.settings, self.seconds, self.video_fps],
             "outputs": [self.line, self.details],
             "api_name": "meaning",
             **PRIVATE,
         }
-
-    @property
-    def _show_reply(self) -> dict[str, Any]:
-        return {"fn": None, "inputs": self.reply}
 
     def _wire_settings(self) -> None:
         """The slider, its stops, and settings that are kept by the browser."""
@@ -247,7 +249,7 @@ class Page:
         live.submit(**self._meaning)
         live.select(self.show_settings, None, self.settings, **PRIVATE)
         live.retry(self.again_with, self.settings, self.reply, **PRIVATE).then(
-            **self._show_reply, js="(reply) => window.lipsync.onReply(reply)"
+            None, self.reply, js="(reply) => window.lipsync.onReply(reply)"
         )
         live.expand(self.show_timeline, None, self.timeline, **PRIVATE).then(
             None, js="() => document.querySelector('#timeline')?.scrollIntoView({ block: 'nearest' })"

@@ -251,14 +251,6 @@ def paint(workers, on_step=lambda: None, done: int = 0) -> np.ndarray:
     return np.stack([frame.frame for frame in frames])
 
 
-def wait_for_both(workers) -> list:
-    """The two workers, when both are ready."""
-    while len(alive := [member for member in workers.members if member.prepared and not member.lost]) < 2:
-        workers._start_workers()
-        workers._receive(0.1)
-    return alive
-
-
 def test_two_workers_paint_what_one_process_paints(workers, expected):
     workers.wait_until_ready()
     assert np.array_equal(paint(workers), expected)
@@ -272,7 +264,9 @@ def test_two_workers_paint_what_one_process_paints(workers, expected):
 def test_a_worker_that_is_killed_at_any_moment_changes_nothing(workers, expected, tries):
     random = np.random.default_rng(tries)
     for attempt in range(1, tries + 1):
-        victim = process_of(wait_for_both(workers)[random.integers(2)])
+        workers.wait_until_ready(2)
+        alive = [member for member in workers.members if not member.lost]
+        victim = process_of(alive[random.integers(2)])
         steps, moment = [], random.integers(1, 6)
 
         def on_step(victim=victim, steps=steps, moment=moment):
@@ -281,7 +275,7 @@ def test_a_worker_that_is_killed_at_any_moment_changes_nothing(workers, expected
                 victim.send_signal(signal.SIGKILL)
 
         assert np.array_equal(paint(workers, on_step), expected)
-        wait_for_both(workers)
+        workers.wait_until_ready(2)
         assert sum(member.lost for member in workers.members) == attempt
 
 
@@ -454,13 +448,6 @@ from optim.cluster import workers
 processes, ARGUMENTS = [psutil.Process(int(pid)) for pid in ARGUMENTS[0].split(",")], ARGUMENTS[1:]
 write, wait = VideoWriter.write, workers.RayWorkers.wait_until_ready
 
-def wait_for_both(self):
-    first = wait(self)
-    while sum(member.prepared is not None for member in self.members) < 2:
-        self._start_workers()
-        self._receive(0.1)
-    return first
-
 def killing(self, frame):
     while processes:
         process = processes.pop()
@@ -468,7 +455,7 @@ def killing(self, frame):
             one.kill()
     write(self, frame)
 
-workers.RayWorkers.wait_until_ready = wait_for_both
+workers.RayWorkers.wait_until_ready = lambda self: wait(self, 2)
 VideoWriter.write = killing
 sys.exit(main(ARGUMENTS))
 """

@@ -148,7 +148,7 @@ function updateComparison(view, job) {
   if (view.comparison === key) return;
   view.comparison = key;
   const box = find(".beside", view.card), message = find(".comparison", view.card);
-  const part = job.compared_seconds < job.frames / 25 - 1;
+  const part = job.compared_seconds < job.frames / job.fps - 1;
   const length = part ? `, of the first ${Math.round(job.compared_seconds / 60)} minutes` : "";
   box.title = `A video of original and result next to each other, with the new sound${length}`;
   const progress = state === "waiting" ? "waits for another" : `${total ? Math.floor((100 * done) / total) : 0} %`;

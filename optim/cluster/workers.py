@@ -101,12 +101,12 @@ class RayWorkers:
                 ray.kill(member.actor)
         self._waits.clear()
 
-    def wait_until_ready(self) -> Prepared:
-        """Start the workers; returns when the first one is ready. Raises UserError where none gets ready."""
+    def wait_until_ready(self, count: int = 1) -> Prepared:
+        """Start the workers; returns one when so many are ready. Raises UserError where none gets ready."""
         while True:
-            for member in self.members:
-                if member.prepared is not None:
-                    return member.prepared
+            prepared = [member.prepared for member in self._ready() if member.prepared is not None]
+            if len(prepared) >= count:
+                return prepared[0]
             self._start_workers()
             self._receive(POLL_SECONDS)
 

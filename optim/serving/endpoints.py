@@ -19,6 +19,7 @@ from gradio import FileData
 
 from latentsync.errors import UserError
 from latentsync.media import AudioInfo, VideoInfo, probe_audio, probe_video
+from latentsync.rates import parse_rate
 from latentsync.settings import INFERENCE_STEPS, SEED
 from optim.serving import form
 from optim.serving.fetcher import Fetcher
@@ -334,11 +335,15 @@ class Endpoints:
     # ---- before a job
 
     @takes_settings
-    def describe(self, settings: Any, seconds: float | None = None) -> dict[str, str]:
-        """What settings mean on this machine, in one "line", and in "details"; seconds: of sound, if it is known."""
+    def describe(self, settings: Any, seconds: float | None = None, video_fps: float | None = None) -> dict[str, str]:
+        """What settings mean on this machine, in one "line", and in "details".
+
+        seconds, video_fps: of the sound and of the video, where they are known.
+        """
         length = form.parse_seconds(seconds, "The length of the sound")
+        rate = form.parse_seconds(video_fps, "The video's frame rate")
         request = Request(Path(), Path(), **form.parse_settings(settings, self.models_to_choose))
-        line, details = self.worker.describe(request, length or None)
+        line, details = self.worker.describe(request, length or None, rate if parse_rate(str(rate)) else None)
         machine = self.worker.machine
         if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
             line += DEMO_HINT

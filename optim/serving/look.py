@@ -40,7 +40,7 @@ def look_at(info: VideoInfo) -> dict[str, Any]:
     return {
         "picture": data_uri(resized(first)),
         "duration": None if info.still else round(info.duration, 2),
-        "fps": None if info.still else round(info.fps, 2),
+        "fps": None if info.still else round(float(info.nominal_rate), 3),
         "width": info.width,
         "height": info.height,
         "faces": [_face_view(frame, face, faces) for face in faces],
