@@ -189,10 +189,6 @@ class Page:
         seen_audio = {"fn": look_at_audio, "outputs": [self.seconds, self.audio_note, self.audio_track], **PRIVATE}
         looked = [self.video_fps, self.reply, self.video_note, self.video_track]
         seen_video = {"fn": look_at_video, "outputs": looked, **PRIVATE}
-            "fn": look_at_video,
-            "outputs": [self.video_fps, self.reply, self.video_note, self.video_track],
-            **PRIVATE,
-        }
         self.audio.change(inputs=self.audio, **seen_audio).then(**self._meaning)
         self.audio_track.input(inputs=[self.audio, self.audio_track], **seen_audio).then(**self._meaning)
         mark_face = {"fn": None, "inputs": self._controls["face"], "js": "(face) => window.lipsync?.markFace(face)"}
