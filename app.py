@@ -138,7 +138,8 @@ class Page:
                 ("face", "crf"),
                 ("seed", "batch"),
                 ("deepcache", "compile"),
-                ("silence_gate", "vram_fraction"),
+                ("fps", "silence_gate"),
+                ("vram_fraction",),
             ):
                 with gr.Row():
                     for name in names:
@@ -151,8 +152,9 @@ class Page:
         api, settings, tracks = self.api, self.settings, [self.video_track, self.audio_track]
         visitor = gr.Textbox("", visible=False, label="visitor")
         job, name = (gr.Textbox(visible=False, label=label) for label in ("job", "name"))
-        seconds, video_track, audio_track, guidance = (
-            gr.Number(visible=False, label=label) for label in ("seconds", "video_track", "audio_track", "guidance")
+        seconds, video_fps, video_track, audio_track, guidance = (
+            gr.Number(visible=False, label=label)
+            for label in ("seconds", "video_fps", "video_track", "audio_track", "guidance")
         )
         since = gr.Number(visible=False, label="since", value=0)
         reply, changes, known = (gr.JSON(visible=False, label=label) for label in ("reply", "settings", "known"))
@@ -174,7 +176,7 @@ class Page:
 
         async def look_at_video(video: Any, track: Any = None) -> tuple:
             reply = await check_video(video, track)
-            return reply, track_dropdown(reply)
+            return reply.get("fps"), reply, track_dropdown(reply)
 
         show_reply = {"fn": None, "inputs": reply, "js": "(reply) => window.lipsync.onReply(reply)"}
         mark_stop = {
@@ -184,7 +186,7 @@ class Page:
         }
         show_meaning = {
             "fn": describe,
-            "inputs": [*settings, seconds],
+            "inputs": [*settings, seconds, video_fps],
             "outputs": [self.line, self.details],
             "api_name": "meaning",
             **private,
@@ -206,12 +208,13 @@ class Page:
         gr.on([self.video.change, self.example.click], None, None, self.video_track, js="() => null")
         gr.on([self.audio.change, self.example.click], None, None, self.audio_track, js="() => null")
         seen_audio = {"fn": look_at_audio, "outputs": [seconds, reply, self.audio_track], **private}
-        seen_video = {"fn": look_at_video, "outputs": [reply, self.video_track], **private}
+        seen_video = {"fn": look_at_video, "outputs": [video_fps, reply, self.video_track], **private}
         sound = [self.audio, self.audio_track]
         self.audio.change(inputs=self.audio, **seen_audio).then(**show_reply).then(**show_meaning)
         self.audio_track.input(inputs=sound, **seen_audio).then(**show_reply).then(**show_meaning)
-        self.video.change(inputs=self.video, **seen_video).then(**show_reply)
-        self.video_track.input(inputs=[self.video, self.video_track], **seen_video).then(**show_reply)
+        film = [self.video, self.video_track]
+        self.video.change(inputs=self.video, **seen_video).then(**show_reply).then(**show_meaning)
+        self.video_track.input(inputs=film, **seen_video).then(**show_reply).then(**show_meaning)
 
         gr.on([setting.change for setting in settings], **show_meaning, trigger_mode="always_last")
         self.level.change(**mark_stop)
@@ -233,7 +236,7 @@ class Page:
         by_name = [guidance if name == "guidance" else self._controls[name] for name in NAMES]
         endpoints: dict[str, tuple[Callable, list, Any]] = {
             "submit": (submit, [*inputs[:2], *by_name, visitor, video_track, audio_track], reply),
-            "describe": (describe, [*by_name, seconds], [self.line, self.details]),
+            "describe": (describe, [*by_name, seconds, video_fps], [self.line, self.details]),
             "measure": (measure, [self.audio, audio_track], [seconds, reply]),
             "check_video": (check_video, [self.video, video_track], reply),
             "watch": (api.watch, [visitor, since, known], reply),

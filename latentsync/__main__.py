@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from latentsync.errors import UserError, is_out_of_memory
 from latentsync.machine import peak_memory
 from latentsync.options import between, choose_device, interrupt_on_signals, log_to_stderr
 from latentsync.paths import check_writable, write_text
+from latentsync.rates import RATES, grid_rate
 from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
@@ -68,6 +70,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=between(float, 0, 40),
         default=CRF,
         help="quality of the written video: x264's CRF, smaller numbers are better and larger (default %(default)s)",
+    )
+    parser.add_argument(
+        "--fps",
+        choices=RATES,
+        default=Settings.fps,
+        help="frames a second of the result: those of the video, or the 25 that the model was trained on "
+        "(default %(default)s)",
     )
     for kind in ("video", "audio"):
         parser.add_argument(
@@ -186,15 +195,15 @@ class PreparedRun:
     workers: "Workers | None" = None  # other processes that paint the faces
 
 
-# (arguments, checkpoint, device, settings, seconds of sound) → context manager of the run
+# (arguments, checkpoint, device, settings, frames of the result) → context manager of the run
 Prepare = Callable[
-    [argparse.Namespace, "Checkpoint", "torch.device", Settings, float], AbstractContextManager[PreparedRun]
+    [argparse.Namespace, "Checkpoint", "torch.device", Settings, int], AbstractContextManager[PreparedRun]
 ]
 
 
 @contextmanager
 def prepare_plain(
-    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", settings: Settings, seconds: float
+    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", settings: Settings, frames: int
 ) -> Iterator[PreparedRun]:
     """Run the pipeline as it is, with the settings that the user gave."""
     from latentsync.checkpoints.load import load_models
@@ -208,6 +217,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
     from latentsync.media import check_output, probe_audio, probe_video
 
     info = probe_video(args.video, args.video_track)
+    info = info.at(grid_rate(info.nominal_rate, args.fps))
     sound = probe_audio(args.audio, args.audio_track)
     check_output(args.output, (args.video, args.audio))
     if args.report:
@@ -235,6 +245,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
         seed=args.seed,
         face=args.face,
         crf=args.crf,
+        fps=args.fps,
         silence_gate=args.silence_gate == "on",
     )
     progress = ProgressBars() if sys.stderr.isatty() else ProgressLines()
@@ -247,7 +258,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
         print_message(f"model {checkpoint.name}, {checkpoint.resolution} px, on {device}")
         if checkpoint.remark:
             print_message(checkpoint.remark)
-        with prepare(args, checkpoint, device, settings, sound.duration) as prepared:
+        with prepare(args, checkpoint, device, settings, math.ceil(sound.duration * info.rate)) as prepared:
             report = lipsync(
                 args.video,
                 args.audio,

@@ -5,6 +5,7 @@ Audio is processed in segments of 30 s, so that memory use does not grow with it
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -23,6 +24,7 @@ ROWS_PER_SECOND = 50  # feature rows: two mel frames each
 MEL_FLOOR = 1e-10  # power
 MEL_RANGE = 8.0  # decades below the loudest point of the clip that are kept
 PADDING = -4.0  # decades of power; normalised, it is the 0.0 that segments are padded with
+HALF = Fraction(1, 2)
 ROWS_BEFORE, ROWS_AFTER = 4, 6  # a video frame's tokens are rows c − 4 … c + 5
 LEVEL_STEP, LEVEL_REACH = 25, 75  # blocks of 20 ms: a gain every 0.5 s, from the levels up to 1.5 s to either side
 SPEECH_PERCENTILE, PAUSE_PERCENTILE = 95, 10  # of these levels: those of speech, and of the pauses in it
@@ -137,9 +139,9 @@ def feature_segments(encoder: AudioEncoder, wav: Tensor, mel_range: float = MEL_
         yield features[: mel.shape[1] // 2]
 
 
-def frame_count(samples: int) -> int:
-    """Number of video frames at 25 fps that cover `samples` of audio at 16 kHz."""
-    return math.ceil(samples * FPS / SAMPLE_RATE)
+def frame_count(samples: int, rate: Fraction = Fraction(FPS)) -> int:
+    """Number of video frames, `rate` a second, that cover `samples` of audio at 16 kHz."""
+    return math.ceil(samples * rate / SAMPLE_RATE)
 
 
 def audio_chunks(
@@ -149,13 +151,14 @@ def audio_chunks(
     mel_range: float = MEL_RANGE,
     speech_level: float | None = None,
     silence_gate: bool = False,
+    rate: Fraction = Fraction(FPS),
 ) -> Iterator[Tensor]:
-    """Yield the audio tokens of video frames 0 … frames − 1 at 25 fps.
+    """Yield the audio tokens of video frames 0 … frames − 1, `rate` of them a second.
 
     wav: (samples,) float32 at 16 kHz; speech_level: dB relative to full scale, to which quieter speech is raised for an
     encoder that was trained without quieter speech, None: it is not raised; silence_gate: whether pauses are silenced
     (`silence.silence_pauses`). Yields (10 · layers, width) on the host, row-major (row, layer): rows c − 4 … c + 5
-    around the frame's row c, each clamped to the clip.
+    around the row c that is nearest to the frame's time, each clamped to the clip.
     """
     if speech_level is not None:
         wav = raise_quiet_speech(wav, speech_level)
@@ -166,9 +169,23 @@ def audio_chunks(
     segments = (features.cpu() for features in feature_segments(encoder, wav, mel_range))
     buffer, first = next(segments), 0  # rows first … first + len(buffer) − 1
     for i in range(frames):
-        centre = i * ROWS_PER_SECOND // FPS
+        centre = math.floor(i * ROWS_PER_SECOND / rate + HALF)
         rows = [min(max(r, 0), total - 1) for r in range(centre - ROWS_BEFORE, centre + ROWS_AFTER)]
         while rows[-1] >= first + len(buffer):
             done = max(rows[0] - first, 0)
             buffer, first = torch.cat([buffer[done:], next(segments)]), first + done
         yield buffer[[r - first for r in rows]].flatten(0, 1)
+
+
+def on_side_stream(items: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The items, which lie on the host, made in a CUDA stream of their own where the device is a GPU.
+
+    In a thread of its own, waiting for an item is then not waiting for the denoising.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    while True:
+        with torch.cuda.stream(stream):  # None: no change
+            item = next(items, None)
+        if item is None:
+            return
+        yield item

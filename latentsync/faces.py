@@ -13,15 +13,19 @@ Coordinates are (x, y) in pixels of the frame with pixel centres at whole number
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice
+from fractions import Fraction
+from math import inf
 
 import numpy as np
 
-from latentsync.landmarks import Box, Detection, LandmarkerPool, open_pool, tiles
+from latentsync import FPS
+from latentsync.landmarks import Detection, LandmarkerPool, open_pool, tiles
+from latentsync.lookahead import LookaheadFrames, Region, region_box
+from latentsync.rates import scale_frames
 from latentsync.shots import REACH, CutDetector
 
+# Frames are those of a film of 25 a second; where they mean time, there are more of them at a higher rate.
 REGION = 2.0  # side of the region around a face, in face sizes
 REGION_SLACK = 0.12  # the region stays in place until the face has moved or grown by this share of its side
 SEARCH_INTERVAL = 5  # frames between two searches of the tiles for a lost face; as many frames wait for it
@@ -39,7 +43,29 @@ JUMP = 0.3  # face sizes from one frame to the next: no smoothing across
 
 RELEASED = np.empty(0, np.uint8)  # in place of a frame that has been yielded
 
-Region = tuple[int, int, int]  # centre x, y and side of a square
+
+@dataclass(frozen=True)
+class Timing:
+    """The constants above that mean time, in frames of a film."""
+
+    patience: int
+    search_waits: tuple[int, ...]
+    drift: float  # face sizes a frame
+    fade: int
+    smoothing: int
+    smoothing_sigma: float
+
+    @classmethod
+    def at(cls, rate: Fraction) -> "Timing":
+        """Those of a film of `rate` frames a second."""
+        return cls(
+            patience=scale_frames(PATIENCE, rate),
+            search_waits=tuple(scale_frames(wait, rate) for wait in SEARCH_WAITS),
+            drift=DRIFT * float(FPS / rate),
+            fade=scale_frames(FADE, rate),
+            smoothing=scale_frames(SMOOTHING, rate),
+            smoothing_sigma=SMOOTHING_SIGMA * float(rate / FPS),
+        )
 
 
 @dataclass(frozen=True)
@@ -85,35 +111,39 @@ class Slot:
 
 
 def track_faces(
-    frames: Iterable[np.ndarray], landmarkers: int | None = None, which: str = "largest"
+    frames: Iterable[np.ndarray],
+    landmarkers: int | None = None,
+    which: str = "largest",
+    rate: Fraction = Fraction(FPS),
 ) -> Iterator[tuple[np.ndarray, Face | None]]:
     """Follow one face, the largest when it first appears, and yield every frame with it.
 
-    frames: uint8 RGB (H, W, 3), all of one size. At most 12 are held at a time, and one more per landmarker of another
-    thread. landmarkers: how many of them work; by default as many as the processor's cores allow. which: one of
-    `settings.FACES`, the face to follow if several are detected when it first appears; sides are the picture's.
-    The face is None if none is usable: not found, turned more than 60 degrees away, or with the mouth outside the
-    picture. Usable faces are preferred. Another face does not take over until the followed one has been gone or not
-    usable for a second, or the shot has changed. If there has been none for a while, one that is small in the picture
-    and comes into it slowly may be found up to a second late.
-    Raises UserError if the landmarker's model file is missing.
+    frames: uint8 RGB (H, W, 3), all of one size, `rate` a second. Half a second of them is held at most, and one more
+    per landmarker of another thread. landmarkers: how many of them work; by default as many as the processor's cores
+    allow. which: one of `settings.FACES`, the face to follow if several are detected when it first appears; sides are
+    the picture's. The face is None if none is usable: not found, turned more than 60 degrees away, or with the mouth
+    outside the picture. Usable faces are preferred. Another face does not take over until the followed one has been
+    gone or not usable for a second, or the shot has changed. If there has been none for a while, one that is small in
+    the picture and comes into it slowly may be found up to a second late. Raises UserError if the landmarker's model
+    file is missing.
     """
-    reach = max(FADE, SMOOTHING)
+    timing = Timing.at(rate)
+    reach = max(timing.fade, timing.smoothing)
     line: deque[Slot] = deque()  # up to `reach` slots before the current one, and `reach` after it
     current = 0
     with open_pool(landmarkers) as pool:
-        cuts = CutDetector()
-        follower = FaceFollower(frames, pool, which, cuts)
+        cuts = CutDetector(scale_frames(REACH, rate))
+        follower = FaceFollower(frames, pool, which, cuts, timing)
         for slot in split_at_cuts(follower.follow(), cuts):
             line.append(slot)
             if len(line) - current > reach:
-                yield finish_slot(line, current)
+                yield finish_slot(line, current, timing)
                 if current == reach:
                     line.popleft()
                 else:
                     current += 1
     for index in range(current, len(line)):
-        yield finish_slot(line, index)
+        yield finish_slot(line, index, timing)
 
 
 # ---- following
@@ -124,14 +154,17 @@ class FaceFollower:
 
     Frames without a face wait up to SEARCH_INTERVAL frames: a face that the next search finds was often there before,
     and is followed back to them. A face that is not usable is followed too, as it may turn to the camera, but after
-    PATIENCE frames its frames wait and are searched as if they had none.
+    a second its frames wait and are searched as if they had none.
     """
 
-    def __init__(self, frames: Iterable[np.ndarray], pool: LandmarkerPool, which: str, cuts: CutDetector):
+    def __init__(
+        self, frames: Iterable[np.ndarray], pool: LandmarkerPool, which: str, cuts: CutDetector, timing: Timing
+    ):
         self.frames = LookaheadFrames(frames, pool)
         self.pool = pool
         self.which = which
         self.cuts = cuts  # every frame is added to it when it is read
+        self.timing = timing
         self.waiting: deque[Slot] = deque()
         self.shot = -1
         self.start_shot()
@@ -141,8 +174,8 @@ class FaceFollower:
         self.face: Detection | None = None  # the followed one when it was last detected
         self.region: Region | None = None  # where that was
         self.missing = 0  # frames since then
-        self.not_usable = PATIENCE  # frames since it was usable; at first there is none to wait for
-        self.schedule = SearchSchedule()
+        self.not_usable = self.timing.patience  # frames since it was usable; at first there is none to wait for
+        self.schedule = SearchSchedule(self.timing.search_waits)
 
     def follow(self) -> Iterator[list[Slot]]:
         """For each frame that is read, yield the slots that are settled by then: all frames, in order."""
@@ -153,7 +186,7 @@ class FaceFollower:
             slot = Slot(frame, number, self.shot)
             self.find_face(slot)
             self.waiting.append(slot)
-            if slot.detection is not None and self.not_usable <= PATIENCE:
+            if slot.detection is not None and self.not_usable <= self.timing.patience:
                 self.follow_back()
                 settled = list(self.waiting)
                 self.waiting.clear()
@@ -170,7 +203,7 @@ class FaceFollower:
         self.missing = self.missing + 1 if slot.detection is None else 0
         self.not_usable = 0 if slot.usable else self.not_usable + 1
         candidates: Iterable[Detection] = ()
-        if self.not_usable > PATIENCE:
+        if self.not_usable > self.timing.patience:
             changed = self.missing == 1 or self.cuts.changed_blocks() >= CHANGED_BLOCKS
             candidates = self.search_new(slot.frame, self.schedule.is_due(changed))
         elif slot.detection is None and self.face is not None:
@@ -178,10 +211,10 @@ class FaceFollower:
         slot.detection = self.confirm(slot.frame, candidates, slot.detection)
         if slot.detection is not None:
             self.face, self.missing = slot.detection, 0
-        elif self.not_usable > PATIENCE:
+        elif self.not_usable > self.timing.patience:
             self.face = None
         if slot.usable:
-            self.not_usable, self.schedule = 0, SearchSchedule()
+            self.not_usable, self.schedule = 0, SearchSchedule(self.timing.search_waits)
         # The next frame is searched there, unless its face is farther from here than this one's was.
         self.frames.region = self.region if slot.detection is not None else None
 
@@ -206,7 +239,7 @@ class FaceFollower:
         Every SEARCH_INTERVAL frames also the tiles that can hold it are searched. Tiles smaller than it was cannot;
         should it be half as large now, it fills a quarter of a tile of the size before, and is detected there.
         """
-        reach = NEAR + self.missing * DRIFT
+        reach = NEAR + self.missing * self.timing.drift
         for boxes, side in tiles(frame, self.missing % SEARCH_INTERVAL == 1, lost.size):
             limit = side / 2 + (reach + 0.5) * lost.size
             boxes = [box for box in boxes if np.abs(np.add(box[:2], side / 2) - lost.centre).max() < limit]
@@ -246,67 +279,18 @@ class FaceFollower:
 
 
 @dataclass
-class Upcoming:
-    """A frame that has been read ahead, and the region that a worker searches in it."""
-
-    frame: np.ndarray
-    region: Region | None = None
-    search: Future[list[Detection]] | None = None
-
-
-class LookaheadFrames:
-    """Frames, in order; the workers of the pool search the next ones in `region` meanwhile."""
-
-    def __init__(self, frames: Iterable[np.ndarray], pool: LandmarkerPool):
-        self.region: Region | None = None  # where the face of the next frames probably is
-        self._frames = iter(frames)
-        self._pool = pool
-        self._upcoming: deque[Upcoming] = deque()
-        self._current: Upcoming | None = None
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        while True:
-            for frame in islice(self._frames, max(self._pool.workers, 1) - len(self._upcoming)):
-                self._upcoming.append(Upcoming(frame))
-            for upcoming in self._upcoming:
-                self._search(upcoming)
-            if not self._upcoming:
-                return
-            self._current = self._upcoming.popleft()
-            yield self._current.frame
-
-    def _search(self, upcoming: Upcoming) -> None:
-        """Search the region that is now the likely one."""
-        if upcoming.region == self.region:
-            return
-        if upcoming.search is not None:
-            upcoming.search.cancel()
-        upcoming.region, upcoming.search = self.region, None
-        if self.region is not None:
-            upcoming.search = self._pool.submit(upcoming.frame, region_box(self.region))
-
-    def detect(self, region: Region) -> list[Detection]:
-        """The faces in a region of the frame that came last, from the worker's search if that was the region."""
-        current = self._current
-        if current is None:
-            raise RuntimeError("no frame has been read")
-        if current.search is not None and current.region == region:
-            return current.search.result()
-        return self._pool.detect(current.frame, region_box(region))
-
-
-@dataclass
 class SearchSchedule:
     """When to search for a new face in tiles: at once, and after longer waits if that fails."""
 
+    waits: tuple[int, ...]
     failures: int = 0
-    since: int = SEARCH_WAITS[0]  # frames since the last search
+    since: float = inf  # frames since the last search
 
     def is_due(self, changed: bool) -> bool:
         """To be called once per frame. changed: there may be a face where none was, so waits are short again."""
         if changed:
             self.failures = 0
-        due = self.since >= SEARCH_WAITS[min(self.failures, len(SEARCH_WAITS) - 1)]
+        due = self.since >= self.waits[min(self.failures, len(self.waits) - 1)]
         self.failures, self.since = (self.failures + 1, 1) if due else (self.failures, self.since + 1)
         return due
 
@@ -319,12 +303,6 @@ def region_around(face: Detection, last: Region | None = None) -> Region:
         if moved < REGION_SLACK and abs(side / last[2] - 1) < REGION_SLACK:
             return last
     return round(face.centre[0]), round(face.centre[1]), max(round(side), 2)
-
-
-def region_box(region: Region) -> Box:
-    x, y, side = region
-    x0, y0 = x - side // 2, y - side // 2
-    return x0, y0, x0 + side, y0 + side
 
 
 def nearest(faces: list[Detection], last: Detection) -> Detection | None:
@@ -351,8 +329,8 @@ def ranked(faces: list[Detection], which: str, width: int) -> list[Detection]:
 def split_at_cuts(batches: Iterable[list[Slot]], cuts: CutDetector) -> Iterator[Slot]:
     """Add the cuts between two usable faces that are recognised only later, and renumber the shots.
 
-    batches: of `FaceFollower.follow`. A slot is held back until REACH frames more have been read. Slots that waited in
-    the follower are not held any longer, so both together hold no more frames than either.
+    batches: of `FaceFollower.follow`. A slot is held back until the reach of `cuts` has been read after it. Slots that
+    waited in the follower are not held any longer, so both together hold no more frames than either.
     """
     held: deque[Slot] = deque()
     previous: tuple[int, bool] | None = None  # shot and usability of the slot before, as numbered by the follower
@@ -368,7 +346,7 @@ def split_at_cuts(batches: Iterable[list[Slot]], cuts: CutDetector) -> Iterator[
 
     for batch in batches:
         held += batch
-        while held and held[0].number + REACH <= cuts.last:
+        while held and held[0].number + cuts.reach <= cuts.last:
             yield renumber(held.popleft())
     while held:
         yield renumber(held.popleft())
@@ -377,7 +355,7 @@ def split_at_cuts(batches: Iterable[list[Slot]], cuts: CutDetector) -> Iterator[
 # ---- smoothing
 
 
-def finish_slot(line: deque[Slot], index: int) -> tuple[np.ndarray, Face | None]:
+def finish_slot(line: deque[Slot], index: int, timing: Timing) -> tuple[np.ndarray, Face | None]:
     """The frame at `index` and its face, smoothed and faded by its neighbours."""
     slot = line[index]
     frame, slot.frame = slot.frame, RELEASED
@@ -386,30 +364,30 @@ def finish_slot(line: deque[Slot], index: int) -> tuple[np.ndarray, Face | None]
         return frame, None
     (x0, y0), (x1, y1) = face.low, face.high
     return frame, Face(
-        points=smoothed_points(line, index, face),
+        points=smoothed_points(line, index, face, timing),
         landmarks=face.landmarks,
         box=(float(x0), float(y0), float(x1), float(y1)),
-        opacity=opacity_at(line, index),
+        opacity=opacity_at(line, index, timing.fade),
         first=index == 0 or not slot.continues(line[index - 1]),
         shot=slot.shot,
     )
 
 
-def opacity_at(line: deque[Slot], index: int) -> float:
+def opacity_at(line: deque[Slot], index: int, fade: int) -> float:
     """1, or less near a frame of the same shot without a usable face; a cut needs no fade."""
     opacity = 1.0
     for step in (-1, 1):
-        for distance in range(1, FADE + 1):
+        for distance in range(1, fade + 1):
             other = index + step * distance
             if not 0 <= other < len(line) or line[other].shot != line[index].shot:
                 break
             if not line[other].usable:
-                opacity = min(opacity, distance / (FADE + 1))
+                opacity = min(opacity, distance / (fade + 1))
                 break
     return opacity
 
 
-def smoothed_points(line: deque[Slot], index: int, face: Detection) -> np.ndarray:
+def smoothed_points(line: deque[Slot], index: int, face: Detection, timing: Timing) -> np.ndarray:
     """The alignment points of the face at `index`, (3, 2), without jitter.
 
     Fits a straight line in time to the points of the neighbours, weighted by their distance in time and in their
@@ -417,7 +395,7 @@ def smoothed_points(line: deque[Slot], index: int, face: Detection) -> np.ndarra
     """
     neighbours = {0: face.points}
     for step in (-1, 1):
-        for distance in range(1, SMOOTHING + 1):
+        for distance in range(1, timing.smoothing + 1):
             other = index + step * distance
             if not 0 <= other < len(line) or not line[other].continues(line[other - step]):
                 break
@@ -425,7 +403,7 @@ def smoothed_points(line: deque[Slot], index: int, face: Detection) -> np.ndarra
                 neighbours[step * distance] = neighbour.points
     time = np.array(list(neighbours), np.float64)
     points = np.stack(list(neighbours.values()))
-    time_weights = np.exp(-0.5 * (time / SMOOTHING_SIGMA) ** 2)
+    time_weights = np.exp(-0.5 * (time / timing.smoothing_sigma) ** 2)
     velocity = np.tensordot(line_weights(time_weights, time)[1], points, 1)
     deviation = np.sqrt(((points - points[0] - time[:, None, None] * velocity) ** 2).mean((1, 2)))
     jitter = max(JITTER * face.size, JITTER_PIXELS)

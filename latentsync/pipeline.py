@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentsync.audio import audio_chunks, frame_count
+from latentsync import FPS
+from latentsync.audio import audio_chunks, frame_count, on_side_stream
 from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
 from latentsync.faces import Face, track_faces
@@ -40,7 +42,8 @@ from latentsync.media import (
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.painting import Painter, Workers, paint_groups
 from latentsync.prefetch import BackgroundConsumer, prefetch
-from latentsync.retarget import CHUNK, CONTEXT, HELD_FRAMES, MouthBank, retarget
+from latentsync.rates import grid_rate
+from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
 from latentsync.timing import StageClock
 from latentsync.windows import AlignedFrame, align_frames, group_windows, split_windows, until_repeated
@@ -49,7 +52,6 @@ MAX_CROP_BYTES = 512 * 2**20  # of crops that are stored of a video that is play
 DECODED_FRAMES = 8  # that wait for the face tracker
 TRACKED_FRAMES = 8  # that wait for their faces to be cut out
 MEMORY_SHARE = 0.8  # of the free main memory, for the frames that are held at a time
-END = object()
 T = TypeVar("T")
 
 
@@ -57,9 +59,9 @@ T = TypeVar("T")
 class Source:
     """A video and a voice, opened.
 
-    frames: numbered, uint8 (H, W, 3) at 25 a second, writable, `total` of them; wav: (samples,) float32 at 16 kHz;
+    frames: numbered, uint8 (H, W, 3), `rate` a second, writable, `total` of them; wav: (samples,) float32 at 16 kHz;
     repeats: the video is shorter than the sound and played forward and backward; second_reading: for a model with a
-    face of its own, the frames until they repeat, once more: they are followed up to CHUNK frames early; cancel: ends
+    face of its own, the frames until they repeat, once more: they are followed up to ten seconds early; cancel: ends
     both from another thread, whatever they wait for.
     """
 
@@ -69,6 +71,7 @@ class Source:
     repeats: bool = False
     second_reading: Iterator[np.ndarray] | None = None
     cancel: Callable[[], None] = lambda: None
+    rate: Fraction = Fraction(FPS)
 
 
 def buffered_crops(settings: Settings) -> int:
@@ -170,10 +173,9 @@ def lipsync(
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
-    It lasts as long as the sound, ceil(seconds × 25) frames; a shorter video is played forward and backward. Whatever
-    ends a run early, no part of the output is left, and no thread; but after `StopEarly` the finished frames are, with
-    their sound.
-    copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
+    It lasts as long as the sound, at the frame rate of `Settings.fps`; a shorter video is played forward and backward.
+    Whatever ends a run early, no part of the output is left, and no thread; but after `StopEarly` the finished frames
+    are, with their sound. copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
     video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
     workers: paint the faces in place of `models`, which may then be without weights, see `load_outline`.
 
@@ -186,14 +188,17 @@ def lipsync(
     began = time.perf_counter()
     output = check_output(output, (video, audio, *models.files))
     info = probe_video(video, video_track)
-    held, groups = 0 if models.face is None else HELD_FRAMES, 0 if workers is None else workers.max_groups
-    settings = fit_memory(settings or Settings(), info, held, groups)
+    settings = settings or Settings()
+    info = info.at(grid_rate(info.nominal_rate, settings.fps))
+    held = 0 if models.face is None else held_frames(info.rate)
+    settings = fit_memory(settings, info, held, 0 if workers is None else workers.max_groups)
     device, kind = (str(models.device), models.device.type) if workers is None else (workers.name, workers.kind)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):
         wav = torch.from_numpy(read_audio(audio, track=audio_track))
-    total = frame_count(len(wav))
-    report = Report(settings, models.name, models.resolution, device, str(models.dtype).removeprefix("torch."))
+    total = frame_count(len(wav), info.rate)
+    dtype = str(models.dtype).removeprefix("torch.")
+    report = Report(settings, models.name, models.resolution, device, dtype, round(float(info.rate), 3))
     cancel = threading.Event()
     source = Source(
         read_frames_looped(info, total, cancel),
@@ -202,6 +207,7 @@ def lipsync(
         repeats=total > info.n_frames,
         second_reading=None if models.face is None else read_frames(info, count=total, cancel=cancel),
         cancel=cancel.set,
+        rate=info.rate,
     )
     counts = {"frames_without_face": 0, "frames_computed_again": 0}  # of the frames that are written
     run_hooks = RunHooks(hooks)
@@ -340,7 +346,7 @@ def generate_frames(
         report_written()
         hooks.progress("mouths", max(painted, done), source.total)
 
-    bank = None if source.second_reading is None else MouthBank()
+    bank = None if source.second_reading is None else MouthBank(source.rate)
     aligned_frames = read_aligned(source, models, settings, bank, clock)
     with ExitStack() as stack:
         crops = stack.enter_context(
@@ -348,14 +354,14 @@ def generate_frames(
         )
         parts = split_windows(count(clock.wait(crops, "crops"), "faces"))
         groups = group_windows(parts, settings.windows_per_pass)
-        needed = done if bank is None else done - CONTEXT
+        needed = done if bank is None else done - context_frames(source.rate)
         if workers is None:
             frames = paint_groups(groups, Painter(models, settings, on_step), on_out_of_memory, needed)
         else:
             frames = workers.paint_groups(groups, on_step, needed)
         frames = clock.time(frames, "mouths")
         if bank is not None:
-            frames = clock.time(retarget(frames, bank, stack.enter_context(face_reader())), "retarget")
+            frames = clock.time(retarget(frames, bank, stack.enter_context(face_reader()), source.rate), "retarget")
         for aligned in count(frames, "mouths", done):
             painted += 1
             yield aligned
@@ -366,7 +372,7 @@ def read_aligned(
 ) -> Iterator[AlignedFrame]:
     """The first half of the chain: decode, follow the face, encode the sound, cut out the face.
 
-    bank: collects the mouths of the source's second reading, up to CHUNK frames early.
+    bank: collects the mouths of the source's second reading, up to ten seconds early.
     """
     max_crops = MAX_CROP_BYTES // (3 * models.resolution**2) if source.repeats else None
     repeated: list[tuple[int, np.ndarray]] = []
@@ -377,30 +383,24 @@ def read_aligned(
             return clock.wait(made, stage)
 
         chunks = audio_chunks(
-            models.audio_encoder, source.wav, source.total, models.mel_range, models.speech_level, settings.silence_gate
+            models.audio_encoder,
+            source.wav,
+            source.total,
+            models.mel_range,
+            models.speech_level,
+            settings.silence_gate,
+            source.rate,
         )
         tokens = in_thread(on_side_stream(chunks, models.device), "sound", TRACKED_FRAMES)
         frames = in_thread(source.frames, "reading", DECODED_FRAMES)
         first_time = until_repeated(frames, repeated)
         tracked: Iterable[tuple[np.ndarray, Face | None]]
         if bank is None or source.second_reading is None:
-            tracked = in_thread(track_faces(first_time, which=settings.face), "faces", TRACKED_FRAMES)
+            followed = track_faces(first_time, which=settings.face, rate=source.rate)
+            tracked = in_thread(followed, "faces", TRACKED_FRAMES)
         else:
-            faces = in_thread(bank.collect(track_faces(source.second_reading, which=settings.face)), "faces", CHUNK)
+            followed = track_faces(source.second_reading, which=settings.face, rate=source.rate)
+            faces = in_thread(bank.collect(followed), "faces", bank.chunk)
             tracked = zip(first_time, faces, strict=False)
         aligned = align_frames(tracked, tokens, models.resolution, max_crops, chain(repeated, frames))
         yield from clock.time(aligned, "crops")
-
-
-def on_side_stream(items: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """The items, which lie on the host, made in a CUDA stream of their own where the device is a GPU.
-
-    In a thread of its own, waiting for an item is then not waiting for the denoising.
-    """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    while True:
-        with torch.cuda.stream(stream):  # None: no change
-            item = next(items, END)
-        if item is END:
-            return
-        yield item

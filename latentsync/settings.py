@@ -8,6 +8,7 @@ from math import inf
 from typing import Any, Protocol
 
 from latentsync.errors import UserError
+from latentsync.rates import RATES
 
 TRAIN_STEPS = 1000  # of the diffusion process (LatentSync)
 WINDOW = 16  # frames that the network was trained to see together (LatentSync)
@@ -54,11 +55,14 @@ class Settings:
     cache: DeepCache | None = None
     crf: float = CRF  # x264's, of the output
     face: str = "largest"  # one of FACES
+    fps: str = "source"  # one of RATES, the frame rate of the result
     silence_gate: bool = True  # between words the model hears silence, see `latentsync.silence`
 
     def __post_init__(self) -> None:
         if self.face not in FACES:
             raise UserError(f"There is no face '{self.face}' to choose: give one of {', '.join(FACES)}.")
+        if self.fps not in RATES:
+            raise UserError(f"There is no frame rate '{self.fps}' to choose: give one of {', '.join(RATES)}.")
         for name, most in ("steps", TRAIN_STEPS - 1), ("windows_per_pass", inf), ("frames_per_pass", inf):
             if not 1 <= getattr(self, name) <= most:
                 upto = "" if most == inf else f" to {most}"
@@ -79,6 +83,7 @@ class Report:
     resolution: int  # pixels, the side of the aligned face
     device: str
     dtype: str
+    fps: float = 0.0  # frames a second of the result, each with a mouth painted for it
     frames: int = 0
     resumed_from: int = 0  # frames that earlier runs of the same job had finished
     frames_without_face: int = 0

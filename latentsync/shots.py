@@ -4,7 +4,7 @@ cuts = CutDetector()
 for frame in frames:
     cuts.add(frame)
     if cuts.is_clear_cut(): ...
-    if cuts.is_cut(cuts.last - REACH): ...
+    if cuts.is_cut(cuts.last - cuts.reach): ...
 """
 
 from collections import deque
@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 
 BLOCKS = 8  # blocks along a side of a thumbnail, and pixels along a side of a block
-HISTORY = 32  # thumbnails: those of the frames whose shot is not settled, and REACH more on both sides of them
-REACH = 5  # frames to either side that `is_cut` looks at
+REACH = 5  # frames at 25 a second to either side that `is_cut` looks at
+HISTORY = 22  # thumbnails: those of the frames whose shot is not settled; twice the reach more are held
 FLAT = 2.0  # grey levels of deviation; a block with less has no texture to compare
 MIN_CORRELATION = 0.5  # of grey values of the same picture; with less it is a different one
 MAX_SAME = 0.25  # share of the blocks that may stay the same picture at a clear cut
@@ -26,12 +26,16 @@ MAX_RETURN = 0.5  # of the change at a cut: a picture that comes back nearer tha
 
 
 class CutDetector:
-    """Thumbnails of the last frames, and how much each frame differs from the one before it."""
+    """Thumbnails of the last frames, and how much each frame differs from the one before it.
 
-    def __init__(self) -> None:
+    reach: frames to either side that `is_cut` looks at.
+    """
+
+    def __init__(self, reach: int = REACH) -> None:
+        self.reach = reach
         self.last = -1  # number of the newest frame, from 0
-        self._thumbnails: deque[np.ndarray] = deque(maxlen=HISTORY)
-        self._changes: deque[float] = deque(maxlen=HISTORY)
+        self._thumbnails: deque[np.ndarray] = deque(maxlen=HISTORY + 2 * reach)
+        self._changes: deque[float] = deque(maxlen=HISTORY + 2 * reach)
 
     def add(self, frame: np.ndarray) -> None:
         """Take the next frame, uint8 RGB (H, W, 3)."""
@@ -48,16 +52,16 @@ class CutDetector:
         return int(differing_blocks(*self._newest_pair()).sum())
 
     def is_cut(self, number: int) -> bool:
-        """Whether a new shot begins with frame `number`, judged by up to REACH frames to either side.
+        """Whether a new shot begins with frame `number`, judged by up to `reach` frames to either side.
 
         Unlike `is_clear_cut` it also finds cuts between similar pictures, as of one camera. A cut changes the picture
         once, while motion lasts, and after a flash the picture from before it returns. If it is clearly another picture
         it may return, too, and another cut may be near, but not in the very next frame.
         """
         index = number - self.last + len(self._changes) - 1
-        first = max(index - REACH, 0)
-        thumbnails = list(islice(self._thumbnails, first, index + REACH + 1))
-        changes = list(islice(self._changes, first, index + REACH + 1))
+        first = max(index - self.reach, 0)
+        thumbnails = list(islice(self._thumbnails, first, index + self.reach + 1))
+        changes = list(islice(self._changes, first, index + self.reach + 1))
         index -= first
         at_cut = changes.pop(index)
         if at_cut < MIN_CHANGE:

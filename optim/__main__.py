@@ -5,12 +5,10 @@ All options of `python -m latentsync`, the level, and every setting of a level o
 
 import argparse
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from latentsync import FPS
 from latentsync import __main__ as plain
 from latentsync.options import between
 from optim.cluster.options import add_worker_options
@@ -56,15 +54,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def prepare(
-    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", settings: "Settings", seconds: float
+    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", settings: "Settings", frames: int
 ) -> Iterator[plain.PreparedRun]:
-    """Load and accelerate the models for a job with this many seconds of sound, watch the GPU, and give advice at the
+    """Load and accelerate the models for a job of this many frames, watch the GPU, and give advice at the
     end."""
     overrides = level_overrides(args)
     if args.gpus is not None or args.cluster is not None:
         from optim.cluster.command import prepare_workers
 
-        with prepare_workers(args, checkpoint, device, settings, overrides, math.ceil(seconds * FPS)) as prepared:
+        with prepare_workers(args, checkpoint, device, settings, overrides, frames) as prepared:
             if prepared is not None:
                 yield prepared
                 return
@@ -76,7 +74,7 @@ def prepare(
 
     models = load_models(checkpoint, device)
     plan = plan_for_device(device, models.resolution, settings, args.level, args.batch, **overrides)
-    accelerate(models, plan, frames=math.ceil(seconds * FPS))
+    accelerate(models, plan, frames=frames)
     log_memory("before the run", device)
     step_downs: list[str] = []
     prepared = plain.PreparedRun(models, plan.settings, oom_handler(models, plan, on_step_down=step_downs.append))

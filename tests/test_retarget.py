@@ -5,6 +5,7 @@ import shutil
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from latentsync.landmarks import face_reader
 from latentsync.media import probe_video, read_frames
 from latentsync.painting import Painter
 from latentsync.pipeline import lipsync
-from latentsync.retarget import CONTEXT, HELD_FRAMES, MouthBank, bank, mouth_points, retarget, stage
+from latentsync.retarget import MouthBank, bank, context_frames, held_frames, mouth_points, retarget, stage
 from latentsync.retarget.bank import limit_mouths
 from latentsync.retarget.drawing import HULL_OUTSIDE, Layer, draw_mouths, soft_hull
 from latentsync.retarget.geometry import (
@@ -54,6 +55,7 @@ from latentsync.windows import AlignedFrame, Window
 
 CPU = torch.device("cpu")
 COUNT = 60  # frames of the film that is computed with
+RATE = Fraction(25)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -293,7 +295,7 @@ def test_the_result_is_deterministic_and_the_same_when_resumed(still):
     whole = run(still, frames)
     assert all(map(np.array_equal, whole, run(still, frames)))
     for done in (20, 33, 48, 59):
-        resumed = run(still, frames, painted=max(done - CONTEXT, 0))
+        resumed = run(still, frames, painted=max(done - context_frames(RATE), 0))
         assert all(map(np.array_equal, whole[done:], resumed[done:]))
 
 
@@ -313,7 +315,7 @@ def test_frames_come_in_order_few_wait_and_gaps_and_cuts_end_a_run(still):
 
     for i, shot in enumerate(retarget(counted(), collected(frames), reader(still[1]))):
         assert shot.position == i
-        assert taken - i <= HELD_FRAMES
+        assert taken - i <= held_frames(RATE)
     assert np.array_equal(shots[10].frame, frames[10][0])
 
 

@@ -1,6 +1,7 @@
 """Sound and picture of a written file lie together, in one piece or joined from segments: measured from its packets,
 at its start and at its end."""
 
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from latentsync.media import VideoInfo, VideoWriter, probe_video, read_audio, re
 from latentsync.media.segments import SegmentWriter
 
 MOST = 0.010  # seconds
-RATES = ("24", "25", "30000/1001", "60")
+RATES = ("24", "25", "30000/1001", "60")  # of films that are put on 25 a second
+OWN_RATES = ("24000/1001", "24", "25", "30000/1001", "30", "50", "60000/1001", "60")  # that films keep
 
 
 def clip(path: Path, rate: str, seconds: float) -> Path:
@@ -59,38 +61,54 @@ def in_segments(frames: int, seconds: int):
 
     def writer(output: Path, info: VideoInfo, source: Path, crf: float) -> SegmentWriter:
         return SegmentWriter(
-            output, info, source, crf, folder=output.with_name("segments"), total=FPS * seconds,
+            output, info, source, crf, folder=output.with_name("segments"), total=math.ceil(info.rate * seconds),
             segment_frames=frames, counts={}, on_message=print,
         )  # fmt: skip
 
     return writer
 
 
-def check(folder: Path, rate: str, seconds: int, make_writer=VideoWriter, suffix: str = ".mp4") -> None:
-    """The source's own frames and sound, through the reader and the writer of the pipeline."""
+def check(
+    folder: Path, rate: str, seconds: int, make_writer=VideoWriter, suffix: str = ".mp4", keep_rate: bool = False
+) -> None:
+    """The source's own frames and sound, through the reader and the writer of the pipeline, at 25 a second or its own
+    rate."""
     source, output = clip(folder / "source.mov", rate, seconds), folder / f"out{suffix}"
-    info = probe_video(source)
+    info = probe_video(source).at(Fraction(rate if keep_rate else FPS))
+    total, fps = math.ceil(info.rate * seconds), float(info.rate)
     with make_writer(output, info, source, 30) as writer:
-        for _, frame in read_frames_looped(info, seconds * FPS):
+        for _, frame in read_frames_looped(info, total):
             writer.write(frame)
     shown = [pts for pts, _ in packets(output, "0:v:0")]
-    assert np.allclose(shown, np.arange(FPS * seconds) / FPS, rtol=0, atol=1e-6)
+    rounding = 1e-3 if keep_rate and suffix == ".mkv" else 1e-6  # Matroska counts milliseconds
+    assert np.allclose(shown, np.arange(total) / fps, rtol=0, atol=rounding)
     start, end = offsets(output)
     print(f"{rate} fps, {seconds} s: {1000 * start:+.1f} ms at the start, {1000 * end:+.1f} ms at the end")
-    assert abs(start) <= MOST and abs(end) <= MOST
+    # At other rates the sound may end within the last frame.
+    assert abs(start) <= MOST and abs(end) <= MOST + (total / fps - seconds)
     # What is seen and heard: a frame of the source or of the output late at most.
-    light = np.array([frame.mean() / 255 for frame in read_frames(probe_video(output))])
+    light = np.array([frame.mean() / 255 for frame in read_frames(probe_video(output).at(info.rate))])
     envelope = np.abs(read_audio(output, 16_000)).reshape(-1, 16).max(1)
-    seen = rises(light, FPS)
+    seen = rises(light, fps)
     starts = [max(0, 1000 * second - 500) for second in range(seconds)]  # in the silence before each beep
     heard = np.array([start + np.argmax(envelope[start:] > 0.4) for start in starts]) / 1000
     assert len(seen) == seconds
-    assert np.abs(seen - heard).max() <= 1 / FPS + 0.002
+    assert np.abs(seen - heard).max() <= 1 / fps + 0.002
 
 
 @pytest.mark.parametrize("rate", RATES)
 def test_sound_and_picture_stay_together(tmp_path, rate):
     check(tmp_path, rate, 3)
+
+
+@pytest.mark.parametrize("rate", OWN_RATES)
+def test_sound_and_picture_stay_together_at_the_rate_of_the_film(tmp_path, rate):
+    check(tmp_path, rate, 2, keep_rate=True)
+
+
+@pytest.mark.parametrize("rate, suffix", [("24000/1001", ".mp4"), ("60000/1001", ".mov"), ("60", ".mkv")])
+def test_segments_are_joined_without_a_gap_at_the_rate_of_the_film(tmp_path, rate, suffix):
+    check(tmp_path, rate, 2, in_segments(17, 2), suffix, keep_rate=True)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])

@@ -4,12 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentsync.audio import audio_chunks, frame_count
+from latentsync.audio import audio_chunks, frame_count, on_side_stream
 from latentsync.checkpoints.load import Models
 from latentsync.evaluation.clips import Clip
 from latentsync.landmarks import face_reader
 from latentsync.painting import Painter, paint_groups
-from latentsync.pipeline import on_side_stream
 from latentsync.retarget import MouthBank, retarget
 from latentsync.settings import Settings
 from latentsync.windows import AlignedFrame, align_frames, group_windows, split_windows

@@ -1,8 +1,8 @@
 """Read and write video and sound, through pipes to the ffmpeg that comes with imageio-ffmpeg.
 
-Frames are 8-bit RGB on a constant grid of 25 per second, whatever the file holds, and are written in the YCbCr matrix
-and range of their source; high dynamic range (HDR) becomes standard range. Sound is read as 16 kHz mono for the model;
-the result gets the original recording. Nothing here holds more than a few dozen frames.
+Frames are 8-bit RGB on a constant grid, `VideoInfo.rate` a second whatever the file holds, and are written in the YCbCr
+matrix and range of their source; high dynamic range (HDR) becomes standard range. Sound is read as 16 kHz mono for the
+model; the result gets the original recording. Nothing here holds more than a few dozen frames.
 """
 
 from latentsync.media.info import HDR_REMARK, AudioInfo, VideoInfo

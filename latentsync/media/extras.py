@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from latentsync import FPS
 from latentsync.media.info import AudioInfo, VideoInfo
 from latentsync.media.metadata import clean_text, escape, parse_metadata
 from latentsync.media.process import PROBE_LIMITS, SCAN_LIMITS, file_url, input_arguments
@@ -98,7 +97,7 @@ def collect_extras(
     try:
         begin = float(info.start_pts * info.time_base)
         # Frames are rounded to the nearest time on the grid.
-        end = min(info.n_frames / FPS, seconds)
+        end = min(float(info.n_frames / info.rate), seconds)
         tags, codecs, program = (NO_TAGS, (), "") if info.still else _read_source(info, on_wait)
         chapters = _shift_chapters(tags.chapters, begin, end)
         if chapters:
@@ -214,7 +213,7 @@ def _extract_subtitles(
         streams += [f"-bsf:s:{position}", ending_at(end)]
     extract = [
         *("-loglevel", "error", "-nostats", "-y", "-t", f"{begin + end:.3f}", "-itsoffset", f"{-begin:.6f}"),
-        *(*input_arguments(path), "-f", "lavfi", "-i", f"color=s=16x16:r={FPS}:d={1 / FPS}"),
+        *(*input_arguments(path), "-f", "lavfi", "-i", "color=s=16x16:r=25:d=0.04"),
         *(*streams, "-map", "1:v", "-c:v", "mjpeg", "-map_metadata", "-1", "-map_chapters", "-1", "-t", f"{end:.3f}"),
         *("-fs", str(MAX_SUBTITLE_BYTES), "-f", "matroska" if output.suffix == ".mkv" else "mov", file_url(output)),
     ]

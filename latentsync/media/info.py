@@ -1,9 +1,12 @@
 """Properties of video and sound files: plain data."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+
+from latentsync import FPS
+from latentsync.rates import show_rate
 
 HDR_TRANSFERS = {"smpte2084", "arib-std-b67"}  # PQ (HDR10, Dolby Vision 8.1) and HLG (Dolby Vision 8.4)
 OPACITY_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # codec → decoder that keeps opacity, as the default does not
@@ -54,7 +57,6 @@ class VideoInfo:
     height: int
     fps: float  # mean rate of the file
     duration: float  # seconds of picture
-    n_frames: int  # expected on the 25 fps grid; decoding may yield others
     color_range: str  # "tv" (limited) or "pc" (full), "unknown" if not in the file
     color_matrix: str  # ffmpeg's names, "gbr" for RGB files, "unknown" if not in the file
     color_primaries: str
@@ -74,6 +76,17 @@ class VideoInfo:
     select: str = "V:0"  # ffmpeg's specifier of the stream or group of tiles to read, without the file's number
     track: int = 1  # number of the track to read
     tracks: tuple[Track, ...] = ()  # all that can be chosen; empty for a picture
+    nominal_rate: Fraction = Fraction(FPS)  # frames a second of the file, see `rates.nominal_rate`
+    rate: Fraction = Fraction(FPS)  # frames a second that are read from it, and written of it
+
+    def at(self, rate: Fraction) -> "VideoInfo":
+        """The same video, read at another rate."""
+        return replace(self, rate=rate)
+
+    @property
+    def n_frames(self) -> int:
+        """Frames to expect at `rate`; decoding may yield others."""
+        return max(1, int(self.duration * float(self.rate) + 0.5))
 
     @property
     def hdr(self) -> bool:
@@ -89,7 +102,11 @@ class VideoInfo:
     def remarks(self) -> tuple[str, ...]:
         """Sentences for the user about how the result differs from the file."""
         shrunk = f"So large a picture is made smaller: the result has {self.width} × {self.height} pixels."
+        # 25 a second is what the user chose, or the same.
+        resampled = not self.still and self.rate not in (self.nominal_rate, FPS)
+        rates = f"The video has {show_rate(self.nominal_rate)} frames a second, the result {show_rate(self.rate)}."
         remarks = {
+            rates: resampled,
             HDR_REMARK: self.hdr,
             INTERLACED_REMARK: self.interlaced,
             TRANSPARENT_REMARK: self.transparent,

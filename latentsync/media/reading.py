@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from latentsync import FPS, SAMPLE_RATE
+from latentsync import SAMPLE_RATE
 from latentsync.errors import UserError
 from latentsync.machine import usable_cores
 from latentsync.media.colour import (
@@ -55,7 +55,7 @@ SEEKABLE = {"mov", "matroska", "webm"}  # demuxers with an index of the key fram
 def read_frames(
     info: VideoInfo, start: int = 0, count: int | None = None, cancel: threading.Event | None = None
 ) -> Generator[np.ndarray, None, None]:
-    """Yield frames start, start + 1, ... of the 25 fps grid: (height, width, 3) uint8 RGB, new arrays.
+    """Yield frames start, start + 1, ... of the grid of `info.rate`: (height, width, 3) uint8 RGB, new arrays.
 
     Every frame of the grid is the nearest one of the file. Frame i is the same whatever `start` is. 10-bit values
     are rounded to 8 bits. Interlaced frames are deinterlaced, transparent parts become white. All frames have the
@@ -84,9 +84,9 @@ def _decode(
     if count == 0:
         return
     seek: list[str] = []
-    skipped = start / FPS  # seconds of video to decode before the first frame
+    skipped = float(start / info.rate)  # seconds of video to decode before the first frame
     if margin is not None:
-        seconds = float(info.start_pts * info.time_base) + start / FPS - margin
+        seconds = float(info.start_pts * info.time_base) + skipped - margin
         if seconds > margin:  # otherwise reading from the beginning costs no more
             # Timestamps stay those of the whole file, and the fps filter gets the frames before `start`, so that it
             # chooses as it would have done from the beginning.
@@ -150,7 +150,11 @@ def _grid_graph(info: VideoInfo, start: int, count: int | None) -> str:
     return ",".join(
         [
             # Only frames that are marked as interlaced; of these the earlier field is kept, and its time.
-            *(("bwdif=mode=send_frame:deint=interlaced", f"fps={FPS}") if not info.still else ("trim=end_frame=1",)),
+            *(
+                ("bwdif=mode=send_frame:deint=interlaced", f"fps={info.rate}")
+                if not info.still
+                else ("trim=end_frame=1",)
+            ),
             f"trim=start_{'frame' if info.still else 'pts'}={start}{end}",
             *(to_standard_range(info) if info.hdr else ()),
             f"scale=w={info.width}:h={info.height}:flags={RESCALE if info.scaled else TO_RGB}{color}",

@@ -1,11 +1,12 @@
 """Write long jobs in segments, so that finished work outlives whatever ends a run.
 
-The picture is written as files of a minute, each closed before the next is begun, into a hidden work folder beside the
-output; when all are there they are joined with the sound, without encoding them again. The folder's name follows from
-the job, so that a run with the same inputs, weights and settings finds it and resumes after its last segment. A
-manifest lists the finished segments with their hashes; a segment that does not match is made again. While a process
-works in the folder it locks a file there, also against the cleaning of other runs; the lock ends with the process. The
-segments of other jobs with the same output stay until somebody removes them or they have not been resumed for 30 days.
+The picture is written as files of SEGMENT_FRAMES, each closed before the next is begun, into a hidden work folder
+beside the output; when all are there they are joined with the sound, without encoding them again. The folder's name
+follows from the job, so that a run with the same inputs, weights and settings finds it and resumes after its last
+segment. A manifest lists the finished segments with their hashes; a segment that does not match is made again. While a
+process works in the folder it locks a file there, also against the cleaning of other runs; the lock ends with the
+process. The segments of other jobs with the same output stay until somebody removes them or they have not been resumed
+for 30 days.
 """
 
 import hashlib
@@ -16,20 +17,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from latentsync import FPS, __version__
+from latentsync import __version__
 from latentsync.errors import UserError
 from latentsync.media import VideoInfo, VideoWriter, check_output, join_segments, probe_audio
 from latentsync.media.watchdog import OnWait
 from latentsync.paths import PARTIAL, is_own_file, is_own_folder, replacing
+from latentsync.rates import parse_rate
 from latentsync.settings import CRF
 
-SEGMENT_FRAMES = 1500  # one minute: the most that is lost
+SEGMENT_FRAMES = 1500  # the most that is lost: one minute at 25 a second
 STALE_DAYS = 1.0  # a partial file that has not grown for this long belongs to no process
 ABANDONED_DAYS = 30.0  # after which a job that nobody resumes is removed
 DAY = 24 * 3600.0  # seconds
@@ -45,17 +48,23 @@ class Segment:
     bytes: int
     sha256: str  # of the file
     counts: dict[str, int]  # of the job, at the end of this segment; see `SegmentWriter`
+    rate: str = "25"  # frames a second, a fraction
 
     @classmethod
     def from_json(cls, entry: object) -> "Segment | None":
         """Parse an entry of the manifest; None if it is no valid one."""
-        if not isinstance(entry, dict) or entry.keys() != cls.__annotations__.keys():
+        if not isinstance(entry, dict):
+            return None
+        entry = {"rate": cls.rate} | entry
+        if entry.keys() != cls.__annotations__.keys():
             return None
         counts = entry["counts"]
         numbers = [entry["frames"], entry["bytes"], *(counts.values() if isinstance(counts, dict) else [None])]
         if not all(type(number) is int and number >= 0 for number in numbers) or type(entry["sha256"]) is not str:
             return None
-        return cls(**entry)
+        if parse_rate(entry["rate"]) is None:
+            return None
+        return cls(**entry)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,13 @@ class Unfinished:
     folder: Path
     frames: int  # of its finished segments
     bytes: int  # on the disk
+    rate: Fraction  # frames a second
 
     def describe(self) -> str:
         return (
-            f"{clock(self.frames)} of another job with this output, which was interrupted, are kept in '{self.folder}' "
-            f"({megabytes(self.bytes)}); they are removed when nobody resumes it for {ABANDONED_DAYS:.0f} days"
+            f"{clock(self.frames, self.rate)} of another job with this output, which was interrupted, are kept in "
+            f"'{self.folder}' ({megabytes(self.bytes)}); they are removed when nobody resumes it for "
+            f"{ABANDONED_DAYS:.0f} days"
         )
 
 
@@ -119,7 +130,7 @@ def unfinished(output: Path) -> Iterator[Unfinished]:
         with suppress(OSError):
             if is_own_folder(path) and (segments := read_manifest(path)):
                 frames, size = (sum(getattr(segment, name) for segment in segments) for name in ("frames", "bytes"))
-                yield Unfinished(path, frames, size)
+                yield Unfinished(path, frames, size, Fraction(segments[0].rate))
 
 
 def discard(output: Path) -> None:
@@ -224,7 +235,7 @@ class SegmentWriter:
         if self._finished:
             self.frames = sum(segment.frames for segment in self._finished)
             self._counts.update(self._finished[-1].counts)
-            self._on_message(f"resuming at {clock(self.frames)} of {clock(self._total)}")
+            self._on_message(f"resuming at {self._clock(self.frames)} of {self._clock(self._total)}")
         needed = {LOCK, MANIFEST, *(self._segment_path(number).name for number in range(len(self._finished)))}
         for path in self._folder.iterdir():
             if path.name not in needed:
@@ -242,6 +253,9 @@ class SegmentWriter:
                     "another user; remove it, or choose another output."
                 ) from None
             os.chmod(self._folder, 0o700)
+
+    def _clock(self, frames: int) -> str:
+        return clock(frames, self._info.rate)
 
     def _segment_path(self, number: int) -> Path:
         return self._folder / f"{number:05}{self.path.suffix}"
@@ -264,10 +278,11 @@ class SegmentWriter:
         segments, frames = read_manifest(self._folder), 0
         for number, segment in enumerate(segments):
             path, frames = self._segment_path(number), frames + segment.frames
+            same_rate = Fraction(segment.rate) == self._info.rate
             complete = segment.frames == self._segment_frames or frames == self._total  # only the last one is shorter
             has_counts = segment.counts.keys() == self._counts.keys()
             plausible = max(segment.counts.values(), default=0) <= frames <= self._total
-            if not complete or not has_counts or not plausible or not is_own_file(path):
+            if not same_rate or not complete or not has_counts or not plausible or not is_own_file(path):
                 return segments[:number]
             if path.stat().st_size != segment.bytes or _hash(path) != segment.sha256:
                 return segments[:number]
@@ -296,7 +311,7 @@ class SegmentWriter:
             self._segment = None
         _flush_to_disk(segment.path)
         size, digest = segment.path.stat().st_size, _hash(segment.path)
-        self._finished.append(Segment(segment.frames, size, digest, dict(self._counts)))
+        self._finished.append(Segment(segment.frames, size, digest, dict(self._counts), str(self._info.rate)))
         with replacing(self._folder / MANIFEST) as manifest:
             manifest.write_text(json.dumps([asdict(entry) for entry in self._finished]), encoding="utf-8")
             _flush_to_disk(manifest)
@@ -328,8 +343,8 @@ class SegmentWriter:
                 self._lock.release()
                 size = megabytes(sum(segment.bytes for segment in self._finished))
                 self._on_message(
-                    f"{clock(frames)} of {clock(self._total)} are kept in '{self._folder}' ({size}): the same command "
-                    "resumes there"
+                    f"{self._clock(frames)} of {self._clock(self._total)} are kept in '{self._folder}' ({size}): the "
+                    "same command resumes there"
                 )
             else:
                 _remove(self._folder, self._lock)
@@ -355,6 +370,7 @@ def megabytes(size: int) -> str:
     return f"{max(size / 1e6, 0.1):.1f} MB" if size < 1e7 else f"{size / 1e6:.0f} MB"
 
 
-def clock(frames: int) -> str:
-    """A number of frames as minutes and seconds."""
-    return f"{frames // (60 * FPS)}:{frames // FPS % 60:02}"
+def clock(frames: int, rate: Fraction) -> str:
+    """A number of frames at a rate as minutes and seconds."""
+    seconds = int(frames / rate)
+    return f"{seconds // 60}:{seconds % 60:02}"

@@ -10,7 +10,6 @@ from typing import IO
 
 import numpy as np
 
-from latentsync import FPS
 from latentsync.errors import UserError
 from latentsync.machine import usable_cores
 from latentsync.media.colour import SCALE_MATRIX, TO_YUV, scale_matrix, scale_range
@@ -37,7 +36,7 @@ def check_output(path: str | os.PathLike, inputs: tuple[str | os.PathLike, ...] 
 
 
 class VideoWriter:
-    """Write frames and sound to an MP4, MOV or MKV file at 25 fps; use it in a `with` block.
+    """Write frames and sound to an MP4, MOV or MKV file at `info.rate`; use it in a `with` block.
 
     H.264, 8-bit yuv420p, with the matrix, range and colour tags of `info`, or those of BT.709 if it is HDR. An odd side
     grows by one repeated line. MP4 and MOV get AAC sound, MKV and copy_audio keep the sound bit for bit, see
@@ -91,7 +90,7 @@ class VideoWriter:
         )
         for_input = [
             *("-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", f"{width}x{height}"),
-            *("-framerate", str(FPS), "-i", "pipe:0"),
+            *("-framerate", str(info.rate), "-i", "pipe:0"),
         ]
         for_output = [
             *("-vf", graph, "-c:v", "libx264", "-preset", PRESET, "-crf", str(crf), "-pix_fmt", "yuv420p"),
@@ -158,12 +157,13 @@ class VideoWriter:
 
     def _cut_sound(self) -> None:
         """Let the partial file end with its last frame, to a packet of the sound."""
+        seconds = float(self.frames / self.info.rate)
         with replacing(self._partial) as cut:
             arguments = [
                 *("-loglevel", "error", "-nostats", "-y", *input_arguments(self._partial)),
-                *("-t", f"{self.frames / FPS:.3f}"),
+                *("-t", f"{seconds:.6f}"),
                 *("-map", "0:v", "-map", "0:a?", "-map", "0:s?", "-c", "copy", "-map_metadata", "0"),
-                *("-bsf:s", ending_at(self.frames / FPS)),
+                *("-bsf:s", ending_at(seconds)),
                 *(*_container_options(self.path), file_url(cut)),
             ]
             _run_writer(arguments, self.path, cut.parent, self.on_wait)
@@ -194,8 +194,9 @@ def join_segments(
     folder = segments[0][0].parent
     segment_list = folder / "segments.txt"
     # Each segment begins where the frames before it end, whatever its file says.
-    segment_list.write_text("".join(f"file {file.name}\nduration {frames / FPS:.3f}\n" for file, frames in segments))
-    seconds = sum(frames for _, frames in segments) / FPS
+    lengths = [f"file {file.name}\nduration {float(frames / info.rate):.6f}\n" for file, frames in segments]
+    segment_list.write_text("".join(lengths))
+    seconds = float(sum(frames for _, frames in segments) / info.rate)
     with _replacing_output(path, folder) as partial:
         sound_input, sound_output = sound_options(audio, partial, copy_audio, on_wait)
         with collect_extras(info, audio, min(seconds, audio.duration), partial, on_wait) as extras:
@@ -205,7 +206,7 @@ def join_segments(
                 *("-format_whitelist", "concat,mov,matroska", "-protocol_whitelist", "file"),
                 *("-f", "concat", "-i", file_url(segment_list), *sound_input, *extra_inputs),
                 *("-map", "0:v:0", "-c:v", "copy", *sound_output, *extra_output, "-metadata", f"comment={COMMENT}"),
-                *(*(("-t", f"{seconds:.3f}") if cut else ()), *_container_options(path), file_url(partial)),
+                *(*(("-t", f"{seconds:.6f}") if cut else ()), *_container_options(path), file_url(partial)),
             ]
             _run_writer(arguments, path, folder, on_wait)
     return extras.remarks

@@ -12,8 +12,8 @@ Lengths without a unit are in distances between the outer eye corners ("head uni
 between the eyes and whose y axis points down the face.
 """
 
-from latentsync.retarget.bank import CHUNK, MouthBank
+from latentsync.retarget.bank import MouthBank
 from latentsync.retarget.geometry import mouth_points
-from latentsync.retarget.stage import CONTEXT, HELD_FRAMES, retarget
+from latentsync.retarget.stage import context_frames, held_frames, retarget
 
-__all__ = ["CHUNK", "CONTEXT", "HELD_FRAMES", "MouthBank", "mouth_points", "retarget"]
+__all__ = ["MouthBank", "context_frames", "held_frames", "mouth_points", "retarget"]

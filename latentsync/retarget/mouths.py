@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from latentsync import FPS
 from latentsync.retarget.geometry import (
     HEAD,
     LIPS,
@@ -30,6 +32,7 @@ OPENING_OFFSET = 0.03  # added to openings before the logarithm, as small ones a
 WIDTH_UNIT, POSE_UNIT, LIGHT_UNIT = 0.08, 0.06, 20.0
 DETAIL_UNIT = 0.25  # of the logarithm
 STAY_COST = 0.03  # to use the same mouth again
+# Those of jumps are for films of 25 a second: at other rates there are as many jumps a second.
 JUMP_COST = 0.7  # to leave the film's order
 LEAP_WEIGHT, MAX_LEAP = 0.5, 4.0  # further cost of a jump per squared difference of the two mouths, up to MAX_LEAP
 
@@ -118,7 +121,7 @@ def most_alike(mouths: Sequence[Mouth]) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def choose_mouths(mouths: Sequence[Mouth], targets: np.ndarray) -> np.ndarray:
+def choose_mouths(mouths: Sequence[Mouth], targets: np.ndarray, rate: Fraction = Fraction(FPS)) -> np.ndarray:
     """The cheapest path through the mouths for n frames with target features (n, 6): their indices (n,).
 
     A step to the next frame of the film or to the previous one is free; a jump costs more, the less alike the two
@@ -126,7 +129,7 @@ def choose_mouths(mouths: Sequence[Mouth], targets: np.ndarray) -> np.ndarray:
     """
     scaled = scale_features(np.stack([mouth.features for mouth in mouths]))
     costs = squared_distances(scale_features(targets), scaled)
-    step = JUMP_COST + LEAP_WEIGHT * np.minimum(squared_distances(scaled, scaled), MAX_LEAP)
+    step = float(rate / FPS) * (JUMP_COST + LEAP_WEIGHT * np.minimum(squared_distances(scaled, scaled), MAX_LEAP))
     positions = np.array([mouth.position for mouth in mouths])
     step[np.abs(positions[:, None] - positions[None]) == 1] = 0
     np.fill_diagonal(step, STAY_COST)

@@ -3,12 +3,15 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Generic, Protocol, TypeVar
 
 import cv2
 import numpy as np
 
+from latentsync import FPS
 from latentsync.alignment import crop_size
+from latentsync.rates import scale_frames
 from latentsync.retarget.bank import MouthBank
 from latentsync.retarget.drawing import Layer, draw_mouths, missing_inside
 from latentsync.retarget.geometry import (
@@ -25,16 +28,15 @@ from latentsync.retarget.geometry import (
 from latentsync.retarget.mouths import OPENING, WIDTH, Mouth, choose_mouths, mouth_box, mouth_features
 
 READ_RESOLUTION = 256  # generated faces are resized to it before their landmarks are read
+# At 25 frames a second, see `Horizon`.
 BLOCK = 16  # frames whose mouths are chosen together
 LOOKAHEAD = 12  # frames after a block that its choice takes into account
 LOOKBACK = 16  # frames before it
-HELD_FRAMES = BLOCK + LOOKAHEAD  # frames that wait in this stage
-CONTEXT = LOOKBACK + 2 * BLOCK  # frames before the first new one whose faces a resumed run needs for the same result
 
 USUAL_WIDTH = 0.555  # of a mouth that the model paints
 MIN_WIDTH, MAX_WIDTH = 0.85, 1.0  # of the usual width: lips round, but the corners of wider ones stick out of the patch
 MIN_SIZE, MAX_SIZE = 0.6, 1.0  # of an opening, as the person's mouth may be narrower than the model's
-SMOOTHING_SIGMA = 4.0  # frames, for a mouth's place and usual width
+SMOOTHING_SIGMA = 4.0  # frames at 25 a second, for a mouth's place and usual width
 
 ReadFace = Callable[[np.ndarray], np.ndarray | None]  # the mesh (478, 2) of the face in a picture, or None
 
@@ -59,6 +61,51 @@ Frame = TypeVar("Frame", bound=RetargetFrame)
 
 
 @dataclass(frozen=True, eq=False)
+class Horizon:
+    """How far a choice of mouths looks, in frames of a film: always the same time."""
+
+    rate: Fraction  # frames a second
+    block: int  # see BLOCK and so on
+    lookahead: int
+    lookback: int
+    sigma: float  # see SMOOTHING_SIGMA
+    kernel: np.ndarray  # that smooths generated shapes
+
+    @classmethod
+    def at(cls, rate: Fraction) -> "Horizon":
+        block, lookahead, lookback = (scale_frames(frames, rate) for frames in (BLOCK, LOOKAHEAD, LOOKBACK))
+        return cls(rate, block, lookahead, lookback, SMOOTHING_SIGMA * float(rate / FPS), shape_kernel(rate))
+
+    @property
+    def held(self) -> int:
+        """Frames that wait in this stage."""
+        return self.block + self.lookahead
+
+
+def held_frames(rate: Fraction) -> int:
+    """Frames that wait in this stage, of a film of `rate` frames a second."""
+    return Horizon.at(rate).held
+
+
+def context_frames(rate: Fraction) -> int:
+    """Frames before the first new one whose faces a resumed run needs for the same result."""
+    horizon = Horizon.at(rate)
+    return horizon.lookback + 2 * horizon.block
+
+
+def shape_kernel(rate: Fraction) -> np.ndarray:
+    """Weights, an odd number, that smooth shapes over time: ¼, ½, ¼ up to 30 a second.
+
+    The binomial ones of the same width in time at higher rates: their variance is a quarter of their order.
+    """
+    order = 2 * scale_frames(1, rate * rate / FPS)
+    weights = np.ones(1)
+    for _ in range(order):
+        weights = np.convolve(weights, (0.5, 0.5))
+    return weights
+
+
+@dataclass(frozen=True, eq=False)
 class _Measured:
     """Measurements of a frame."""
 
@@ -69,23 +116,26 @@ class _Measured:
     target: np.ndarray | None  # (2,) opening and width of the generated mouth, where there is one
 
 
-def retarget(frames: Iterable[Frame], bank: MouthBank, read_face: ReadFace) -> Iterator[Frame]:
-    """Draw the mouth of every generated face into its frame, and yield the frames in order.
+def retarget(
+    frames: Iterable[Frame], bank: MouthBank, read_face: ReadFace, rate: Fraction = Fraction(FPS)
+) -> Iterator[Frame]:
+    """Draw the mouth of every generated face into its frame, and yield the frames, `rate` a second, in order.
 
-    Up to HELD_FRAMES wait. A frame whose face was not painted stays as it is.
+    Up to `held_frames` wait. A frame whose face was not painted stays as it is.
     """
-    run: _Run[Frame] = _Run(bank)
+    horizon = Horizon.at(rate)
+    run: _Run[Frame] = _Run(bank, horizon)
     shot: int | None = None
     for frame in frames:
         if frame.points is None or frame.shot != shot:
             yield from run.finish()
-            run, shot = _Run(bank), frame.shot
+            run, shot = _Run(bank, horizon), frame.shot
         if frame.points is None:
             yield frame
             continue
         run.append(frame, _measure(frame, frame.points, read_face))
-        if len(run.waiting) >= HELD_FRAMES:
-            yield from run.draw(BLOCK)
+        if len(run.waiting) >= horizon.held:
+            yield from run.draw(horizon.block)
     yield from run.finish()
 
 
@@ -107,8 +157,8 @@ def _measure(frame: RetargetFrame, points: np.ndarray, read_face: ReadFace) -> _
 class _Run(Generic[Frame]):
     """Consecutive frames with a face, without a cut."""
 
-    def __init__(self, bank: MouthBank):
-        self.bank = bank
+    def __init__(self, bank: MouthBank, horizon: Horizon):
+        self.bank, self.horizon = bank, horizon
         self.waiting: deque[Frame] = deque()
         self.measured: list[_Measured] = []  # of the waiting frames, after those of frames that lend context
         self.last_mouth: Mouth | None = None  # chosen for the frame before
@@ -119,7 +169,7 @@ class _Run(Generic[Frame]):
 
     def finish(self) -> Iterator[Frame]:
         while self.waiting:
-            yield from self.draw(min(BLOCK, len(self.waiting)))
+            yield from self.draw(min(self.horizon.block, len(self.waiting)))
 
     def draw(self, count: int) -> Iterator[Frame]:
         """Draw the mouths of the next `count` frames, and yield these."""
@@ -127,28 +177,30 @@ class _Run(Generic[Frame]):
         for _ in range(count):
             yield self.waiting.popleft()
         start = len(self.measured) - len(self.waiting)
-        del self.measured[: max(start - LOOKBACK, 0)]
+        del self.measured[: max(start - self.horizon.lookback, 0)]
 
     def _draw_mouths(self, count: int) -> None:
         """Choose and draw the mouths of the next `count` frames.
 
-        The choice takes LOOKBACK frames before and LOOKAHEAD after them into account, and nothing else.
+        The choice takes the frames of the horizon before and after them into account, and nothing else.
         """
-        start = len(self.measured) - len(self.waiting)
-        first, last = max(start - LOOKBACK, 0), min(start + count + LOOKAHEAD, len(self.measured))
+        horizon, start = self.horizon, len(self.measured) - len(self.waiting)
+        first = max(start - horizon.lookback, 0)
+        last = min(start + count + horizon.lookahead, len(self.measured))
         mouths: tuple[Mouth, ...] = ()
         if any(measured.target is not None for measured in self.measured[first:last]):
             mouths = self.bank.mouths_for(self.waiting[count - 1].position)
         if not mouths:
             self.last_mouth = None
             return
-        targets = _target_features(self.measured, first, last)
-        path = choose_mouths(mouths, targets)
+        targets = _target_features(self.measured, first, last, horizon)
+        path = choose_mouths(mouths, targets, horizon.rate)
         anchors = np.stack([measured.anchor for measured in self.measured])
         for index, frame in zip(range(start, start + count), self.waiting, strict=False):
             mouth = mouths[path[index - first]]
             blend = cross_fade(self.last_mouth, mouth)
-            _draw_frame(frame, self.measured[index], blend, gaussian_mean(anchors, index), targets[index - first])
+            anchor = gaussian_mean(anchors, index, horizon.sigma)
+            _draw_frame(frame, self.measured[index], blend, anchor, targets[index - first])
             self.last_mouth = mouth
 
 
@@ -179,25 +231,27 @@ def _draw_frame(
     draw_mouths(frame.frame, measured.points, scale, layers, frame.opacity)
 
 
-def _target_features(frames: list[_Measured], first: int, last: int) -> np.ndarray:
+def _target_features(frames: list[_Measured], first: int, last: int, horizon: Horizon) -> np.ndarray:
     """Features (last - first, 6) of the mouths to be chosen for a range of frames.
 
-    Opening and width are the generated mouth's, smoothed over three frames; pose, light and detail the frame's own.
+    Opening and width are the generated mouth's, smoothed; pose, light and detail the frame's own.
     """
     painted = {i: target for i in range(first, last) if (target := frames[i].target) is not None}
     columns = np.stack(list(painted.values())).T
     shapes = np.stack([np.interp(np.arange(first, last), list(painted), column) for column in columns], axis=1)
-    padded = np.pad(shapes, ((1, 1), (0, 0)), "edge")
-    shapes = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+    reach = len(horizon.kernel) // 2
+    padded = np.pad(shapes, ((reach, reach), (0, 0)), "edge")
+    parts = [weight * padded[i : i + len(shapes)] for i, weight in enumerate(horizon.kernel)]
+    shapes = np.sum(parts, axis=0)
     features = np.stack([measured.features for measured in frames])
-    usual_width = np.array([gaussian_mean(features[:, WIDTH], index) for index in range(first, last)])
+    usual_width = np.array([gaussian_mean(features[:, WIDTH], index, horizon.sigma) for index in range(first, last)])
     targets = features[first:last].copy()
     targets[:, OPENING] = shapes[:, 0] * np.clip(usual_width / USUAL_WIDTH, MIN_SIZE, MAX_SIZE)
     targets[:, WIDTH] = usual_width * np.clip(shapes[:, 1] / USUAL_WIDTH, MIN_WIDTH, MAX_WIDTH)
     return targets
 
 
-def gaussian_mean(values: np.ndarray, index: int) -> np.ndarray:
+def gaussian_mean(values: np.ndarray, index: int, sigma: float = SMOOTHING_SIGMA) -> np.ndarray:
     """Mean of values (n, …), weighted by a Gaussian around an index."""
-    weights = np.exp(-0.5 * ((np.arange(len(values)) - index) / SMOOTHING_SIGMA) ** 2)
+    weights = np.exp(-0.5 * ((np.arange(len(values)) - index) / sigma) ** 2)
     return np.tensordot(weights / weights.sum(), values, 1)

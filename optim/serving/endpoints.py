@@ -16,6 +16,7 @@ import anyio
 
 from latentsync.errors import UserError
 from latentsync.media import AudioInfo, VideoInfo, probe_audio, probe_video
+from latentsync.rates import parse_rate
 from optim.serving import form
 from optim.serving.fetcher import Fetcher
 from optim.serving.guard import is_text, shorten
@@ -264,13 +265,15 @@ class Endpoints:
     # ---- before a job
 
     @takes_settings
-    def describe(self, settings: Any, seconds: Any = None) -> tuple[str, str]:
-        """What settings mean on this machine, in one line of HTML, and in detail; seconds: of sound, if it is known."""
+    def describe(self, settings: Any, seconds: Any = None, video_fps: Any = None) -> tuple[str, str]:
+        """What settings mean on this machine, in one line of HTML, and in detail; seconds, video_fps: of the sound and
+        of the video, where they are known."""
         kind = ""
         try:
             length = form.parse_seconds(seconds, "The length of the sound")
+            rate = form.parse_seconds(video_fps, "The video's frame rate")
             request = Request(Path(), Path(), **form.parse_settings(settings, self.models_to_choose))
-            line, details = self.worker.describe(request, length or None)
+            line, details = self.worker.describe(request, length or None, rate if parse_rate(str(rate)) else None)
             machine = self.worker.machine
             if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
                 line += DEMO_HINT
@@ -297,8 +300,8 @@ class Endpoints:
 
     @as_reply
     def check_video(self, video: Any, video_track: Any = None) -> dict[str, Any]:
-        """The first frame of a video as a data URI, since browsers know few formats, and its tracks, or the sentence
-        that says what is wrong with it."""
+        """The first frame of a video as a data URI, since browsers know few formats, its frames a second and its
+        tracks, or the sentence that says what is wrong with it."""
         if not video:
             return {}
         path, number = self._uploaded(video, "video"), form.parse_track(video_track, "video")
@@ -307,7 +310,8 @@ class Endpoints:
             picture = b64encode(thumbnail(info)).decode()
         except UserError as error:
             raise UserError(with_user_names(error, {path: path.name})) from None
-        return {"checked": "video", "picture": f"data:image/jpeg;base64,{picture}"} | tracks_of(info)
+        shown = {"checked": "video", "picture": f"data:image/jpeg;base64,{picture}"}
+        return shown | {"fps": None if info.still else round(float(info.nominal_rate), 3)} | tracks_of(info)
 
     # ---- the machine and its models
 

@@ -1,9 +1,11 @@
 """A request described in words: its plan on this machine, and how long it will take."""
 
 import math
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from latentsync import FPS
+from latentsync.rates import grid_rate, show_rate
 from optim.serving.job import Request
 from optim.serving.machine import Machine
 from optim.serving.run import make_plan
@@ -14,11 +16,18 @@ if TYPE_CHECKING:  # torch takes seconds to load
 
 
 def describe_request(
-    request: Request, checkpoint: "Checkpoint", machine: Machine, speeds: Speeds, seconds: float | None, lent: bool
+    request: Request,
+    checkpoint: "Checkpoint",
+    machine: Machine,
+    speeds: Speeds,
+    seconds: float | None,
+    video_fps: float | None,
+    lent: bool,
 ) -> tuple[str, str]:
     """What a request means, in one line, and its plan in detail.
 
-    seconds: of the sound, None if unknown; lent: the job will run on a lent GPU. Raises UserError.
+    seconds, video_fps: of the sound and the video, None if unknown; lent: the job will run on a lent GPU. Raises
+    UserError.
     """
     import torch
 
@@ -28,11 +37,14 @@ def describe_request(
     plan = make_plan(request, checkpoint, device)
     line = f"{summary(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
     in_detail = f"{details(plan, device)}."
+    rate = grid_rate(Fraction(video_fps or FPS).limit_denominator(1001), request.fps)
+    if video_fps is not None:
+        line += f", {show_rate(rate)} frames a second"
     if lent:  # the plan is for the processor that is here; only its level and steps hold on the lent GPU
         return f"{line}, on {machine.device_name}.", in_detail
     if seconds is None:
         return f"{line}.", in_detail
-    estimate = speeds.estimate(speed_key(checkpoint.name, machine), plan.settings, math.ceil(seconds * FPS))
+    estimate = speeds.estimate(speed_key(checkpoint.name, machine), plan.settings, math.ceil(seconds * rate))
     if estimate is None:
         return f"{line}; how long it takes here is not known before the first job.", in_detail
     about = "about" if estimate.measured else "roughly"

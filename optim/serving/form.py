@@ -8,6 +8,7 @@ from typing import Any
 
 from latentsync.checkpoints.releases import RELEASES
 from latentsync.errors import UserError
+from latentsync.rates import RATES
 from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED
 from optim.levels import STOPS, VRAM_FRACTION
 from optim.serving.guard import is_text, shorten
@@ -22,6 +23,7 @@ CACHES = {AS_LEVEL: "level", "off": None} | {
 SWITCHES = {AS_LEVEL: None, "on": True, "off": False}
 ON_OFF = {"on": True, "off": False}
 FACE_LABELS = {"largest": "the largest", "left": "on the left", "right": "on the right", "centre": "in the centre"}
+RATE_LABELS = {"source": "as the video", "25": "25 a second"}
 TRACKS = {"video_track": "video", "audio_track": "sound"}  # fields of `Request` that belong to its files
 QUALITIES = {12: "highest", CRF: "high", 20: "good", 26: "small file"}  # by CRF
 
@@ -130,6 +132,7 @@ _LEVEL_INFO = "From as good as it gets (0) to as fast as it gets (1)."
 _COMPILE_INFO = "Of use in long jobs where there is neither a GPU nor a second core."
 _FACES = Dropdown(tuple((FACE_LABELS[face], face) for face in FACES))
 _QUALITIES = Dropdown(tuple((f"{label} (CRF {crf})", crf) for crf, label in QUALITIES.items()))
+_RATES = Dropdown(tuple((RATE_LABELS[rate], rate) for rate in RATES))
 
 # In the order of the endpoints' parameters. Which models there are changes while the page is served: `check_model`.
 SETTINGS = (
@@ -156,6 +159,9 @@ SETTINGS = (
     Setting("silence_gate", "Silence gate", "on", lambda value: value is None or _word("silence gate", ON_OFF)(value),
             _labels(ON_OFF), "Between words the model hears silence, so that noise moves no mouth.",
             show=_word_for(ON_OFF), optional=True),
+    Setting("fps", "Frame rate", "source",
+            lambda value: "source" if value is None else parse_choice(value, "frame rate", RATES), _RATES,
+            "The video's own, or the 25 a second that the model was trained on.", optional=True),
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in SETTINGS)
 

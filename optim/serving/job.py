@@ -6,10 +6,11 @@ import secrets
 import threading
 import time
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from latentsync import FPS, STAGES
+from latentsync import STAGES
 from latentsync.settings import CRF, INFERENCE_STEPS, SEED
 from optim.serving.limits import check_option
 
@@ -38,6 +39,7 @@ class Request:
     face: str = "largest"
     crf: float = CRF
     silence_gate: bool = True
+    fps: str = "source"  # one of `rates.RATES`
     video_track: int | None = None  # from 1; None: the file's own choice
     audio_track: int | None = None
 
@@ -79,6 +81,7 @@ class Job:
     names: tuple[str, str]  # the user's names of the two files
     size: tuple[int, int]  # of the video, pixels
     seconds: float  # of sound
+    fps: str = "25"  # frames a second of the result, a fraction: "30000/1001"
     id: str = field(default_factory=lambda: secrets.token_hex(4))
     key: str = field(default_factory=lambda: secrets.token_urlsafe(24))  # gives access to its files
     state: str = WAITING
@@ -115,7 +118,12 @@ class Job:
 
     @property
     def frames(self) -> int:
-        return math.ceil(self.seconds * FPS)
+        return math.ceil(self.seconds * self.rate)
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames a second of the result."""
+        return Fraction(self.fps)
 
     @property
     def first(self) -> Path:
@@ -176,6 +184,7 @@ class Job:
             "elapsed": None if self.started is None else round((self.ended or time.time()) - self.started, 1),
             "frames": self.frames,
             "size": self.size,
+            "fps": round(float(self.rate), 3),
             "stages": {stage: self.progress.get(stage, 0) for stage in STAGES},
             "mouths": round(self.finished_mouths(), 1),
             "frames_per_second": rate and round(rate, 2),

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, closing, suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,16 +52,31 @@ def thumbnail(info: VideoInfo) -> bytes:
     return as_jpeg(cv2.resize(frame, size, interpolation=cv2.INTER_AREA))
 
 
-def write_fragments(path: Path, size: tuple[int, int], audio: Path) -> Generator[None, "np.ndarray", None]:
+def write_fragments(
+    path: Path, size: tuple[int, int], audio: Path, rate: Fraction = Fraction(FPS)
+) -> Generator[None, "np.ndarray", None]:
     """Write the frames sent to this generator, with the sound, to an MP4 file that can be played while it grows.
 
-    size: (width, height) of the frames, uint8 (height, width, 3) RGB. Start it with next(); close it at the end.
+    size: (width, height) of the frames, uint8 (height, width, 3) RGB; rate: of them a second. Start it with next();
+    close it at the end.
     """
     arguments = [
         *("-loglevel", "error", "-nostats", "-y", "-f", "rawvideo", "-pixel_format", "rgb24"),
-        *("-video_size", f"{size[0]}x{size[1]}", "-framerate", str(FPS), "-i", "pipe:0", *input_arguments(audio)),
+        *("-video_size", f"{size[0]}x{size[1]}", "-framerate", str(rate), "-i", "pipe:0", *input_arguments(audio)),
         *("-map", "0:v:0", "-map", "1:a:0", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "ultrafast"),
-        *("-crf", "23", "-g", str(FPS), "-c:a", "aac", "-shortest", "-map_metadata", "-1", "-map_chapters", "-1"),
+        *(
+            "-crf",
+            "23",
+            "-g",
+            str(round(rate)),
+            "-c:a",
+            "aac",
+            "-shortest",
+            "-map_metadata",
+            "-1",
+            "-map_chapters",
+            "-1",
+        ),
         *("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"),
         *("-f", "mp4", file_url(path)),
     ]
@@ -87,10 +103,11 @@ class Preview:
 
     def __init__(self, job: "Job"):
         self._job = job
+        self._frames_in_video = round(PREVIEW_SECONDS * job.rate)
         self._frames = 0
         self._next_picture = 0.0  # time of the monotonic clock
         # (frame, number of the frame in the video from 1, or 0 if it is not in it, whether to make a picture of it)
-        self._queue: queue.Queue[tuple[np.ndarray, int, bool] | None] = queue.Queue(2 * FPS)
+        self._queue: queue.Queue[tuple[np.ndarray, int, bool] | None] = queue.Queue(2 * round(job.rate))
         self._thread = threading.Thread(target=self._run, name="preview", daemon=True)
         self._thread.start()
 
@@ -99,7 +116,7 @@ class Preview:
         self._frames += 1
         now = time.monotonic()
         # A resumed run does not produce the first seconds.
-        in_video = not self._job.resumed_from and self._frames <= PREVIEW_SECONDS * FPS
+        in_video = not self._job.resumed_from and self._frames <= self._frames_in_video
         as_picture = now >= self._next_picture
         if as_picture:
             self._next_picture = now + PICTURE_INTERVAL
@@ -137,14 +154,17 @@ class Preview:
                 small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
                 if number:
                     if writer is None:
-                        writer = stack.enter_context(closing(write_fragments(job.first, size, job.request.audio)))
+                        writer = stack.enter_context(
+                            closing(write_fragments(job.first, size, job.request.audio, job.rate))
+                        )
                         next(writer)
                     while written < number:
                         writer.send(small)
                         written += 1
                     # ffmpeg writes a fragment when the next one begins, and the encoder buffers frames.
-                    job.playable = max(0, written // FPS - 1) if written < PREVIEW_SECONDS * FPS else PREVIEW_SECONDS
-                    if written == PREVIEW_SECONDS * FPS:
+                    complete = written == self._frames_in_video
+                    job.playable = PREVIEW_SECONDS if complete else max(0, int(written / job.rate) - 1)
+                    if complete:
                         writer.close()
                 if as_picture:
                     job.picture, job.pictures = as_jpeg(small), job.pictures + 1

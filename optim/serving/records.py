@@ -12,6 +12,7 @@ from typing import Any
 from latentsync.errors import UserError
 from latentsync.media.segments import discard, unfinished
 from latentsync.paths import PARTIAL, is_own_file, is_own_folder, replacing
+from latentsync.rates import parse_rate
 from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, WAITING, Comparison, Job, Request
 
 RECORD = "job.json"  # in a job's folder
@@ -28,6 +29,7 @@ FIELDS: dict[str, Any] = {
     "names": list,
     "size": list,
     "seconds": NUMBER,
+    "fps": str,
     "created": NUMBER,
     "queued": NUMBER,
     "started": NUMBER | None,
@@ -44,7 +46,8 @@ FIELDS: dict[str, Any] = {
     "starts": int,
     "frames_at_start": int,
 }
-ADDED_FIELDS = {"queued": 0.0, "starts": 0, "frames_at_start": 0, "remarks": 0}  # earlier versions did not save them
+# Earlier versions did not save them.
+ADDED_FIELDS: dict[str, Any] = {"queued": 0.0, "starts": 0, "frames_at_start": 0, "remarks": 0, "fps": "25"}
 
 
 def save_job(job: Job, state: str) -> None:
@@ -120,6 +123,8 @@ def _parse_fields(record: dict[str, Any]) -> dict[str, Any]:
     names, size = tuple(record["names"]), tuple(record["size"])
     if len(names) != 2 or len(size) != 2 or not all(isinstance(name, str) for name in names):
         raise TypeError("names and size are pairs")
+    if parse_rate(record["fps"]) is None:
+        raise TypeError(f"fps is {record['fps']!r}")
     return {name: record[name] for name in FIELDS} | {"names": names, "size": size}
 
 

@@ -44,6 +44,7 @@ def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.dev
         crf=request.crf,
         face=request.face,
         silence_gate=request.silence_gate,
+        fps=request.fps,
     )
     overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -185,7 +186,7 @@ class Progress:
         check_cancel(job)
         if not job.progress and stage == "mouths":  # before any face: what earlier runs have finished
             job.resumed_from = done
-            job.messages.append(f"Resumed after {clock(done)} of {clock(total)}.")
+            job.messages.append(f"Resumed after {clock(done, job.rate)} of {clock(total, job.rate)}.")
         span = job.stage_spans().setdefault(stage, [now - (job.started or now), 0.0])
         span[1] = now - (job.started or now)
         if stage not in job.progress:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.media import probe_audio, probe_video
 from latentsync.media.segments import discard
+from latentsync.rates import grid_rate
 from optim.serving.comparison import start_comparison
 from optim.serving.curves import NO_CURVES, curves_since, last_seconds, thinned_curves
 from optim.serving.estimate import describe_request
@@ -154,7 +155,8 @@ class Worker:
             except UserError as error:
                 raise UserError(with_user_names(error, {video: names[0], audio: names[1]})) from None
             request = replace(request, video=video, audio=audio)
-            job = Job(request, owner, folder, names, (info.width, info.height), sound.duration)
+            info = info.at(grid_rate(info.nominal_rate, request.fps))
+            job = Job(request, owner, folder, names, (info.width, info.height), sound.duration, str(info.rate))
             job.messages += info.remarks
             job.remarks = len(job.messages)
             self.store.add(job)
@@ -232,16 +234,18 @@ class Worker:
             raise UserError("This job has not ended yet: cancel it first.")
         self.store.remove(job)
 
-    def describe(self, request: Request, seconds: float | None) -> tuple[str, str]:
+    def describe(self, request: Request, seconds: float | None, video_fps: float | None = None) -> tuple[str, str]:
         """What a request means on this machine, in one line, and in detail.
 
-        seconds: of its sound, None if unknown. Waits until the machine has been inspected. Raises UserError.
+        seconds, video_fps: of its sound and its video, None if unknown. Waits until the machine has been inspected.
+        Raises UserError.
         """
         self.ready.wait()
         if self.machine is None or self.speeds is None:
             raise UserError(self.problem or "")
         checkpoint = self._find_checkpoint(request)
-        return describe_request(request, checkpoint, self.machine, self.speeds, seconds, self.lent is not None)
+        lent = self.lent is not None
+        return describe_request(request, checkpoint, self.machine, self.speeds, seconds, video_fps, lent)
 
     def find_models(self) -> None:
         """Update which models are here and what `auto` means, after one was fetched or removed."""
