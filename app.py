@@ -4,14 +4,12 @@ Jobs run in the thread of `optim.serving.worker.Worker`. torch is not imported b
 an endpoint with a name (`optim.serving.endpoints`), for `gradio_client` as for the page's own scripts (docs/api.md).
 """
 
-import functools
 import html
+import json
 import os
-import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,28 +18,39 @@ import gradio as gr
 
 from latentsync.errors import UserError
 from latentsync.options import interrupt_on_signals, log_to_stderr
+from latentsync.settings import FACES
 from optim.levels import STOPS
 from optim.serving.calls import CallCheck
-from optim.serving.endpoints import BUSY, Endpoints
+from optim.serving.clients import wire_clients
+from optim.serving.endpoints import Endpoints, as_reply, visitor_token
 from optim.serving.fetcher import Fetcher
-from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_values, parse_settings
-from optim.serving.limits import NO_LIMITS, SHARED_LIMITS
+from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_values, parse_settings, parse_text
 from optim.serving.login import Throttle, password_checker
-from optim.serving.markup import ASSETS, advice_html, asset, footer_html
+from optim.serving.markup import ASSETS, advice_html, asset, audio_note, footer_html, head_html, video_note
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
 from optim.serving.policy import Policy, policy_for
 from optim.serving.routes import guarded, routes
-from optim.serving.run import run_alone
-from optim.serving.uploads import Limits, Uploads, make_folder, remove_orphans
-from optim.serving.worker import Worker
+from optim.serving.setup import make_uploads, make_worker, upload_folder
+from optim.serving.timeline import timeline_figure
 
 ROOT = Path(__file__).resolve().parent
-EXAMPLE = (ASSETS / "example" / "face.mp4", ASSETS / "example" / "speech.wav")
+EXAMPLE = ASSETS / "example"
+# Label and picture of a button, and the field that it fills with a file.
+EXAMPLES = (
+    ("Face one", EXAMPLE / "face.jpg", "video", EXAMPLE / "face.mp4"),
+    ("Face two", EXAMPLE / "portrait-two.jpg", "video", EXAMPLE / "portrait-two.jpg"),
+    ("Voice one", None, "audio", EXAMPLE / "speech.wav"),
+    ("Voice two", None, "audio", EXAMPLE / "speech-two.wav"),
+)
+PLAIN: dict[str, Any] = {"queue": False, "show_progress": "hidden", "preprocess": False}
+PRIVATE = PLAIN | {"api_visibility": "private"}
+WITH_VISITOR = "(...values) => values.with({}, window.lipsync.visitor)"
+FACE_CLICK = """element.addEventListener("click", ({ target }) => {
+  const face = target.closest("[data-face]")?.dataset.face;
+  if (face) trigger("select", { face });
+});"""
 # The page's scripts, which share one scope: Gradio runs them as the body of one function.
-SCRIPTS = ("basics", "server", "plots", "result", "cards", "models", "uploads", "theme", "main")
-PUBLIC_STORED = 20  # uploads of the largest size that a public server holds before they are jobs
-PUBLIC_UNUSED_SECONDS = 3600.0  # until an upload to a public server is deleted that no job has used
-GPU_SECONDS = 240  # of ZeroGPU that a job may ask for
+SCRIPTS = ("basics", "server", "plots", "result", "cards", "outside", "models", "uploads", "theme", "main")
 
 
 def control(setting: Setting) -> Any:
@@ -55,24 +64,16 @@ def control(setting: Setting) -> Any:
     return gr.Number(precision=0, minimum=kind.low, maximum=kind.high, **common)
 
 
+def plain_html(name: str, **options: Any) -> gr.HTML:
+    """A file of the page's own, without Gradio's looks for text."""
+    return gr.HTML(asset(name), apply_default_css=False, **options)
+
+
 def track_dropdown(reply: dict[str, Any]) -> Any:
     """The choice of a file's track, shown where there are several; reply: of `check_video` or `measure`."""
     choices = [(each["label"], each["number"]) for each in reply.get("tracks", [])]
     several = len(choices) > 1
     return gr.Dropdown(choices, value=reply["track"] if several else None, visible=several)
-
-
-def raises_gradio_error(fn: Callable) -> Callable:
-    """Let a function raise Gradio's error, which the page and clients show, in place of UserError."""
-
-    @functools.wraps(fn)
-    def call(*args: Any) -> Any:
-        try:
-            return fn(*args)
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-
-    return call
 
 
 class Page:
@@ -85,19 +86,25 @@ class Page:
         self.api, self.worker = api, api.worker
         self._controls: dict[str, Any] = {}
         with gr.Blocks(title="LatentSync", analytics_enabled=False, delete_cache=(3600, 86400)) as self.blocks:
-            gr.HTML(asset("header.html"))
+            plain_html("header.html")
             with gr.Row(elem_id="columns", equal_height=False):
                 with gr.Column(scale=5, min_width=320, elem_id="inputs"):
                     self._build_inputs()
                     self._build_advanced()
                 with gr.Column(scale=7, min_width=320, elem_id="outputs"):
                     scripts = "\n".join(asset(f"{name}.js") for name in SCRIPTS)
-                    self.live = gr.HTML(asset("live.html"), js_on_load=scripts, elem_id="live")
+                    self.live = plain_html("live.html", js_on_load=scripts, elem_id="live")
+                    self.timeline = gr.Plot(visible=False, show_label=False, elem_id="timeline")
                     with gr.Accordion("Doctor: what would make this machine faster", open=False, elem_id="doctor"):
                         self.advice = gr.HTML("<p class='quiet'>Looking at this machine …</p>")
-            self.footer = gr.HTML(footer_html(None))
+            self.footer = gr.HTML(footer_html(None), apply_default_css=False)
             self.settings = [self._controls[name] for name in NAMES]
-            self._wire(uploads_stay)
+            # What this browser keeps of the settings. The key is no secret: nothing in them is.
+            self.saved = gr.BrowserState(None, storage_key="latentsync-settings", secret="latentsync")  # noqa: S106
+            self._wire_files()
+            self._wire_settings()
+            self._wire_live(uploads_stay)
+            wire_clients(api, self.blocks)
 
     # ---- components
 
@@ -112,10 +119,15 @@ class Page:
             sources=["upload", "webcam"],
             elem_id="video",
             include_audio=True,
+            buttons=[],
             webcam_options=gr.WebcamOptions(mirror=False),
         )
+        self.video_note = gr.HTML("", elem_id="video-note", js_on_load=FACE_CLICK, apply_default_css=False)
         self.video_track = gr.Dropdown([], label="Video track", visible=False, elem_id="video-track")
-        self.audio = gr.Audio(label="Voice", sources=["upload", "microphone"], type="filepath", elem_id="audio")
+        self.audio = gr.Audio(
+            label="Voice", sources=["upload", "microphone"], type="filepath", elem_id="audio", buttons=[]
+        )
+        self.audio_note = gr.HTML("", elem_id="audio-note", apply_default_css=False)
         self.audio_track = gr.Dropdown([], label="Sound track", visible=False, elem_id="audio-track")
         with gr.Column(elem_id="speed", variant="panel"):
             self.level = self._add("level")
@@ -124,153 +136,166 @@ class Page:
                     gr.Button(stop.name.capitalize(), size="sm", elem_id=f"stop-{i}", min_width=60)
                     for i, stop in enumerate(STOPS)
                 ]
-            line = "<p id='line' role='status'>Looking at this machine …</p>"
-            self.line = gr.HTML(line, elem_id="line-box", padding=False)
         self.start = gr.Button("Lip-sync", variant="primary", size="lg", elem_id="start")
-        self.example = gr.Button("Try it with the example", size="md", elem_id="example")
+        line = "<p id='line' role='status'>Looking at this machine …</p>"
+        gr.HTML("<p id='start-note' role='status'></p>", apply_default_css=False)
+        self.line = gr.HTML(line, elem_id="line-box", apply_default_css=False)
+        with gr.Row(elem_id="examples"):
+            gr.HTML("<p class='quiet'>Examples:</p>", apply_default_css=False)
+            fields, looks = {"video": self.video, "audio": self.audio}, {"size": "sm", "elem_classes": ["example"]}
+            self.examples = [
+                (gr.Button(label, icon=icon, min_width=60, **looks), fields[kind], path)
+                for label, icon, kind, path in EXAMPLES
+            ]
+        with gr.Accordion("More voices for this video", open=False, elem_id="more"):
+            self.more = gr.File(
+                label="One job for each of them", file_count="multiple", file_types=["audio", "video"], height=120,
+                elem_id="more-voices",
+            )  # fmt: skip
 
     def _build_advanced(self) -> None:
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             self.model = self._add("model")
-            gr.HTML(asset("models.html"), padding=False)
-            for names in (
-                ("steps", "guidance"),
-                ("face", "crf"),
-                ("seed", "batch"),
-                ("deepcache", "compile"),
-                ("fps", "silence_gate"),
-                ("vram_fraction",),
-            ):
+            pairs = ("steps", "guidance"), ("face", "crf"), ("seed", "batch"), ("deepcache", "compile")
+            for names in (*pairs, ("fps", "silence_gate"), ("vram_fraction",)):
                 with gr.Row():
                     for name in names:
                         self._add(name)
-            self.details = gr.HTML("<p id='details'></p>", elem_id="details-box", padding=False)
+            self.details = gr.HTML("<p id='details'></p>", elem_id="details-box", apply_default_css=False)
+            plain_html("models.html")
 
-    # ---- events
+    # ---- events. Values come as they were sent, to functions that refuse wrong ones with a sentence.
 
-    def _wire(self, uploads_stay: bool) -> None:
-        api, settings, tracks = self.api, self.settings, [self.video_track, self.audio_track]
-        visitor = gr.Textbox("", visible=False, label="visitor")
-        job, name = (gr.Textbox(visible=False, label=label) for label in ("job", "name"))
-        seconds, video_fps, video_track, audio_track, guidance = (
-            gr.Number(visible=False, label=label)
-            for label in ("seconds", "video_fps", "video_track", "audio_track", "guidance")
-        )
-        since = gr.Number(visible=False, label="since", value=0)
-        reply, changes, known = (gr.JSON(visible=False, label=label) for label in ("reply", "settings", "known"))
-        keep, compared, pickle_only = (
-            gr.Checkbox(visible=False, label=label) for label in ("keep", "compared", "pickle_only")
-        )
-        task = gr.Textbox("get", visible=False, label="task")
-        file = gr.File(visible=False, label="file")
-
-        # Values come as they were sent, to functions that refuse wrong ones with a sentence, as Gradio would not.
-        plain: dict[str, Any] = {"queue": False, "show_progress": "hidden", "preprocess": False}
-        private = plain | {"api_visibility": "private"}
-        submit, describe = api.probing(api.submit), api.when_ready(api.describe)
-        measure, check_video = api.probing(api.measure, (None, BUSY)), api.probing(api.check_video)
+    def _wire_files(self) -> None:
+        """The fields of files, their notes, examples, and the start of a job."""
+        api, settings = self.api, self.settings
+        self.visitor = gr.Textbox("", visible=False, label="visitor")
+        self.reply = gr.JSON(visible=False, label="reply")
+        self.seconds, self.video_fps = (gr.Number(visible=False, label=label) for label in ("seconds", "video_fps"))
+        measure, check_video = as_reply(api.probing(api.measure)), as_reply(api.probing(api.check_video))
+        press = as_reply(api.probing(self.press))
 
         async def look_at_audio(audio: Any, track: Any = None) -> tuple:
-            length, reply = await measure(audio, track)
-            return length, reply, track_dropdown(reply)
+            reply = await measure(audio, track) if audio else {}
+            return reply.get("seconds"), audio_note(reply), track_dropdown(reply)
 
         async def look_at_video(video: Any, track: Any = None) -> tuple:
-            reply = await check_video(video, track)
-            return reply.get("fps"), reply, track_dropdown(reply)
-
-        show_reply = {"fn": None, "inputs": reply, "js": "(reply) => window.lipsync.onReply(reply)"}
-        mark_stop = {
-            "fn": None,
-            "inputs": self.level,
-            "js": f"(level) => window.lipsync?.markStop({[stop.position for stop in STOPS]}.indexOf(level))",
-        }
-        show_meaning = {
-            "fn": describe,
-            "inputs": [*settings, seconds, video_fps],
-            "outputs": [self.line, self.details],
-            "api_name": "meaning",
-            **private,
-        }
-        inputs = [self.video, self.audio, *settings, visitor, *tracks]
-        start = {
-            "fn": submit,
-            "inputs": inputs,
-            "outputs": reply,
-            "api_name": "press",
-            "js": f"(...values) => {{ values[{inputs.index(visitor)}] = window.lipsync.visitor; return values; }}",
-            **private,
-        }
-        self.start.click(**start).then(**show_reply)
-        example = self.example.click(lambda: tuple(map(str, EXAMPLE)), None, inputs[:2], **plain, api_name="example")
-        example.then(**start).then(**show_reply)
+            reply = await check_video(video, track) if video else {}
+            return reply.get("fps"), reply, video_note(reply), track_dropdown(reply)
 
         # A new file has tracks of its own: the number of an old one's must not be sent with it.
-        gr.on([self.video.change, self.example.click], None, None, self.video_track, js="() => null")
-        gr.on([self.audio.change, self.example.click], None, None, self.audio_track, js="() => null")
-        seen_audio = {"fn": look_at_audio, "outputs": [seconds, reply, self.audio_track], **private}
-        seen_video = {"fn": look_at_video, "outputs": [video_fps, reply, self.video_track], **private}
-        sound = [self.audio, self.audio_track]
-        self.audio.change(inputs=self.audio, **seen_audio).then(**show_reply).then(**show_meaning)
-        self.audio_track.input(inputs=sound, **seen_audio).then(**show_reply).then(**show_meaning)
-        film = [self.video, self.video_track]
-        self.video.change(inputs=self.video, **seen_video).then(**show_reply).then(**show_meaning)
-        self.video_track.input(inputs=film, **seen_video).then(**show_reply).then(**show_meaning)
+        self.video.change(None, None, self.video_track, js="() => null")
+        self.audio.change(None, None, self.audio_track, js="() => null")
+        seen_audio = {"fn": look_at_audio, "outputs": [self.seconds, self.audio_note, self.audio_track], **PRIVATE}
+        looked = [self.video_fps, self.reply, self.video_note, self.video_track]
+        seen_video = {"fn": look_at_video, "outputs": looked, **PRIVATE}
+        self.audio.change(inputs=self.audio, **seen_audio).then(**self._meaning)
+        self.audio_track.input(inputs=[self.audio, self.audio_track], **seen_audio).then(**self._meaning)
+        mark_face = {"fn": None, "inputs": self._controls["face"], "js": "(face) => window.lipsync?.markFace(face)"}
+        for seen in (
+            self.video.change(inputs=self.video, **seen_video),
+            self.video_track.input(inputs=[self.video, self.video_track], **seen_video),
+        ):
+            shown = seen.then(None, self.reply, js="(reply) => window.lipsync.showPicture(reply)")
+            shown.then(**mark_face).then(**self._meaning)
+        self.video_note.select(self.chosen_face, None, self._controls["face"], **PRIVATE)
+        self._controls["face"].change(**mark_face)
 
-        gr.on([setting.change for setting in settings], **show_meaning, trigger_mode="always_last")
+        for button, field, path in self.examples:
+            button.click(path.as_posix, None, field, **PRIVATE)
+        inputs = [self.video, self.audio, self.more, self.visitor, self.video_track, self.audio_track, *settings]
+        self.start.click(press, inputs, self.reply, js=WITH_VISITOR.format(3), api_name="press", **PRIVATE).then(
+            None, self.reply, js="(reply) => window.lipsync.onStarted(reply)"
+        )
+
+    @property
+    def _meaning(self) -> dict[str, Any]:
+        """The event that shows what the settings mean."""
+        return {
+            "fn": self.api.when_ready(self.meaning),
+            "inputs": [*self.settings, self.seconds, self.video_fps],
+            "outputs": [self.line, self.details],
+            "api_name": "meaning",
+            **PRIVATE,
+        }
+
+    def _wire_settings(self) -> None:
+        """The slider, its stops, and settings that are kept by the browser."""
+        positions = [stop.position for stop in STOPS]
+        texts = {str(stop.position): stop.name for stop in STOPS}
+        mark = f"(level) => window.lipsync?.markStop({positions}.indexOf(level), level, {json.dumps(texts)})"
+        mark_stop = {"fn": None, "inputs": self.level, "js": mark}
+        changes = [setting.change for setting in self.settings]
+        gr.on(changes, **self._meaning, trigger_mode="always_last")
+        gr.on(changes, None, self.settings, self.saved, js="(...values) => [values]")
         self.level.change(**mark_stop)
         for button, stop in zip(self.stops, STOPS, strict=True):
             button.click(None, None, self.level, js=f"() => {stop.position}")
-        self.model.input(self.guidance_of, self.model, self._controls["guidance"], **private)
+        self.model.input(self.guidance_of, self.model, self._controls["guidance"], **PRIVATE)
+        loaded = [*self.stops, *self.settings, self.advice, self.footer]
+        load = self.blocks.load(self.api.when_ready(self.on_load), self.saved, loaded, **PRIVATE)
+        load.then(**mark_stop).then(**self._meaning)
 
-        # Events of the page's scripts: there is another model; a job has shown how fast this machine is; the settings
-        # of a job are to be shown; another server runs, and the uploads went with the one before.
-        self.live.input(self.model_dropdown, None, self.model, **private).then(**show_meaning)
-        self.live.submit(**show_meaning)
-        self.live.select(self.show_settings, None, settings, **private)
-        if not uploads_stay:
-            self.live.clear(None, inputs[:2], inputs[:2], js="(...files) => window.lipsync.dropFiles(files)")
-        loaded = [*self.stops, self.level, self.model, self._controls["guidance"], self.advice, self.footer]
-        self.blocks.load(api.when_ready(self.on_load), None, loaded, **private).then(**mark_stop).then(**show_meaning)
-
-        # The page always says how strong the lips are; who calls an endpoint may leave that to the model.
-        by_name = [guidance if name == "guidance" else self._controls[name] for name in NAMES]
-        endpoints: dict[str, tuple[Callable, list, Any]] = {
-            "submit": (submit, [*inputs[:2], *by_name, visitor, video_track, audio_track], reply),
-            "describe": (describe, [*by_name, seconds, video_fps], [self.line, self.details]),
-            "measure": (measure, [self.audio, audio_track], [seconds, reply]),
-            "check_video": (check_video, [self.video, video_track], reply),
-            "watch": (api.watch, [visitor, since, known], reply),
-            "cancel": (api.cancel, [job, keep, visitor], reply),
-            "again": (api.again, [job, changes, visitor], reply),
-            "remove": (api.remove, [job, visitor], reply),
-            "compare": (api.compare, [job, visitor], reply),
-            "result": (raises_gradio_error(api.result), [job, visitor, compared], file),
-            "machine": (api.when_ready(api.machine), [], reply),
-            "models": (api.when_ready(api.models), [], reply),
-            "fetch": (api.fetch, [name, task], reply),
-            "stop_fetching": (api.stop_fetching, [], reply),
-            "remove_model": (api.remove_model, [name, pickle_only], reply),
-        }
-        for api_name, (fn, parameters, outputs) in endpoints.items():
-            gr.Button(visible=False).click(fn, parameters, outputs, api_name=api_name, **plain)
+    def _wire_live(self, uploads_stay: bool) -> None:
+        """Events of the page's scripts."""
+        live, files = self.live, [self.video, self.audio, self.more]
+        # There is another model; a job has shown how fast this machine is; the settings of a job are to be shown; a job
+        # is to run again with the page's settings; its timeline is to be shown.
+        live.input(self.model_dropdown, None, self.model, **PRIVATE).then(**self._meaning)
+        live.submit(**self._meaning)
+        live.select(self.show_settings, None, self.settings, **PRIVATE)
+        live.retry(self.again_with, self.settings, self.reply, **PRIVATE).then(
+            None, self.reply, js="(reply) => window.lipsync.onReply(reply)"
+        )
+        live.expand(self.show_timeline, None, self.timeline, **PRIVATE).then(
+            None, js="() => document.querySelector('#timeline')?.scrollIntoView({ block: 'nearest' })"
+        )
+        if not uploads_stay:  # another server runs, and the uploads went with the one before
+            live.clear(None, files, files, js="(...files) => window.lipsync.dropFiles(files)")
 
     # ---- what only the page asks for
 
-    def on_load(self) -> tuple:
-        """What is only known once the machine has been looked at."""
+    def press(
+        self, video: Any, audio: Any, more: Any, visitor: str, video_track: Any, audio_track: Any, *values: Any
+    ) -> dict[str, Any]:
+        """Queue a job for each voice."""
+        more = more if isinstance(more, list) else []
+        voices = [audio, *more] if audio or not more else more
+        settings = dict(zip(NAMES, values, strict=True))
+        return self.api.submit_all(video, voices, settings, visitor, video_track, audio_track if audio else None)
+
+    def meaning(self, *values: Any) -> tuple[str, str]:
+        """The line under the button and the details for the page's settings and the seconds of its sound."""
+        try:
+            reply, kind = self.api.describe(*values), ""
+        except UserError as error:
+            reply, kind = {"line": str(error), "details": ""}, "problem"
+        details = reply["details"] and f"In detail: {reply['details']}"
+        return (
+            f"<p id='line' role='status' class='{kind}'>{html.escape(reply['line'])}</p>",
+            f"<p id='details'>{html.escape(details)}</p>",
+        )
+
+    def on_load(self, saved: Any) -> tuple:
+        """What is only known once the machine has been looked at; saved: the values of this browser's last visit."""
         with suppress(UserError):  # the folder of --model may be gone; jobs say so
             self.worker.find_models()  # files may have been put there by hand
         machine = self.worker.machine
         if machine is None:
             problem = f"<p class='problem'>{html.escape(self.worker.problem or '')}</p>"
-            return (*[gr.skip()] * (len(STOPS) + 3), problem, footer_html(None))
+            return (*[gr.skip()] * (len(STOPS) + len(NAMES)), problem, footer_html(None))
         best = machine.recommended
         stops = [gr.Button(elem_classes=["best"]) if stop.position == best else gr.skip() for stop in STOPS]
-        model, guidance = self.model_dropdown(), self.guidance_of("auto")
-        return (*stops, best, model, guidance, advice_html(machine.advice), footer_html(machine))
+        values: dict[str, Any] = {"level": best, "guidance": self.guidance_of("auto")}
+        with suppress(UserError, TypeError, ValueError, KeyError):  # of another version, or of a model that is gone
+            fields = parse_settings(dict(zip(NAMES, saved, strict=True)), self.api.models_to_choose)
+            values = page_values(fields, best)
+        shown = [values.get(name, gr.skip()) for name in NAMES]
+        shown[NAMES.index("model")] = self.model_dropdown(values.get("model"))
+        return (*stops, *shown, advice_html(machine.advice), footer_html(machine))
 
-    def model_dropdown(self) -> Any:
-        """The models to choose from, as they are now."""
+    def model_dropdown(self, value: str | None = None) -> Any:
+        """The models to choose from, as they are now; value: the one that is chosen, None for no change."""
         machine = self.worker.machine
         if machine is None:
             return gr.skip()
@@ -278,7 +303,7 @@ class Page:
         for model in machine.models:
             where = f"{model['resolution']} px" if model["present"] else "not on this machine"
             choices.append((f"{model['name']} ({where})", model["name"]))
-        return gr.Dropdown(choices=choices)
+        return gr.Dropdown(choices=choices, **({"value": value} if value else {}))
 
     def guidance_of(self, model: str) -> Any:
         """The lip strength that suits a model, for the slider."""
@@ -287,7 +312,11 @@ class Page:
         models = machine.models if machine else ()
         return next((each["guidance"] for each in models if each["name"] == name), None) or gr.skip()
 
-    @raises_gradio_error
+    def chosen_face(self, event: gr.EventData) -> Any:
+        """The face that was clicked, for the dropdown."""
+        face = event._data.get("face") if isinstance(event._data, dict) else None
+        return face if face in FACES else gr.skip()
+
     def show_settings(self, event: gr.EventData) -> list[Any]:
         """Set the page to the settings of a job."""
         machine = self.worker.machine
@@ -295,62 +324,34 @@ class Page:
             fields = event._data["settings"]
             values = page_values(fields, machine.recommended if machine else 0.0)
             parse_settings(values, self.api.models_to_choose)
-        except (TypeError, ValueError, KeyError):  # sent by something else than the page
-            raise UserError("These are no settings of a job.") from None
+        except (UserError, TypeError, ValueError, KeyError):  # sent by something else than the page, or a model is gone
+            raise gr.Error("These settings of a job cannot be used here any more.", print_exception=False) from None
         if values["guidance"] is None:
             values["guidance"] = self.guidance_of(values["model"])
         return list(values.values())
 
+    def again_with(self, event: gr.EventData, *values: Any) -> dict[str, Any]:
+        """Run a job's files again with the page's settings."""
+        try:
+            job, visitor = self._named_job(event)
+            return self.api.again(job, dict(zip(NAMES, values, strict=True)), visitor)
+        except UserError as error:
+            return {"error": str(error)}
+
+    def _named_job(self, event: gr.EventData) -> tuple[str, str]:
+        """The job and the visitor of an event. Raises UserError."""
+        data = event._data if isinstance(event._data, dict) else {}
+        return parse_text(data.get("job"), "job"), visitor_token(data.get("visitor"))
+
+    def show_timeline(self, event: gr.EventData) -> Any:
+        """The timeline of a job, as a figure."""
+        try:
+            return gr.Plot(timeline_figure(self.worker.store.find(*self._named_job(event))), visible=True)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
 
 # ---- serving
-
-
-@contextmanager
-def upload_folder() -> Iterator[tuple[Path, bool]]:
-    """The folder of uploads, and whether it stays: GRADIO_TEMP_DIR, or one of this server alone that goes with it."""
-    if "GRADIO_TEMP_DIR" in os.environ:
-        yield Path(os.environ["GRADIO_TEMP_DIR"]), True
-        return
-    remove_orphans()
-    folder = make_folder()
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    try:
-        yield folder, False
-    finally:
-        del os.environ["GRADIO_TEMP_DIR"]
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def lent_gpu() -> Callable | None:
-    """`run_alone` on a GPU that Hugging Face's ZeroGPU lends for each call; None elsewhere."""
-    if "SPACES_ZERO_GPU" not in os.environ:
-        return None
-    try:
-        import spaces
-    except ImportError:
-        return None
-    return spaces.GPU(duration=GPU_SECONDS)(run_alone)
-
-
-def make_worker(options: Namespace) -> Worker:
-    return Worker(
-        options.outputs.absolute(),
-        options.queue_size,
-        options.max_seconds,
-        options.model,
-        options.device,
-        60 * options.idle_minutes,
-        options.keep_hours,
-        lent_gpu(),
-        SHARED_LIMITS if options.shared else NO_LIMITS,
-    )
-
-
-def make_uploads(folder: Path, options: Namespace) -> Uploads:
-    largest = options.max_upload
-    if not options.shared:
-        return Uploads(folder, Limits(largest))
-    return Uploads(folder, Limits(largest, 16, 8, largest and PUBLIC_STORED * largest, PUBLIC_UNUSED_SECONDS))
 
 
 def main(arguments: list[str] | None = None, prog: str = "app.py") -> int:
@@ -404,11 +405,11 @@ def serve(page: Page, options: Namespace, policy: Policy) -> None:
         root_path=options.root_path,
         max_file_size=options.max_upload,
         enable_monitoring=False,
-        allowed_paths=[str(path) for path in EXAMPLE],
+        allowed_paths=[str(path) for *_, path in EXAMPLES],
         blocked_paths=[str(options.outputs.absolute())],
         app_kwargs={"routes": routes(page.api), "lifespan": guarded(page.api, policy)},
         theme=theme(),
-        css_paths=[ASSETS / "page.css"],
+        head=head_html(),
         footer_links=["api"],
         run_history=False,
         inbrowser=not options.no_open and has_desktop(),

@@ -29,7 +29,7 @@ from optim.monitor import History
 from optim.serving import comparison, inputs, preview
 from optim.serving import worker as worker_module
 from optim.serving.job import CANCELLED, DONE, FAILED, Job, Request
-from optim.serving.limits import Limits
+from optim.serving.limits import VisitorLimits
 from optim.serving.records import load_jobs
 from optim.serving.run import interruptible, make_plan, out_of_memory, run_alone
 from optim.serving.speeds import Speeds
@@ -86,7 +86,7 @@ def until(condition, seconds=60):
         time.sleep(0.01)
 
 
-def test_a_job_is_done_and_told(worker, talking, voice):
+def test_a_finished_job_has_its_result_and_its_report(worker, talking, voice):
     job = ended(worker, worker.submit(Request(talking, voice, steps=2), ME, ("mine & yours.mp4", "v.wav")))
     assert job.state == DONE, job.error
     assert job.output.name == "mine___yours-synced.mp4" and probe_video(job.output).n_frames == 20
@@ -95,20 +95,20 @@ def test_a_job_is_done_and_told(worker, talking, voice):
     assert view["timeline"]["stages"].keys() == set(STAGES)
     assert sorted(os.listdir(job.folder)) == sorted(["job.json", job.output.name, "video.mp4", "voice.wav"])
     line, details = worker.describe(job.request, 10)
-    assert re.search(r"conservative: 2 steps, model tiny \(64 px\); about \d+ s for this clip\.", line)
+    assert re.search(r"conservative: 2 steps, model tiny \(64 px\); (about \d+|\d+ to \d+) s for this clip\.", line)
     line, details = worker.describe(replace(job.request, level="aggressive", steps=20), None)
     assert "aggressive: 12 steps, two of three reuse earlier work, model" in line
     assert "DeepCache every 3 steps" in details
 
 
-def test_who_asks_for_no_lip_strength_gets_the_model_s_own(checkpoint, tmp_path):
+def test_guidance_defaults_to_the_model_s_own(checkpoint, tmp_path):
     model = replace(resolve_model(str(checkpoint), CPU), guidance_scale=2.25)
     request = Request(tmp_path, tmp_path)
     assert make_plan(request, model, CPU).settings.guidance_scale == 2.25
     assert make_plan(replace(request, guidance=1.0), model, CPU).settings.guidance_scale == 1.0
 
 
-def test_the_curves_are_given_point_by_point(worker):
+def test_each_sample_of_the_curves_is_sent_once(worker):
     def sampled() -> list[float]:
         return worker.monitor.snapshot().time.round(2).tolist()
 
@@ -122,6 +122,31 @@ def test_the_curves_are_given_point_by_point(worker):
         since = times[-1]
     first = sampled().index(times[0])
     assert times == sampled()[first : first + len(times)], "in order, and each once"
+
+
+def test_waiting_jobs_change_places_with_their_owner_s_others_only(talking, voice, tmp_path):
+    worker = Worker(tmp_path)
+    first, foreign, second, third = (
+        worker.submit(Request(talking, voice), visitor) for visitor in (ME, "another visitor", ME, ME)
+    )
+    worker.store.move(third, earlier=True)
+    worker.store.move(third, earlier=True)
+    worker.store.move(first, earlier=False)
+    worker.store.move(third, earlier=True)  # it is the first already
+    assert list(worker.store.waiting) == [third, foreign, second, first]
+    after = Worker(tmp_path)
+    for place in tmp_path.iterdir():  # as if this process had ended
+        record = json.loads((place / "job.json").read_text())
+        (place / "job.json").write_text(json.dumps(record | {"server": {"pid": 2**22 + 1, "began": 0}}))
+    after.store.load()
+    assert [job.id for job in after.store.waiting] == [job.id for job in (third, foreign, second, first)]
+    worker.remove(second.id, ME)
+    assert list(worker.store.waiting) == [third, foreign, first] and not second.folder.exists()
+    worker.store.take_next()
+    with pytest.raises(UserError, match="does not wait any more"):
+        worker.store.move(third, earlier=True)
+    with pytest.raises(UserError, match="not ended yet"):
+        worker.remove(third.id, ME)
 
 
 def test_a_running_job_is_cancelled_at_once(worker, talking, long_voice):
@@ -145,7 +170,7 @@ def test_a_long_job_that_is_cancelled_leaves_no_segments(worker, talking, long_v
     assert job.state == CANCELLED and sorted(os.listdir(job.folder)) == ["job.json", "video.mp4", "voice.wav"]
 
 
-def test_what_is_finished_can_be_kept(worker, talking, long_voice):
+def test_a_cancelled_job_can_keep_its_finished_frames(worker, talking, long_voice):
     job = worker.submit(Request(talking, long_voice, steps=4), ME)
     until(lambda: job.progress.get("writing", 0) > 20 and job.picture)
     worker.cancel(job.id, ME, keep=True)
@@ -154,7 +179,7 @@ def test_what_is_finished_can_be_kept(worker, talking, long_voice):
 
 
 @pytest.mark.parametrize("keep, words", [(False, "cancelling"), (True, "stopping; what is finished is kept")])
-def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, long_voice, monkeypatch, keep, words):
+def test_the_first_cancel_decides_what_is_kept_and_is_visible(worker, talking, long_voice, monkeypatch, keep, words):
     hold, held, go_on = (threading.Event() for _ in range(3))
     merge = painting.merge_faces
 
@@ -178,7 +203,7 @@ def test_the_first_word_on_how_a_job_ends_holds_and_is_seen(worker, talking, lon
     assert job.state == CANCELLED and bool(job.output) is keep and not job.view(worker.store.place(job))["ending"]
 
 
-def test_a_pass_is_ended_in_its_middle(worker, talking, voice):
+def test_a_pass_on_a_processor_is_interrupted_in_its_middle(worker, talking, voice):
     ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     models, asked = worker._models, []
 
@@ -214,7 +239,7 @@ def test_others_do_not_find_a_job(worker, talking, voice):
     assert not job.folder.exists() and worker.store.by_key(job.key) is None
 
 
-def test_a_failing_job_gets_a_sentence_and_the_next_one_runs(worker, talking, voice, tmp_path, monkeypatch, caplog):
+def test_a_failed_job_says_why_and_the_next_one_runs(worker, talking, voice, tmp_path, monkeypatch, caplog):
     faceless = make_video(tmp_path / "no face.mp4", seconds=0.4)
     job = ended(worker, worker.submit(Request(faceless, voice, steps=1), ME))
     assert job.state == FAILED and "'no face.mp4' shows no face" in job.error and job.remedy["focus"] == "video"
@@ -229,7 +254,7 @@ def test_a_failing_job_gets_a_sentence_and_the_next_one_runs(worker, talking, vo
     assert ended(worker, worker.again(job.id, ME, level="balanced")).state == DONE
 
 
-def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, monkeypatch):
+def test_a_job_out_of_memory_suggests_a_remedy(worker, talking, voice, monkeypatch):
     def starved(*_, **__):
         raise torch.OutOfMemoryError
 
@@ -255,7 +280,7 @@ def test_a_job_that_finds_no_memory_says_what_to_try(worker, talking, voice, mon
     assert ended(worker, worker.again(job.id, ME, steps=1)).state == DONE
 
 
-def test_a_gpu_that_has_failed_for_good_ends_its_jobs_with_a_sentence(worker, talking, voice, monkeypatch, caplog):
+def test_jobs_on_a_gpu_that_has_failed_say_so(worker, talking, voice, monkeypatch, caplog):
     def fault(*_, **__):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -316,7 +341,7 @@ def test_original_and_result_go_side_by_side_once(worker, talking, tmp_path):
     assert not list(job.folder.glob("*partial*"))
 
 
-def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voice):
+def test_a_comparison_can_be_cancelled_and_says_why_it_failed(worker, talking, voice):
     waiting = Worker(worker.folder / "other").submit(Request(talking, voice), ME)
     worker.store.jobs[waiting.id] = waiting
     with pytest.raises(UserError, match="no result yet"):
@@ -344,7 +369,7 @@ def test_a_comparison_can_be_ended_and_says_what_went_wrong(worker, talking, voi
 def test_a_new_server_finds_the_jobs_of_one_that_is_gone(worker, talking, voice, tmp_path, monkeypatch):
     done = ended(worker, worker.submit(Request(talking, voice, steps=1), ME, ("mine.mp4", "v.wav")))
     assert list(load_jobs(worker.folder)) == [], "their own server still runs"
-    before = Worker(tmp_path)  # not started: what is put in waits
+    before = Worker(tmp_path)  # not started: jobs wait
     shutil.copytree(done.folder, tmp_path / done.folder.name)
     waiting, half = before.submit(Request(talking, voice, steps=1), ME), before.submit(Request(talking, voice), ME)
     half.request.audio.unlink()
@@ -404,8 +429,8 @@ def test_files_that_cannot_be_used_are_refused_by_the_user_s_name_for_them(worke
     assert set(worker.folder.iterdir()) == before
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(talking, voice, tmp_path, monkeypatch, caplog):
-    worker = Worker(tmp_path / "outputs")  # not started: what is put in waits
+def test_a_full_disk_is_reported_and_leaves_nothing(talking, voice, tmp_path, monkeypatch, caplog):
+    worker = Worker(tmp_path / "outputs")  # not started: jobs wait
     store_file = inputs.store_file
 
     def full(source, target, stored):
@@ -465,8 +490,8 @@ def test_where_there_are_no_hard_links_inputs_are_copied(talking, voice, tmp_pat
     assert not job.request.video.samefile(talking) and job.request.video.read_bytes() == talking.read_bytes()
 
 
-def test_limits_are_said(talking, long_voice, voice, tmp_path):
-    worker = Worker(tmp_path, queue_size=1, max_seconds=20)  # not started: what is put in waits
+def test_the_length_of_sound_and_queue_is_limited(talking, long_voice, voice, tmp_path):
+    worker = Worker(tmp_path, queue_size=1, max_seconds=20)  # not started: jobs wait
     with pytest.raises(UserError, match="sound in 'long.wav' lasts more than 20 s; cut it"):
         worker.submit(Request(talking, long_voice), ME)
     worker.submit(Request(talking, voice), ME)
@@ -476,7 +501,7 @@ def test_limits_are_said(talking, long_voice, voice, tmp_path):
 
 def test_a_visitor_has_limits_that_others_do_not_feel(talking, voice, tmp_path):
     request, size = Request(talking, voice), talking.stat().st_size + voice.stat().st_size
-    worker = Worker(tmp_path / "a", limits=Limits(unfinished=2, kept=3))
+    worker = Worker(tmp_path / "a", limits=VisitorLimits(unfinished_jobs=2, jobs=3))
     first, second = (worker.submit(request, ME) for _ in range(2))
     with pytest.raises(UserError, match="You have 2 jobs that wait or run, .* 2 of a visitor: wait until"):
         worker.submit(request, ME)
@@ -488,7 +513,7 @@ def test_a_visitor_has_limits_that_others_do_not_feel(talking, voice, tmp_path):
             submit()
     worker.remove(first.id, ME)
     assert worker.submit(request, ME)
-    worker = Worker(tmp_path / "b", limits=Limits(stored=size + 20_000))
+    worker = Worker(tmp_path / "b", limits=VisitorLimits(stored_bytes=size + 20_000))
     for _ in range(3):  # they share their inputs
         worker.submit(request, ME)
     louder = make_sound(tmp_path / "louder.wav", seconds=3)
@@ -497,7 +522,7 @@ def test_a_visitor_has_limits_that_others_do_not_feel(talking, voice, tmp_path):
         worker.submit(Request(talking, louder), ME)
     assert sorted(os.listdir(tmp_path / "b")) == before
     worker.submit(request, OTHER)
-    worker = Worker(tmp_path / "c", limits=Limits(stored_by_all=size))
+    worker = Worker(tmp_path / "c", limits=VisitorLimits(total_bytes=size))
     with pytest.raises(UserError, match="The jobs of this server take"):  # with what is written of it
         worker.submit(request, ME), worker.submit(request, OTHER)
 
@@ -513,13 +538,15 @@ def test_options_out_of_range_are_refused(tmp_path, options):
         Worker(tmp_path, **options)
 
 
-@pytest.mark.parametrize("limits", [{"kept": 0}, {"unfinished": -1}, {"stored": float("nan")}, {"stored_by_all": 1e9}])
+@pytest.mark.parametrize(
+    "limits", [{"jobs": 0}, {"unfinished_jobs": -1}, {"stored_bytes": float("nan")}, {"total_bytes": 1e9}]
+)
 def test_limits_out_of_range_are_refused(limits):
     with pytest.raises(UserError, match="The limit .* give a whole number of at least 1"):
-        Limits(**limits)
+        VisitorLimits(**limits)
 
 
-# ---- jobs that go on
+# ---- jobs that resume
 
 
 @pytest.fixture
@@ -549,7 +576,7 @@ def states(folder: Path) -> list[str]:
     return [json.loads((path / "job.json").read_text())["state"] for path in sorted(folder.iterdir())]
 
 
-def test_jobs_go_on_with_the_next_server_in_their_order(talking, long_voice, voice, next_server, short_segments):
+def test_the_next_server_resumes_jobs_in_their_order(talking, long_voice, voice, next_server, short_segments):
     before = next_server()
     job = before.submit(Request(talking, long_voice, steps=1), ME, ("long.mp4", "v.wav"))
     waiting = [before.submit(Request(talking, voice, steps=steps), ME) for steps in (3, 2, 1)]
@@ -608,7 +635,7 @@ time.sleep(300)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
-def test_a_job_goes_on_when_its_server_was_killed_but_not_for_ever(
+def test_a_job_resumes_after_its_server_was_killed_unless_it_may_be_the_cause(
     talking, voice, checkpoint, tmp_path, next_server, short_segments
 ):
     def serve_until_killed(*arguments):
@@ -635,7 +662,7 @@ def test_a_job_goes_on_when_its_server_was_killed_but_not_for_ever(
     assert probe_video(failed.output).n_frames == 20
 
 
-def test_a_failed_job_goes_on_if_nothing_is_changed_and_is_another_one_otherwise(
+def test_a_failed_job_resumes_if_nothing_is_changed_and_is_a_new_one_otherwise(
     worker, talking, long_voice, voice, short_segments, monkeypatch
 ):
     write, written = VideoWriter.write, []
@@ -665,7 +692,7 @@ def test_a_failed_job_goes_on_if_nothing_is_changed_and_is_another_one_otherwise
         worker.again(job.id, ME, cost=3)
 
 
-def test_a_job_that_waits_to_go_on_and_is_cancelled_keeps_nothing(talking, voice, tmp_path, monkeypatch):
+def test_cancelling_a_job_that_waits_to_resume_removes_its_segments(talking, voice, tmp_path, monkeypatch):
     monkeypatch.setattr("optim.serving.records._is_running", lambda _: False)
     job = Worker(tmp_path / "outputs").submit(Request(talking, voice), ME)
     work = segments.work_folder(job.planned_output, [], "its request")
@@ -681,7 +708,7 @@ def test_a_job_that_waits_to_go_on_and_is_cancelled_keeps_nothing(talking, voice
     assert sorted(os.listdir(job.folder)) == ["job.json", "video.mp4", "voice.wav"]
 
 
-def test_records_of_jobs_that_are_not_as_they_were_written_are_left_alone(talking, voice, tmp_path, monkeypatch):
+def test_invalid_records_are_left_alone_and_old_ones_load(talking, voice, tmp_path, monkeypatch):
     monkeypatch.setattr("optim.serving.records._is_running", lambda _: False)
     job = Worker(tmp_path / "outputs").submit(Request(talking, voice), ME)
     path, about = job.folder / "job.json", json.loads((job.folder / "job.json").read_text())
@@ -706,7 +733,7 @@ def test_records_of_jobs_that_are_not_as_they_were_written_are_left_alone(talkin
 # ---- what must not take the others with it
 
 
-def test_the_curves_are_taken_once_for_all_who_look_in_the_same_moment(tmp_path):
+def test_one_snapshot_of_the_curves_serves_all_visitors(tmp_path):
     class Watching:
         def __init__(self):
             self.taken, self.look = 0, threading.Event()
@@ -761,7 +788,7 @@ def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeyp
     assert "by a test" in caplog.text and worker._thread.is_alive()
 
 
-def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, talking, voice, tmp_path, home):
+def test_the_model_stays_loaded_between_jobs_and_is_unloaded_when_idle(checkpoint, talking, voice, tmp_path, home):
     worker = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=600)
     worker.start()
     ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
@@ -777,7 +804,7 @@ def test_the_model_stays_between_jobs_and_is_let_go_after_a_while(checkpoint, ta
     assert "jobs" not in [thread.name for thread in threading.enumerate() if thread is worker._thread]
 
 
-def test_a_worker_that_lets_the_model_go_at_once_does_not_spin_and_sweeps_while_it_is_busy(
+def test_a_worker_that_unloads_at_once_does_not_spin_and_removes_old_jobs_while_busy(
     checkpoint, talking, voice, tmp_path, home, monkeypatch
 ):
     worker, stored, timeouts = Worker(tmp_path, model=str(checkpoint), idle_seconds=0, keep_hours=1e-9), [], []
@@ -827,7 +854,7 @@ def test_the_list_has_all_jobs_that_have_not_ended(talking, voice, tmp_path, mon
     assert worker.store.jobs_of(ME) == [last, others[-1], first]
 
 
-def test_the_jobs_are_changed_under_the_lock_and_what_is_shown_is_not_changed(worker, talking, voice, tmp_path):
+def test_jobs_change_under_the_lock_and_a_sent_timeline_does_not_change(worker, talking, voice, tmp_path):
     job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     shown, before = job.timeline, json.dumps(job.timeline)
     worker._save_timeline(job)
@@ -851,7 +878,7 @@ def test_the_jobs_are_changed_under_the_lock_and_what_is_shown_is_not_changed(wo
     assert list(other.store.jobs.values()) == [early]
 
 
-def test_results_that_cannot_be_read_are_said(tmp_path):
+def test_an_unreadable_folder_of_results_is_reported(tmp_path):
     (tmp_path / "outputs").mkdir()
     worker = Worker(tmp_path / "outputs")
     with pytest.MonkeyPatch.context() as patch:
@@ -861,7 +888,7 @@ def test_results_that_cannot_be_read_are_said(tmp_path):
 
 
 @pytest.mark.parametrize("stuck", [False, True])
-def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, stuck):
+def test_a_slow_preview_does_not_delay_the_run(monkeypatch, tmp_path, stuck):
     go_on, shown = threading.Event(), []
 
     def write_fragments(*_):
@@ -892,14 +919,19 @@ def test_a_preview_that_cannot_keep_up_holds_no_run_up(monkeypatch, tmp_path, st
     assert not taking._thread.is_alive()
 
 
-def test_speeds_are_remembered_and_scaled_by_the_work(tmp_path):
+def test_speeds_are_recorded_and_scaled_by_the_work(tmp_path):
     speeds = Speeds(tmp_path / "deep" / "speeds.json")
     full, half = Settings(steps=20), Settings(steps=10)
     assert speeds.estimate("demo, here", full, 100) is None
     speeds.record("demo, here", full, 50, 100.0)
     again = Speeds(tmp_path / "deep" / "speeds.json")
-    assert again.estimate("demo, here", full, 100) == (200.0, True)
-    assert again.estimate("demo, here", half, 100) == (100.0, False)
+    assert again.estimate("demo, here", full, 100) == (200.0, 200.0 / 1.3, 200.0 * 1.3), "one job is not much to go by"
+    assert again.estimate("demo, here", half, 100) == (100.0, 50.0, 200.0), "scaled from other settings"
+    for seconds in (50.0, 400.0, 150.0, 120.0, 110.0, 130.0):
+        again.record("demo, here", full, 50, seconds)
+    assert Speeds(tmp_path / "deep" / "speeds.json").estimate("demo, here", full, 50) == (130.0, 110.0, 400.0)
+    (tmp_path / "old").write_text('{"demo, here": {"40": 2.0}}')
+    assert Speeds(tmp_path / "old").estimate("demo, here", full, 10).seconds == 20.0, "one number, as earlier versions"
     assert again.estimate("demo, there", full, 100) is None
     cached = Settings(steps=20, cache=DeepCache(2, 0))
     assert Speeds.work(half) < Speeds.work(cached) < Speeds.work(full)
@@ -909,7 +941,7 @@ def test_speeds_are_remembered_and_scaled_by_the_work(tmp_path):
         assert Speeds(tmp_path / "broken").estimate("demo, here", full, 1) is None
 
 
-def test_a_gpu_that_is_lent_runs_the_job_in_one_call(checkpoint, talking, voice, tmp_path, home):
+def test_a_job_runs_on_a_lent_gpu_in_one_call(checkpoint, talking, voice, tmp_path, home):
     calls = []
 
     def lent(request: Request, output: Path, model: str):
@@ -924,7 +956,7 @@ def test_a_gpu_that_is_lent_runs_the_job_in_one_call(checkpoint, talking, voice,
     worker.close()
 
 
-def test_where_a_gpu_is_lent_the_best_model_that_is_here_runs(hub, talking, voice, tmp_path, monkeypatch):
+def test_auto_is_the_best_model_present_on_a_lent_gpu(hub, talking, voice, tmp_path, monkeypatch):
     calls = []
     worker = Worker(tmp_path, lent=lambda request, output, model: calls.append(model) or {"ended_early": False})
     worker.start()
@@ -939,7 +971,7 @@ def test_where_a_gpu_is_lent_the_best_model_that_is_here_runs(hub, talking, voic
     worker.close()
 
 
-def test_a_job_on_a_gpu_that_is_lent_does_not_claim_to_be_cancelled(checkpoint, talking, voice, tmp_path, home):
+def test_a_job_on_a_lent_gpu_cannot_be_cancelled(checkpoint, talking, voice, tmp_path, home):
     go_on = threading.Event()
     worker = Worker(tmp_path, model=str(checkpoint), lent=lambda *_: go_on.wait(60) and {"ended_early": False})
     worker.start()

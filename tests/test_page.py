@@ -14,6 +14,10 @@ from serving import serve
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+SHIFT = """window.shift = 0;
+new PerformanceObserver((list) => {
+    for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shift += entry.value;
+}).observe({ type: "layout-shift", buffered: true });"""
 SLOW = 240_000  # milliseconds that something may take on a busy machine
 
 
@@ -55,13 +59,14 @@ def visit(chromium, server):
     """Open the page as a new visitor; at the end the console must hold no error."""
     contexts, errors = [], []
 
-    def open_page(width=1280, theme="light"):
-        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+    def open_page(width=1280, height=900, theme="light"):
+        context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
         context.set_default_timeout(SLOW)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
+        page.add_init_script(SHIFT)
         page.goto(server.url)
         page.wait_for_function("document.querySelector('#line')?.textContent.includes('steps')")
         return page
@@ -78,6 +83,7 @@ def give(page, clips, video="talking.mp4", audio="short.wav"):
     page.wait_for_selector("#video video")
     page.set_input_files("#audio input[type=file]", str(clips / audio))
     page.wait_for_function("/clip|first job/.test(document.querySelector('#line').textContent)")
+    page.wait_for_selector("#video-note p")
 
 
 def start(page):
@@ -110,16 +116,21 @@ def test_from_the_first_visit_to_the_result_of_the_example(visit):
     page.press("#steps input[type=number]", "Tab")
     page.click("#stop-2")
     page.wait_for_function("/2 steps.*demo/.test(document.querySelector('#line').textContent)")
-    page.click("#example")
-    page.wait_for_selector(".card")
+    page.click("text=Face one")
+    page.click("text=Voice one")
+    playwright.expect(page.locator("#video-note")).to_contain_text("1 face", timeout=SLOW)
+    playwright.expect(page.locator("#audio-note")).to_contain_text("3.8 s", timeout=SLOW)
     playwright.expect(page.locator("#video video")).to_be_visible()
+    assert page.locator(".card").count() == 0, "examples run nothing"
+    start(page)
     state(page, "done")
     page.wait_for_function("document.querySelector('.made').readyState > 0")
     assert page.evaluate("document.querySelector('.made').duration") > 1
     page.click(".card summary")
     used = page.inner_text(".card .tables")
     assert re.search(r"level\s+aggressive", used) and re.search(r"steps\s+2\b", used) and "mouths" in used
-    page.wait_for_selector(".timeline .js-plotly-plot, .timeline.js-plotly-plot")
+    page.click("text=Show the timeline")
+    page.wait_for_selector("#timeline .js-plotly-plot .bars")
     # The page can be set to them again.
     page.click("#stop-0")
     page.click("text=Use these settings")
@@ -134,10 +145,19 @@ def test_own_files_give_a_result_beside_the_original(visit, clips, server):
     page.wait_for_function("document.querySelector('.made').readyState > 0")
     assert page.evaluate("Math.round(document.querySelector('.made').duration * 25)") == 20
     # This job has shown how fast the machine is; nothing else was touched.
-    page.wait_for_function("/about \\d+ s for this clip/.test(document.querySelector('#line').textContent)")
+    page.wait_for_function("/(about|to) \\d+ s for this clip/.test(document.querySelector('#line').textContent)")
     playwright.expect(page.locator(".original")).to_be_visible()
-    page.click(".compare")
+    page.select_option(".with", "")
     playwright.expect(page.locator(".original")).to_be_hidden()
+    page.select_option(".with", "original")
+    page.click(".wipe")
+    box = "document.querySelector('.original').getBoundingClientRect()"
+    page.fill(".wipe-at input", "20")
+    assert page.evaluate(f"{box}.left === {box.replace('original', 'made')}.left"), "one over the other"
+    clip = page.evaluate("getComputedStyle(document.querySelector('.pair.over .other')).clipPath")
+    assert "80%" in clip or "20%" in clip
+    assert page.evaluate("document.querySelector('.original').muted"), "one sound"
+    page.click(".wipe")
     with page.expect_download() as download:
         page.click("text='Download'")
     assert download.value.suggested_filename == "talking-synced.mp4" and os.path.getsize(download.value.path()) > 1000
@@ -146,12 +166,13 @@ def test_own_files_give_a_result_beside_the_original(visit, clips, server):
         page.click("a:text-is('Download side by side')")
     assert download.value.suggested_filename == "talking-side-by-side.mp4"
     asked = []
+    assert re.search(r"conservative · .*20\d\d", page.inner_text(".card .made-with"))
     page.once("dialog", lambda box: (asked.append(box.message), box.dismiss()))
-    page.click("text=Remove")
+    page.click("text=Remove >> visible=true")
     page.evaluate("window.lipsync.refresh().then(window.lipsync.refresh)")  # the second begins when the box is gone
     assert page.locator(".card").count() == 1 and "Remove talking-synced.mp4" in asked[0]
     page.once("dialog", lambda box: box.accept())
-    page.click("text=Remove")
+    page.click("text=Remove >> visible=true")
     page.wait_for_selector(".card", state="detached")
 
 
@@ -186,6 +207,7 @@ def test_the_slider_changes_the_line_and_the_settings_that_are_used(visit, clips
     state(page, "done")
     page.click(".card summary")
     assert re.search(r"level\s+balanced", page.inner_text(".card .tables"))
+    assert page.get_attribute("#level input[type=range]", "aria-valuetext") == "0.5: balanced"
     page.press("#level input[type=range]", "ArrowRight")
     page.wait_for_function("document.querySelector('#line').textContent.includes('etween balanced')")
     assert page.locator("#stops [aria-pressed=true]").count() == 0
@@ -222,6 +244,7 @@ def test_a_cancelled_job_may_keep_what_is_finished(visit, clips):
     state(page, "cancelled")
     page.wait_for_function("document.querySelector('.made').readyState > 0")
     assert 1 < page.evaluate("document.querySelector('.made').duration") < 35
+    assert page.inner_text(".card .state") == "Part kept"
 
 
 def test_two_visitors_see_their_own_jobs_and_the_queue_s_length(visit, clips):
@@ -258,7 +281,7 @@ def test_a_tab_goes_on_with_the_server_that_comes_after(chromium, clips, checkpo
         page.evaluate("window.unchanged = true")
     with serve(tmp_path, "--model", checkpoint, port=before.port) as after:
         after.wait_until_ready()
-        page.wait_for_function("document.querySelector('#notice').textContent.includes('give them again')")
+        page.wait_for_function("document.querySelector('#start-note').textContent.includes('give them again')")
         state(page, "done")
         page.wait_for_function("document.querySelector('.made').readyState > 0")  # by its new address
         points = page.evaluate("Number(document.querySelector('#plot').dataset.points)")
@@ -269,7 +292,7 @@ def test_a_tab_goes_on_with_the_server_that_comes_after(chromium, clips, checkpo
         give(page, clips)
         page.click("#start")
         page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 2")
-        assert page.inner_text("#notice") == ""
+        assert page.inner_text("#notice") == page.inner_text("#start-note") == ""
     page.close()
 
 
@@ -282,9 +305,10 @@ def test_what_is_changed_while_no_server_answers_is_kept_and_takes_effect(chromi
         page.wait_for_function("document.querySelector('#line')?.textContent.includes('20 steps')")
         page.evaluate("window.unchanged = true")
     page.wait_for_function("document.querySelector('#load').textContent.includes('does not answer')")
+    assert "does not answer" in page.inner_text("#notice")
     page.click("#stop-2")
     page.click("#start")
-    page.wait_for_function("document.querySelector('#notice').textContent.includes('did not answer')")
+    page.wait_for_function("document.querySelector('#start-note').textContent.includes('did not answer')")
     with serve(tmp_path, "--model", checkpoint, port=before.port) as after:
         after.wait_until_ready()
         page.wait_for_function("document.querySelector('#line').textContent.includes('12 steps')")
@@ -312,19 +336,144 @@ def test_a_drawing_library_that_did_not_come_is_asked_for_again(chromium, server
     page.close()
 
 
-def test_what_cannot_be_used_gets_its_sentence(visit, clips):
+def test_what_cannot_be_used_gets_its_sentence_where_it_was_given(visit, clips):
     page = visit()
     page.click("#start")
-    page.wait_for_function("document.querySelector('#notice').textContent.includes('There is no video yet')")
+    page.wait_for_function("document.querySelector('#start-note').textContent.includes('There is no video yet')")
     give(page, clips, video="faceless.mp4")
+    playwright.expect(page.locator("#video-note")).to_contain_text("No face was found")
     start(page)
     state(page, "failed")
     assert "'faceless.mp4' shows no face" in page.inner_text(".card .error")
     page.click("text=Choose another video")
-    page.click("#video [aria-label='Clear']")
+    page.wait_for_function("document.activeElement.closest('#video') && !document.querySelector('#video video')")
+    assert page.inner_text("#video-note") == ""
     page.set_input_files("#video input[type=file]", str(clips / "text.mp4"))
-    page.wait_for_function("document.querySelector('#notice').textContent.includes('text.mp4')")
-    assert "is not a video that ffmpeg can read" in page.inner_text("#notice")
+    playwright.expect(page.locator("#video-note .problem")).to_contain_text("text.mp4", timeout=SLOW)
+    assert "is not a video that ffmpeg can read" in page.inner_text("#video-note")
+    page.click("#video [aria-label='Clear']")
+    playwright.expect(page.locator("#video-note")).to_be_hidden(timeout=SLOW)
+
+
+@pytest.mark.parametrize("size", [(1440, 900), (1024, 768), (390, 844)])
+def test_everything_needed_is_in_view_and_stays_in_its_place(visit, clips, size):
+    page = visit(*size)
+    bottom = "document.querySelector('#start').getBoundingClientRect().bottom"
+    assert page.evaluate(bottom) <= size[1]
+    assert page.evaluate("window.shift") <= 0.05, "layout shift"
+    give(page, clips)
+    assert size[0] < 400 or page.evaluate(bottom) <= size[1], "also when the files are there"
+    start(page)
+    page.wait_for_function(
+        "() => { const box = document.querySelector('.card')?.getBoundingClientRect();"
+        " return box && box.top >= -1 && box.top < innerHeight - 100; }"
+    )
+    state(page, "done")
+
+
+def test_a_double_click_is_one_job_and_a_start_during_the_upload_is_remembered(visit, clips):
+    page = visit()
+    page.set_input_files("#video input[type=file]", str(clips / "talking.mp4"))
+    page.wait_for_selector("#video video")
+    held = []
+    page.route("**/gradio_api/upload*", lambda route: held.append(route))
+    page.set_input_files("#audio input[type=file]", str(clips / "short.wav"))
+    while not held:
+        page.wait_for_timeout(50)
+    page.click("#start")
+    assert "as soon as your file is uploaded" in page.inner_text("#start-note")
+    assert page.locator(".card").count() == 0
+    held[0].continue_()
+    state(page, "done")
+    assert page.locator(".card").count() == 1
+    page.dblclick("#start")
+    page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 2")
+    page.evaluate("window.lipsync.refresh().then(window.lipsync.refresh)")
+    assert page.locator(".card").count() == 2
+
+
+def test_a_result_is_run_again_at_another_level_and_laid_over_the_first(visit, clips):
+    page = visit()
+    give(page, clips)
+    start(page)
+    state(page, "done")
+    page.click(".again button:text-is('aggressive')")
+    page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 2")
+    assert page.locator(".card .made-with").first.inner_text().startswith("aggressive · ")
+    page.click("#advanced > button")
+    page.fill("#steps input[type=number]", "10")
+    page.press("#steps input[type=number]", "Tab")
+    page.locator(".rerun").first.click()
+    page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 3")
+    newest = page.locator(".card").first
+    newest.locator("summary").click()
+    assert re.search(r"steps\s+10\b", newest.locator(".tables").inner_text())
+    newest.locator(".with").focus()
+    newest.locator(".with").select_option(index=2)
+    newest.locator(".wipe").click()
+    assert newest.locator(".original").get_attribute("src").endswith("talking-synced.mp4")
+
+
+def test_several_voices_are_a_job_each_and_waiting_ones_are_moved_and_removed(visit, clips):
+    page = visit()
+    give(page, clips, audio="long.wav")
+    start(page)
+    state(page, "running")
+    page.click("#more > button")
+    page.set_input_files("#more input[type=file]", [str(clips / "short.wav"), str(clips / "other.wav")])
+    page.wait_for_selector("#more-voices :text('other')")
+    page.click("#audio [aria-label='Clear']")
+    page.wait_for_timeout(1100)  # two clicks within a second are one
+    page.click("#start")
+    page.wait_for_function("document.querySelectorAll('.card[data-state=waiting]').length == 2")
+    names = page.locator(".card[data-state=waiting] h2")
+    waiting = "[...document.querySelectorAll('.card[data-state=waiting]')]"
+    seen = f"() => {waiting}.sort((a, b) => a.style.order - b.style.order)"
+    assert {names.nth(i).inner_text() for i in range(2)} == {"talking.mp4 + short.wav", "talking.mp4 + other.wav"}
+    page.click(".earlier:visible")
+    page.wait_for_function(f"({seen})()[0].textContent.includes('other.wav')")
+    page.click(".card[data-state=waiting]:has-text('short.wav') .drop")
+    page.wait_for_selector(".card:has-text('short.wav')", state="detached")
+    page.click(".cancel:visible")
+    page.wait_for_selector(".card[data-state=done]:has-text('other.wav')")
+
+
+def test_settings_are_kept_by_the_browser(visit):
+    page = visit()
+    page.click("#stop-2")
+    page.click("#advanced > button")
+    page.fill("#steps input[type=number]", "10")
+    page.press("#steps input[type=number]", "Tab")
+    page.wait_for_function("document.querySelector('#line').textContent.includes('6 steps')")
+    page.reload()
+    page.wait_for_function("document.querySelector('#line')?.textContent.includes('6 steps')")
+    page.wait_for_selector("#stop-2[aria-pressed=true]")
+
+
+def test_several_faces_are_shown_and_a_click_follows_one(visit, clips, tmp_path):
+    page = visit()
+    ffmpeg("-i", clips / "face.png", "-vf", "split[a][b];[a][b]hstack", tmp_path / "pair.png")
+    page.set_input_files("#video input[type=file]", str(tmp_path / "pair.png"))
+    page.wait_for_function("document.querySelectorAll('#video-note [data-face]').length == 2")
+    page.click("#video-note [data-face] >> nth=1")
+    page.wait_for_selector(
+        "#video-note [data-face=right][aria-pressed=true], #video-note [data-face=largest][aria-pressed=true]"
+    )
+    assert page.locator("#video-note [aria-pressed=true]").count() == 1
+
+
+def test_progress_is_seen_outside_the_page(visit, clips):
+    page = visit()
+    give(page, clips, audio="long.wav")
+    icon = page.get_attribute("link[rel=icon]", "href")
+    start(page)
+    state(page, "running")
+    page.wait_for_function("/^\\d+ % · LatentSync$/.test(document.title)")
+    assert page.get_attribute("link[rel=icon]", "href") != icon
+    page.click("text=Cancel")
+    state(page, "cancelled")
+    page.wait_for_function("document.title == 'LatentSync'")
+    assert page.get_attribute("link[rel=icon]", "href") == icon
 
 
 def test_a_video_that_the_browser_cannot_show_is_seen_by_its_first_frame_and_is_no_error(visit, clips):
@@ -338,7 +487,12 @@ def test_a_video_that_the_browser_cannot_show_is_seen_by_its_first_frame_and_is_
     )
     assert size == [SIDE, SIDE]
     page.wait_for_timeout(1000)  # for Gradio's own opinion of it
-    assert page.locator(".toast-body").count() == 0 and page.inner_text("#notice") == ""
+    assert page.locator(".toast-body, .problem").count() == 0
+    page.set_input_files("#audio input[type=file]", str(clips / "short.wav"))
+    start(page)
+    state(page, "done")
+    page.wait_for_selector(".card figcaption:has-text('First frame of the original')")
+    assert page.locator(".card .original[poster$='first-frame']:not([src])").count() == 1
 
 
 def test_a_picture_is_dropped_or_chosen_where_a_video_goes_and_speaks(visit, clips):
@@ -360,8 +514,8 @@ def test_a_picture_is_dropped_or_chosen_where_a_video_goes_and_speaks(visit, cli
     start(page)
     state(page, "done")
     page.wait_for_selector(".card figcaption:text-is('Original, a picture')")
-    assert page.locator(".card .original[poster$='.png']").count() == 1
-    assert page.locator(".toast-body").count() == 0 and page.inner_text("#notice") == ""
+    assert page.locator(".card .original[poster$='first-frame']").count() == 1
+    assert page.locator(".toast-body, .problem").count() == 0
 
 
 def test_the_curves_get_a_point_every_second_and_do_not_flicker(visit):
@@ -381,7 +535,7 @@ def test_the_curves_get_a_point_every_second_and_do_not_flicker(visit):
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_nothing_scrolls_sideways(visit, clips, width, theme):
-    page = visit(width, theme)
+    page = visit(width, theme=theme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.click("#advanced > button")
     page.click("#doctor > button")
@@ -403,4 +557,40 @@ def test_every_control_has_a_name_and_can_be_reached_by_keyboard(visit):
     assert nameless == []
     page.focus("#start")
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "example"
+    assert page.evaluate("document.activeElement.textContent.trim()") == "Face one"
+    shared = page.locator("[aria-label*='hare' i], [title*='hare' i]").count()
+    assert shared == 0, "nothing is offered that uploads a face or a voice to a public place"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_any_state(visit, clips, theme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    page, found = visit(theme=theme), []
+
+    def check(what):
+        page.evaluate("window.lipsync.refresh().then(window.lipsync.refresh)")
+        for violation in axe.Axe().run(page).response["violations"]:
+            if violation["impact"] in ("serious", "critical"):
+                found.append((what, violation["id"], [node["html"][:200] for node in violation["nodes"]]))
+
+    check("first visit")
+    page.click("#advanced > button")
+    page.wait_for_selector("#models article")
+    check("advanced")
+    page.click("#advanced > button")
+    give(page, clips, audio="long.wav")
+    start(page)
+    page.wait_for_selector(".card .newest:not([hidden])")
+    check("running")
+    page.click("text=Stop and keep what is finished")
+    page.wait_for_selector(".card .made")
+    page.click(".card summary")
+    page.click("text=Show the timeline")
+    page.wait_for_selector("#timeline .js-plotly-plot")
+    check("finished")
+    page.click("#video [aria-label='Clear']")
+    give(page, clips, video="faceless.mp4")
+    page.click("#start")
+    state(page, "failed")
+    check("failed")
+    assert found == []

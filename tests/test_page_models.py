@@ -68,7 +68,7 @@ def served(fetcher):
     try:
         _, url, _ = page.blocks.launch(
             prevent_thread_lock=True, quiet=True, ssr_mode=False, app_kwargs={"routes": app.routes(page.api)},
-            theme=app.theme(), css_paths=[app.ASSETS / "page.css"],
+            theme=app.theme(), head=app.head_html(),
         )  # fmt: skip
         yield url
     finally:
@@ -96,8 +96,9 @@ def test_a_client_fetches_a_model_and_it_can_be_chosen_without_a_restart(hub, fe
         assert not missing["present"] and missing["to_fetch"] == size()
         assert "a licence" in " ".join(missing["notice"])
         assert before["chosen"] == "demo" and "memory" in before["why"]
-        assert client.predict(name=NAME, api_name="/fetch")["error"] is None
-        assert "one comes after the other" in client.predict(name=NAME, api_name="/fetch")["error"]
+        client.predict(name=NAME, api_name="/fetch")
+        with pytest.raises(Exception, match="one comes after the other"):
+            client.predict(name=NAME, api_name="/fetch")
         seen = []
 
         def look() -> bool:
@@ -189,8 +190,9 @@ def test_a_fetched_model_is_verified_and_removed(hub, fetcher):
 def test_visitors_of_a_public_server_see_the_models_and_cannot_fetch(hub, worker):
     fetcher = Fetcher(worker, allowed=False)
     api = page_of(fetcher).api
-    for reply in (api.fetch(NAME), api.fetch(NAME, "verify"), api.stop_fetching(), api.remove_model(NAME)):
-        assert "--allow-download" in reply["error"]
+    for call in (api.fetch, lambda name: api.fetch(name, "verify"), lambda _: api.stop_fetching(), api.remove_model):
+        with pytest.raises(UserError, match="--allow-download"):
+            call(NAME)
     assert fetcher.view() is None and not hub.requests
     seen = api.models()
     assert not seen["allowed"] and {each["folder"] for each in seen["models"]} == {None}

@@ -122,7 +122,7 @@ def limited(folder: Path, monkeypatch, kilobytes: int) -> None:
     monkeypatch.setattr(process, "get_ffmpeg_exe", lambda: str(wrapper))
 
 
-def test_a_file_system_that_takes_no_more_is_a_sentence(models, talking, voice, tmp_path, monkeypatch):
+def test_a_full_file_system_raises_a_user_error(models, talking, voice, tmp_path, monkeypatch):
     (out := tmp_path / "out").mkdir()
     (out / "o.mp4").write_bytes(b"an earlier result")
     limited(tmp_path, monkeypatch, kilobytes=20)
@@ -133,7 +133,7 @@ def test_a_file_system_that_takes_no_more_is_a_sentence(models, talking, voice, 
     assert not children()
 
 
-def test_a_full_disk_is_a_sentence(talking, tmp_path, monkeypatch):
+def test_a_full_disk_raises_a_user_error(talking, tmp_path, monkeypatch):
     """ffmpeg writes to the device that is always full."""
     info = probe_video(talking)
     (out := tmp_path / "out").mkdir()
@@ -154,7 +154,7 @@ def test_a_full_disk_is_a_sentence(talking, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("by_a_file", [False, True])
-def test_a_folder_that_goes_away_meanwhile_is_a_sentence(models, talking, voice, tmp_path, suffix, by_a_file):
+def test_a_folder_removed_during_a_run_raises_a_user_error(models, talking, voice, tmp_path, suffix, by_a_file):
     (out := tmp_path / "out").mkdir()
 
     def replace() -> None:
@@ -168,7 +168,7 @@ def test_a_folder_that_goes_away_meanwhile_is_a_sentence(models, talking, voice,
 
 
 @pytest.mark.permissions
-def test_a_folder_made_read_only_meanwhile_is_a_sentence(models, talking, voice, tmp_path):
+def test_a_folder_made_read_only_during_a_run_raises_a_user_error(models, talking, voice, tmp_path):
     (out := tmp_path / "out").mkdir()
     try:
         run_and_spoil(models, talking, voice, out / "o.mp4", lambda: out.chmod(0o500) or True)
@@ -176,7 +176,7 @@ def test_a_folder_made_read_only_meanwhile_is_a_sentence(models, talking, voice,
         out.chmod(0o700)
 
 
-def test_a_worker_whose_job_s_folder_goes_away_takes_the_next_one(start, talking, short_voice, capfd):
+def test_a_worker_runs_the_next_job_after_a_job_s_folder_is_removed(start, talking, short_voice, capfd):
     worker = start()
     for by_a_file in (False, True):
         job = worker.submit(Request(talking, short_voice), ME)
@@ -192,7 +192,7 @@ def test_a_worker_whose_job_s_folder_goes_away_takes_the_next_one(start, talking
 # ---- other programs, and what they do to ours
 
 
-def test_an_encoder_that_is_killed_is_a_sentence(models, talking, voice, tmp_path):
+def test_a_killed_encoder_raises_a_user_error(models, talking, voice, tmp_path):
     (out := tmp_path / "out").mkdir()
     (out / "o.mp4").write_bytes(b"an earlier result")
     error = run_and_spoil(models, talking, voice, out / "o.mp4", lambda: children(".latentsync-")[0].kill() or True)
@@ -206,7 +206,7 @@ def long_clip(tmp_path_factory):
     return make_video(tmp_path_factory.mktemp("long") / "long.mp4", size="640x480", seconds=4)
 
 
-def test_a_decoder_that_is_killed_is_a_sentence(long_clip):
+def test_a_killed_decoder_raises_a_user_error(long_clip):
     frames = read_frames(probe_video(long_clip))
     next(frames)
     children()[0].kill()
@@ -240,7 +240,7 @@ class Clock:
         return now
 
 
-def test_a_decoder_that_is_waited_for_by_nobody_may_take_its_time(long_clip, monkeypatch):
+def test_a_decoder_that_nobody_waits_for_is_not_ended(long_clip, monkeypatch):
     """A slow network behind the decoder is no stall of it; nor is a pause that ends in time."""
     info = probe_video(long_clip)
     wanted = sum(int(frame.sum()) for frame in read_frames(info))
@@ -383,16 +383,16 @@ def fault(monkeypatch):
     return Fault(monkeypatch)
 
 
-def test_a_worker_survives_a_lack_of_memory_anywhere(start, fault, talking, short_voice):
+def test_a_worker_survives_running_out_of_memory_anywhere(start, fault, talking, short_voice):
     inject(FAULTS, start(), fault, Request(talking, short_voice, steps=2))
 
 
 @pytest.mark.full_size
-def test_a_worker_survives_a_hundred_lacks_of_memory(start, fault, talking, short_voice):
+def test_a_worker_survives_running_out_of_memory_a_hundred_times(start, fault, talking, short_voice):
     inject(ALL_FAULTS, start(), fault, Request(talking, short_voice, steps=2))
 
 
-def test_memory_is_given_back_before_the_next_job(start, talking, short_voice, monkeypatch):
+def test_memory_is_freed_before_the_next_job(start, talking, short_voice, monkeypatch):
     """The model is let go when nothing of the failed run holds it any more."""
     worker = start()
     assert worker.wait(worker.submit(Request(talking, short_voice, steps=1), ME), 60)
@@ -412,7 +412,7 @@ def test_memory_is_given_back_before_the_next_job(start, talking, short_voice, m
     assert freed == [True]
 
 
-def test_torch_s_words_for_a_lack_of_memory_are_known():
+def test_torch_s_messages_for_out_of_memory_are_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
@@ -444,7 +444,7 @@ def coloured(tmp_path_factory) -> dict[str, tuple[Path, np.ndarray]]:
     return found
 
 
-def test_fifty_jobs_of_five_clients_keep_apart(start, coloured, tmp_path):
+def test_fifty_jobs_of_five_clients_stay_separate(start, coloured, tmp_path):
     """Every client's frame has a colour, and every job of theirs a number of frames; some are cancelled."""
     worker = start(queue_size=8)
     voices = [make_sound(tmp_path / f"{n}.wav", seconds=n * 0.04) for n in range(1, JOBS_EACH + 1)]

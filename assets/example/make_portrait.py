@@ -1,4 +1,4 @@
-"""Make `portrait.png`, the face of nobody: the average of four people of the GRID corpus.
+"""Make `portrait.png` and `portrait-two.jpg`, faces of nobody: averages of four people each of the GRID corpus.
 
     python assets/example/make_portrait.py GRID_CLIPS
 
@@ -19,7 +19,7 @@ from latentsync.faces import track_faces
 from latentsync.landmarks import mouth_opening
 from latentsync.media import probe_video, read_frames
 
-PEOPLE = ("s20", "s23", "s31", "s34")
+PEOPLE = {"portrait.png": ("s20", "s23", "s31", "s34"), "portrait-two.jpg": ("s1", "s10", "s2", "s3")}
 FRAMES = 12  # of a clip, before its speech begins
 SIDE = 384
 FACE_HEIGHT, FACE_CENTRE = 170, (192, 205)  # pixels, of the landmarks
@@ -72,5 +72,6 @@ def average(faces: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    portrait = average([quiet_face(Path(sys.argv[1]) / person) for person in PEOPLE])
-    cv2.imwrite(str(Path(__file__).resolve().parent / "portrait.png"), portrait[:, :, ::-1])
+    for name, people in PEOPLE.items():
+        portrait = average([quiet_face(Path(sys.argv[1]) / person) for person in people])
+        cv2.imwrite(str(Path(__file__).resolve().parent / name), portrait[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])

@@ -3,14 +3,17 @@
 const cards = new Map(); // by job: {card, job, version, …}
 const STAGES = { faces: "Faces", mouths: "Mouths", writing: "Written" };
 const STATES = { waiting: "Waiting", running: "Working", done: "Done", cancelled: "Cancelled", failed: "Failed" };
+const stateText = (job) => (job.state === "cancelled" && job.files.result ? "Part kept" : STATES[job.state]);
+const isUnfinished = (job) => job.state === "running" || job.state === "waiting";
+const hasUnfinished = () => [...cards.values()].some(({ job }) => isUnfinished(job));
 const ratioOf = (job) => `aspect-ratio: ${job.size[0]} / ${job.size[1]}`;
 
 function makeCard(job) {
-  const [width, height] = job.size, ratio = ratioOf(job);
-  const blank = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}"/>`;
+  const ratio = ratioOf(job);
   return asElement(html`
     <article class="card" data-job="${job.id}" aria-label="Job ${job.names[0]}">
-      <div class="row"><h3>${job.names[0]} + ${job.names[1]}</h3><span class="state" role="status"></span></div>
+      <div class="row"><h2>${job.names[0]} + ${job.names[1]}</h2><span class="state" role="status"></span></div>
+      <p class="made-with quiet">${levelText(job)} · ${dateText(job.created)}</p>
       <p class="doing"></p>
       <div class="busy">
         ${Object.entries(STAGES).map(([stage, label]) => html`<div class="stage" data-stage="${stage}">
@@ -18,21 +21,22 @@ function makeCard(job) {
           <progress max="${job.frames}" value="0" aria-label="${label}"></progress><output></output>
         </div>`)}
         <p class="rate"></p>
-        <div class="pair">
-          <figure>
-            <img alt="The newest finished frame" style="${ratio}" src="data:image/svg+xml,${encodeURIComponent(blank)}">
-            <figcaption>Newest finished frame</figcaption>
-          </figure>
-          <figure class="first">
-            <div class="soon" style="${ratio}">The first seconds can be played here as soon as they are done.</div>
-            <video controls playsinline preload="none" hidden style="${ratio}"
-              aria-label="The first seconds of the result"></video>
-            <figcaption>Nothing to play yet</figcaption>
-          </figure>
-        </div>
         <div class="buttons">
           ${callButton("Cancel", ["cancel", job.id, false], "cancel")}
           ${callButton("Stop and keep what is finished", ["cancel", job.id, true], "keep soft")}
+          ${callButton("Earlier", ["move", job.id, true], "earlier")}
+          ${callButton("Remove", ["remove", job.id], "drop")}
+          <button type="button" class="notify" hidden>Notify me when it is done</button>
+        </div>
+        <div class="pair">
+          <figure class="newest" hidden>
+            <img alt="The newest finished frame" style="${ratio}">
+            <figcaption>Newest finished frame</figcaption>
+          </figure>
+          <figure class="first" hidden>
+            <video controls playsinline preload="none" style="${ratio}" aria-label="The first seconds of the result"></video>
+            <figcaption></figcaption>
+          </figure>
         </div>
       </div>
       <p class="error failure" role="alert" hidden></p>
@@ -40,6 +44,14 @@ function makeCard(job) {
       <div class="result" hidden></div>
     </article>`);
 }
+
+/** The level of a job: a stop's name, or the place of the slider. */
+function levelText({ report, settings }) {
+  const level = report?.level ?? settings.level, place = Number(level);
+  return Number.isNaN(place) ? level : LEVELS[2 * place] ?? `level ${place}`;
+}
+const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+const dateText = (seconds) => DATE.format(new Date(seconds * 1000));
 
 function doingText(job) {
   const before = job.before ?? 0;
@@ -49,13 +61,17 @@ function doingText(job) {
 }
 
 function updateCard(view, job) {
-  const { card } = view, busy = job.state === "running" || job.state === "waiting";
-  setText(find(".state", card), STATES[job.state]);
+  const { card } = view, busy = isUnfinished(job);
+  if (busy !== isUnfinished(view.job ?? job) && !busy) announceEnd(job);
+  view.job = job;
+  setText(find(".state", card), stateText(job));
+  setText(find(".made-with", card), `${levelText(job)} · ${dateText(job.created)}`);
   setText(find(".doing", card), doingText(job));
   setShown(find(".busy", card), busy);
   if (busy) updateProgress(view, job);
   if (card.dataset.state !== job.state) {
     card.dataset.state = job.state;
+    card.style.order = "";
     if (!busy) showEnd(view, job);
   }
   if (job.files.result) updateComparison(view, job);
@@ -75,12 +91,12 @@ function updateProgress(view, job) {
   if (job.picture && view.picture !== job.picture) {
     view.picture = job.picture;
     part("img").src = `${root}/lipsync/${job.picture}`;
+    setShown(part(".newest"), true);
   }
   const player = part(".first video"), untouched = (player.paused || player.ended) && !player.currentTime;
   if (job.files.first && job.playable > 0 && view.playable !== job.playable && untouched) {
     view.playable = job.playable;
-    setShown(part(".soon"), false);
-    setShown(player, true);
+    setShown(part(".first"), true);
     player.poster = part("img").src;
     player.src = `${root}/lipsync/${job.files.first}?${job.playable}`;
     setText(part(".first figcaption"), `The first ${job.playable} s of the result, with sound`);
@@ -96,17 +112,23 @@ function showEnd(view, job) {
   setShown(find(".failure", card), Boolean(job.error));
   setText(find(".failure", card), job.error || "");
   if (remedy.settings) buttons.push(callButton(remedy.label, ["again", job.id, remedy.settings], "main"));
-  if (remedy.focus) buttons.push(html`<button type="button" class="main focus">${remedy.label}</button>`);
+  if (remedy.focus) buttons.push(html`<button type="button" class="main another">${remedy.label}</button>`);
   if (!job.files.result) {
     buttons.push(callButton("Run again", ["again", job.id, {}]), callButton("Remove", ["remove", job.id]));
   }
   const box = find(".remedies", card);
   box.innerHTML = html`${buttons}`;
   setShown(box, buttons.length > 0);
-  find("button.focus", box)?.addEventListener("click", () => {
-    const input = find(`#${remedy.focus}`);
-    input.scrollIntoView({ behavior: "smooth", block: "center" });
-    find("button, input", input)?.focus();
-  });
+  find(".another", box)?.addEventListener("click", chooseAnother);
   if (job.files.result) showResult(view, job);
+}
+
+/** Offer to move a waiting job where another of this visitor waits before it. */
+function markMovable() {
+  const waiting = [...cards.values()].filter(({ job }) => job.state === "waiting");
+  const first = Math.min(...waiting.map(({ job }) => job.before));
+  for (const { card, job } of waiting) {
+    setShown(find(".earlier", card), job.before > first);
+    card.style.order = String(job.before - 1000); // as they will run, above what has ended
+  }
 }

@@ -1,6 +1,7 @@
 // Once a second, while somebody looks, the server is asked what has changed.
 
 let refreshing = null, serverId = null; // of the server that answered last
+let inContact = true;
 let measured = null; // jobs by which the server knows this machine's speed
 
 /** Forget another server: this one has neither the files in the form nor the addresses of results. Settings stay. */
@@ -15,13 +16,17 @@ function resetPage() {
 async function update() {
   const versions = Object.fromEntries([...cards].map(([id, view]) => [id, view.version]));
   const news = await call("watch", visitor, since, versions);
-  if (news.error) return notice(news.error);
+  if (news.error) throw new Error(news.error);
   const restarted = serverId !== null && serverId !== news.server;
   serverId = news.server;
   if (restarted) {
     resetPage();
     return update();
   }
+  if (!inContact) notice("");
+  inContact = true;
+  // Gradio's names for its fields leave out the words that are seen on them.
+  document.querySelectorAll("button.upload-container[aria-label]").forEach((field) => field.removeAttribute("aria-label"));
   updateCards(news.jobs);
   const busy = news.running + news.waiting;
   setText(find("#load"), busy ? `${news.running} running, ${news.waiting} waiting` : "No job is running");
@@ -48,23 +53,40 @@ function updateCards(jobs) {
     cards.get(job.id).version = job.version;
   }
   setShown(find("#empty"), cards.size === 0);
+  markMovable();
+  showOutside();
 }
 
+/** Say that the server does not answer, also on cards: they show what was heard last. */
 function sayUnreachable({ message }) {
-  const login = "The server wants a login again: reload the page";
-  setText(find("#load"), message === "watch: 401" ? login : "The server does not answer; asking again …");
+  const text = message === LOGIN ? LOGIN : "The server does not answer; asking again …";
+  inContact = false;
+  notice(text);
+  setText(find("#load"), text);
+  for (const { card } of cards.values()) {
+    if (!["running", "waiting"].includes(card.dataset.state)) continue;
+    setText(find(".state", card), "No contact");
+    setText(find(".doing", card), "What follows was heard last.");
+  }
 }
 function refresh() {
   return (refreshing ||= update().catch(sayUnreachable).finally(() => { refreshing = null; }));
 }
 
-/** Mark the button of the level on which the slider stands; −1: it stands between two. */
-function markStop(index) {
+/** Mark the button of the level on which the slider stands, and say what the slider means; −1: between two. */
+function markStop(index, level, names) {
   document.querySelectorAll("#stops button").forEach((button, i) => button.setAttribute("aria-pressed", i === index));
+  const text = names[level.toFixed(1)] || `between ${names[level < 0.5 ? "0.0" : "0.5"]} and ${names[level < 0.5 ? "0.5" : "1.0"]}`;
+  find("#level input[type=range]")?.setAttribute("aria-valuetext", `${level}: ${text}`);
 }
 
-window.lipsync = { visitor, onReply, markStop, refresh, dropFiles };
-const refreshIfSeen = () => { if (!document.hidden) refresh(); };
+window.lipsync = { visitor, onReply, onStarted, markStop, markFace, showPicture, refresh, dropFiles };
+let hiddenTurns = 0;
+const refreshIfSeen = () => {
+  // A hidden tab still shows progress in its title, but asks less often.
+  if (document.hidden && (!hasUnfinished() || (hiddenTurns += 1) % 5)) return;
+  refresh();
+};
 setInterval(refreshIfSeen, SECOND);
-document.addEventListener("visibilitychange", refreshIfSeen);
+document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
 refresh();

@@ -51,7 +51,7 @@ function modelArticle(model) {
   return html`
     <article data-model="${model.name}" data-present="${model.present}">
       <div class="row">
-        <h3>${model.title}, ${model.resolution} px${best ? html`<span class="best"> recommended here</span>` : null}</h3>
+        <h2>${model.title}, ${model.resolution} px${best ? html`<span class="best"> recommended here</span>` : null}</h2>
         <span class="quiet">${modelState(model)}</span>
       </div>
       ${model.present

@@ -1,4 +1,4 @@
-// Curves of the machine: the last two minutes, and a job's own time. Plotly is loaded when the first one is drawn.
+// Curves of the machine over the last two minutes. Plotly is loaded when they are first drawn.
 
 const COLOURS = ["#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c"];
 const MAX_POINTS = 120;
@@ -41,16 +41,21 @@ const baseLayout = () => ({
   yaxis: axis({ range: [0, 102], ticksuffix: " %" }),
 });
 
-/** Lines for the marks, [time, text] each, that the monitor has set: a job's level, its stages, its end. */
+/** Lines for the marks, [time, text] each, that the monitor has set; a label goes into the first row that is free. */
 function markLayout(marks) {
   const line = { color: isDark() ? "#6b7a83" : "#9aa8b0", width: 1, dash: "dot" };
-  return {
-    shapes: marks.map(([x]) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line })),
-    annotations: marks.map(([x, text], i) => ({
-      x, y: 0.97 - 0.13 * (i % 4), yref: "paper", yanchor: "top", xanchor: x > since - 18 ? "right" : "left",
+  const perPixel = MAX_POINTS / Math.max(find("#plot").clientWidth - 64, 1), rows = [], annotations = [];
+  for (const [x, text] of marks) {
+    const width = (6 * text.length + 8) * perPixel, right = x > since - width;
+    const start = right ? x - width : x, row = [0, 1, 2, 3, 4].find((each) => (rows[each] ?? -Infinity) <= start);
+    if (row === undefined) continue; // the line is still there
+    rows[row] = start + width;
+    annotations.push({
+      x, y: 0.99 - 0.13 * row, yref: "paper", yanchor: "top", xanchor: right ? "right" : "left",
       text, showarrow: false, font: { size: 10 },
-    })),
-  };
+    });
+  }
+  return { shapes: marks.map(([x]) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line })), annotations };
 }
 
 function usageText(name, memory) {
@@ -90,24 +95,4 @@ async function drawLive(live) {
   }
   drawnMarks = marks;
   plot.dataset.points = String((Number(plot.dataset.points) || 0) + live.time.length);
-}
-
-/** Draw the machine's curves during a job, above bars of its stages. */
-async function drawTimeline(plot, job) {
-  if (plot.childElementCount || !job.timeline) return;
-  setText(plot, "");
-  await loadPlotly();
-  const { time, stages, curves: usage = {} } = job.timeline, count = Object.keys(stages).length;
-  const traces = Object.entries(usage).map(([name, y], i) => curve(name, time, y, i, 1.6));
-  Object.entries(stages).forEach(([stage, span], i) => {
-    const name = STAGES[stage] || stage;
-    traces.push({ ...curve(name, span, [stage, stage], i + 2, 11), showlegend: false, yaxis: "y2" });
-  });
-  const base = baseLayout();
-  const layout = {
-    ...base, height: 260, margin: { l: 58, r: 8, t: 8, b: 28 }, yaxis: { ...base.yaxis, domain: [0.42, 1] },
-    xaxis: { anchor: "y2", ticksuffix: " s", zeroline: false, range: [0, Math.max(job.elapsed, 1)], gridcolor: gridColour() },
-    yaxis2: axis({ domain: [0, 0.3], range: [count - 0.3, -0.7], showgrid: false }),
-  };
-  await Plotly.newPlot(plot, traces, layout, { displayModeBar: false, responsive: true });
 }

@@ -2,6 +2,7 @@
 
 const row = ([name, value]) => html`<tr><th scope="row">${name}</th><td>${value}</td></tr>`;
 const table = (caption, rows) => html`<table><caption>${caption}</caption>${Object.entries(rows).map(row)}</table>`;
+const LEVELS = ["conservative", "balanced", "aggressive"]; // optim/levels.py
 const inSeconds = (seconds) => `${seconds.toFixed(2)} s`;
 
 function settingsUsed({ settings, level, model, resolution, device, frames, frames_without_face: faceless }) {
@@ -31,23 +32,29 @@ function showResult(view, job) {
   const question = `Remove ${name} and all else of this job from the machine that made it?`;
   box.innerHTML = html`
     <div class="pair">
-      <figure>
+      <figure class="other">
         <video class="original" muted playsinline preload="metadata" src="${url("original")}" style="${ratio}"
-          aria-label="Original, without sound"></video>
-        <figcaption>Original, in step, without sound</figcaption>
+          poster="${root}/lipsync/${job.files.result.split("/")[0]}/first-frame" aria-label="Original, without sound"></video>
+        <figcaption></figcaption>
       </figure>
-      <figure>
+      <figure class="own">
         <video class="made" controls playsinline preload="metadata" src="${url("result")}" style="${ratio}"
           aria-label="Result"></video>
         <figcaption>Result</figcaption>
       </figure>
     </div>
+    <label class="wipe-at" hidden>Seam between the two<input type="range" min="0" max="100" value="50"></label>
     <div class="buttons">
       <a class="button main" href="${url("result")}" download="${name}">Download</a>
+      <label class="choice">Beside it<select class="with"></select></label>
+      <button type="button" class="soft wipe" aria-pressed="false" title="Lay one over the other, with a seam to move">One over the other</button>
       <span class="beside"></span>
-      <button type="button" class="soft compare" aria-pressed="true" title="Show the original beside the result">Original</button>
-      <button type="button" class="soft reuse">Use these settings</button>
       ${callButton("Remove", ["remove", job.id], "soft", question)}
+    </div>
+    <div class="buttons again"><span class="quiet">Run again:</span>
+      ${LEVELS.filter((level) => level !== job.report.level).map((level) => callButton(level, ["again", job.id, { level }]))}
+      <button type="button" class="soft rerun" title="With the settings that the page shows now">with my settings</button>
+      <button type="button" class="soft reuse" title="Set the page to the settings of this job">Use these settings</button>
     </div>
     <p class="error comparison" role="alert" hidden></p>
     <details>
@@ -58,34 +65,60 @@ function showResult(view, job) {
           ...Object.fromEntries(seconds), "in all (stages overlap)": inSeconds(job.report.total_seconds),
         })}
       </div>
-      <div class="timeline" role="img" aria-label="Use of the machine during the job, with its stages"></div>
+      <button type="button" class="soft timeline">Show the timeline</button>
       ${job.messages.map((message) => html`<p class="message">${message}</p>`)}
       ${job.advice.length ? html`<ul class="advice">${job.advice.map(adviceItem)}</ul>` : null}
     </details>`;
-  const original = find(".original", box), figure = original.parentElement, compare = find(".compare", box);
-  showOriginal(original, find("figcaption", figure), url("original"));
-  follow(find(".made", box), original);
-  compare.onclick = () => {
-    figure.hidden = !figure.hidden;
-    compare.setAttribute("aria-pressed", String(!figure.hidden));
-  };
+  const original = find(".original", box), made = find(".made", box);
+  follow(made, original);
+  compareWith(view, job, box, original);
   find(".reuse", box).onclick = () => trigger("select", { settings: job.settings });
-  const plot = find(".timeline", box), failed = "The curves cannot be drawn now: close this, and open it again.";
-  find("details", box).ontoggle = ({ target }) => target.open && drawTimeline(plot, job).catch(() => setText(plot, failed));
+  find(".rerun", box).onclick = () => trigger("retry", { job: job.id, visitor });
+  find(".timeline", box).onclick = () => trigger("expand", { job: job.id, visitor });
   view.comparison = null;
   setShown(box, true);
 }
 
-/** A picture is shown as a poster; a video that this browser does not know gets a sentence. */
-function showOriginal(player, caption, url) {
+/** Let the visitor choose what is seen beside the result: the original, nothing, or another result; or below a seam. */
+function compareWith(view, job, box, player) {
+  const select = find(".with", box), wipe = find(".wipe", box), seam = find(".wipe-at", box), pair = find(".pair", box);
+  const caption = find(".other figcaption", box), original = player.src;
+  const results = () => [...cards.values()].map((each) => each.job).filter((each) => each.files.result && each.id !== job.id);
+  const fill = () => {
+    const options = [["original", "the original"], ["", "nothing"]];
+    for (const other of results()) options.push([other.id, `${other.names[1]}, ${levelText(other)}, ${dateText(other.created)}`]);
+    const value = select.options.length ? select.value : "original";
+    select.innerHTML = html`${options.map(([id, text]) => html`<option value="${id}">${text}</option>`)}`;
+    select.value = options.some(([id]) => id === value) ? value : "original";
+  };
+  const show = () => {
+    const other = results().find((each) => each.id === select.value), none = select.value === "";
+    const shown = other ? `${root}/lipsync/${other.files.result}` : original;
+    player.poster = `${root}/lipsync/${(other ?? job).files.result.split("/")[0]}/first-frame`;
+    if (player.src !== shown) player.src = shown;
+    setText(caption, other ? `${levelText(other)}, without sound` : "Original, in step, without sound");
+    setShown(find(".other", box), !none);
+    if (!other) explainUnknown(player, caption);
+    const over = wipe.getAttribute("aria-pressed") === "true" && !none;
+    pair.classList.toggle("over", over);
+    setShown(seam, over);
+  };
   player.muted = true; // the attribute has no effect in markup
-  if (/\.(png|jpe?g|webp|bmp|gif|avif)$/i.test(url)) {
-    player.poster = url;
-    return setText(caption, "Original, a picture");
-  }
-  const unknown = () => setText(caption, "Original: this browser cannot play its format");
-  player.addEventListener("error", unknown);
-  player.addEventListener("loadedmetadata", () => player.videoWidth || unknown()); // it may know the sound alone
+  select.onfocus = select.onpointerdown = fill;
+  select.onchange = show;
+  wipe.onclick = () => { wipe.setAttribute("aria-pressed", String(wipe.getAttribute("aria-pressed") !== "true")); show(); };
+  find("input", seam).oninput = ({ target }) => pair.style.setProperty("--seam", `${target.value}%`);
+  fill();
+  show();
+}
+
+/** A picture, or a video that this browser does not know, is shown by its first frame. */
+function explainUnknown(player, caption) {
+  const still = (text) => { player.removeAttribute("src"); player.load(); setText(caption, text); };
+  if (/\.(png|jpe?g|webp|bmp|gif|avif)$/i.test(player.src)) return still("Original, a picture");
+  const unknown = () => still("First frame of the original: this browser cannot play its format");
+  player.onerror = () => player.getAttribute("src") && unknown();
+  player.onloadedmetadata = () => player.videoWidth || unknown(); // it may know the sound alone
 }
 
 /** Let `follower` play along with `leader`. Where it is shorter, it is shown forward and backward. */
@@ -115,7 +148,7 @@ function updateComparison(view, job) {
   if (view.comparison === key) return;
   view.comparison = key;
   const box = find(".beside", view.card), message = find(".comparison", view.card);
-  const part = job.compared_seconds < job.frames / 25 - 1;
+  const part = job.compared_seconds < job.frames / job.fps - 1;
   const length = part ? `, of the first ${Math.round(job.compared_seconds / 60)} minutes` : "";
   box.title = `A video of original and result next to each other, with the new sound${length}`;
   const progress = state === "waiting" ? "waits for another" : `${total ? Math.floor((100 * done) / total) : 0} %`;

@@ -2,6 +2,7 @@
 
 const SECOND = 1000, REPLY_TIMEOUT = 30 * SECOND;
 const NO_REPLY = "The server did not answer: see whether it still runs, and try again.";
+const LOGIN = "The server wants a login again: reload the page";
 const root = (window.gradio_config?.root || location.href.split(/[?#]/)[0]).replace(/\/$/, "");
 const send = window.fetch.bind(window);
 
@@ -13,8 +14,14 @@ remembered.set("latentsync-visitor", visitor);
 // Where Gradio finds no server for a request, it ignores whatever follows, and loads the page again once there is a
 // server: settings would be lost. So its requests wait here until a server answers. That of a job is not sent a second
 // time, as the first may have arrived.
+let uploading = 0; // files on their way to the server
 window.fetch = async (input, init) => {
-  if (!String(input?.url ?? input).includes("/gradio_api/run/")) return send(input, init);
+  const url = String(input?.url ?? input);
+  if (url.includes("/gradio_api/upload?") || url.endsWith("/gradio_api/upload")) {
+    uploading += 1;
+    return send(input, init).finally(() => { uploading -= 1; afterUpload(); });
+  }
+  if (!url.includes("/gradio_api/run/")) return send(input, init);
   for (;;) {
     try {
       return await send(input, init);
@@ -33,8 +40,10 @@ async function call(name, ...data) {
     body: JSON.stringify({ data }),
     signal: AbortSignal.timeout(REPLY_TIMEOUT), // a server that went away meanwhile may never answer
   });
-  if (!response.ok) throw new Error(`${name}: ${response.status}`);
-  return (await response.json()).data[0];
+  if (response.status === 401) throw new Error(LOGIN);
+  const reply = await response.json().catch(() => ({}));
+  if (!reply.data && !reply.error) throw new Error(`${name}: ${response.status}`);
+  return reply.error ? { error: reply.error } : reply.data[0];
 }
 
 const WITHOUT_VISITOR = ["fetch", "stop_fetching", "remove_model"]; // models are everybody's
@@ -53,19 +62,12 @@ document.addEventListener("click", async ({ target }) => {
 });
 
 /** Show what an endpoint replied to something that the visitor did. */
-function onReply(reply) {
+async function onReply(reply) {
   if (!reply) return;
-  if (reply.error) {
-    notice(reply.error);
-    find("#notice").scrollIntoView({ behavior: "smooth", block: "nearest" });
-  } else if (reply.job || reply.checked || reply.fetching || reply.removed != null) {
-    notice("");
-  }
-  const player = find("#video video");
-  if (reply.picture && player) player.poster = reply.picture; // a browser knows few formats, and shows nothing of others
-  if (reply.job || reply.fetching || reply.removed != null) {
-    refresh().then(refresh).then(() => { // the first may have been under way before
-      if (reply.job && innerWidth < 900) find("#jobs").scrollIntoView({ behavior: "smooth" });
-    });
-  }
+  notice(reply.error);
+  if (reply.error) return find("#notice").scrollIntoView({ behavior: "smooth", block: "nearest" });
+  await refresh();
+  await refresh(); // the first may have been under way before
+  const card = reply.visitor && cards.get(reply.job)?.card; // of a new job
+  if (card) card.scrollIntoView({ behavior: "smooth", block: innerWidth < 900 ? "start" : "nearest" });
 }

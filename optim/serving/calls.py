@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -37,7 +38,7 @@ class CallCheck:
             endpoint = fns.get(number) if isinstance(number, int) else None
         if endpoint is None or endpoint.fn is None:
             raise KeyError(name if number is None else number)
-        parameters = list(inspect.signature(endpoint.fn).parameters.values())[: len(endpoint.inputs)]
+        parameters = _parameters(endpoint.fn, len(endpoint.inputs))
         arguments = self._by_name(name, parameters, body) if by_name else self._by_position(parameters, body)
         for component, value in zip(endpoint.inputs, arguments, strict=True):
             if isinstance(component, (gr.Video, gr.Audio, gr.File)) and value is not None and not _is_file(value):
@@ -62,6 +63,14 @@ class CallCheck:
                 raise UserError(f"The argument '{parameter.name}' is missing in the data: give it.")
             data.append(parameter.default)  # what Gradio gets
         return data
+
+
+def _parameters(fn: Callable, count: int) -> list[inspect.Parameter]:
+    """The parameters of a function that an event's inputs are passed to; one as *values takes all that are left."""
+    parameters = [each for each in inspect.signature(fn).parameters.values() if each.annotation is not gr.EventData]
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL:
+        parameters += parameters[-1:] * (count - len(parameters))
+    return parameters[:count]
 
 
 def _is_file(value: Any) -> bool:

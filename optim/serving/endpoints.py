@@ -1,49 +1,54 @@
-"""What the endpoints of the page do: plain values in, JSON out. Nothing here knows Gradio (docs/api.md)."""
+"""What the endpoints of the page do: plain values in, JSON out; failures are raised (docs/api.md).
+
+Of Gradio nothing is known here but its type for files.
+"""
 
 import functools
-import html
 import inspect
 import logging
 import os
 import secrets
-from base64 import b64encode
-from collections.abc import Awaitable, Callable
+import typing
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import anyio
+from gradio import FileData
 
 from latentsync.errors import UserError
 from latentsync.media import AudioInfo, VideoInfo, probe_audio, probe_video
 from latentsync.rates import parse_rate
+from latentsync.settings import INFERENCE_STEPS, SEED
 from optim.serving import form
 from optim.serving.fetcher import Fetcher
 from optim.serving.guard import is_text, shorten
 from optim.serving.inputs import disk_problem, with_user_names
-from optim.serving.job import Request
-from optim.serving.preview import thumbnail
+from optim.serving.job import Job, Request
+from optim.serving.look import look_at
 from optim.serving.uploads import Uploads
 from optim.serving.worker import Worker
 
 log = logging.getLogger(__name__)
 
+POLL_SECONDS = 0.25  # between two looks at a job that a caller waits for
 # Files that are probed at once, and requests that may wait for that; everything else goes on meanwhile.
 MAX_PROBES, MAX_WAITING_PROBES = 4, 24
-BUSY = {"error": "This server looks at as many files as it can now: try again in a minute."}
+BUSY = "This server looks at as many files as it can now: try again in a minute."
 DEMO_HINT = (
     " Demo model: it shows mouth shapes with the video's own pixels. For a newly painted mouth fetch LatentSync 1.6, "
     "under Advanced."
 )
 
 
-def as_reply(fn: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Let a function return {"error": sentence} in place of raising UserError."""
+def as_reply(fn: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[dict[str, Any]]]:
+    """Let a function return {"error": sentence} in place of raising UserError, for the page's own scripts."""
 
     @functools.wraps(fn)
-    def reply(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    async def reply(*args: Any) -> dict[str, Any]:
         try:
-            return fn(*args, **kwargs)
+            return await fn(*args)
         except UserError as error:
             return {"error": str(error)}
 
@@ -58,11 +63,14 @@ def takes_settings(fn: Callable) -> Callable:
     before = list(parameters).index("settings")
     del parameters["settings"]
     settings = [
-        inspect.Parameter(setting.name, kind, default=None if setting.optional else inspect.Parameter.empty)
+        inspect.Parameter(
+            setting.name, kind, default=None if setting.optional else setting.default, annotation=form.hint_of(setting)
+        )
         for setting in form.SETTINGS
     ]
     others = list(parameters.values())
     expanded = signature.replace(parameters=[*others[:before], *settings, *others[before:]])
+    hints = {name: hint for name, hint in typing.get_type_hints(fn).items() if name != "settings"}
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -73,6 +81,7 @@ def takes_settings(fn: Callable) -> Callable:
 
     expanding: Any = call
     expanding.__signature__ = expanded
+    expanding.__annotations__ = hints | {setting.name: form.hint_of(setting) for setting in form.SETTINGS}
     return expanding
 
 
@@ -127,13 +136,13 @@ class Endpoints:
 
         return call
 
-    def probing(self, fn: Callable, busy: Any = BUSY) -> Callable[..., Awaitable[Any]]:
-        """A function that probes files: few run at once, waiting ones hold no thread, and too many get `busy`."""
+    def probing(self, fn: Callable) -> Callable[..., Awaitable[Any]]:
+        """A function that probes files: few run at once, waiting ones hold no thread, too many raise UserError."""
 
         @with_signature_of(fn)
         async def call(*args: Any) -> Any:
             if self._pending_probes >= MAX_PROBES + MAX_WAITING_PROBES:
-                return busy
+                raise UserError(BUSY)
             self._pending_probes += 1
             try:
                 return await anyio.to_thread.run_sync(fn, *args, limiter=self._probes)
@@ -164,28 +173,83 @@ class Endpoints:
 
     # ---- jobs
 
-    @as_reply
     @takes_settings
     def submit(
-        self, video: Any, audio: Any, settings: Any, visitor: Any = "", video_track: Any = None, audio_track: Any = None
+        self,
+        video: FileData,
+        audio: FileData,
+        settings: Any,
+        visitor: str = "",
+        video_track: int | None = None,
+        audio_track: int | None = None,
     ) -> dict[str, Any]:
-        """Put a job into the queue: {"job", "visitor", "error"}. An empty visitor gets a token, to ask with later.
-        video_track, audio_track: numbers from 1, of files with several; without them the files' own choice."""
-        token = visitor_token(visitor)
-        files = self._uploaded(video, "video"), self._uploaded(audio, "voice")
-        request = Request(
-            *files,
-            **form.parse_settings(settings, self.models_to_choose),
-            video_track=form.parse_track(video_track, "video"),
-            audio_track=form.parse_track(audio_track, "sound"),
-        )
-        job = self.worker.submit(request, token)  # it has names of its own for the files now
-        for path in files:
-            self.uploads.use(path, job.key)
-        return {"job": job.id, "visitor": token, "error": None}
+        """Put a job into the queue: {"job", "visitor"}. An empty visitor gets a token, to ask with later.
 
-    @as_reply
-    def watch(self, visitor: str, since: float = 0.0, known: dict[str, str] | None = None) -> dict[str, Any]:
+        video_track, audio_track: numbers from 1, of files with several; without them the files' own choice.
+        """
+        return self.submit_all(video, [audio], settings, visitor, video_track, audio_track)
+
+    def submit_all(
+        self, video: Any, voices: Sequence[Any], settings: Any, visitor: Any, video_track: Any, audio_track: Any
+    ) -> dict[str, Any]:
+        """Queue a job for each of several voices with one video; replies as `submit`, for the first one.
+
+        audio_track: of the first voice. Raises UserError; jobs of earlier voices stay in the queue then.
+        """
+        token = visitor_token(visitor)
+        path = self._uploaded(video, "video")
+        fields = form.parse_settings(settings, self.models_to_choose)
+        fields["video_track"] = form.parse_track(video_track, "video")
+        tracks = [form.parse_track(audio_track, "sound"), *[None] * (len(voices) - 1)]
+        sounds = [self._uploaded(voice, "voice") for voice in voices]
+        jobs: list[Job] = []
+        for sound, track in zip(sounds, tracks, strict=True):
+            try:
+                job = self.worker.submit(Request(path, sound, **fields, audio_track=track), token)
+            except UserError as error:
+                if not jobs:
+                    raise
+                raise UserError(f"{len(jobs)} of {len(voices)} jobs are queued, the next one is not: {error}") from None
+            jobs.append(job)  # it has names of its own for the files now
+            for file in (path, sound):
+                self.uploads.use(file, job.key)
+        return {"job": jobs[0].id, "visitor": token}
+
+    async def lipsync(
+        self,
+        video: FileData,
+        audio: FileData,
+        level: float | str = "auto",
+        model: str = "auto",
+        steps: int = INFERENCE_STEPS,
+        seed: int = SEED,
+        face: str = "largest",
+        progress: Any = None,
+    ) -> Path:
+        """Give the face in a video (or a picture) the words of a sound, and return the new video, an MP4 file.
+
+        video: the file with the face; audio: the voice; level: from 0, best, to 1, fastest, or conservative, balanced,
+        aggressive, auto; model: auto, demo, or a released one; steps: of denoising; face: largest, left, right, centre.
+        progress: called with (finished, all) frames and the current activity. It waits until the video is finished.
+        Raises UserError.
+        """
+        defaults = {setting.name: None if setting.optional else setting.default for setting in form.SETTINGS}
+        settings = defaults | {"level": level, "model": model, "steps": steps, "seed": seed, "face": face}
+        reply = await self.probing(self.submit_all)(video, [audio], settings, "", None, None)
+        job = self.worker.store.find(reply["job"], reply["visitor"])
+        try:
+            while job.unfinished:
+                if progress:
+                    progress((int(job.finished_mouths()), job.frames), desc=job.doing, unit="frames")
+                await anyio.sleep(POLL_SECONDS)
+        finally:
+            if job.unfinished:
+                self.worker.cancel(job.id, reply["visitor"])
+        if job.error or not job.output:
+            raise UserError(job.error or "The job was cancelled.")
+        return self.offer(job, job.output)
+
+    def watch(self, visitor: str, since: float = 0.0, known: dict | None = None) -> dict[str, Any]:
         """A visitor's jobs, the length of the queue, the machine's curves after the time `since`, and what is fetched.
 
         known: "version" of jobs by "id", from an earlier reply: a job that still has it comes without its other fields.
@@ -215,35 +279,37 @@ class Endpoints:
             "measured": self.worker.speeds.jobs if self.worker.speeds else 0,
         }
 
-    @as_reply
     def cancel(self, job: str, keep: bool, visitor: str) -> dict[str, Any]:
         """End a job; keep: what is finished of it stays as a result."""
         cancelled = self.worker.cancel(form.parse_text(job, "job"), visitor_token(visitor), bool(keep))
-        return {"job": cancelled.id, "error": None}
+        return {"job": cancelled.id}
 
-    @as_reply
-    def again(self, job: str, changes: dict | None, visitor: str) -> dict[str, Any]:
+    def again(self, job: str, changes: dict | None = None, visitor: str = "") -> dict[str, Any]:
         """Run the files of a job of yours again, with some settings changed, as {"level": "balanced"}."""
         if changes is not None and not isinstance(changes, dict):
             raise UserError(f"The changes are {shorten(changes)}: give settings by their names.")
         request = self.worker.store.find(form.parse_text(job, "job"), visitor_token(visitor)).request
         fields = form.parse_changes(changes or {}, request, self.models_to_choose)
-        return {"job": self.worker.again(job, visitor, **fields).id, "visitor": visitor, "error": None}
+        return {"job": self.worker.again(job, visitor, **fields).id, "visitor": visitor}
 
-    @as_reply
+    def move(self, job: str, earlier: bool, visitor: str) -> dict[str, Any]:
+        """Let a waiting job of yours change places with your next one before it, or after it."""
+        moved = self.worker.store.find(form.parse_text(job, "job"), visitor_token(visitor))
+        self.worker.store.move(moved, bool(earlier))
+        return {"job": moved.id}
+
     def remove(self, job: str, visitor: str) -> dict[str, Any]:
-        """Forget a job that has ended, and delete its files."""
+        """Forget a job that waits or has ended, and delete its files."""
         self.worker.remove(form.parse_text(job, "job"), visitor_token(visitor))
         self.uploads.forget(self.has_job)
-        return {"removed": job, "error": None}
+        return {"removed": job}
 
-    @as_reply
     def compare(self, job: str, visitor: str) -> dict[str, Any]:
         """Put original and result side by side, in the background; /watch says how far it is, /cancel ends it."""
         done = self.worker.compare(form.parse_text(job, "job"), visitor_token(visitor))
-        return {"job": done.id, "comparison": done.comparison and done.comparison.view(), "error": None}
+        return {"job": done.id, "comparison": done.comparison and done.comparison.view()}
 
-    def result(self, job: str, visitor: str, compared: bool = False) -> str:
+    def result(self, job: str, visitor: str, compared: bool = False) -> Path:
         """The finished video of a job of yours, as a file; compared: beside the original, see /compare."""
         done = self.worker.store.find(form.parse_text(job, "job"), visitor_token(visitor))
         if done.output is None:
@@ -251,8 +317,12 @@ class Endpoints:
         path = done.files().get("compared") if compared else done.output
         if path is None:
             raise UserError("There is no side-by-side video yet: ask for it by /compare, and watch until it is.")
+        return self.offer(done, path)
+
+    def offer(self, job: Job, path: Path) -> Path:
+        """Make a file of a job one that this server gives away. Raises UserError."""
         try:
-            return str(self.uploads.offer(path, done.key))
+            return self.uploads.offer(path, job.key)
         except OSError as error:
             log.warning("A result cannot be given away: %s", error)
             if not path.is_file():
@@ -265,53 +335,38 @@ class Endpoints:
     # ---- before a job
 
     @takes_settings
-    def describe(self, settings: Any, seconds: Any = None, video_fps: Any = None) -> tuple[str, str]:
-        """What settings mean on this machine, in one line of HTML, and in detail; seconds, video_fps: of the sound and
-        of the video, where they are known."""
-        kind = ""
-        try:
-            length = form.parse_seconds(seconds, "The length of the sound")
-            rate = form.parse_seconds(video_fps, "The video's frame rate")
-            request = Request(Path(), Path(), **form.parse_settings(settings, self.models_to_choose))
-            line, details = self.worker.describe(request, length or None, rate if parse_rate(str(rate)) else None)
-            machine = self.worker.machine
-            if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
-                line += DEMO_HINT
-        except UserError as error:
-            line, details, kind = str(error), "", "problem"
-        return (
-            f"<p id='line' role='status' class='{kind}'>{html.escape(line)}</p>",
-            f"<p id='details'>{html.escape(details and 'In detail: ' + details)}</p>",
-        )
+    def describe(self, settings: Any, seconds: float | None = None, video_fps: float | None = None) -> dict[str, str]:
+        """What settings mean on this machine, in one "line", and in "details".
 
-    def measure(self, audio: Any, audio_track: Any = None) -> tuple[float | None, dict[str, Any]]:
-        """The seconds of a sound and its tracks, or the sentence that says what is wrong with it."""
-        reply = self._probe_voice(audio, audio_track) if audio else {}
-        return reply.pop("seconds", None), reply
+        seconds, video_fps: of the sound and of the video, where they are known.
+        """
+        length = form.parse_seconds(seconds, "The length of the sound")
+        rate = form.parse_seconds(video_fps, "The video's frame rate")
+        request = Request(Path(), Path(), **form.parse_settings(settings, self.models_to_choose))
+        line, details = self.worker.describe(request, length or None, rate if parse_rate(str(rate)) else None)
+        machine = self.worker.machine
+        if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
+            line += DEMO_HINT
+        return {"line": line, "details": details}
 
-    @as_reply
-    def _probe_voice(self, audio: Any, track: Any) -> dict[str, Any]:
-        path, number = self._uploaded(audio, "voice"), form.parse_track(track, "sound")
+    def measure(self, audio: FileData, audio_track: int | None = None) -> dict[str, Any]:
+        """The "seconds" of a sound, the "track" that is used, and the "tracks" there are."""
+        path, number = self._uploaded(audio, "voice"), form.parse_track(audio_track, "sound")
         try:
             info = probe_audio(path, number, max_seconds=self.worker.max_seconds)  # no more of it is decoded
         except UserError as error:
             raise UserError(with_user_names(error, {path: path.name})) from None
         return {"checked": "audio", "seconds": info.duration} | tracks_of(info)
 
-    @as_reply
-    def check_video(self, video: Any, video_track: Any = None) -> dict[str, Any]:
-        """The first frame of a video as a data URI, since browsers know few formats, its frames a second and its
-        tracks, or the sentence that says what is wrong with it."""
-        if not video:
-            return {}
+    def check_video(self, video: FileData, video_track: int | None = None) -> dict[str, Any]:
+        """A look at a video: its first "picture" as a data URI, since browsers know few formats, "duration", "fps",
+        size, "faces", "warnings" and "tracks"."""
         path, number = self._uploaded(video, "video"), form.parse_track(video_track, "video")
         try:
             info = probe_video(path, number)
-            picture = b64encode(thumbnail(info)).decode()
+            return {"checked": "video"} | look_at(info) | tracks_of(info)
         except UserError as error:
             raise UserError(with_user_names(error, {path: path.name})) from None
-        shown = {"checked": "video", "picture": f"data:image/jpeg;base64,{picture}"}
-        return shown | {"fps": None if info.still else round(float(info.nominal_rate), 3)} | tracks_of(info)
 
     # ---- the machine and its models
 
@@ -321,7 +376,6 @@ class Endpoints:
         facts = asdict(self.worker.machine) if self.worker.machine else {"error": self.worker.problem}
         return facts | {"queue_size": self.worker.store.queue_size, "max_seconds": self.worker.max_seconds}
 
-    @as_reply
     def models(self) -> dict[str, Any]:
         """The released models: what is here, what would be fetched under which licences, and which suits the machine.
 
@@ -329,22 +383,19 @@ class Endpoints:
         """
         return self.fetcher.models()
 
-    @as_reply
     def fetch(self, name: str, task: str = "get") -> dict[str, Any]:
         """Fetch a model, or resume that, or verify it (task: "verify"); /watch says how far it is."""
         self.fetcher.check_allowed()
         name, task = form.parse_text(name, "model"), form.parse_text(task or "get", "task")
-        return {"fetching": self.fetcher.start(name, task).view(), "error": None}
+        return {"fetching": self.fetcher.start(name, task).view()}
 
-    @as_reply
     def stop_fetching(self) -> dict[str, Any]:
         """End it; what was fetched is kept, and /fetch resumes from there."""
         self.fetcher.check_allowed()
         self.fetcher.stop()
-        return {"fetching": self.fetcher.view(), "error": None}
+        return {"fetching": self.fetcher.view()}
 
-    @as_reply
     def remove_model(self, name: str, pickle_only: bool = False) -> dict[str, Any]:
         """Remove a model, or only the original of its U-Net once that is converted: {"removed": bytes}."""
         self.fetcher.check_allowed()
-        return {"removed": self.fetcher.remove(form.parse_text(name, "model"), bool(pickle_only)), "error": None}
+        return {"removed": self.fetcher.remove(form.parse_text(name, "model"), bool(pickle_only))}

@@ -47,8 +47,16 @@ def describe_request(
     estimate = speeds.estimate(speed_key(checkpoint.name, machine), plan.settings, math.ceil(seconds * rate))
     if estimate is None:
         return f"{line}; how long it takes here is not known before the first job.", in_detail
-    about = "about" if estimate.measured else "roughly"
-    return f"{line}; {about} {duration_text(estimate.seconds)} for this clip.", in_detail
+    return f"{line}; {range_text(estimate.low, estimate.high)} for this clip.", in_detail
+
+
+def range_text(low: float, high: float) -> str:
+    """A range of durations, or one where both ends read alike."""
+    first, last = duration_text(low), duration_text(high)
+    if first == last:
+        return f"about {last}"
+    number, unit = first.split()
+    return f"{number if last.endswith(f' {unit}') else first} to {last}"
 
 
 def duration_text(seconds: float) -> str:

@@ -105,6 +105,7 @@ class Setting:
     info: str = ""  # shown with the control
     field: str = ""  # of `Request`, where its name differs
     show: Callable[[Any], Any] = _same  # from the field of `Request` to what the page shows; leaves other values alone
+    hint: Any = None  # type of the parameter of endpoints, where it is not that of the default
     optional: bool = False  # as a parameter of an endpoint: None stands for the default, or for what suits the model
 
 
@@ -128,7 +129,6 @@ def _labels(values: Collection[str]) -> Dropdown:
     return Dropdown(tuple((value, value) for value in values))
 
 
-_LEVEL_INFO = "From as good as it gets (0) to as fast as it gets (1)."
 _COMPILE_INFO = "Of use in long jobs where there is neither a GPU nor a second core."
 _FACES = Dropdown(tuple((FACE_LABELS[face], face) for face in FACES))
 _QUALITIES = Dropdown(tuple((f"{label} (CRF {crf})", crf) for crf, label in QUALITIES.items()))
@@ -136,7 +136,7 @@ _RATES = Dropdown(tuple((RATE_LABELS[rate], rate) for rate in RATES))
 
 # In the order of the endpoints' parameters. Which models there are changes while the page is served: `check_model`.
 SETTINGS = (
-    Setting("level", "Quality or speed", 0, parse_level, Slider(0, 1, 0.05), _LEVEL_INFO),
+    Setting("level", "Quality or speed", 0, parse_level, Slider(0, 1, 0.1), hint=float | str),
     Setting("model", "Model", "auto", _same, _labels(MODELS)),
     Setting("steps", "Inference steps", INFERENCE_STEPS, _number("The number of steps", 1, 200), Slider(4, 60, 1),
             "The level runs its share of them."),
@@ -152,18 +152,24 @@ SETTINGS = (
     Setting("face", "Which face", "largest", lambda value: parse_choice(value, "face", FACES), _FACES,
             "Where several are seen."),
     Setting("crf", "Output quality", CRF, _number("The output quality (CRF)", 0, 40, float), _QUALITIES,
-            "Smaller numbers are larger files."),
+            "Smaller numbers are larger files.", hint=float),
     Setting("guidance", "Lip strength (guidance)", GUIDANCE_SCALE,
             lambda value: None if value is None else parse_number(value, "The lip strength", 0, 10, float),
-            Slider(1, 3, 0.1), "How strongly the voice drives the mouth; 1 is fastest.", optional=True),
+            Slider(1, 3, 0.1), "How strongly the voice drives the mouth; 1 is fastest.",
+            hint=float | None, optional=True),
     Setting("silence_gate", "Silence gate", "on", lambda value: value is None or _word("silence gate", ON_OFF)(value),
             _labels(ON_OFF), "Between words the model hears silence, so that noise moves no mouth.",
-            show=_word_for(ON_OFF), optional=True),
+            show=_word_for(ON_OFF), hint=str | None, optional=True),
     Setting("fps", "Frame rate", "source",
             lambda value: "source" if value is None else parse_choice(value, "frame rate", RATES), _RATES,
-            "The video's own, or the 25 a second that the model was trained on.", optional=True),
+            "The video's own, or the 25 a second that the model was trained on.", hint=str | None, optional=True),
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in SETTINGS)
+
+
+def hint_of(setting: Setting) -> Any:
+    """The type of an endpoint's parameter for a setting."""
+    return setting.hint or type(setting.default)
 
 
 def field_of(setting: Setting) -> str:

@@ -1,4 +1,4 @@
-"""Limits of what visitors may have on a server, and checks of numeric options."""
+"""Limits on what a visitor may have on a server, and the check of numeric options."""
 
 import math
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ def check_option(what: str, value: Any, minimum: float, whole: bool = False, opt
 
 
 @dataclass(frozen=True)
-class Limits:
+class VisitorLimits:
     """What visitors may have on a server; None: any number."""
 
-    unfinished: int | None = None  # jobs of a visitor that wait or run
-    kept: int | None = None  # jobs of a visitor in all
-    stored: int | None = None  # bytes of the files of a visitor's jobs
-    stored_by_all: int | None = None  # bytes of the files of all jobs
+    unfinished_jobs: int | None = None  # of a visitor, waiting or running
+    jobs: int | None = None  # of a visitor, with those that have ended
+    stored_bytes: int | None = None  # in the files of a visitor's jobs
+    total_bytes: int | None = None  # in the files of all jobs
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             check_option(f"The limit '{name}'", value, 1, whole=True, optional=True)
 
 
-NO_LIMITS = Limits()
-# For strangers, who can make up tokens to be several visitors: `stored_by_all` and the queue hold for all together.
-SHARED_LIMITS = Limits(unfinished=5, kept=30, stored=4 * 10**9, stored_by_all=40 * 10**9)
+NO_LIMITS = VisitorLimits()
+# For strangers, who can make up tokens to be several visitors: `total_bytes` and the queue hold for all together.
+SHARED_LIMITS = VisitorLimits(unfinished_jobs=5, jobs=30, stored_bytes=4 * 10**9, total_bytes=40 * 10**9)

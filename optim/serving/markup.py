@@ -2,9 +2,12 @@
 
 import html
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from latentsync import __version__
 from latentsync.checkpoints.releases import LICENCES, RELEASES, VAE_REPOSITORY
+from optim.serving.form import FACE_LABELS
 from optim.serving.machine import Machine
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -37,6 +40,50 @@ def footer_html(machine: Machine | None) -> str:
     device = f"{machine.device_name} · torch {machine.torch}" if machine else "looking at this machine …"
     links = (f'<a href="{url}" rel="noreferrer">{name}</a>: {licence}' for name, licence, url in CREDITS)
     return asset("footer.html").format(version=__version__, device=html.escape(device), credits=" · ".join(links))
+
+
+def head_html() -> str:
+    """The page's description, icon and looks. Gradio would rewrite the rules of a style sheet of its own option."""
+    icon = quote(asset("icon.svg"))
+    description = "Lip-sync: give a filmed face new words, on your own machine."
+    return (
+        f'<meta name="description" content="{description}"><link rel="icon" href="data:image/svg+xml,{icon}">'
+        f"<style>{(ASSETS / 'page.css').read_text(encoding='utf-8')}</style>"
+    )
+
+
+def video_note(look: dict[str, Any]) -> str:
+    """What a reply of /check_video says: length, rate and size, the faces to choose from, warnings; or an error."""
+    if not look or "error" in look:
+        return _problem(look)
+    facts = [f"{look['width']} × {look['height']}"]
+    if look["duration"] is not None:
+        facts = [f"{look['duration']:.1f} s", f"{look['fps']:g} frames/s", *facts]
+    found = len(look["faces"])
+    facts.append(f"{found} {'face' if found == 1 else 'faces'}" if found else "no face found")
+    faces = "".join(map(_face_button, look["faces"])) if found > 1 else ""
+    warnings = "".join(f"<p class='warning'>{html.escape(warning)}</p>" for warning in look["warnings"])
+    return f"<p class='quiet'>{' · '.join(facts)}</p><div class='faces'>{faces}</div>{warnings}"
+
+
+def _face_button(face: dict[str, Any]) -> str:
+    which = face["face"]
+    label = f"Follow this face: {FACE_LABELS[which]}" if which else "This face cannot be chosen alone"
+    label += "" if face["usable"] else " (turned away, or its mouth is outside the picture)"
+    chosen = f"data-face='{which}'" if which else "disabled"
+    picture = f"<img alt='' src='{face['picture']}'>"
+    return f"<button type='button' {chosen} title='{label}' aria-label='{label}'>{picture}</button>"
+
+
+def audio_note(measured: dict[str, Any]) -> str:
+    """What a reply of /measure says: the length of a sound, or an error."""
+    if not measured or "error" in measured:
+        return _problem(measured)
+    return f"<p class='quiet'>{measured['seconds']:.1f} s</p>"
+
+
+def _problem(reply: dict[str, Any]) -> str:
+    return f"<p class='problem' role='alert'>{html.escape(reply['error'])}</p>" if reply else ""
 
 
 def advice_html(advice: tuple[dict[str, str], ...]) -> str:

@@ -42,14 +42,18 @@ def as_jpeg(frame: "np.ndarray") -> bytes:
     return cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
 
 
-def thumbnail(info: VideoInfo) -> bytes:
-    """The first frame of a video, scaled down, as a JPEG file. Raises UserError if it cannot be decoded."""
+def resized(frame: "np.ndarray", max_side: int = PREVIEW_SIDE) -> "np.ndarray":
+    """A frame, uint8 (h, w, 3), scaled down until its shorter side is at most `max_side`."""
     import cv2
 
+    size = scaled_size(frame.shape[1], frame.shape[0], max_side)
+    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+
+
+def thumbnail(info: VideoInfo) -> bytes:
+    """The first frame of a video, scaled down, as a JPEG file. Raises UserError if it cannot be decoded."""
     with closing(read_frames(info, count=1)) as frames:
-        frame = next(frames)
-    size = scaled_size(info.width, info.height, PREVIEW_SIDE)
-    return as_jpeg(cv2.resize(frame, size, interpolation=cv2.INTER_AREA))
+        return as_jpeg(resized(next(frames)))
 
 
 def write_fragments(

@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
+from latentsync.errors import UserError
+from latentsync.media import probe_video
 from optim.serving.endpoints import Endpoints
-from optim.serving.guard import Guard, Refusal
+from optim.serving.guard import Guard, Refusal, route_path
 from optim.serving.job import Job
 from optim.serving.policy import Policy
+from optim.serving.preview import thumbnail
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +87,17 @@ def routes(api: Endpoints) -> list[Route]:
             return PlainTextResponse("There is no such picture.", 404)
         return Response(job.picture, media_type="image/jpeg", headers=HEADERS)
 
+    def original_picture(request: Request) -> Response:
+        """The first frame of a job's video: browsers know few formats."""
+        job = job_of(request)
+        if job is None:
+            return PlainTextResponse("There is no such picture.", 404)
+        try:
+            picture = thumbnail(probe_video(job.request.video, job.request.video_track))
+        except UserError:
+            return PlainTextResponse("There is no such picture.", 404)
+        return Response(picture, media_type="image/jpeg", headers=HEADERS)
+
     def plotly(_: Request) -> Response:
         path = distribution("plotly").locate_file("plotly/package_data/plotly.min.js")
         return FileResponse(str(path), headers={"Cache-Control": "public, max-age=604800"})
@@ -133,12 +149,16 @@ def routes(api: Endpoints) -> list[Route]:
             data = None
         if not isinstance(data, list) or not 1 <= len(data) <= 3:
             return JSONResponse({"error": "Give the data: a visitor, a time, and the versions that are known."}, 400)
-        reply = await anyio.to_thread.run_sync(api.watch, *data, limiter=watching)
+        try:
+            reply = await anyio.to_thread.run_sync(api.watch, *data, limiter=watching)
+        except UserError as error:
+            return JSONResponse({"error": str(error)}, 500)  # as Gradio answers an endpoint's error
         return JSONResponse({"data": [reply], "is_generating": False})
 
     return [
         Route("/lipsync/plotly.min.js", plotly),
         Route("/lipsync/{key}/picture", picture),
+        Route("/lipsync/{key}/first-frame", original_picture),
         Route("/lipsync/{key}/{name}/{file}", job_file),
         Route("/gradio_api/file={path:path}", file),
         Route("/gradio_api/file/{path:path}", file),
@@ -154,7 +174,15 @@ def guarded(api: Endpoints, policy: Policy) -> Callable:
     async def lifespan(server: Any) -> AsyncIterator[None]:
         policy.is_upload = api.uploads.holds
         policy.logged_in = lambda scope: logged_in(Request({**scope, "app": server}))
-        server.middleware_stack = Guard(server.middleware_stack, policy)
+        inner = server.middleware_stack
+        zipped = GZipMiddleware(inner)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            """Compress the page itself, which Gradio sends as it is; it compresses all else."""
+            is_page = scope["type"] == "http" and route_path(scope) in ("", "/")
+            await (zipped if is_page else inner)(scope, receive, send)
+
+        server.middleware_stack = Guard(app, policy)
 
         async def clean() -> None:
             while True:

@@ -4,6 +4,7 @@ import json
 import math
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from latentsync.paths import replacing
@@ -13,20 +14,26 @@ if TYPE_CHECKING:
     from optim.serving.machine import Machine
 
 
+KEPT = 5  # of the newest jobs with the same work, from which an estimate is made
+# The time of a job varies: by that much around a single earlier one, and around one with other settings.
+SINGLE_SPREAD, SCALED_SPREAD = 1.3, 2.0
+
+
 class Estimate(NamedTuple):
-    """The time that a job will take."""
+    """The time that a job will take, in seconds: the most probable, and the range it will lie in."""
 
     seconds: float
-    measured: bool  # with these settings, not scaled from others
+    low: float
+    high: float
 
 
 class Speeds:
-    """Seconds a frame, by a key for model and device and by the work that a frame takes, in a small JSON file."""
+    """Seconds a frame of the last jobs, by a key for model and device and by the work of a frame, in a JSON file."""
 
     def __init__(self, path: Path):
         self.path = path
         self.jobs = 0  # that were recorded by this process
-        self._seconds: dict[str, dict[str, float]] = {}
+        self._seconds: dict[str, dict[str, list[float]]] = {}
         with suppress(OSError, ValueError, RecursionError):
             self._seconds = _valid_entries(json.loads(path.read_text(encoding="utf-8")))
 
@@ -41,32 +48,43 @@ class Speeds:
 
     def estimate(self, key: str, settings: Settings, frames: int) -> Estimate | None:
         """The time for a number of frames, scaled by the work from the nearest recorded settings; None without any."""
-        seconds = {float(work): value for work, value in self._seconds.get(key, {}).items()}
-        if not seconds:
+        jobs = {float(work): values for work, values in self._seconds.get(key, {}).items()}
+        if not jobs:
             return None
         work = round(self.work(settings), 2)
-        nearest = min(seconds, key=lambda other: abs(math.log(other / work)))
-        return Estimate(frames * seconds[nearest] * work / nearest, measured=nearest == work)
+        nearest = min(jobs, key=lambda other: abs(math.log(other / work)))
+        values = [frames * value * work / nearest for value in jobs[nearest]]
+        spread = SCALED_SPREAD if nearest != work else SINGLE_SPREAD if len(values) < 3 else 1.0
+        return Estimate(median(values), min(values) / spread, max(values) * spread)
 
     def record(self, key: str, settings: Settings, frames: int, seconds: float) -> None:
-        """Record a job; it replaces an earlier one of the same work. A full disk costs the file, not the job."""
+        """Record a job; the oldest beyond KEPT of the same work goes. A full disk costs the file, not the job."""
         self.jobs += 1
-        self._seconds.setdefault(key, {})[str(round(self.work(settings), 2))] = seconds / frames
+        values = self._seconds.setdefault(key, {}).setdefault(str(round(self.work(settings), 2)), [])
+        values[:] = [*values, seconds / frames][-KEPT:]
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as partial:
                 partial.write_text(json.dumps(self._seconds, indent=1), encoding="utf-8")
 
 
-def _valid_entries(content: object) -> dict[str, dict[str, float]]:
-    """The entries of a file's content that are speeds: by key, positive numbers by positive numbers as text."""
-    valid: dict[str, dict[str, float]] = {}
+def _valid_entries(content: object) -> dict[str, dict[str, list[float]]]:
+    """The entries of a file's content that are speeds: by key, positive numbers by positive numbers as text.
+
+    Earlier versions saved one number in place of a list.
+    """
+    valid: dict[str, dict[str, list[float]]] = {}
     for key, speeds in content.items() if isinstance(content, dict) else ():
-        for work, seconds in speeds.items() if isinstance(speeds, dict) else ():
+        for work, values in speeds.items() if isinstance(speeds, dict) else ():
+            values = values if isinstance(values, list) else [values]
             with suppress(ValueError):
-                if type(seconds) in (int, float) and 0 < seconds < math.inf and 0 < float(work) < math.inf:
-                    valid.setdefault(key, {})[work] = seconds
+                if values and 0 < float(work) < math.inf and all(map(_is_speed, values)):
+                    valid.setdefault(key, {})[work] = values[-KEPT:]
     return valid
+
+
+def _is_speed(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
 def speed_key(model: str, machine: "Machine") -> str:

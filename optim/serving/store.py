@@ -8,9 +8,10 @@ from collections import deque
 from pathlib import Path
 
 from latentsync.errors import UserError
+from latentsync.media.segments import discard
 from optim.serving.inputs import disk_problem, stored_bytes
-from optim.serving.job import FAILED, RUNNING, WAITING, Job, owner_of
-from optim.serving.limits import NO_LIMITS, Limits, check_option
+from optim.serving.job import CANCELLED, FAILED, RUNNING, WAITING, Job, owner_of
+from optim.serving.limits import NO_LIMITS, VisitorLimits, check_option
 from optim.serving.records import finished_frames, load_jobs, save_job
 
 MAX_LISTED = 50  # ended jobs in a visitor's list
@@ -23,7 +24,7 @@ class JobStore:
     options out of range.
     """
 
-    def __init__(self, folder: Path, queue_size: int, limits: Limits = NO_LIMITS):
+    def __init__(self, folder: Path, queue_size: int, limits: VisitorLimits = NO_LIMITS):
         check_option("The length of the queue", queue_size, 1, whole=True)
         self.folder, self.queue_size, self.limits = folder, queue_size, limits
         self.lock = threading.Lock()
@@ -105,6 +106,43 @@ class JobStore:
             self.waiting.append(job)
         return True
 
+    def cancel(self, job: Job, keep: bool, can_interrupt: bool = True) -> None:
+        """Cancel a waiting job, and ask a running one to end; the first call for a job decides on `keep`.
+
+        keep: leave the finished frames as a result. Raises UserError for a running job unless `can_interrupt`.
+        """
+        with self.lock:
+            if job.state == RUNNING and not can_interrupt:
+                raise UserError("This job runs in one call on a GPU that is lent for it: wait until it is done.")
+            if not job.cancel_requested.is_set():
+                job.keep_finished = keep
+                job.cancel_requested.set()
+            if job in self.waiting:
+                self.waiting.remove(job)
+                job.ended, job.doing = time.time(), "cancelled"
+                discard(job.planned_output)  # segments of an earlier server
+                save_job(job, CANCELLED)
+                job.state = CANCELLED
+
+    def move(self, job: Job, earlier: bool) -> None:
+        """Let a waiting job change places with its owner's next one before it, or after it if not `earlier`.
+
+        The first or last one stays where it is. Raises UserError for a job that does not wait.
+        """
+        with self.lock:
+            own = [each for each in self.waiting if each.owner == job.owner]
+            if job not in own:
+                raise UserError("This job does not wait any more: only waiting jobs can be moved.")
+            place = own.index(job) + (-1 if earlier else 1)
+            if not 0 <= place < len(own):
+                return
+            other = own[place]
+            first, second = self.waiting.index(job), self.waiting.index(other)
+            self.waiting[first], self.waiting[second] = other, job
+            job.queued, other.queued = other.queued, job.queued
+            for each in (job, other):
+                save_job(each, WAITING)
+
     def take_next(self) -> Job | None:
         """Take the next job from the queue and mark it as running; None if none waits."""
         with self.lock:
@@ -137,14 +175,14 @@ class JobStore:
             raise UserError(f"The queue is full, {len(self.waiting)} jobs wait already: try again in a few minutes.")
         jobs, limits = self._owned_by(owner), self.limits
         unfinished = sum(job.unfinished for job in jobs)
-        if limits.unfinished and unfinished >= limits.unfinished:
+        if limits.unfinished_jobs and unfinished >= limits.unfinished_jobs:
             raise UserError(
-                f"You have {unfinished} jobs that wait or run, and this server takes {limits.unfinished} of a "
+                f"You have {unfinished} jobs that wait or run, and this server takes {limits.unfinished_jobs} of a "
                 "visitor: wait until one has ended, or cancel one."
             )
-        if new and limits.kept and len(jobs) >= limits.kept:
+        if new and limits.jobs and len(jobs) >= limits.jobs:
             raise UserError(
-                f"You have {len(jobs)} jobs here, and this server keeps {limits.kept} of a visitor: remove those "
+                f"You have {len(jobs)} jobs here, and this server keeps {limits.jobs} of a visitor: remove those "
                 "that you do not need."
             )
 
@@ -158,14 +196,14 @@ class JobStore:
         def used(jobs: list[Job]) -> int:
             return stored_bytes([*(job.folder for job in jobs), *new])
 
-        if limits.stored and (taken := used(self._owned_by(owner))) > limits.stored:
+        if limits.stored_bytes and (taken := used(self._owned_by(owner))) > limits.stored_bytes:
             raise UserError(
-                f"Your files here take {gigabytes(taken)}, and this server keeps {gigabytes(limits.stored)} of a "
+                f"Your files here take {gigabytes(taken)}, and this server keeps {gigabytes(limits.stored_bytes)} of a "
                 "visitor: remove jobs that you do not need, or give smaller files."
             )
-        if limits.stored_by_all and (taken := used(self.all())) > limits.stored_by_all:
+        if limits.total_bytes and (taken := used(self.all())) > limits.total_bytes:
             raise UserError(
-                f"The jobs of this server take {gigabytes(taken)} of the {gigabytes(limits.stored_by_all)} that it "
+                f"The jobs of this server take {gigabytes(taken)} of the {gigabytes(limits.total_bytes)} that it "
                 "keeps: remove jobs that you do not need, or try again later."
             )
 

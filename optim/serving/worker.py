@@ -30,7 +30,7 @@ from optim.serving.curves import NO_CURVES, curves_since, last_seconds, thinned_
 from optim.serving.estimate import describe_request
 from optim.serving.inputs import store_inputs, with_user_names
 from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, WAITING, Job, Request, owner_of
-from optim.serving.limits import NO_LIMITS, Limits, check_option
+from optim.serving.limits import NO_LIMITS, VisitorLimits, check_option
 from optim.serving.machine import Machine, inspect_machine
 from optim.serving.models import find_checkpoint, list_models
 from optim.serving.records import finished_frames, save_job
@@ -53,11 +53,11 @@ FAULT = (
     "Something inside the program failed ({}); its console says where. Your files are unharmed: try again, or with "
     "other settings."
 )
-RunAlone = Callable[[Request, Path, str], dict[str, Any]]  # see `run.run_alone`
 GPU_FAILED = (
     "The GPU has failed, and this server cannot use it any more: start the server again. Your files are unharmed, and "
     "the job can be run again then."
 )
+RunAlone = Callable[[Request, Path, str], dict[str, Any]]  # see `run.run_alone`
 
 
 class Worker:
@@ -82,7 +82,7 @@ class Worker:
         idle_seconds: float = IDLE_SECONDS,
         keep_hours: float | None = None,
         lent: RunAlone | None = None,
-        limits: Limits = NO_LIMITS,
+        limits: VisitorLimits = NO_LIMITS,
     ):
         check_option("The most seconds of sound", max_seconds, 0.01, optional=True)
         check_option("The seconds until the model is unloaded", idle_seconds, 0)
@@ -203,18 +203,7 @@ class Worker:
         job = self.store.find(job_id, visitor)
         if job.comparison:
             job.comparison.cancel.set()
-        with self.store.lock:
-            if self.lent and job.state == RUNNING:
-                raise UserError("This job runs in one call on a GPU that is lent for it: wait until it is done.")
-            if not job.cancel_requested.is_set():
-                job.keep_finished = keep
-                job.cancel_requested.set()
-            if job in self.store.waiting:
-                self.store.waiting.remove(job)
-                job.ended, job.doing = time.time(), "cancelled"
-                discard(job.planned_output)  # segments of an earlier server
-                save_job(job, CANCELLED)
-                job.state = CANCELLED
+        self.store.cancel(job, keep, can_interrupt=self.lent is None)
         return job
 
     def compare(self, job_id: str, visitor: str) -> Job:
@@ -228,9 +217,11 @@ class Worker:
         return job
 
     def remove(self, job_id: str, visitor: str) -> None:
-        """Forget a job and delete its files. Raises UserError for another's, or one that has not ended."""
+        """Forget a job and delete its files. Raises UserError for another's, and for one that runs."""
         job = self.store.find(job_id, visitor)
-        if job.unfinished:
+        if job.state == WAITING:
+            self.store.cancel(job, keep=False)
+        if job.unfinished:  # it has begun meanwhile, or long before
             raise UserError("This job has not ended yet: cancel it first.")
         self.store.remove(job)
 
@@ -437,6 +428,5 @@ class Worker:
             return
         seconds = time.time() - job.started
         if history := last_seconds(self.monitor.snapshot(), seconds):
-            job.timeline = (job.timeline or {}) | thinned_curves(
-                history, seconds
-            )  # a new dict: the old one may be being sent
+            # A new dict, since the old one may be being sent.
+            job.timeline = (job.timeline or {}) | thinned_curves(history, seconds)
