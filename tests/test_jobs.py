@@ -929,7 +929,9 @@ def test_speeds_are_recorded_and_scaled_by_the_work(tmp_path):
     assert again.estimate("demo, here", half, 100) == (100.0, 50.0, 200.0), "scaled from other settings"
     for seconds in (50.0, 400.0, 150.0, 120.0, 110.0, 130.0):
         again.record("demo, here", full, 50, seconds)
-    assert Speeds(tmp_path / "deep" / "speeds.json").estimate("demo, here", full, 50) == (130.0, 110.0, 400.0)
+    assert Speeds(tmp_path / "deep" / "speeds.json").estimate("demo, here", full, 50) == pytest.approx(
+        (130.0, 110.0, 400.0)
+    )
     (tmp_path / "old").write_text('{"demo, here": {"40": 2.0}}')
     assert Speeds(tmp_path / "old").estimate("demo, here", full, 10).seconds == 20.0, "one number, as earlier versions"
     assert again.estimate("demo, there", full, 100) is None
