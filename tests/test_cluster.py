@@ -225,6 +225,7 @@ def session():
 
     before = set(psutil.Process().children(recursive=True))
     with local_session(2):
+        assert "RAY_AUTH_TOKEN" not in os.environ, "what is started later does not get it"
         processes = set(psutil.Process().children(recursive=True)) - before
         yield processes
     gone, alive = psutil.wait_procs(processes, timeout=60)

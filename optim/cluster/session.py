@@ -52,19 +52,21 @@ def local_session(workers: int, gpus: Sequence[int] = ()) -> Iterator[None]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else None
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] if names else str(gpu) for gpu in gpus)
-    with _folder() as folder, _environment(environment):
-        ray = _import_ray()
-        with _signals_kept(), _errors_as_sentences("Ray could not be started on this machine"):
-            ray.init(
-                address="local",
-                num_cpus=workers,
-                num_gpus=len(gpus),
-                object_store_memory=int(min(STORE_BYTES * workers, STORE_SHARE * available_memory())),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(folder),
-            )
+    with _folder() as folder:
+        # Ray and its workers inherit the variables; what this process starts afterwards, as ffmpeg, has no token.
+        with _environment(environment):
+            ray = _import_ray()
+            with _signals_kept(), _errors_as_sentences("Ray could not be started on this machine"):
+                ray.init(
+                    address="local",
+                    num_cpus=workers,
+                    num_gpus=len(gpus),
+                    object_store_memory=int(min(STORE_BYTES * workers, STORE_SHARE * available_memory())),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(folder),
+                )
         try:
             yield
         finally:
