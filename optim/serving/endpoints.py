@@ -239,7 +239,7 @@ class Endpoints:
         job = self.worker.store.find(reply["job"], reply["visitor"])
         try:
             while job.unfinished:
-                if progress:
+                if progress is not None:  # one that has nothing yet is false
                     progress((int(job.finished_mouths()), job.frames), desc=job.doing, unit="frames")
                 await anyio.sleep(POLL_SECONDS)
         finally:
