@@ -30,6 +30,7 @@ from latentsync.pipeline import lipsync
 from latentsync.settings import Settings
 from optim.accelerate import accelerate, plan_for_device
 from optim.benchmark.windows import UtilizationMonitor, free_memory
+from optim.cluster.actor import Order, versions
 from optim.cluster.session import local_session
 
 HEAD = "level         workers    wall  frames/s  ratio  busy"
@@ -77,9 +78,6 @@ def time_job(
 
 def rows(args: argparse.Namespace, level: str, device: torch.device) -> Iterator[Row]:
     """The rows of a level, as they are measured."""
-    from optim.cluster.actor import Order, versions
-    from optim.cluster.workers import RayWorkers
-
     checkpoint = resolve_model(args.model, device)
     settings = Settings.suiting(checkpoint)
     models = load_models(checkpoint, device)
@@ -105,6 +103,8 @@ def rows(args: argparse.Namespace, level: str, device: torch.device) -> Iterator
         token_required=False,
     )
     with local_session(max(args.workers), numbers):
+        from optim.cluster.workers import RayWorkers  # imports Ray, which reads its settings then
+
         for count in args.workers:
             own_face = outline.face is not None
             with RayWorkers(order, count, count, outline.resolution, own_face, lambda line: None) as workers:
