@@ -1,6 +1,6 @@
 """LatentSync: make the mouth in a video say the words of a recording. See `latentsync.pipeline.lipsync`."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 STAGES = ("faces", "mouths", "writing")  # of a run, in which its progress is reported
 FPS = 25  # frames per second inside the program (LatentSync reference)
 SAMPLE_RATE = 16_000  # samples per second for the audio encoder (Whisper)

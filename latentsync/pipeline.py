@@ -190,7 +190,7 @@ def lipsync(
     info = probe_video(video, video_track)
     settings = settings or Settings()
     info = info.at(grid_rate(info.nominal_rate, settings.fps))
-    held = 0 if models.face is None else held_frames(info.rate)
+    held = held_frames(info.rate) if models.retargets else 0
     settings = fit_memory(settings, info, held, 0 if workers is None else workers.max_groups)
     device, kind = (str(models.device), models.device.type) if workers is None else (workers.name, workers.kind)
     clock = StageClock()
@@ -205,7 +205,7 @@ def lipsync(
         wav,
         total,
         repeats=total > info.n_frames,
-        second_reading=None if models.face is None else read_frames(info, count=total, cancel=cancel),
+        second_reading=read_frames(info, count=total, cancel=cancel) if models.retargets else None,
         cancel=cancel.set,
         rate=info.rate,
     )
@@ -354,11 +354,11 @@ def generate_frames(
         )
         parts = split_windows(count(clock.wait(crops, "crops"), "faces"))
         groups = group_windows(parts, settings.windows_per_pass)
-        needed = done if bank is None else done - context_frames(source.rate)
+        skipped = done if bank is None else max(done - context_frames(source.rate), 0)
         if workers is None:
-            frames = paint_groups(groups, Painter(models, settings, on_step), on_out_of_memory, needed)
+            frames = paint_groups(groups, Painter(models, settings, on_step), on_out_of_memory, skipped)
         else:
-            frames = workers.paint_groups(groups, on_step, needed)
+            frames = workers.paint_groups(groups, on_step, skipped)
         frames = clock.time(frames, "mouths")
         if bank is not None:
             frames = clock.time(retarget(frames, bank, stack.enter_context(face_reader()), source.rate), "retarget")

@@ -38,6 +38,11 @@ class Models(Traits):
     files: tuple[Path, ...] = ()  # that it was loaded from
 
     @property
+    def retargets(self) -> bool:
+        """Whether it paints mouths on a face of its own, whose shapes are then shown with the film's pixels."""
+        return self.face is not None
+
+    @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
 

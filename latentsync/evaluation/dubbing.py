@@ -47,7 +47,7 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own_sou
 
     bank = MouthBank()
     faces = clip.track.faces
-    if models.face is not None:
+    if models.retargets:
         faces = list(bank.collect(zip(clip.track.frames, faces, strict=True)))
     tracked = zip(clip.track.frames[:n].copy(), faces[:n], strict=True)
     chunks = audio_chunks(
@@ -60,7 +60,7 @@ def dub(clip: Clip, wav: np.ndarray, models: Models, settings: Settings, own_sou
         others = [frames[i] if frames[i].crop is not None else frames[k] for k, i in enumerate(reference_frames(n))]
         painter = OtherReferencePainter(models, settings, others)
     painted = paint_groups(group_windows(split_windows(frames), settings.windows_per_pass), painter)
-    if models.face is None:
+    if not models.retargets:
         return np.stack([frame.frame for frame in painted])
     with face_reader() as read_face:
         return np.stack([frame.frame for frame in retarget(painted, bank, read_face)])

@@ -132,7 +132,7 @@ class Worker:
         if self._order.kind == "cpu":
             torch.set_num_threads(self._order.threads)  # of this thread
         on_out_of_memory = oom_handler(self._models, self._plan, self._messages.append)
-        settings, own_face = self._plan.settings, self._models.face is not None
+        settings, own_face = self._plan.settings, self._models.retargets
 
         def smaller() -> Settings | None:
             nonlocal settings

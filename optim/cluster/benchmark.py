@@ -106,7 +106,7 @@ def rows(args: argparse.Namespace, level: str, device: torch.device) -> Iterator
         from optim.cluster.workers import RayWorkers  # imports Ray, which reads its settings then
 
         for count in args.workers:
-            own_face = outline.face is not None
+            own_face = outline.retargets
             with RayWorkers(order, count, count, outline.resolution, own_face, lambda line: None) as workers:
                 prepared = workers.wait_until_ready(count)
                 seconds, frames, busy = time_job(args, outline, prepared.plan.settings, workers, device)

@@ -81,7 +81,7 @@ def prepare_workers(
         )
         models = load_outline(checkpoint, working_dtype(torch.device(kind)))
         workers = stack.enter_context(
-            RayWorkers(order, count, limit, models.resolution, models.face is not None, log.info)
+            RayWorkers(order, count, limit, models.resolution, models.retargets, log.info)
         )
         first = workers.wait_until_ready()
         log.info(f"{workers.name}: {first.details}")
