@@ -80,9 +80,7 @@ def prepare_workers(
             token_required=args.cluster is not None,
         )
         models = load_outline(checkpoint, working_dtype(torch.device(kind)))
-        workers = stack.enter_context(
-            RayWorkers(order, count, limit, models.resolution, models.retargets, log.info)
-        )
+        workers = stack.enter_context(RayWorkers(order, count, limit, models.resolution, models.retargets, log.info))
         first = workers.wait_until_ready()
         log.info(f"{workers.name}: {first.details}")
         prepared = PreparedRun(models, first.plan.settings, workers=workers)
