@@ -61,6 +61,7 @@ def visit(chromium, server):
 
     def open_page(width=1280, height=900, theme="light"):
         context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+        playwright.expect.set_options(timeout=SLOW)
         context.set_default_timeout(SLOW)
         contexts.append(context)
         page = context.new_page()
