@@ -260,16 +260,31 @@ def test_a_visitor_cannot_read_what_is_not_theirs(server, clips):
 
     # Another's job is as one that there is not.
     for endpoint, data in (("cancel", (False, foreign)), ("again", ({}, foreign)), ("remove", (foreign,))):
-        unknown = ask(endpoint, "0" * 8, *data).json()["data"][0]["error"]
-        assert ask(endpoint, reply["job"], *data).json()["data"][0]["error"] == unknown.replace("0" * 8, reply["job"])
+        unknown = ask(endpoint, "0" * 8, *data).json()["error"]
+        assert ask(endpoint, reply["job"], *data).json()["error"] == unknown.replace("0" * 8, reply["job"])
     assert ask("result", reply["job"], foreign).status_code == 500
     assert ask("watch", foreign, 0, None).json()["data"][0]["jobs"] == []
-    assert "22 to 100 letters" in ask("watch", "me", 0, None).json()["data"][0]["error"]
+    assert "22 to 100 letters" in ask("watch", "me", 0, None).json()["error"]
 
     # Files that were not uploaded, by any of the ways to name one.
     config = visitor.get("/config").json()
     assert any(dependency["api_name"] == "submit" for dependency in config["dependencies"])
-    rest = [0, "auto", 4, 1, 0.85, 0, "as the level says", "as the level says", "largest", 16, None, foreign]
+    rest = [
+        0,
+        "auto",
+        4,
+        1,
+        0.85,
+        0,
+        "as the level says",
+        "as the level says",
+        "largest",
+        16,
+        None,
+        "on",
+        "source",
+        foreign,
+    ]
     for path in ("/etc/passwd", str(result), str(result.with_name("video.mp4")), "../../../etc/passwd", str(link)):
         given = {"path": path, "meta": {"_type": "gradio.FileData"}}
         found = ask("submit", given, given, *rest)

@@ -68,7 +68,7 @@ def served(fetcher):
     try:
         _, url, _ = page.blocks.launch(
             prevent_thread_lock=True, quiet=True, ssr_mode=False, app_kwargs={"routes": app.routes(page.api)},
-            theme=app.theme(), head=app.head_html(),
+            theme=app.theme(), head=app.head_html(), allowed_paths=[str(path) for *_, path in app.EXAMPLES],
         )  # fmt: skip
         yield url
     finally:
@@ -108,7 +108,7 @@ def test_a_client_fetches_a_model_and_it_can_be_chosen_without_a_restart(hub, fe
         until(look)
         assert seen[-1]["state"] == DONE and seen[-1]["error"] is None
         fetching = [each for each in seen if each["doing"] == f"fetching {UNET}"]
-        assert len({each["done"] for each in fetching}) > 2
+        assert len({each["done"] for each in fetching}) > 1  # how often it is seen depends on the load
         assert {each["total"] for each in fetching} == {size()}
         assert any(each["speed"] and 4e5 < each["speed"] < 4e6 for each in fetching)
         assert any(each["seconds_left"] is not None for each in fetching)
