@@ -19,7 +19,7 @@ from latentsync.errors import UserError, is_out_of_memory
 from latentsync.machine import peak_memory
 from latentsync.options import between, choose_device, interrupt_on_signals, log_to_stderr
 from latentsync.paths import check_writable, write_text
-from latentsync.rates import RATES, grid_rate
+from latentsync.rates import RATES
 from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
@@ -216,8 +216,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
     # Imported late: --help needs none of it, and the files are checked before torch is imported.
     from latentsync.media import check_output, probe_audio, probe_video
 
-    info = probe_video(args.video, args.video_track)
-    info = info.at(grid_rate(info.nominal_rate, args.fps))
+    info = probe_video(args.video, args.video_track).at_choice(args.fps)
     sound = probe_audio(args.audio, args.audio_track)
     check_output(args.output, (args.video, args.audio))
     if args.report:

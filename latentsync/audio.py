@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentsync import FPS, SAMPLE_RATE
-from latentsync.silence import BLOCK, DIGITAL_SILENCE, block_levels, silence_pauses
+from latentsync.silence import BLOCK, DIGITAL_SILENCE, amplify, block_levels, silence_pauses
 from latentsync.whisper import AudioEncoder
 
 N_FFT = 400  # samples, 25 ms
@@ -117,13 +117,8 @@ def raise_quiet_speech(wav: Tensor, level: float) -> Tensor:
     gains = speech_gains(wav, level)
     if not gains.any():
         return wav
-    raised = wav.clone()
     gain_samples = np.arange(len(gains)) * LEVEL_STEP * BLOCK
-    for start in range(0, len(wav), SEGMENT_SAMPLES):
-        part = raised[start : start + SEGMENT_SAMPLES]
-        decibels = np.interp(np.arange(start, start + len(part)), gain_samples, gains)
-        part *= torch.from_numpy(10 ** (decibels / 20)).to(part)
-    return raised
+    return amplify(wav, lambda samples: 10 ** (np.interp(samples, gain_samples, gains) / 20))
 
 
 @torch.inference_mode()

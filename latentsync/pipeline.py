@@ -42,7 +42,6 @@ from latentsync.media import (
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.painting import Painter, Workers, paint_groups
 from latentsync.prefetch import BackgroundConsumer, prefetch
-from latentsync.rates import grid_rate
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
 from latentsync.timing import StageClock
@@ -187,9 +186,8 @@ def lipsync(
     """
     began = time.perf_counter()
     output = check_output(output, (video, audio, *models.files))
-    info = probe_video(video, video_track)
     settings = settings or Settings()
-    info = info.at(grid_rate(info.nominal_rate, settings.fps))
+    info = probe_video(video, video_track).at_choice(settings.fps)
     held = held_frames(info.rate) if models.retargets else 0
     settings = fit_memory(settings, info, held, 0 if workers is None else workers.max_groups)
     device, kind = (str(models.device), models.device.type) if workers is None else (workers.name, workers.kind)
@@ -215,7 +213,7 @@ def lipsync(
     writer: VideoWriter | SegmentWriter
     # A resumed job must have the same models; those that were not loaded from files cannot be compared.
     if segment_frames and total > segment_frames and models.files:
-        identity = job_identity(models, settings, segment_frames, video_track, audio_track) | {"device": kind}
+        identity = job_identity(models, settings, kind, segment_frames, video_track, audio_track)
         folder = work_folder(output, (video, audio, *models.files), identity)
         clean(output, folder)
         writer = SegmentWriter(
@@ -296,13 +294,21 @@ def lipsync(
 
 
 def job_identity(
-    models: Models, settings: Settings, segment_frames: int, video_track: int | None, audio_track: int | None
+    models: Models,
+    settings: Settings,
+    kind: str,
+    segment_frames: int,
+    video_track: int | None,
+    audio_track: int | None,
 ) -> dict[str, object]:
-    """All that decides a job's result besides its files, ready for JSON: a job with another one is not resumed."""
+    """All that decides a job's result besides its files, ready for JSON: a job with another one is not resumed.
+
+    kind: of the device that paints, "cpu" or "cuda".
+    """
     # What goes through the device at once is no part of it: that follows from the memory that is free.
     return asdict(replace(settings, windows_per_pass=1, frames_per_pass=1)) | {
         "segment": segment_frames,
-        "device": models.device.type,
+        "device": kind,
         "dtype": str(models.dtype).removeprefix("torch."),
         "model": models.name,
         "resolution": models.resolution,

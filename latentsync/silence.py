@@ -1,5 +1,7 @@
 """The silence gate: sound between the words becomes true silence, so that noise, hum and breath move no mouth."""
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 import torch
@@ -76,9 +78,14 @@ def silence_pauses(wav: Tensor) -> Tensor:
     speech = speech_blocks(block_levels(wav))
     if speech.all():
         return wav
-    gated = wav.clone()
     centres = (np.arange(len(speech)) + 0.5) * BLOCK
+    return amplify(wav, lambda samples: np.interp(samples, centres, speech))
+
+
+def amplify(wav: Tensor, factors: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """A copy of sound (samples,), multiplied by the factors (n,) of its samples' numbers (n,), part by part."""
+    amplified = wav.clone()
     for start in range(0, len(wav), 1000 * BLOCK):
-        part = gated[start : start + 1000 * BLOCK]
-        part *= torch.from_numpy(np.interp(np.arange(start, start + len(part)), centres, speech)).to(part)
-    return gated
+        part = amplified[start : start + 1000 * BLOCK]
+        part *= torch.from_numpy(factors(np.arange(start, start + len(part)))).to(part)
+    return amplified

@@ -280,7 +280,7 @@ def test_a_resumed_run_gives_the_same_at_every_rate(models, tmp_path, rate, monk
     report = lipsync(*run, Hooks(on_message=said.append), segment_frames=16)
     assert report.resumed_from in (16, 32) and any(line.startswith("resuming at 0:0") for line in said)
     assert hashes(tmp_path / "resumed.mp4") == hashes(tmp_path / "whole.mp4")
-    identities = [pipeline.job_identity(models, Settings(fps=fps), 16, None, None) for fps in ("source", "25")]
+    identities = [pipeline.job_identity(models, Settings(fps=fps), "cpu", 16, None, None) for fps in ("source", "25")]
     assert identities[0] != identities[1], "another rate is another job"
 
 

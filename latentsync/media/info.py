@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from latentsync import FPS
-from latentsync.rates import show_rate
+from latentsync.rates import grid_rate, show_rate
 
 HDR_TRANSFERS = {"smpte2084", "arib-std-b67"}  # PQ (HDR10, Dolby Vision 8.1) and HLG (Dolby Vision 8.4)
 OPACITY_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # codec → decoder that keeps opacity, as the default does not
@@ -82,6 +82,10 @@ class VideoInfo:
     def at(self, rate: Fraction) -> "VideoInfo":
         """The same video, read at another rate."""
         return replace(self, rate=rate)
+
+    def at_choice(self, fps: str) -> "VideoInfo":
+        """The same video, read at the rate of a run; fps: one of `rates.RATES`."""
+        return self.at(grid_rate(self.nominal_rate, fps))
 
     @property
     def n_frames(self) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from latentsync.retarget.geometry import CHIN, LIPS, LOWER_LIP, OUTER, RING, UPPER_LIP
+from latentsync.retarget.geometry import CHIN, LIPS, LOWER_LIP, OUTER, RING, UPPER_LIP, fixed_point
 from latentsync.retarget.inside import draw_inside
 from latentsync.retarget.mouths import Mouth
 from latentsync.retarget.warping import MouthGrid, sample, thin_plate_map
@@ -94,11 +94,6 @@ def draw_layer(layer: Layer, lips: np.ndarray, ring: np.ndarray, shape: tuple[in
         made = draw_inside(grid, mouth.pixels, mouth.points, scale)
         inside += (made - inside) * layer.missing
     return patch + (inside - patch) * grid.inside_mask(edge)[..., None]
-
-
-def fixed_point(points: np.ndarray) -> np.ndarray:
-    """Points in sixteenths of a pixel, for OpenCV's drawing functions with shift=4."""
-    return np.round(points * 16).astype(np.int32)
 
 
 def soft_hull(points: np.ndarray, shape: tuple[int, int], scale: float) -> np.ndarray:

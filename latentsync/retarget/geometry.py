@@ -112,3 +112,8 @@ def inner_contours(lips: np.ndarray, axes: np.ndarray) -> tuple[np.ndarray, np.n
         edge[:, 0] = np.maximum.accumulate(edge[:, 0]) + np.arange(11) * 1e-4
     lower[:, 1] = np.maximum(lower[:, 1], np.interp(lower[:, 0], upper[:, 0], upper[:, 1]))
     return upper, lower
+
+
+def fixed_point(points: np.ndarray) -> np.ndarray:
+    """Points in sixteenths of a pixel, for OpenCV's drawing functions with shift=4."""
+    return np.round(points * 16).astype(np.int32)

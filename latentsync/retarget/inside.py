@@ -3,16 +3,12 @@
 import cv2
 import numpy as np
 
-from latentsync.retarget.geometry import INNER, OUTER, RING
+from latentsync.retarget.geometry import INNER, OUTER, RING, fixed_point
 from latentsync.retarget.warping import MouthGrid
 
 # Lengths are head units: the distance between the outer corners of the eyes, about 9 cm.
-TEETH_EDGES = (
-    0.094,
-    0.162,
-    0.235,
-    0.31,
-)  # right edges of incisors, canine and premolar, from the midline: 8.5, 6, 6.5 mm
+# From the midline to the outer edges of both incisors, the canine and the first premolar, as seen from the front.
+TEETH_EDGES = (0.094, 0.162, 0.235, 0.31)
 TEETH_SHOWN = 0.05  # of the upper teeth, below the lip, in the middle; further out the row rises
 ROW_RISE = 0.35  # of the same, per squared distance in half mouths
 TEETH_SHARE = 0.45  # of the opening that teeth may fill
@@ -71,5 +67,5 @@ def lip_colour(pixels: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Mean colour (3,) of the lips in a picture uint8 (h, w, 3); points begin with LIPS, in its pixels."""
     mask = np.zeros(pixels.shape[:2], np.uint8)
     for part, value in (OUTER, 1), (INNER, 0):
-        cv2.fillPoly(mask, [np.round(points[part] * 16).astype(np.int32)], value, shift=4)
+        cv2.fillPoly(mask, [fixed_point(points[part])], value, shift=4)
     return pixels[mask > 0].mean(0) if mask.any() else np.full(3, 128.0)

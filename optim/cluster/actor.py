@@ -25,10 +25,8 @@ from latentsync.windows import Window
 from optim.accelerate import Plan, accelerate, details, oom_handler, plan_for_device
 from optim.cluster.messages import PaintedGroup, PaintTask, pack_result, unpack
 
-QUEUED = {
-    "cpu": 2,
-    "cuda": 3,
-}  # groups that a worker is given: one waits, one is painted, one is on its way to the host
+# Groups that a worker is given: one waits, one is painted and, of a GPU, one is on its way to the host.
+QUEUED = {"cpu": 2, "cuda": 3}
 
 
 @dataclass(frozen=True)

@@ -47,14 +47,14 @@ def lent_gpu() -> Callable | None:
 def make_worker(options: Namespace) -> Worker:
     return Worker(
         options.outputs.absolute(),
-        options.queue_size,
-        options.max_seconds,
-        options.model,
-        options.device,
-        60 * options.idle_minutes,
-        options.keep_hours,
-        lent_gpu(),
-        SHARED_LIMITS if options.shared else NO_LIMITS,
+        queue_size=options.queue_size,
+        max_seconds=options.max_seconds,
+        model=options.model,
+        device=options.device,
+        idle_seconds=60 * options.idle_minutes,
+        keep_hours=options.keep_hours,
+        lent=lent_gpu(),
+        limits=SHARED_LIMITS if options.shared else NO_LIMITS,
     )
 
 
@@ -62,4 +62,11 @@ def make_uploads(folder: Path, options: Namespace) -> Uploads:
     largest = options.max_upload
     if not options.shared:
         return Uploads(folder, Limits(largest))
-    return Uploads(folder, Limits(largest, 16, 8, largest and PUBLIC_STORED * largest, PUBLIC_UNUSED_SECONDS))
+    limits = Limits(
+        max_file=largest,
+        at_once=16,
+        at_once_from=8,
+        max_stored=largest and PUBLIC_STORED * largest,
+        unused_seconds=PUBLIC_UNUSED_SECONDS,
+    )
+    return Uploads(folder, limits)

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.media import probe_audio, probe_video
 from latentsync.media.segments import discard
-from latentsync.rates import grid_rate
 from optim.serving.comparison import start_comparison
 from optim.serving.curves import NO_CURVES, curves_since, last_seconds, thinned_curves
 from optim.serving.estimate import describe_request
@@ -149,13 +148,12 @@ class Worker:
             video, audio = store_inputs(request, names, folder, self.store.all())
             self.store.check_stored(owner, folder)
             try:
-                info = probe_video(video, request.video_track)
+                info = probe_video(video, request.video_track).at_choice(request.fps)
                 # No more of the sound is decoded than it may last.
                 sound = probe_audio(audio, request.audio_track, max_seconds=self.max_seconds)
             except UserError as error:
                 raise UserError(with_user_names(error, {video: names[0], audio: names[1]})) from None
             request = replace(request, video=video, audio=audio)
-            info = info.at(grid_rate(info.nominal_rate, request.fps))
             job = Job(request, owner, folder, names, (info.width, info.height), sound.duration, str(info.rate))
             job.messages += info.remarks
             job.remarks = len(job.messages)
