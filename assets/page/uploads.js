@@ -61,7 +61,7 @@ let starting = false, startedAt = -PAUSE, waitsForUpload = false;
 
 function startNote(text, isProblem) {
   setText(find("#start-note"), text);
-  find("#start-note").classList.toggle("problem", Boolean(isProblem));
+  find("#start-note").classList.toggle("problem", Boolean(isProblem && text));
 }
 document.addEventListener("click", (event) => {
   if (!event.target.closest("#start")) return;

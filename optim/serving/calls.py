@@ -41,7 +41,10 @@ class CallCheck:
         parameters = _parameters(endpoint.fn, len(endpoint.inputs))
         arguments = self._by_name(name, parameters, body) if by_name else self._by_position(parameters, body)
         for component, value in zip(endpoint.inputs, arguments, strict=True):
-            if isinstance(component, (gr.Video, gr.Audio, gr.File)) and value is not None and not _is_file(value):
+            if not isinstance(component, (gr.Video, gr.Audio, gr.File)) or value is None:
+                continue
+            several = isinstance(component, gr.File) and component.file_count != "single" and isinstance(value, list)
+            if not all(_is_file(each) for each in (value if several else [value])):
                 raise UserError(f"The {component.label or 'file'} is no uploaded file: upload it first.")
 
     def _by_name(self, name: str | None, parameters: list[inspect.Parameter], body: dict[str, Any]) -> list[Any]:
