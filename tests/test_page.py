@@ -595,4 +595,4 @@ def test_axe_finds_nothing_serious_in_any_state(visit, clips, theme):
     page.click("#start")
     state(page, "failed")
     check("failed")
-    assert found == []
+    assert found == [], "\n".join(map(str, found))
