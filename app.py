@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 
+from latentsync.choice import FACES
 from latentsync.errors import UserError
 from latentsync.options import interrupt_on_signals, log_to_stderr
-from latentsync.settings import FACES
 from optim.levels import STOPS
 from optim.serving.calls import CallCheck
 from optim.serving.clients import wire_clients

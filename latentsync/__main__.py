@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentsync import STAGES, __version__
+from latentsync.choice import FACES
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.machine import peak_memory
 from latentsync.options import between, choose_device, interrupt_on_signals, log_to_stderr
 from latentsync.paths import check_writable, write_text
 from latentsync.rates import RATES
-from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
+from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
     import torch

@@ -1,71 +1,31 @@
-"""Find the speaker's face and follow it through a clip.
+"""Find the faces of speakers and follow them through a clip.
 
 A followed face is detected in a crop around its last place, the region: the cost does not grow with the frame, and the
 landmarks jitter a tenth as much as when detected in the whole frame. They are smoothed over frames to both sides, so
-without lag.
-
-The region stays in place until the face has moved far, so the landmarkers of the other threads can search it in the
-next frames before it is known whether the face stays in it; where it does not, the frames are searched again. The
-result is the same for any number of landmarkers. Where there is no face they share the tiles in which one is searched.
+without lag. `following` has how a face is found and followed from frame to frame.
 
 Coordinates are (x, y) in pixels of the frame with pixel centres at whole numbers.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import inf
+from itertools import tee
 
 import numpy as np
 
 from latentsync import FPS
-from latentsync.landmarks import Detection, LandmarkerPool, open_pool, tiles
-from latentsync.lookahead import LookaheadFrames, Region, region_box
+from latentsync.following import FaceFollower, Person, Slot, Timing
+from latentsync.landmarks import Detection, LandmarkerPool, open_pool
+from latentsync.lookahead import LookaheadFrames
 from latentsync.rates import scale_frames
 from latentsync.shots import REACH, CutDetector
 
-# Frames are those of a film of 25 a second; where they mean time, there are more of them at a higher rate.
-REGION = 2.0  # side of the region around a face, in face sizes
-REGION_SLACK = 0.12  # the region stays in place until the face has moved or grown by this share of its side
-SEARCH_INTERVAL = 5  # frames between two searches of the tiles for a lost face; as many frames wait for it
-SEARCH_WAITS = (5, 5, 10, 25)  # the same for new faces: after a change of the picture, and after 1, 2, more failures
-NEAR = 0.5  # face sizes that a face may move from one frame to the next
-DRIFT = 0.1  # face sizes more for every frame in which it was not detected
-PATIENCE = 25  # frames to wait for a face that is lost or not usable before another one may take its place
-CHANGED_BLOCKS = 2  # of the picture from one frame to the next: something has come in, or moves fast
-FADE = 5  # frames in which the opacity rises after a gap and falls before one
-SMOOTHING = 4  # frames to either side that points are smoothed over
-SMOOTHING_SIGMA = 2.0  # frames
 JITTER = 0.005  # face sizes; points that differ by much more are motion and are not smoothed
 JITTER_PIXELS = 0.4  # the same for small faces
-JUMP = 0.3  # face sizes from one frame to the next: no smoothing across
 
 RELEASED = np.empty(0, np.uint8)  # in place of a frame that has been yielded
-
-
-@dataclass(frozen=True)
-class Timing:
-    """The constants above that mean time, in frames of a film."""
-
-    patience: int
-    search_waits: tuple[int, ...]
-    drift: float  # face sizes a frame
-    fade: int
-    smoothing: int
-    smoothing_sigma: float
-
-    @classmethod
-    def at(cls, rate: Fraction) -> "Timing":
-        """Those of a film of `rate` frames a second."""
-        return cls(
-            patience=scale_frames(PATIENCE, rate),
-            search_waits=tuple(scale_frames(wait, rate) for wait in SEARCH_WAITS),
-            drift=DRIFT * float(FPS / rate),
-            fade=scale_frames(FADE, rate),
-            smoothing=scale_frames(SMOOTHING, rate),
-            smoothing_sigma=SMOOTHING_SIGMA * float(rate / FPS),
-        )
 
 
 @dataclass(frozen=True)
@@ -88,28 +48,6 @@ class Face:
     shot: int = 0
 
 
-@dataclass
-class Slot:
-    """One frame on its way through the tracker; `frame` is RELEASED once it has been yielded."""
-
-    frame: np.ndarray
-    number: int
-    shot: int
-    detection: Detection | None = None
-
-    @property
-    def usable(self) -> Detection | None:
-        """The detection if it is usable."""
-        return self.detection if self.detection is not None and self.detection.usable else None
-
-    def continues(self, other: "Slot") -> bool:
-        """Whether the faces in this slot and in its neighbour `other` are one motion."""
-        face, neighbour = self.usable, other.usable
-        if face is None or neighbour is None or self.shot != other.shot:
-            return False
-        return face.distance(neighbour) < JUMP
-
-
 def track_faces(
     frames: Iterable[np.ndarray],
     landmarkers: int | None = None,
@@ -120,216 +58,77 @@ def track_faces(
 
     frames: uint8 RGB (H, W, 3), all of one size, `rate` a second. Half a second of them is held at most, and one more
     per landmarker of another thread. landmarkers: how many of them work; by default as many as the processor's cores
-    allow. which: one of `settings.FACES`, the face to follow if several are detected when it first appears; sides are
+    allow. which: one of `choice.FACES`, the face to follow if several are detected when it first appears; sides are
     the picture's. The face is None if none is usable: not found, turned more than 60 degrees away, or with the mouth
     outside the picture. Usable faces are preferred. Another face does not take over until the followed one has been
     gone or not usable for a second, or the shot has changed. If there has been none for a while, one that is small in
     the picture and comes into it slowly may be found up to a second late. Raises UserError if the landmarker's model
     file is missing.
     """
+    for frame, (face,) in track_people(frames, [Person(which)], landmarkers, rate):
+        yield frame, face
+
+
+def track_people(
+    frames: Iterable[np.ndarray],
+    people: Sequence[Person],
+    landmarkers: int | None = None,
+    rate: Fraction = Fraction(FPS),
+) -> Iterator[tuple[np.ndarray, tuple[Face | None, ...]]]:
+    """Follow several people, and yield every frame with the faces of all, in their order; see `track_faces`.
+
+    No face is two people's. What is learnt of their looks is kept in `people`.
+    """
     timing = Timing.at(rate)
+    cuts = CutDetector(scale_frames(REACH, rate))
+    with open_pool(landmarkers) as pool:
+        batches = tee(_follow(frames, people, pool, cuts, timing), len(people))
+        tracks = (
+            _smooth(split_at_cuts((settled[index] for settled in batch), cuts), timing)
+            for index, batch in enumerate(batches)
+        )
+        for faces in zip(*tracks, strict=True):
+            yield faces[0][0], tuple(face for _, face in faces)
+
+
+def _follow(
+    frames: Iterable[np.ndarray], people: Sequence[Person], pool: LandmarkerPool, cuts: CutDetector, timing: Timing
+) -> Iterator[list[list[Slot]]]:
+    """For each frame that is read, yield the slots of each person that are settled by then: all frames, in order."""
+    upcoming = LookaheadFrames(frames, pool, len(people))
+    followers = [FaceFollower(upcoming, pool, person, cuts, timing, index) for index, person in enumerate(people)]
+    for follower in followers:
+        follower.others = [other for other in followers if other is not follower]
+    for number, frame in enumerate(upcoming):
+        cuts.add(frame)
+        if cuts.is_clear_cut():
+            for follower in followers:
+                follower.start_shot()
+        yield [follower.add(number, frame) for follower in followers]
+    yield [follower.settle() for follower in followers]
+
+
+def _smooth(slots: Iterable[Slot], timing: Timing) -> Iterator[tuple[np.ndarray, Face | None]]:
+    """Every frame and its face, smoothed and faded by its neighbours."""
     reach = max(timing.fade, timing.smoothing)
     line: deque[Slot] = deque()  # up to `reach` slots before the current one, and `reach` after it
     current = 0
-    with open_pool(landmarkers) as pool:
-        cuts = CutDetector(scale_frames(REACH, rate))
-        follower = FaceFollower(frames, pool, which, cuts, timing)
-        for slot in split_at_cuts(follower.follow(), cuts):
-            line.append(slot)
-            if len(line) - current > reach:
-                yield finish_slot(line, current, timing)
-                if current == reach:
-                    line.popleft()
-                else:
-                    current += 1
+    for slot in slots:
+        line.append(slot)
+        if len(line) - current > reach:
+            yield finish_slot(line, current, timing)
+            if current == reach:
+                line.popleft()
+            else:
+                current += 1
     for index in range(current, len(line)):
         yield finish_slot(line, index, timing)
-
-
-# ---- following
-
-
-class FaceFollower:
-    """Finds the face to follow, and follows it from frame to frame within each shot.
-
-    Frames without a face wait up to SEARCH_INTERVAL frames: a face that the next search finds was often there before,
-    and is followed back to them. A face that is not usable is followed too, as it may turn to the camera, but after
-    a second its frames wait and are searched as if they had none.
-    """
-
-    def __init__(
-        self, frames: Iterable[np.ndarray], pool: LandmarkerPool, which: str, cuts: CutDetector, timing: Timing
-    ):
-        self.frames = LookaheadFrames(frames, pool)
-        self.pool = pool
-        self.which = which
-        self.cuts = cuts  # every frame is added to it when it is read
-        self.timing = timing
-        self.waiting: deque[Slot] = deque()
-        self.shot = -1
-        self.start_shot()
-
-    def start_shot(self) -> None:
-        self.shot += 1
-        self.face: Detection | None = None  # the followed one when it was last detected
-        self.region: Region | None = None  # where that was
-        self.missing = 0  # frames since then
-        self.not_usable = self.timing.patience  # frames since it was usable; at first there is none to wait for
-        self.schedule = SearchSchedule(self.timing.search_waits)
-
-    def follow(self) -> Iterator[list[Slot]]:
-        """For each frame that is read, yield the slots that are settled by then: all frames, in order."""
-        for number, frame in enumerate(self.frames):
-            self.cuts.add(frame)
-            if self.cuts.is_clear_cut():
-                self.start_shot()
-            slot = Slot(frame, number, self.shot)
-            self.find_face(slot)
-            self.waiting.append(slot)
-            if slot.detection is not None and self.not_usable <= self.timing.patience:
-                self.follow_back()
-                settled = list(self.waiting)
-                self.waiting.clear()
-                yield settled
-            else:
-                yield [self.waiting.popleft()] if len(self.waiting) > SEARCH_INTERVAL else []
-        yield list(self.waiting)
-
-    def find_face(self, slot: Slot) -> None:
-        """Detect the followed face in the newest frame, or another one to follow."""
-        if self.face is not None and self.missing == 0:
-            self.region = region_around(self.face, self.region)
-            slot.detection = nearest(self.frames.detect(self.region), self.face)
-        self.missing = self.missing + 1 if slot.detection is None else 0
-        self.not_usable = 0 if slot.usable else self.not_usable + 1
-        candidates: Iterable[Detection] = ()
-        if self.not_usable > self.timing.patience:
-            changed = self.missing == 1 or self.cuts.changed_blocks() >= CHANGED_BLOCKS
-            candidates = self.search_new(slot.frame, self.schedule.is_due(changed))
-        elif slot.detection is None and self.face is not None:
-            candidates = self.search_lost(slot.frame, self.face)
-        slot.detection = self.confirm(slot.frame, candidates, slot.detection)
-        if slot.detection is not None:
-            self.face, self.missing = slot.detection, 0
-        elif self.not_usable > self.timing.patience:
-            self.face = None
-        if slot.usable:
-            self.not_usable, self.schedule = 0, SearchSchedule(self.timing.search_waits)
-        # The next frame is searched there, unless its face is farther from here than this one's was.
-        self.frames.region = self.region if slot.detection is not None else None
-
-    def search_new(self, frame: np.ndarray, thorough: bool) -> Iterator[Detection]:
-        """The usable faces of the frame, ranked by `which`, then the others.
-
-        `thorough` also searches tiles of the frame, larger ones first, for faces that are small in it. To rank by size
-        it does so only when more faces are asked for, since a smaller tile shows no larger face.
-        """
-        rest: list[Detection] = []
-        for boxes, _ in tiles(frame, thorough):
-            faces = self.pool.detect_all(frame, boxes)
-            if self.which == "largest":
-                yield from ranked([face for face in faces if face.usable], self.which, frame.shape[1])
-                faces = [face for face in faces if not face.usable]
-            rest += faces
-        yield from ranked(rest, self.which, frame.shape[1])
-
-    def search_lost(self, frame: np.ndarray, lost: Detection) -> list[Detection]:
-        """The lost face, usable or not, if found: the largest of about its size not too far from its place.
-
-        Every SEARCH_INTERVAL frames also the tiles that can hold it are searched. Tiles smaller than it was cannot;
-        should it be half as large now, it fills a quarter of a tile of the size before, and is detected there.
-        """
-        reach = NEAR + self.missing * self.timing.drift
-        for boxes, side in tiles(frame, self.missing % SEARCH_INTERVAL == 1, lost.size):
-            limit = side / 2 + (reach + 0.5) * lost.size
-            boxes = [box for box in boxes if np.abs(np.add(box[:2], side / 2) - lost.centre).max() < limit]
-            faces = self.pool.detect_all(frame, boxes)
-            faces = [face for face in faces if resembles(face, lost, reach)]
-            if faces:
-                return [max(faces, key=lambda face: face.size)]
-        return []
-
-    def confirm(
-        self, frame: np.ndarray, candidates: Iterable[Detection], detection: Detection | None
-    ) -> Detection | None:
-        """The first usable candidate, else `detection`, else the first candidate; sets `region` to where it is.
-
-        Every candidate is detected again in a region of its own: its points do not depend on how it was found, and
-        what only looked like a face, or like a usable one, in a shrunk picture hides no other.
-        """
-        for candidate in candidates:
-            if detection is not None and not candidate.usable:  # nor are those that follow
-                break
-            region = region_around(candidate)
-            confirmed = nearest(self.pool.detect(frame, region_box(region)), candidate)
-            if confirmed is not None and (confirmed.usable or detection is None):
-                detection, self.region = confirmed, region
-            if confirmed is not None and confirmed.usable:
-                break
-        return detection
-
-    def follow_back(self) -> None:
-        """Detect the face of the last waiting slot in those before it, as long as it is found."""
-        face = self.waiting[-1].detection
-        for slot in list(self.waiting)[-2::-1]:
-            if face is None or slot.shot != self.shot:
-                return
-            face = nearest(self.pool.detect(slot.frame, region_box(region_around(face))), face)
-            slot.detection = face or slot.detection
-
-
-@dataclass
-class SearchSchedule:
-    """When to search for a new face in tiles: at once, and after longer waits if that fails."""
-
-    waits: tuple[int, ...]
-    failures: int = 0
-    since: float = inf  # frames since the last search
-
-    def is_due(self, changed: bool) -> bool:
-        """To be called once per frame. changed: there may be a face where none was, so waits are short again."""
-        if changed:
-            self.failures = 0
-        due = self.since >= self.waits[min(self.failures, len(self.waits) - 1)]
-        self.failures, self.since = (self.failures + 1, 1) if due else (self.failures, self.since + 1)
-        return due
-
-
-def region_around(face: Detection, last: Region | None = None) -> Region:
-    """The square to search for `face`: `last` if that still fits."""
-    side = REGION * face.size
-    if last is not None:
-        moved = np.abs(face.centre - last[:2]).max() / last[2]
-        if moved < REGION_SLACK and abs(side / last[2] - 1) < REGION_SLACK:
-            return last
-    return round(face.centre[0]), round(face.centre[1]), max(round(side), 2)
-
-
-def nearest(faces: list[Detection], last: Detection) -> Detection | None:
-    """The face that was `last` in the frame before, if it is still near there."""
-    return min((face for face in faces if resembles(face, last, NEAR)), key=last.distance, default=None)
-
-
-def resembles(face: Detection, last: Detection, reach: float) -> bool:
-    """Whether `face` lies within `reach` sizes of `last` and is of about its size."""
-    return last.distance(face) < reach and 0.5 < face.size / last.size < 2
-
-
-def ranked(faces: list[Detection], which: str, width: int) -> list[Detection]:
-    """Faces in a picture of that width, usable ones first, then by `which`, one of `settings.FACES`."""
-    ranks = {
-        "largest": lambda face: -face.size,
-        "left": lambda face: face.centre[0],
-        "right": lambda face: -face.centre[0],
-        "centre": lambda face: abs(face.centre[0] - width / 2),
-    }
-    return sorted(faces, key=lambda face: (not face.usable, ranks[which](face)))
 
 
 def split_at_cuts(batches: Iterable[list[Slot]], cuts: CutDetector) -> Iterator[Slot]:
     """Add the cuts between two usable faces that are recognised only later, and renumber the shots.
 
-    batches: of `FaceFollower.follow`. A slot is held back until the reach of `cuts` has been read after it. Slots that
+    batches: of `_follow`, of one person. A slot is held back until the reach of `cuts` has been read after it. Slots that
     waited in the follower are not held any longer, so both together hold no more frames than either.
     """
     held: deque[Slot] = deque()

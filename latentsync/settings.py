@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from math import inf
 from typing import Any, Protocol
 
+from latentsync.choice import FACES, parse_face
 from latentsync.errors import UserError
 from latentsync.rates import RATES
 
@@ -16,7 +17,6 @@ INFERENCE_STEPS = 20  # 12 to 50 are useful
 GUIDANCE_SCALE = 1.5  # of the released models; 1 (off) to 3 are useful
 SEED = 1247  # LatentSync's
 CRF = 16  # x264 quality that the eye cannot tell from the source
-FACES = ("largest", "left", "right", "centre")  # which face is followed where several are seen
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,14 @@ class Settings:
     frames_per_pass: int = 16  # frames that go through the autoencoder together, from 1
     cache: DeepCache | None = None
     crf: float = CRF  # x264's, of the output
-    face: str = "largest"  # one of FACES
+    face: str = FACES[0]  # see `choice.parse_face`
+    other_faces: tuple[str, ...] = ()  # further ones, each with a voice of its own
     fps: str = "source"  # one of RATES, the frame rate of the result
     silence_gate: bool = True  # between words the model hears silence, see `latentsync.silence`
 
     def __post_init__(self) -> None:
-        if self.face not in FACES:
-            raise UserError(f"There is no face '{self.face}' to choose: give one of {', '.join(FACES)}.")
+        for face in (self.face, *self.other_faces):
+            parse_face(face)
         if self.fps not in RATES:
             raise UserError(f"There is no frame rate '{self.fps}' to choose: give one of {', '.join(RATES)}.")
         for name, most in ("steps", TRAIN_STEPS - 1), ("windows_per_pass", inf), ("frames_per_pass", inf):

@@ -10,9 +10,10 @@ import pytest
 from mediapipe.tasks.python.vision import FaceLandmarker
 from skimage.data import astronaut
 
-from latentsync import faces, landmarks, shots
+from latentsync import faces, following, landmarks, shots
 from latentsync.errors import UserError
-from latentsync.faces import FADE, track_faces
+from latentsync.faces import track_faces
+from latentsync.following import FADE
 from latentsync.landmarks import ALIGNMENT_POINTS, mouth_opening
 
 WIDTH, HEIGHT = 640, 360
@@ -109,9 +110,9 @@ def test_a_larger_newcomer_does_not_take_over(portrait):
 def test_another_face_does_not_take_over_at_once_when_the_followed_one_leaves(portrait):
     both = put(put(room(), portrait, 350, 50), portrait, 20, 120, 0.6)
     left = put(room(), portrait, 20, 120, 0.6)
-    found = track([both] * 4 + [left] * (faces.PATIENCE + 10))
+    found = track([both] * 4 + [left] * (following.PATIENCE + 10))
     assert all(middle(face) > 350 for face in found[:4])
-    assert not any(found[4 : faces.PATIENCE - 3])
+    assert not any(found[4 : following.PATIENCE - 3])
     assert middle(found[-1]) < 200
 
 
@@ -132,7 +133,7 @@ def test_a_lost_face_is_looked_for_only_where_it_can_be(portrait, looks):
 
     face = next(face for _, face in list(track_faces(frames(), landmarkers=1)))
     low, high = np.array(face.box[:2]), np.array(face.box[2:])
-    reach = faces.NEAR + 6 * faces.DRIFT  # in the second search
+    reach = following.NEAR + 6 * following.DRIFT  # in the second search
     side = HEIGHT // 4
     within, touching = (
         {
@@ -292,10 +293,10 @@ def test_a_followed_face_is_kept_while_it_is_not_usable_for_a_moment(portrait):
 
 
 def test_a_usable_face_takes_the_place_of_one_that_has_long_not_been_usable(portrait):
-    found = track(dipping(portrait, faces.PATIENCE + 10))
+    found = track(dipping(portrait, following.PATIENCE + 10))
     assert middle(found[0]) < 300 and middle(found[-1]) > 420
-    assert not any(found[12 : faces.PATIENCE])
-    assert all(middle(face) > 420 for face in found[faces.PATIENCE + 10 :])
+    assert not any(found[12 : following.PATIENCE])
+    assert all(middle(face) > 420 for face in found[following.PATIENCE + 10 :])
 
 
 @pytest.mark.parametrize("scale", [0.7, 0.25])
@@ -368,7 +369,7 @@ def test_when_something_comes_in_searches_begin_anew_but_not_more_often_than_eve
 
 def test_when_a_face_is_given_up_searches_begin_anew(portrait, looks):
     gone = 6
-    frames = [room()] * 3 + [put(room(), portrait, 200, 40)] * (gone - 3) + [room()] * (faces.PATIENCE + 17)
+    frames = [room()] * 3 + [put(room(), portrait, 200, 40)] * (gone - 3) + [room()] * (following.PATIENCE + 17)
     assert [frame - gone for frame in thorough_searches(frames, looks)][-3:] == [25, 30, 40]
 
 

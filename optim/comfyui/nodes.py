@@ -16,7 +16,8 @@ from nodes import NODE_CLASS_MAPPINGS
 from torch import Tensor
 
 from latentsync import FPS
-from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS
+from latentsync.choice import FACES
+from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS
 from optim.comfyui.health import health_text
 from optim.comfyui.media import LENGTHS, MAX_RATE, fit_length
 from optim.comfyui.models import compute_device, fetch_release, find_checkpoint, model_names, register_folder

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentsync.checkpoints.releases import RELEASES
+from latentsync.choice import FACES
 from latentsync.errors import UserError
 from latentsync.rates import RATES
-from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED
+from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED
 from optim.levels import STOPS, VRAM_FRACTION
 from optim.serving.guard import is_text, shorten
 from optim.serving.job import Request

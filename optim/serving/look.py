@@ -6,8 +6,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from latentsync import FPS
+from latentsync.choice import FACES
 from latentsync.media import VideoInfo, read_frames
-from latentsync.settings import FACES
 from optim.serving.preview import as_jpeg, resized
 
 if TYPE_CHECKING:  # these take seconds to load
@@ -65,7 +65,7 @@ def find_faces(frame: "np.ndarray") -> list["Detection"]:
 
 def _face_view(frame: "np.ndarray", face: "Detection", faces: list["Detection"]) -> dict[str, Any]:
     """A face's picture, whether it can be used, and the choice of `FACES` that follows it; None if none does."""
-    from latentsync.faces import ranked
+    from latentsync.following import ranked
 
     choices = [which for which in FACES if ranked(faces, which, frame.shape[1])[0] is face]
     x, y, half = *face.centre, 0.7 * face.size
