@@ -25,6 +25,6 @@ def parse_face(text: str) -> str | FacePoint:
     if point := POINT.fullmatch(text):
         return FacePoint(float(point[1]), float(point[2]), float(point[3] or 0))
     raise UserError(
-        f"There is no face '{text}' to choose: give one of {', '.join(FACES)}, or a point on it as 512,300, with a time "
-        "in seconds as 512,300@2.4."
+        f"There is no face '{text}' to choose: give one of {', '.join(FACES)}, or a point on it as 512,300, "
+        "with a time in seconds as 512,300@2.4."
     )

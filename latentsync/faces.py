@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import tee
+from operator import itemgetter
 
 import numpy as np
 
@@ -83,10 +84,9 @@ def track_people(
     cuts = CutDetector(scale_frames(REACH, rate))
     with open_pool(landmarkers) as pool:
         batches = tee(_follow(frames, people, pool, cuts, timing), len(people))
-        tracks = (
-            _smooth(split_at_cuts((settled[index] for settled in batch), cuts), timing)
-            for index, batch in enumerate(batches)
-        )
+        tracks = [
+            _smooth(split_at_cuts(map(itemgetter(index), batch), cuts), timing) for index, batch in enumerate(batches)
+        ]
         for faces in zip(*tracks, strict=True):
             yield faces[0][0], tuple(face for _, face in faces)
 
@@ -128,8 +128,8 @@ def _smooth(slots: Iterable[Slot], timing: Timing) -> Iterator[tuple[np.ndarray,
 def split_at_cuts(batches: Iterable[list[Slot]], cuts: CutDetector) -> Iterator[Slot]:
     """Add the cuts between two usable faces that are recognised only later, and renumber the shots.
 
-    batches: of `_follow`, of one person. A slot is held back until the reach of `cuts` has been read after it. Slots that
-    waited in the follower are not held any longer, so both together hold no more frames than either.
+    batches: of `_follow`, for one person. A slot is held back until the reach of `cuts` has been read after it. Slots
+    that waited in the follower are not held any longer, so both together hold no more frames than either.
     """
     held: deque[Slot] = deque()
     previous: tuple[int, bool] | None = None  # shot and usability of the slot before, as numbered by the follower

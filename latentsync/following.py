@@ -196,7 +196,7 @@ class FaceFollower:
         return 1.0 if self.person.look is None else look_difference(self.person.look, look) / ALIKE
 
     def own(self, frame: np.ndarray, faces: list[Detection]) -> list[Detection]:
-        """Those of the faces in a frame that may be this person's: nobody else of the film is nearer or more like it."""
+        """Those faces of a frame that may be this person's: nobody else of the film is nearer or more like them."""
         if not self.person.recognised:
             return faces
         return [face for face in faces if self._is_own(face, look_of(frame, face.landmarks))]

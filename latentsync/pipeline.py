@@ -10,23 +10,22 @@ waiting.
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
-from itertools import chain, islice
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentsync import FPS
-from latentsync.audio import audio_chunks, frame_count, on_side_stream
+from latentsync.aligning import DECODED_FRAMES, TRACKED_FRAMES, FaceQueue, Source, read_aligned, tokens_of
+from latentsync.audio import frame_count
 from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
-from latentsync.faces import Face, track_faces
+from latentsync.following import Person
 from latentsync.hooks import NO_HOOKS, Hooks, RunHooks, StopEarly
 from latentsync.landmarks import face_reader
 from latentsync.machine import available_memory
@@ -34,6 +33,8 @@ from latentsync.media import (
     VideoInfo,
     VideoWriter,
     check_output,
+    mix_voices,
+    probe_audio,
     probe_video,
     read_audio,
     read_frames,
@@ -41,36 +42,14 @@ from latentsync.media import (
 )
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.painting import Painter, Workers, paint_groups
+from latentsync.people import find_people
 from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
 from latentsync.timing import StageClock
-from latentsync.windows import AlignedFrame, align_frames, group_windows, split_windows, until_repeated
+from latentsync.windows import AlignedFrame, group_windows, split_windows
 
-MAX_CROP_BYTES = 512 * 2**20  # of crops that are stored of a video that is played more than once: 26 s at 512 px
-DECODED_FRAMES = 8  # that wait for the face tracker
-TRACKED_FRAMES = 8  # that wait for their faces to be cut out
 MEMORY_SHARE = 0.8  # of the free main memory, for the frames that are held at a time
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A video and a voice, opened.
-
-    frames: numbered, uint8 (H, W, 3), `rate` a second, writable, `total` of them; wav: (samples,) float32 at 16 kHz;
-    repeats: the video is shorter than the sound and played forward and backward; second_reading: for a model with a
-    face of its own, the frames until they repeat, once more: they are followed up to ten seconds early; cancel: ends
-    both from another thread, whatever they wait for.
-    """
-
-    frames: Iterator[tuple[int, np.ndarray]]
-    wav: Tensor
-    total: int
-    repeats: bool = False
-    second_reading: Iterator[np.ndarray] | None = None
-    cancel: Callable[[], None] = lambda: None
-    rate: Fraction = Fraction(FPS)
 
 
 def buffered_crops(settings: Settings) -> int:
@@ -169,10 +148,14 @@ def lipsync(
     video_track: int | None = None,
     audio_track: int | None = None,
     workers: Workers | None = None,
+    other_voices: Sequence[str | Path] = (),
+    sound: str | Path | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
-    It lasts as long as the sound, at the frame rate of `Settings.fps`; a shorter video is played forward and backward.
+    other_voices: what `Settings.other_faces` say, a file each; sound: what is heard instead of the voices, which are
+    mixed otherwise. The result lasts as long as the sound, at the frame rate of `Settings.fps`; a shorter video is
+    played forward and backward.
     Whatever ends a run early, no part of the output is left, and no thread; but after `StopEarly` the finished frames
     are, with their sound. copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
     video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
@@ -185,112 +168,149 @@ def lipsync(
     usable face.
     """
     began = time.perf_counter()
-    output = check_output(output, (video, audio, *models.files))
     settings = settings or Settings()
+    voices = (audio, *other_voices)
+    if len(other_voices) != len(settings.other_faces):
+        raise UserError(f"{1 + len(settings.other_faces)} faces and {len(voices)} voices: give each face a voice.")
+    inputs = (video, *voices, *(() if sound is None else (sound,)), *models.files)
+    output = check_output(output, inputs)
     info = probe_video(video, video_track).at_choice(settings.fps)
-    held = held_frames(info.rate) if models.retargets else 0
+    held = len(voices) * held_frames(info.rate) if models.retargets else 0
+    held += len(other_voices) * 2 * (settings.windows_per_pass + 1) * WINDOW
     settings = fit_memory(settings, info, held, 0 if workers is None else workers.max_groups)
     device, kind = (str(models.device), models.device.type) if workers is None else (workers.name, workers.kind)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):
-        wav = torch.from_numpy(read_audio(audio, track=audio_track))
-    total = frame_count(len(wav), info.rate)
+        wavs = [torch.from_numpy(read_audio(voice, track=None if i else audio_track)) for i, voice in enumerate(voices)]
+        samples = max(map(len, wavs)) if sound is None else len(read_audio(sound))
+        if len(voices) > 1 or sound is not None:
+            wavs = [fit_length(wav, samples) for wav in wavs]
+    total = frame_count(samples, info.rate)
     dtype = str(models.dtype).removeprefix("torch.")
     report = Report(settings, models.name, models.resolution, device, dtype, round(float(info.rate), 3))
     cancel = threading.Event()
+    person, *others = find_people(info, settings, cancel)
     source = Source(
         read_frames_looped(info, total, cancel),
-        wav,
+        wavs[0],
         total,
         repeats=total > info.n_frames,
         second_reading=read_frames(info, count=total, cancel=cancel) if models.retargets else None,
         cancel=cancel.set,
         rate=info.rate,
+        person=person,
+        others=list(zip(others, wavs[1:], strict=True)),
     )
     counts = {"frames_without_face": 0, "frames_computed_again": 0}  # of the frames that are written
     run_hooks = RunHooks(hooks)
-    folder: Path | None = None
-    writer: VideoWriter | SegmentWriter
-    # A resumed job must have the same models; those that were not loaded from files cannot be compared.
-    if segment_frames and total > segment_frames and models.files:
-        identity = job_identity(models, settings, kind, segment_frames, video_track, audio_track)
-        folder = work_folder(output, (video, audio, *models.files), identity)
-        clean(output, folder)
-        writer = SegmentWriter(
-            output,
-            info,
-            audio,
-            settings.crf,
-            folder=folder,
-            total=total,
-            segment_frames=segment_frames,
-            counts=counts,
-            on_message=hooks.on_message,
-            copy_audio=copy_audio,
-            audio_track=audio_track,
-            on_wait=run_hooks.wait,
-        )
-    else:
-        clean(output)
-        writer = VideoWriter(
-            output, info, audio, settings.crf, copy_audio=copy_audio, audio_track=audio_track, on_wait=run_hooks.wait
-        )
-    for other in unfinished(output):
-        if other.folder != folder:
-            hooks.on_message(other.describe())
+    with heard_sound(voices, sound, audio_track, run_hooks.wait) as (heard, heard_track):
+        folder: Path | None = None
+        writer: VideoWriter | SegmentWriter
+        # A resumed job must have the same models; those that were not loaded from files cannot be compared.
+        if segment_frames and total > segment_frames and models.files:
+            identity = job_identity(models, settings, kind, segment_frames, video_track, audio_track)
+            folder = work_folder(output, inputs, identity)
+            clean(output, folder)
+            writer = SegmentWriter(
+                output,
+                info,
+                heard,
+                settings.crf,
+                folder=folder,
+                total=total,
+                segment_frames=segment_frames,
+                counts=counts,
+                on_message=hooks.on_message,
+                copy_audio=copy_audio,
+                audio_track=heard_track,
+                on_wait=run_hooks.wait,
+            )
+        else:
+            clean(output)
+            writer = VideoWriter(
+                output,
+                info,
+                heard,
+                settings.crf,
+                copy_audio=copy_audio,
+                audio_track=heard_track,
+                on_wait=run_hooks.wait,
+            )
+        for other in unfinished(output):
+            if other.folder != folder:
+                hooks.on_message(other.describe())
 
-    with (
-        writer,
-        closing(EncodingThread(writer, buffered_results(settings), total, counts, clock, run_hooks)) as encoding,
-        closing(
-            generate_frames(
-                source,
-                models,
-                settings,
-                clock,
-                run_hooks,
-                encoding.report,
-                hooks.on_out_of_memory,
-                writer.frames,
-                workers,
-            )
-        ) as frames,
-    ):
-        done = report.frames = report.resumed_from = writer.frames
-        try:
-            if done:
-                run_hooks.progress("mouths", done, total)
-                run_hooks.progress("writing", done, total)
-            for aligned in islice(frames, done, None) if done < total else ():
-                encoding.submit(aligned)
-                report.frames += 1
-                run_hooks.frame(aligned.frame)
+        with (
+            writer,
+            closing(EncodingThread(writer, buffered_results(settings), total, counts, clock, run_hooks)) as encoding,
+            closing(
+                generate_frames(
+                    source,
+                    models,
+                    settings,
+                    clock,
+                    run_hooks,
+                    encoding.report,
+                    hooks.on_out_of_memory,
+                    writer.frames,
+                    workers,
+                )
+            ) as frames,
+        ):
+            done = report.frames = report.resumed_from = writer.frames
+            try:
+                if done:
+                    run_hooks.progress("mouths", done, total)
+                    run_hooks.progress("writing", done, total)
+                for aligned in islice(frames, done, None) if done < total else ():
+                    encoding.submit(aligned)
+                    report.frames += 1
+                    run_hooks.frame(aligned.frame)
+                    encoding.report()
+                run_hooks.frames_complete = True
+            except StopEarly:
+                if not report.frames:
+                    raise
+                frames.close()  # frees what is being painted, while the encoder catches up
+                report.ended_early = writer.cut = report.frames < total
+                run_hooks.silence()
+            encoding.finish()
+            with suppress(StopEarly):  # there is nothing left to end early
                 encoding.report()
-            run_hooks.frames_complete = True
-        except StopEarly:
-            if not report.frames:
-                raise
-            frames.close()  # frees what is being painted, while the encoder catches up
-            report.ended_early = writer.cut = report.frames < total
-            run_hooks.silence()
-        encoding.finish()
-        with suppress(StopEarly):  # there is nothing left to end early
-            encoding.report()
-        report.frames_without_face = counts["frames_without_face"]
-        report.frames_computed_again = counts["frames_computed_again"]
-        if report.frames_without_face == report.frames and not report.ended_early:
-            if isinstance(writer, SegmentWriter):
-                writer.keep = False
-            raise UserError(
-                f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
-                "the front, with the whole mouth in the picture."
-            )
+            report.frames_without_face = counts["frames_without_face"]
+            report.frames_computed_again = counts["frames_computed_again"]
+            if report.frames_without_face == report.frames and not report.ended_early:
+                if isinstance(writer, SegmentWriter):
+                    writer.keep = False
+                raise UserError(
+                    f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
+                    "the front, with the whole mouth in the picture."
+                )
     report.remarks = list(writer.remarks)
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )
     report.total_seconds = round(time.perf_counter() - began, 3)
     return report
+
+
+def fit_length(wav: Tensor, samples: int) -> Tensor:
+    """A waveform with that many samples: cut, or silent at its end."""
+    return torch.nn.functional.pad(wav[:samples], (0, max(samples - len(wav), 0)))
+
+
+@contextmanager
+def heard_sound(
+    voices: Sequence[str | Path], sound: str | Path | None, audio_track: int | None, on_wait: Callable[[], None]
+) -> Iterator[tuple[str | Path, int | None]]:
+    """The file and track of a result's sound: `sound`, the only voice, or all of them mixed."""
+    if sound is not None or len(voices) == 1:
+        yield (voices[0], audio_track) if sound is None else (sound, None)
+        return
+    with TemporaryDirectory(prefix="latentsync-") as folder:
+        mixed = Path(folder) / "voices.wav"
+        mix_voices([probe_audio(voice, None if i else audio_track) for i, voice in enumerate(voices)], mixed, on_wait)
+        yield mixed, None
 
 
 def job_identity(
@@ -352,61 +372,35 @@ def generate_frames(
         report_written()
         hooks.progress("mouths", max(painted, done), source.total)
 
-    bank = None if source.second_reading is None else MouthBank(source.rate)
-    aligned_frames = read_aligned(source, models, settings, bank, clock)
+    people = [source.person or Person(settings.face), *(person for person, _ in source.others)]
+    banks = [] if source.second_reading is None else [MouthBank(source.rate) for _ in people]
+    context = context_frames(source.rate) if banks else 0
+    later = [FaceQueue() for _ in source.others]
     with ExitStack() as stack:
+        read_face = stack.enter_context(face_reader()) if banks else None
+        aligned_frames = read_aligned(source, people, models, settings, banks, later, clock)
         crops = stack.enter_context(
             closing(prefetch(aligned_frames, buffered_crops(settings), "crops", hooks.wait, source.cancel))
         )
-        parts = split_windows(count(clock.wait(crops, "crops"), "faces"))
-        groups = group_windows(parts, settings.windows_per_pass)
-        skipped = done if bank is None else max(done - context_frames(source.rate), 0)
-        if workers is None:
-            frames = paint_groups(groups, Painter(models, settings, on_step), on_out_of_memory, skipped)
-        else:
-            frames = workers.paint_groups(groups, on_step, skipped)
-        frames = clock.time(frames, "mouths")
-        if bank is not None:
-            frames = clock.time(retarget(frames, bank, stack.enter_context(face_reader()), source.rate), "retarget")
+        frames: Iterator[AlignedFrame] = count(clock.wait(crops, "crops"), "faces")
+        for index, _ in enumerate(people):
+            if index:
+                queue, (_, wav) = later[index - 1], source.others[index - 1]
+                spoken = tokens_of(source, wav, models, settings)
+                tokens = stack.enter_context(closing(prefetch(spoken, TRACKED_FRAMES, "sound")))
+                frames = queue.align(frames, tokens, models.resolution, source.repeats)
+            groups = group_windows(split_windows(frames), settings.windows_per_pass)
+            # The faces of later people are cut out of frames with the mouths of earlier ones, those of context too.
+            skipped = max(done - context - (len(people) - 1 - index) * (context + 2 * WINDOW), 0)
+            if workers is None:
+                painted_frames = paint_groups(groups, Painter(models, settings, on_step), on_out_of_memory, skipped)
+            else:
+                painted_frames = workers.paint_groups(groups, on_step, skipped)
+            frames = clock.time(painted_frames, "mouths")
+            if read_face is not None:
+                frames = clock.time(retarget(frames, banks[index], read_face, source.rate), "retarget")
+            if index:
+                frames = later[index - 1].merge(frames)
         for aligned in count(frames, "mouths", done):
             painted += 1
             yield aligned
-
-
-def read_aligned(
-    source: Source, models: Models, settings: Settings, bank: MouthBank | None, clock: StageClock
-) -> Iterator[AlignedFrame]:
-    """The first half of the chain: decode, follow the face, encode the sound, cut out the face.
-
-    bank: collects the mouths of the source's second reading, up to ten seconds early.
-    """
-    max_crops = MAX_CROP_BYTES // (3 * models.resolution**2) if source.repeats else None
-    repeated: list[tuple[int, np.ndarray]] = []
-    with ExitStack() as threads:
-
-        def in_thread(items: Iterable[T], stage: str, depth: int) -> Iterator[T]:
-            made = threads.enter_context(closing(prefetch(clock.time(items, stage), depth, stage)))
-            return clock.wait(made, stage)
-
-        chunks = audio_chunks(
-            models.audio_encoder,
-            source.wav,
-            source.total,
-            models.mel_range,
-            models.speech_level,
-            settings.silence_gate,
-            source.rate,
-        )
-        tokens = in_thread(on_side_stream(chunks, models.device), "sound", TRACKED_FRAMES)
-        frames = in_thread(source.frames, "reading", DECODED_FRAMES)
-        first_time = until_repeated(frames, repeated)
-        tracked: Iterable[tuple[np.ndarray, Face | None]]
-        if bank is None or source.second_reading is None:
-            followed = track_faces(first_time, which=settings.face, rate=source.rate)
-            tracked = in_thread(followed, "faces", TRACKED_FRAMES)
-        else:
-            followed = track_faces(source.second_reading, which=settings.face, rate=source.rate)
-            faces = in_thread(bank.collect(followed), "faces", bank.chunk)
-            tracked = zip(first_time, faces, strict=False)
-        aligned = align_frames(tracked, tokens, models.resolution, max_crops, chain(repeated, frames))
-        yield from clock.time(aligned, "crops")

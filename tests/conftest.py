@@ -142,3 +142,13 @@ def one_thread(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def one_person(follow):
+    """A stand-in for `track_people` from a function like `track_faces`: frames → (frame, face)."""
+
+    def track(frames, people, **options):
+        assert len(people) == 1
+        return ((frame, (face,)) for frame, face in follow(frames, **options))
+
+    return track

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from clips import make_sound, make_video
-from conftest import SIDE, portrait
+from conftest import SIDE, one_person, portrait
 from pasting import paste
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
-from latentsync import STAGES, painting, pipeline
+from latentsync import STAGES, aligning, painting, pipeline
 from latentsync.alignment import frame_rectangle
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints.find import resolve_model
@@ -135,7 +135,7 @@ def scenes_of(frames, *, cuts, scenes=True, **_):
 
 
 def test_a_looped_video_is_cut_at_the_same_places_backward_and_not_where_it_turns(models, wav, monkeypatch):
-    monkeypatch.setattr(pipeline, "track_faces", lambda frames, **_: scenes_of(frames, cuts=(7, 9)))
+    monkeypatch.setattr(aligning, "track_people", one_person(lambda frames, **_: scenes_of(frames, cuts=(7, 9))))
     cut, painted = [], pipeline.split_windows
 
     def watched(shots):
@@ -151,7 +151,9 @@ def test_a_looped_video_is_cut_at_the_same_places_backward_and_not_where_it_turn
 @pytest.mark.parametrize("scenes", [False, True])
 def test_what_lies_behind_a_cut_does_not_change_the_frames_before_it(models, wav, monkeypatch, scenes):
     """Within a window frames do depend on one another, so that without scenes the test fails."""
-    monkeypatch.setattr(pipeline, "track_faces", lambda frames, **_: scenes_of(frames, cuts=(10,), scenes=scenes))
+    monkeypatch.setattr(
+        aligning, "track_people", one_person(lambda frames, **_: scenes_of(frames, cuts=(10,), scenes=scenes))
+    )
 
     def painted(shade: int) -> np.ndarray:
         frames = [portrait(t) if t < 10 else portrait(t) // shade for t in range(20)]
@@ -290,7 +292,7 @@ def test_the_host_waits_for_the_third_last_step(models, monkeypatch):
 def test_stages_that_overlap_give_what_they_give_in_turns(models, wav):
     settings = Settings(steps=2)
     tokens = audio_chunks(models.audio_encoder, wav, FRAMES, silence_gate=settings.silence_gate)
-    shots = align_frames(pipeline.track_faces(portrait(t) for t in range(FRAMES)), tokens, models.resolution)
+    shots = align_frames(track_faces(portrait(t) for t in range(FRAMES)), tokens, models.resolution)
     in_turns = list(paint_groups(group_windows(split_windows(shots), 1), Painter(models, settings)))
     assert np.array_equal(stacked(in_turns), stacked(run(models, wav)))
 
@@ -405,10 +407,10 @@ def still(models, monkeypatch, face: bool = True) -> None:
         for frame, _ in tracked:
             yield AlignedFrame(frame, next(tokens), CROP if face else None)
 
-    monkeypatch.setattr(pipeline, "track_faces", lambda frames, **_: ((frame, None) for frame in frames))
-    monkeypatch.setattr(pipeline, "align_frames", instead)
+    monkeypatch.setattr(aligning, "track_people", one_person(lambda frames, **_: ((frame, None) for frame in frames)))
+    monkeypatch.setattr(aligning, "align_frames", instead)
     monkeypatch.setattr(pipeline, "Painter", lambda *_: Slate(1))
-    monkeypatch.setattr(pipeline, "audio_chunks", lambda *_: iter(lambda: torch.empty(0), None))
+    monkeypatch.setattr(aligning, "audio_chunks", lambda *_: iter(lambda: torch.empty(0), None))
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -449,8 +451,8 @@ def test_stages_work_at_the_same_time(models, wav, monkeypatch):
             yield item
 
     still(models, monkeypatch, face=False)
-    align_frames = pipeline.align_frames
-    monkeypatch.setattr(pipeline, "align_frames", lambda *given: meet(align_frames(*given), 2 * WINDOW + 2))
+    align_frames = aligning.align_frames
+    monkeypatch.setattr(aligning, "align_frames", lambda *given: meet(align_frames(*given), 2 * WINDOW + 2))
     frames = meet(map(np.array, range(80)), 2 * WINDOW + 4)  # writing begins behind a group of up to two split_windows
     shots = generate_frames(Source(enumerate(frames), wav, 80), models, Settings(), StageClock())
     assert len(list(meet(shots, 0))) == 80
@@ -701,7 +703,7 @@ def there_and_back(n: int, count: int):
 @pytest.mark.parametrize("n", [1, 10, 16, 23])
 def test_a_video_that_comes_again_is_searched_and_encoded_once(models, wav, monkeypatch, n):
     searched, encoded = [], []
-    track = pipeline.track_faces
+    track = track_faces
 
     def counted(frames, **options):
         return track((searched.append(0) or frame for frame in frames), **options)
@@ -710,7 +712,7 @@ def test_a_video_that_comes_again_is_searched_and_encoded_once(models, wav, monk
         encoded.append(len(pixels))
         return encode_conditioning(vae, pixels, mask)
 
-    monkeypatch.setattr(pipeline, "track_faces", counted)
+    monkeypatch.setattr(aligning, "track_people", one_person(counted))
     monkeypatch.setattr(painting, "encode_conditioning", counted_condition)
     frames = there_and_back(n, FRAMES)
     shots = list(generate_frames(Source(frames, wav, FRAMES, True), models, Settings(steps=1), StageClock()))
@@ -746,10 +748,12 @@ def test_a_video_whose_faces_are_too_many_to_be_kept_is_cut_out_again_and_search
     whole = list(
         generate_frames(Source(there_and_back(10, FRAMES), wav, FRAMES, True), models, Settings(steps=1), StageClock())
     )
-    monkeypatch.setattr(pipeline, "MAX_CROP_BYTES", 5 * 3 * models.resolution**2)
-    searched, track = [], pipeline.track_faces
+    monkeypatch.setattr(aligning, "MAX_CROP_BYTES", 5 * 3 * models.resolution**2)
+    searched, track = [], track_faces
     monkeypatch.setattr(
-        pipeline, "track_faces", lambda frames, **others: track((searched.append(0) or f for f in frames), **others)
+        aligning,
+        "track_people",
+        one_person(lambda frames, **others: track((searched.append(0) or f for f in frames), **others)),
     )
     frames = there_and_back(10, FRAMES)
     shots = list(generate_frames(Source(frames, wav, FRAMES, True), models, Settings(steps=1), StageClock()))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from clips import ffmpeg, make_sound
-from conftest import SIDE, portrait
+from conftest import SIDE, one_person, portrait
 from test_resume import hashes
 
-from latentsync import audio, faces, pipeline
+from latentsync import aligning, audio, faces, pipeline
 from latentsync.__main__ import make_parser
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints.find import resolve_model
@@ -263,7 +263,7 @@ def test_a_resumed_run_gives_the_same_at_every_rate(models, tmp_path, rate, monk
     sound = make_sound(tmp_path / "voice.wav", seconds=count / float(Fraction(rate)))
     followed = list(faces.track_faces(read_frames(at_source_rate(film)), rate=Fraction(rate)))
     monkeypatch.setattr(
-        pipeline, "track_faces", lambda frames, **_: zip(frames, (f for _, f in followed), strict=False)
+        aligning, "track_people", one_person(lambda frames, **_: zip(frames, (f for _, f in followed), strict=False))
     )
     settings, said = Settings(steps=1, crf=8), []
     lipsync(film, sound, tmp_path / "whole.mp4", models, settings, segment_frames=16)

@@ -17,10 +17,10 @@ import psutil
 import pytest
 import torch
 from clips import ffmpeg, make_sound
-from conftest import SIDE, portrait, save_video
+from conftest import SIDE, one_person, portrait, save_video
 from filelock import FileLock
 
-from latentsync import STAGES, painting, pipeline
+from latentsync import STAGES, aligning, painting, pipeline
 from latentsync.__main__ import ProgressBars, ProgressLines, main
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
@@ -66,7 +66,7 @@ def faces(clip) -> list[Face | None]:
 @pytest.fixture
 def followed(clip, faces, monkeypatch) -> Path:
     """The clip, whose faces are known, which saves most of the time."""
-    monkeypatch.setattr(pipeline, "track_faces", lambda frames, **_: zip(frames, faces, strict=False))
+    monkeypatch.setattr(aligning, "track_people", one_person(lambda frames, **_: zip(frames, faces, strict=False)))
     return clip
 
 

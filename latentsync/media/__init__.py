@@ -8,6 +8,7 @@ model; the result gets the original recording. Nothing here holds more than a fe
 from latentsync.media.info import HDR_REMARK, AudioInfo, VideoInfo
 from latentsync.media.probe import probe_audio, probe_video
 from latentsync.media.reading import read_audio, read_frames, read_frames_looped
+from latentsync.media.voices import mix_voices
 from latentsync.media.writing import COMMENT, VideoWriter, check_output, join_segments
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "VideoWriter",
     "check_output",
     "join_segments",
+    "mix_voices",
     "probe_audio",
     "probe_video",
     "read_audio",

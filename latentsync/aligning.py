@@ -1,0 +1,176 @@
+"""The first half of the pipeline: decode, follow the faces, encode the sound, cut the faces out.
+
+Every stage has a thread of its own, a bounded number of frames away from the next one.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import chain, tee
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentsync import FPS
+from latentsync.audio import audio_chunks, on_side_stream
+from latentsync.checkpoints.load import Models
+from latentsync.faces import Face, track_people
+from latentsync.following import Person
+from latentsync.prefetch import close, prefetch
+from latentsync.retarget import MouthBank
+from latentsync.settings import Settings
+from latentsync.timing import StageClock
+from latentsync.windows import EMPTY, AlignedFrame, align_frames, until_repeated
+
+MAX_CROP_BYTES = 512 * 2**20  # of crops that are stored of a video that is played more than once: 26 s at 512 px
+DECODED_FRAMES = 8  # that wait for the face tracker
+TRACKED_FRAMES = 8  # that wait for their faces to be cut out
+T = TypeVar("T")
+Faces = tuple[Face | None, ...]  # of one frame, of every person
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video and a voice, opened.
+
+    frames: numbered, uint8 (H, W, 3), `rate` a second, writable, `total` of them; wav: (samples,) float32 at 16 kHz;
+    others: further people, each with the wav of a voice of its own; person: who says `wav`, if not `Settings.face`;
+    repeats: the video is shorter than the sound and played forward and backward; second_reading: for a model with a
+    face of its own, the frames until they repeat, once more: they are followed up to ten seconds early; cancel: ends
+    both from another thread, whatever they wait for.
+    """
+
+    frames: Iterator[tuple[int, np.ndarray]]
+    wav: Tensor
+    total: int
+    repeats: bool = False
+    second_reading: Iterator[np.ndarray] | None = None
+    cancel: Callable[[], None] = lambda: None
+    rate: Fraction = Fraction(FPS)
+    person: Person | None = None
+    others: Sequence[tuple[Person, Tensor]] = ()
+
+
+class FaceQueue:
+    """The faces of a further person, from where all are followed to where the frames with the faces before are painted.
+
+    Both sides run in threads of their own, and no more frames lie between them than the stages hold.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: deque[int] = deque()  # of the frames, see `Source.frames`
+        self._faces: deque[Face | None] = deque()  # of the frames until they repeat
+        self._earlier: deque[AlignedFrame] = deque()  # without pixels
+
+    def put_number(self, number: int) -> None:
+        self._numbers.append(number)
+
+    def put_face(self, face: Face | None) -> None:
+        self._faces.append(face)
+
+    def align(
+        self, painted: Iterable[AlignedFrame], tokens: Iterator[Tensor], resolution: int, repeats: bool
+    ) -> Iterator[AlignedFrame]:
+        """Cut this person's face out of painted frames. A crop may show an earlier person's mouth: none is stored."""
+        repeated: list[tuple[int, np.ndarray]] = []
+
+        def numbered() -> Iterator[tuple[int, np.ndarray]]:
+            for aligned in painted:
+                self._earlier.append(replace(aligned, frame=EMPTY, tokens=torch.empty(0), generated=None))
+                yield self._numbers.popleft(), aligned.frame
+
+        frames = numbered()
+        first_time = ((frame, self._faces.popleft()) for frame in until_repeated(frames, repeated))
+        return align_frames(first_time, tokens, resolution, 0 if repeats else None, chain(repeated, frames))
+
+    def merge(self, frames: Iterable[AlignedFrame]) -> Iterator[AlignedFrame]:
+        """The finished frames, with what is counted of the people before."""
+        for aligned in frames:
+            earlier = self._earlier.popleft()
+            aligned.recomputed |= earlier.recomputed
+            if aligned.crop is None:
+                aligned.crop = earlier.crop
+            yield aligned
+
+
+def tokens_of(source: Source, wav: Tensor, models: Models, settings: Settings) -> Iterator[Tensor]:
+    """The audio of every frame, (50, d) each."""
+    chunks = audio_chunks(
+        models.audio_encoder,
+        wav,
+        source.total,
+        models.mel_range,
+        models.speech_level,
+        settings.silence_gate,
+        source.rate,
+    )
+    return on_side_stream(chunks, models.device)
+
+
+def read_aligned(
+    source: Source,
+    people: Sequence[Person],
+    models: Models,
+    settings: Settings,
+    banks: Sequence[MouthBank],
+    later: Sequence[FaceQueue],
+    clock: StageClock,
+) -> Iterator[AlignedFrame]:
+    """The first half of the chain: decode, follow the faces, encode the sound, cut out the first person's face.
+
+    banks: of every person, collect the mouths of the source's second reading, up to ten seconds early; later: get the
+    faces of the other people.
+    """
+    max_crops = MAX_CROP_BYTES // (3 * models.resolution**2) if source.repeats else None
+    repeated: list[tuple[int, np.ndarray]] = []
+    with ExitStack() as threads:
+
+        def in_thread(items: Iterable[T], stage: str, depth: int) -> Iterator[T]:
+            made = threads.enter_context(closing(prefetch(clock.time(items, stage), depth, stage)))
+            return clock.wait(made, stage)
+
+        def numbered() -> Iterator[tuple[int, np.ndarray]]:
+            for number, frame in in_thread(source.frames, "reading", DECODED_FRAMES):
+                for queue in later:
+                    queue.put_number(number)
+                yield number, frame
+
+        def first_person(
+            tracked: Iterable[tuple[np.ndarray, Faces]],
+        ) -> Iterator[tuple[np.ndarray, Face | None]]:
+            for frame, (face, *others) in tracked:
+                for queue, other in zip(later, others, strict=True):
+                    queue.put_face(other)
+                yield frame, face
+
+        tokens = in_thread(tokens_of(source, source.wav, models, settings), "sound", TRACKED_FRAMES)
+        frames = numbered()
+        first_time = until_repeated(frames, repeated)
+        tracked: Iterable[tuple[np.ndarray, Faces]]
+        if source.second_reading is None:
+            followed = track_people(first_time, people, rate=source.rate)
+            tracked = in_thread(followed, "faces", TRACKED_FRAMES)
+        else:
+            followed = track_people(source.second_reading, people, rate=source.rate)
+            faces = in_thread(collect_mouths(followed, banks), "faces", banks[0].chunk)
+            tracked = zip(first_time, faces, strict=False)
+        aligned = align_frames(first_person(tracked), tokens, models.resolution, max_crops, chain(repeated, frames))
+        yield from clock.time(aligned, "crops")
+
+
+def collect_mouths(followed: Iterator[tuple[np.ndarray, Faces]], banks: Sequence[MouthBank]) -> Iterator[Faces]:
+    """Let every bank collect the mouths of its person; yields the faces of each frame, a few frames later."""
+
+    def film_of(index: int, film: Iterator[tuple[np.ndarray, Faces]]) -> Iterator[tuple[np.ndarray, Face | None]]:
+        for frame, faces in film:
+            yield frame, faces[index]
+
+    films = [film_of(index, film) for index, film in enumerate(tee(followed, len(banks)))]
+    try:
+        yield from zip(*(bank.collect(film) for bank, film in zip(banks, films, strict=True)), strict=True)
+    finally:
+        close(followed)
