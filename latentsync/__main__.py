@@ -21,6 +21,7 @@ from latentsync.options import between, choose_device, interrupt_on_signals, log
 from latentsync.paths import check_writable, write_text
 from latentsync.rates import RATES
 from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
+from latentsync.several import LoadModels, load_once
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
     import torch
@@ -34,8 +35,9 @@ LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 REPORT = "The report"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser of the command line; parser_class: one that treats errors in another way, if need be."""
+    parser = parser_class(
         prog="python -m latentsync", description="Make the mouth in VIDEO say the words of AUDIO."
     )
     parser.add_argument("video", metavar="VIDEO", help="any video of a face, or a picture")
@@ -195,24 +197,30 @@ class PreparedRun:
     workers: "Workers | None" = None  # other processes that paint the faces
 
 
-# (arguments, checkpoint, device, settings, frames of the result) → context manager of the run
+# (arguments, checkpoint, device, settings, frames of the result, how to load models) → context manager of the run
 Prepare = Callable[
-    [argparse.Namespace, "Checkpoint", "torch.device", Settings, int], AbstractContextManager[PreparedRun]
+    [argparse.Namespace, "Checkpoint", "torch.device", Settings, int, LoadModels], AbstractContextManager[PreparedRun]
 ]
 
 
 @contextmanager
 def prepare_plain(
-    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", settings: Settings, frames: int
+    args: argparse.Namespace,
+    checkpoint: "Checkpoint",
+    device: "torch.device",
+    settings: Settings,
+    frames: int,
+    load: LoadModels,
 ) -> Iterator[PreparedRun]:
     """Run the pipeline as it is, with the settings that the user gave."""
-    from latentsync.checkpoints.load import load_models
-
-    yield PreparedRun(load_models(checkpoint, device), settings)
+    yield PreparedRun(load(checkpoint, device), settings)
 
 
-def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
-    """Run one job from parsed arguments; `prepare` loads its models and may change its settings. Raises UserError."""
+def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadModels | None = None) -> None:
+    """Run one job from parsed arguments; `prepare` gets its models from `load` and may change its settings.
+
+    load: a `load_once` that several jobs share. Raises UserError.
+    """
     # Imported late: --help needs none of it, and the files are checked before torch is imported.
     from latentsync.media import check_output, probe_audio, probe_video
 
@@ -257,7 +265,8 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
         print_message(f"model {checkpoint.name}, {checkpoint.resolution} px, on {device}")
         if checkpoint.remark:
             print_message(checkpoint.remark)
-        with prepare(args, checkpoint, device, settings, math.ceil(sound.duration * info.rate)) as prepared:
+        frames = math.ceil(sound.duration * info.rate)
+        with prepare(args, checkpoint, device, settings, frames, load or load_once()) as prepared:
             report = lipsync(
                 args.video,
                 args.audio,
