@@ -21,7 +21,7 @@ from latentsync.options import between, choose_device, interrupt_on_signals, log
 from latentsync.paths import check_writable, write_text
 from latentsync.rates import RATES
 from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
-from latentsync.several import LoadModels, load_once
+from latentsync.several import LoadModels, job_for_each_voice, load_once
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
     import torch
@@ -42,6 +42,7 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
     )
     parser.add_argument("video", metavar="VIDEO", help="any video of a face, or a picture")
     parser.add_argument("audio", metavar="AUDIO", help="any recording of a voice, or a video with sound")
+    parser.add_argument("voices", metavar="AUDIO", nargs="*", help="more recordings: a result each, in the folder OUT")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="what to write: .mp4, .mov or .mkv")
     parser.add_argument(
         "--model",
@@ -323,15 +324,22 @@ def main(
         sys.stdout.reconfigure(errors="backslashreplace")
     interrupt_on_signals()
     log_to_stderr()
+    code, load = 0, load_once()
     try:
-        run(args, prepare)
+        for job in job_for_each_voice(args):
+            args = job
+            try:
+                run(job, prepare, load)
+            except UserError as error:
+                print(error, file=sys.stderr)
+                code = 2
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"stopped; {args.output} was not written", file=sys.stderr)
         return 130
-    return 0
+    return code
 
 
 def leave(code: int) -> None:
