@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from latentsync import STAGES, __version__
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.machine import peak_memory
-from latentsync.options import between, choose_device, interrupt_on_signals, log_to_stderr
+from latentsync.options import between, choose_device, clock_time, interrupt_on_signals, log_to_stderr
 from latentsync.paths import check_writable, write_text
 from latentsync.rates import RATES
-from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
+from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, SOUNDS, TRAIN_STEPS, Report, Settings
 from latentsync.several import LoadModels, job_for_each_voice, load_once
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
@@ -37,9 +37,7 @@ REPORT = "The report"
 
 def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The parser of the command line; parser_class: one that treats errors in another way, if need be."""
-    parser = parser_class(
-        prog="python -m latentsync", description="Make the mouth in VIDEO say the words of AUDIO."
-    )
+    parser = parser_class(prog="python -m latentsync", description="Make the mouth in VIDEO say the words of AUDIO.")
     parser.add_argument("video", metavar="VIDEO", help="any video of a face, or a picture")
     parser.add_argument("audio", metavar="AUDIO", help="any recording of a voice, or a video with sound")
     parser.add_argument("voices", metavar="AUDIO", nargs="*", help="more recordings: a result each, in the folder OUT")
@@ -80,6 +78,23 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
         default=Settings.fps,
         help="frames a second of the result: those of the video, or the 25 that the model was trained on "
         "(default %(default)s)",
+    )
+    for option, what in (("--from", "begins"), ("--to", "ends")):
+        help_text = (
+            f"where the part of VIDEO {what} that is used, in seconds or as 1:15.5, as if it had been cut out before"
+        )
+        parser.add_argument(option, type=clock_time, metavar="TIME", help=help_text)
+    parser.add_argument(
+        "--at",
+        type=clock_time,
+        metavar="TIME",
+        help="lay the voice into VIDEO, or into its part, at this time: the result has all of it",
+    )
+    parser.add_argument(
+        "--at-sound",
+        choices=SOUNDS,
+        default=Settings.at_sound,
+        help="with --at: the voice takes the place of VIDEO's own sound, or is mixed with it (default %(default)s)",
     )
     for kind in ("video", "audio"):
         parser.add_argument(
@@ -225,7 +240,10 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
     # Imported late: --help needs none of it, and the files are checked before torch is imported.
     from latentsync.media import check_output, probe_audio, probe_video
 
-    info = probe_video(args.video, args.video_track).at_choice(args.fps)
+    start, end = getattr(args, "from") or 0.0, args.to
+    info = probe_video(args.video, args.video_track).at_choice(args.fps).between(start, end)
+    if args.at is not None:
+        info.frame_at(args.at)
     sound = probe_audio(args.audio, args.audio_track)
     check_output(args.output, (args.video, args.audio))
     if args.report:
@@ -255,6 +273,10 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
         crf=args.crf,
         fps=args.fps,
         silence_gate=args.silence_gate == "on",
+        start=start,
+        end=end,
+        at=args.at,
+        at_sound=args.at_sound,
     )
     progress = ProgressBars() if sys.stderr.isatty() else ProgressLines()
 

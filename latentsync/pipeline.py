@@ -11,19 +11,19 @@ waiting.
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from latentsync import FPS
-from latentsync.audio import audio_chunks, frame_count, on_side_stream
+from latentsync.audio import audio_chunks, on_side_stream
 from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
 from latentsync.faces import Face, track_faces
@@ -34,13 +34,16 @@ from latentsync.media import (
     VideoInfo,
     VideoWriter,
     check_output,
+    probe_audio,
     probe_video,
     read_audio,
     read_frames,
     read_frames_looped,
 )
+from latentsync.media.laying import laid_sound
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.painting import Painter, Workers, paint_groups
+from latentsync.placing import Placement, fade_ends, pass_by, place_voice, whole_film
 from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
@@ -61,7 +64,8 @@ class Source:
     frames: numbered, uint8 (H, W, 3), `rate` a second, writable, `total` of them; wav: (samples,) float32 at 16 kHz;
     repeats: the video is shorter than the sound and played forward and backward; second_reading: for a model with a
     face of its own, the frames until they repeat, once more: they are followed up to ten seconds early; cancel: ends
-    both from another thread, whatever they wait for.
+    both from another thread, whatever they wait for; place: where the voice lies in a longer film, whose other frames
+    pass by; the second reading has only those with the voice.
     """
 
     frames: Iterator[tuple[int, np.ndarray]]
@@ -71,6 +75,7 @@ class Source:
     second_reading: Iterator[np.ndarray] | None = None
     cancel: Callable[[], None] = lambda: None
     rate: Fraction = Fraction(FPS)
+    place: Placement | None = None
 
 
 def buffered_crops(settings: Settings) -> int:
@@ -139,7 +144,8 @@ class EncodingThread:
     def submit(self, aligned: AlignedFrame) -> None:
         """Hand a frame over as soon as there is room. Raises what writing an earlier one raised."""
         with self._clock.charge(self._clock.waiting, "writing"):
-            self._consumer.submit((aligned.frame, aligned.crop is None, aligned.recomputed))
+            without_face = aligned.crop is None and not aligned.outside
+            self._consumer.submit((aligned.frame, without_face, aligned.recomputed))
 
     def report(self) -> None:
         """Report the progress of what has been written, and raise what was wrong with it."""
@@ -173,6 +179,8 @@ def lipsync(
     """Write `output`: the video with its mouth saying the audio.
 
     It lasts as long as the sound, at the frame rate of `Settings.fps`; a shorter video is played forward and backward.
+    `Settings.start` and `end` take a part of the video, as if it had been cut out before. With `Settings.at` the result
+    is all of the video, or of its part, which says the audio from that time on.
     Whatever ends a run early, no part of the output is left, and no thread; but after `StopEarly` the finished frames
     are, with their sound. copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
     video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
@@ -187,60 +195,68 @@ def lipsync(
     began = time.perf_counter()
     output = check_output(output, (video, audio, *models.files))
     settings = settings or Settings()
-    info = probe_video(video, video_track).at_choice(settings.fps)
+    info = probe_video(video, video_track).at_choice(settings.fps).between(settings.start, settings.end)
     held = held_frames(info.rate) if models.retargets else 0
     settings = fit_memory(settings, info, held, 0 if workers is None else workers.max_groups)
     device, kind = (str(models.device), models.device.type) if workers is None else (workers.name, workers.kind)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):
         wav = torch.from_numpy(read_audio(audio, track=audio_track))
-    total = frame_count(len(wav), info.rate)
+    place = place_voice(info, len(wav), settings.at)
+    wav, total, laid_in = wav[: place.samples], place.total, settings.at is not None
     dtype = str(models.dtype).removeprefix("torch.")
     report = Report(settings, models.name, models.resolution, device, dtype, round(float(info.rate), 3))
     cancel = threading.Event()
     source = Source(
-        read_frames_looped(info, total, cancel),
+        whole_film(info, total, cancel) if laid_in else read_frames_looped(info, total, cancel),
         wav,
         total,
         repeats=total > info.n_frames,
-        second_reading=read_frames(info, count=total, cancel=cancel) if models.retargets else None,
+        second_reading=read_frames(info, place.first, place.count, cancel) if models.retargets else None,
         cancel=cancel.set,
         rate=info.rate,
+        place=place if laid_in else None,
     )
     counts = {"frames_without_face": 0, "frames_computed_again": 0}  # of the frames that are written
     run_hooks = RunHooks(hooks)
-    folder: Path | None = None
-    writer: VideoWriter | SegmentWriter
     # A resumed job must have the same models; those that were not loaded from files cannot be compared.
+    folder: Path | None = None
     if segment_frames and total > segment_frames and models.files:
         identity = job_identity(models, settings, kind, segment_frames, video_track, audio_track)
         folder = work_folder(output, (video, audio, *models.files), identity)
-        clean(output, folder)
-        writer = SegmentWriter(
+    clean(output, folder)
+    for other in unfinished(output):
+        if other.folder != folder:
+            hooks.on_message(other.describe())
+
+    def make_writer(sound: str | Path) -> VideoWriter | SegmentWriter:
+        shared: dict[str, Any] = {
+            "copy_audio": copy_audio,
+            "audio_track": None if laid_in else audio_track,
+            "on_wait": run_hooks.wait,
+        }
+        if folder is None or segment_frames is None:
+            return VideoWriter(output, info, sound, settings.crf, **shared)
+        return SegmentWriter(
             output,
             info,
-            audio,
+            sound,
             settings.crf,
             folder=folder,
             total=total,
             segment_frames=segment_frames,
             counts=counts,
             on_message=hooks.on_message,
-            copy_audio=copy_audio,
-            audio_track=audio_track,
-            on_wait=run_hooks.wait,
+            **shared,
         )
-    else:
-        clean(output)
-        writer = VideoWriter(
-            output, info, audio, settings.crf, copy_audio=copy_audio, audio_track=audio_track, on_wait=run_hooks.wait
-        )
-    for other in unfinished(output):
-        if other.folder != folder:
-            hooks.on_message(other.describe())
 
     with (
-        writer,
+        (
+            laid_sound(info, probe_audio(audio, audio_track), place, settings.at_sound, output, run_hooks.wait)
+            if laid_in
+            else nullcontext(audio)
+        ) as sound,
+        make_writer(sound) as writer,
         closing(EncodingThread(writer, buffered_results(settings), total, counts, clock, run_hooks)) as encoding,
         closing(
             generate_frames(
@@ -278,14 +294,14 @@ def lipsync(
             encoding.report()
         report.frames_without_face = counts["frames_without_face"]
         report.frames_computed_again = counts["frames_computed_again"]
-        if report.frames_without_face == report.frames and not report.ended_early:
+        if report.frames_without_face == place.count and not report.ended_early:
             if isinstance(writer, SegmentWriter):
                 writer.keep = False
             raise UserError(
                 f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
                 "the front, with the whole mouth in the picture."
             )
-    report.remarks = list(writer.remarks)
+    report.remarks = [*writer.remarks, *filter(None, [place.remark])]
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )
@@ -382,6 +398,7 @@ def read_aligned(
     """
     max_crops = MAX_CROP_BYTES // (3 * models.resolution**2) if source.repeats else None
     repeated: list[tuple[int, np.ndarray]] = []
+    place = source.place
     with ExitStack() as threads:
 
         def in_thread(items: Iterable[T], stage: str, depth: int) -> Iterator[T]:
@@ -391,7 +408,7 @@ def read_aligned(
         chunks = audio_chunks(
             models.audio_encoder,
             source.wav,
-            source.total,
+            source.total if place is None else place.count,
             models.mel_range,
             models.speech_level,
             settings.silence_gate,
@@ -399,7 +416,8 @@ def read_aligned(
         )
         tokens = in_thread(on_side_stream(chunks, models.device), "sound", TRACKED_FRAMES)
         frames = in_thread(source.frames, "reading", DECODED_FRAMES)
-        first_time = until_repeated(frames, repeated)
+        yield from pass_by(islice(frames, place.first if place else 0))
+        first_time = until_repeated(islice(frames, place.count) if place else frames, repeated)
         tracked: Iterable[tuple[np.ndarray, Face | None]]
         if bank is None or source.second_reading is None:
             followed = track_faces(first_time, which=settings.face, rate=source.rate)
@@ -408,5 +426,9 @@ def read_aligned(
             followed = track_faces(source.second_reading, which=settings.face, rate=source.rate)
             faces = in_thread(bank.collect(followed), "faces", bank.chunk)
             tracked = zip(first_time, faces, strict=False)
-        aligned = align_frames(tracked, tokens, models.resolution, max_crops, chain(repeated, frames))
+        if place:
+            aligned = align_frames(fade_ends(tracked, place, source.rate), tokens, models.resolution)
+        else:
+            aligned = align_frames(tracked, tokens, models.resolution, max_crops, chain(repeated, frames))
         yield from clock.time(aligned, "crops")
+        yield from pass_by(frames)
