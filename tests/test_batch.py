@@ -47,6 +47,12 @@ def test_a_row_of_json_sets_the_options_of_the_command_line(tmp_path):
     assert args.copy_audio is True and args.silence_gate == "off"
 
 
+def test_a_row_may_take_a_part_of_a_film_and_lay_the_voice_into_it(tmp_path):
+    [found] = rows_of(tmp_path, row(to="0:01:30", at=2, **{"from": 1.5, "at-sound": "mix"}))
+    args = vars(found.args)
+    assert [args[name] for name in ("from", "to", "at", "at_sound")] == [1.5, 90, 2, "mix"]
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_a_table_of_any_spreadsheet_is_read(tmp_path, delimiter):
     lines = [
