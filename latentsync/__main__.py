@@ -18,10 +18,11 @@ from latentsync import STAGES, __version__
 from latentsync.choice import FACES
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.machine import peak_memory
-from latentsync.options import between, choose_device, interrupt_on_signals, log_to_stderr
+from latentsync.options import between, choose_device, clock_time, interrupt_on_signals, log_to_stderr
 from latentsync.paths import check_writable, write_text
 from latentsync.rates import RATES
-from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
+from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, SOUNDS, TRAIN_STEPS, Report, Settings
+from latentsync.several import LoadModels, faces_and_voices, job_for_each_voice, load_once
 
 if TYPE_CHECKING:  # these import torch, which takes seconds
     import torch
@@ -35,12 +36,12 @@ LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 REPORT = "The report"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m latentsync", description="Make the mouth in VIDEO say the words of AUDIO."
-    )
+def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser of the command line; parser_class: one that treats errors in another way, if need be."""
+    parser = parser_class(prog="python -m latentsync", description="Make the mouth in VIDEO say the words of AUDIO.")
     parser.add_argument("video", metavar="VIDEO", help="any video of a face, or a picture")
-    parser.add_argument("audio", metavar="AUDIO", help="any recording of a voice, or a video with sound")
+    parser.add_argument("audio", metavar="AUDIO", nargs="?", help="any recording of a voice, or a video with sound")
+    parser.add_argument("voices", metavar="AUDIO", nargs="*", help="more recordings: a result each, in the folder OUT")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="what to write: .mp4, .mov or .mkv")
     parser.add_argument(
         "--model",
@@ -62,9 +63,22 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=SEED, help="default %(default)s")
     parser.add_argument(
         "--face",
-        choices=FACES,
-        default=Settings.face,
-        help="which one, if the video shows several (default %(default)s)",
+        action="append",
+        metavar="WHO",
+        help=f"which one, if the video shows several: {', '.join(FACES)}, or a point on it, X,Y or X,Y@SECONDS "
+        f"(default: {FACES[0]}); several times with --audio",
+    )
+    parser.add_argument(
+        "--audio",
+        action="append",
+        dest="face_audio",
+        metavar="FILE",
+        help="what the face before it says, in place of AUDIO: --face left --audio A.wav --face right --audio B.wav",
+    )
+    parser.add_argument(
+        "--sound",
+        metavar="FILE",
+        help="what is heard in the result, while the mouth follows AUDIO (default: AUDIO, or all --audio mixed)",
     )
     parser.add_argument(
         "--crf",
@@ -78,6 +92,23 @@ def make_parser() -> argparse.ArgumentParser:
         default=Settings.fps,
         help="frames a second of the result: those of the video, or the 25 that the model was trained on "
         "(default %(default)s)",
+    )
+    for option, what in (("--from", "begins"), ("--to", "ends")):
+        help_text = (
+            f"where the part of VIDEO {what} that is used, in seconds or as 1:15.5, as if it had been cut out before"
+        )
+        parser.add_argument(option, type=clock_time, metavar="TIME", help=help_text)
+    parser.add_argument(
+        "--at",
+        type=clock_time,
+        metavar="TIME",
+        help="lay the voice into VIDEO, or into its part, at this time: the result has all of it",
+    )
+    parser.add_argument(
+        "--at-sound",
+        choices=SOUNDS,
+        default=Settings.at_sound,
+        help="with --at: the voice takes the place of VIDEO's own sound, or is mixed with it (default %(default)s)",
     )
     for kind in ("video", "audio"):
         parser.add_argument(
@@ -196,33 +227,46 @@ class PreparedRun:
     workers: "Workers | None" = None  # other processes that paint the faces
 
 
-# (arguments, checkpoint, device, settings, frames of the result) → context manager of the run
+# (arguments, checkpoint, device, settings, frames of the result, how to load models) → context manager of the run
 Prepare = Callable[
-    [argparse.Namespace, "Checkpoint", "torch.device", Settings, int], AbstractContextManager[PreparedRun]
+    [argparse.Namespace, "Checkpoint", "torch.device", Settings, int, LoadModels], AbstractContextManager[PreparedRun]
 ]
 
 
 @contextmanager
 def prepare_plain(
-    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", settings: Settings, frames: int
+    args: argparse.Namespace,
+    checkpoint: "Checkpoint",
+    device: "torch.device",
+    settings: Settings,
+    frames: int,
+    load: LoadModels,
 ) -> Iterator[PreparedRun]:
     """Run the pipeline as it is, with the settings that the user gave."""
-    from latentsync.checkpoints.load import load_models
-
-    yield PreparedRun(load_models(checkpoint, device), settings)
+    yield PreparedRun(load(checkpoint, device), settings)
 
 
-def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
-    """Run one job from parsed arguments; `prepare` loads its models and may change its settings. Raises UserError."""
+def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadModels | None = None) -> None:
+    """Run one job from parsed arguments; `prepare` gets its models from `load` and may change its settings.
+
+    load: a `load_once` that several jobs share. Raises UserError.
+    """
     # Imported late: --help needs none of it, and the files are checked before torch is imported.
     from latentsync.media import check_output, probe_audio, probe_video
 
-    info = probe_video(args.video, args.video_track).at_choice(args.fps)
-    sound = probe_audio(args.audio, args.audio_track)
-    check_output(args.output, (args.video, args.audio))
+    start, end = getattr(args, "from") or 0.0, args.to
+    info = probe_video(args.video, args.video_track).at_choice(args.fps).between(start, end)
+    if args.at is not None:
+        info.frame_at(args.at)
+    faces, voices = faces_and_voices(args)
+    sounds = [probe_audio(voice, None if i else args.audio_track) for i, voice in enumerate(voices)]
+    inputs = (args.video, *voices)
+    if args.sound:
+        sounds, inputs = [*sounds, probe_audio(args.sound)], (*inputs, args.sound)
+    check_output(args.output, inputs)
     if args.report:
-        check_writable(args.report, (args.video, args.audio, args.output), REPORT)
-    for remark in (*info.remarks, *sound.remarks):
+        check_writable(args.report, (*inputs, args.output), REPORT)
+    for remark in (*info.remarks, *(remark for sound in sounds for remark in sound.remarks)):
         print(remark, file=sys.stderr)
 
     import torch
@@ -243,10 +287,15 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
         args.guidance,
         steps=args.steps,
         seed=args.seed,
-        face=args.face,
+        face=faces[0],
+        other_faces=tuple(faces[1:]),
         crf=args.crf,
         fps=args.fps,
         silence_gate=args.silence_gate == "on",
+        start=start,
+        end=end,
+        at=args.at,
+        at_sound=args.at_sound,
     )
     progress = ProgressBars() if sys.stderr.isatty() else ProgressLines()
 
@@ -258,10 +307,12 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
         print_message(f"model {checkpoint.name}, {checkpoint.resolution} px, on {device}")
         if checkpoint.remark:
             print_message(checkpoint.remark)
-        with prepare(args, checkpoint, device, settings, math.ceil(sound.duration * info.rate)) as prepared:
+        seconds = sounds[-1].duration if args.sound else max(sound.duration for sound in sounds)
+        frames = math.ceil(seconds * info.rate)
+        with prepare(args, checkpoint, device, settings, frames, load or load_once()) as prepared:
             report = lipsync(
                 args.video,
-                args.audio,
+                voices[0],
                 args.output,
                 prepared.models,
                 prepared.settings,
@@ -270,6 +321,8 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
                 audio_track=args.audio_track,
                 copy_audio=args.copy_audio,
                 workers=prepared.workers,
+                other_voices=voices[1:],
+                sound=args.sound,
             )
             progress.close()
             for remark in report.remarks:
@@ -315,15 +368,22 @@ def main(
         sys.stdout.reconfigure(errors="backslashreplace")
     interrupt_on_signals()
     log_to_stderr()
+    code, load = 0, load_once()
     try:
-        run(args, prepare)
+        for job in job_for_each_voice(args):
+            args = job
+            try:
+                run(job, prepare, load)
+            except UserError as error:
+                print(error, file=sys.stderr)
+                code = 2
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"stopped; {args.output} was not written", file=sys.stderr)
         return 130
-    return 0
+    return code
 
 
 def leave(code: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain, tee
+from itertools import chain, islice, tee
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from latentsync.audio import audio_chunks, on_side_stream
 from latentsync.checkpoints.load import Models
 from latentsync.faces import Face, track_people
 from latentsync.following import Person
+from latentsync.placing import Placement, fade_ends, pass_by
 from latentsync.prefetch import close, prefetch
 from latentsync.retarget import MouthBank
 from latentsync.settings import Settings
@@ -38,10 +39,11 @@ class Source:
     """A video and a voice, opened.
 
     frames: numbered, uint8 (H, W, 3), `rate` a second, writable, `total` of them; wav: (samples,) float32 at 16 kHz;
-    others: further people, each with the wav of a voice of its own; person: who says `wav`, if not `Settings.face`;
-    repeats: the video is shorter than the sound and played forward and backward; second_reading: for a model with a
-    face of its own, the frames until they repeat, once more: they are followed up to ten seconds early; cancel: ends
-    both from another thread, whatever they wait for.
+    person: who says `wav`, if not `Settings.face`; others: further people, each with the wav of a voice of its own;
+    place: where the voice lies in a longer film, whose other frames pass by; the second reading has only those with the
+    voice, and there are no other people; repeats: the video is shorter than the sound and played forward and backward;
+    second_reading: for a model with a face of its own, the frames until they repeat, once more: they are followed up to
+    ten seconds early; cancel: ends both from another thread, whatever they wait for.
     """
 
     frames: Iterator[tuple[int, np.ndarray]]
@@ -53,6 +55,7 @@ class Source:
     rate: Fraction = Fraction(FPS)
     person: Person | None = None
     others: Sequence[tuple[Person, Tensor]] = ()
+    place: Placement | None = None
 
 
 class FaceQueue:
@@ -102,7 +105,7 @@ def tokens_of(source: Source, wav: Tensor, models: Models, settings: Settings) -
     chunks = audio_chunks(
         models.audio_encoder,
         wav,
-        source.total,
+        source.total if source.place is None else source.place.count,
         models.mel_range,
         models.speech_level,
         settings.silence_gate,
@@ -127,6 +130,7 @@ def read_aligned(
     """
     max_crops = MAX_CROP_BYTES // (3 * models.resolution**2) if source.repeats else None
     repeated: list[tuple[int, np.ndarray]] = []
+    place = source.place
     with ExitStack() as threads:
 
         def in_thread(items: Iterable[T], stage: str, depth: int) -> Iterator[T]:
@@ -149,7 +153,8 @@ def read_aligned(
 
         tokens = in_thread(tokens_of(source, source.wav, models, settings), "sound", TRACKED_FRAMES)
         frames = numbered()
-        first_time = until_repeated(frames, repeated)
+        yield from pass_by(islice(frames, place.first if place else 0))
+        first_time = until_repeated(islice(frames, place.count) if place else frames, repeated)
         tracked: Iterable[tuple[np.ndarray, Faces]]
         if source.second_reading is None:
             followed = track_people(first_time, people, rate=source.rate)
@@ -158,8 +163,12 @@ def read_aligned(
             followed = track_people(source.second_reading, people, rate=source.rate)
             faces = in_thread(collect_mouths(followed, banks), "faces", banks[0].chunk)
             tracked = zip(first_time, faces, strict=False)
-        aligned = align_frames(first_person(tracked), tokens, models.resolution, max_crops, chain(repeated, frames))
+        if place:
+            aligned = align_frames(fade_ends(first_person(tracked), place, source.rate), tokens, models.resolution)
+        else:
+            aligned = align_frames(first_person(tracked), tokens, models.resolution, max_crops, chain(repeated, frames))
         yield from clock.time(aligned, "crops")
+        yield from pass_by(frames)
 
 
 def collect_mouths(followed: Iterator[tuple[np.ndarray, Faces]], banks: Sequence[MouthBank]) -> Iterator[Faces]:

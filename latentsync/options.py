@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -24,6 +25,13 @@ def between(kind: Callable[[str], float], low: float, high: float) -> Callable[[
         raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
 
     return number
+
+
+def clock_time(text: str) -> float:
+    """A type for argparse: a time in a film, in seconds, from "75.5", "1:15.5" or "0:01:15.5"."""
+    if not re.fullmatch(r"(\d{1,3}:)?(\d{1,3}:)?\d{1,6}(\.\d{1,9})?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text} is no time, as 75.5, 1:15.5 or 0:01:15.5")
+    return sum(float(part) * 60**power for power, part in enumerate(reversed(text.split(":"))))
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:

@@ -16,13 +16,13 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from latentsync.aligning import DECODED_FRAMES, TRACKED_FRAMES, FaceQueue, Source, read_aligned, tokens_of
-from latentsync.audio import frame_count
 from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
 from latentsync.following import Person
@@ -40,9 +40,11 @@ from latentsync.media import (
     read_frames,
     read_frames_looped,
 )
+from latentsync.media.laying import laid_sound
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.painting import Painter, Workers, paint_groups
 from latentsync.people import find_people
+from latentsync.placing import Placement, place_voice, whole_film
 from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
@@ -118,7 +120,8 @@ class EncodingThread:
     def submit(self, aligned: AlignedFrame) -> None:
         """Hand a frame over as soon as there is room. Raises what writing an earlier one raised."""
         with self._clock.charge(self._clock.waiting, "writing"):
-            self._consumer.submit((aligned.frame, aligned.crop is None, aligned.recomputed))
+            without_face = aligned.crop is None and not aligned.outside
+            self._consumer.submit((aligned.frame, without_face, aligned.recomputed))
 
     def report(self) -> None:
         """Report the progress of what has been written, and raise what was wrong with it."""
@@ -155,7 +158,8 @@ def lipsync(
 
     other_voices: what `Settings.other_faces` say, a file each; sound: what is heard instead of the voices, which are
     mixed otherwise. The result lasts as long as the sound, at the frame rate of `Settings.fps`; a shorter video is
-    played forward and backward.
+    played forward and backward. `Settings.start` and `end` take a part of the video, as if it had been cut out before.
+    With `Settings.at` the result is all of the video, or of its part, which says the audio from that time on.
     Whatever ends a run early, no part of the output is left, and no thread; but after `StopEarly` the finished frames
     are, with their sound. copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
     video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
@@ -172,9 +176,14 @@ def lipsync(
     voices = (audio, *other_voices)
     if len(other_voices) != len(settings.other_faces):
         raise UserError(f"{1 + len(settings.other_faces)} faces and {len(voices)} voices: give each face a voice.")
+    laid_in = settings.at is not None
+    if laid_in and (other_voices or sound):
+        raise UserError("A voice that is laid into a longer film is the only one, and is heard: leave out the others.")
+    if other_voices and workers is not None:
+        raise UserError("Several faces are painted by one GPU: leave out --gpus and --cluster.")
     inputs = (video, *voices, *(() if sound is None else (sound,)), *models.files)
     output = check_output(output, inputs)
-    info = probe_video(video, video_track).at_choice(settings.fps)
+    info = probe_video(video, video_track).at_choice(settings.fps).between(settings.start, settings.end)
     held = len(voices) * held_frames(info.rate) if models.retargets else 0
     held += len(other_voices) * 2 * (settings.windows_per_pass + 1) * WINDOW
     settings = fit_memory(settings, info, held, 0 if workers is None else workers.max_groups)
@@ -183,110 +192,101 @@ def lipsync(
     with clock.charge(clock.seconds, "sound"):
         wavs = [torch.from_numpy(read_audio(voice, track=None if i else audio_track)) for i, voice in enumerate(voices)]
         samples = max(map(len, wavs)) if sound is None else len(read_audio(sound))
-        if len(voices) > 1 or sound is not None:
-            wavs = [fit_length(wav, samples) for wav in wavs]
-    total = frame_count(samples, info.rate)
+    place = place_voice(info, samples, settings.at)
+    wavs, total = [fit_length(wav, place.samples) for wav in wavs], place.total
     dtype = str(models.dtype).removeprefix("torch.")
     report = Report(settings, models.name, models.resolution, device, dtype, round(float(info.rate), 3))
     cancel = threading.Event()
     person, *others = find_people(info, settings, cancel)
     source = Source(
-        read_frames_looped(info, total, cancel),
+        whole_film(info, total, cancel) if laid_in else read_frames_looped(info, total, cancel),
         wavs[0],
         total,
         repeats=total > info.n_frames,
-        second_reading=read_frames(info, count=total, cancel=cancel) if models.retargets else None,
+        second_reading=read_frames(info, place.first, place.count, cancel) if models.retargets else None,
         cancel=cancel.set,
         rate=info.rate,
         person=person,
         others=list(zip(others, wavs[1:], strict=True)),
+        place=place if laid_in else None,
     )
     counts = {"frames_without_face": 0, "frames_computed_again": 0}  # of the frames that are written
     run_hooks = RunHooks(hooks)
-    with heard_sound(voices, sound, audio_track, run_hooks.wait) as (heard, heard_track):
-        folder: Path | None = None
-        writer: VideoWriter | SegmentWriter
-        # A resumed job must have the same models; those that were not loaded from files cannot be compared.
-        if segment_frames and total > segment_frames and models.files:
-            identity = job_identity(models, settings, kind, segment_frames, video_track, audio_track)
-            folder = work_folder(output, inputs, identity)
-            clean(output, folder)
-            writer = SegmentWriter(
-                output,
-                info,
-                heard,
-                settings.crf,
-                folder=folder,
-                total=total,
-                segment_frames=segment_frames,
-                counts=counts,
-                on_message=hooks.on_message,
-                copy_audio=copy_audio,
-                audio_track=heard_track,
-                on_wait=run_hooks.wait,
-            )
-        else:
-            clean(output)
-            writer = VideoWriter(
-                output,
-                info,
-                heard,
-                settings.crf,
-                copy_audio=copy_audio,
-                audio_track=heard_track,
-                on_wait=run_hooks.wait,
-            )
-        for other in unfinished(output):
-            if other.folder != folder:
-                hooks.on_message(other.describe())
+    # A resumed job must have the same models; those that were not loaded from files cannot be compared.
+    folder: Path | None = None
+    if segment_frames and total > segment_frames and models.files:
+        identity = job_identity(models, settings, kind, segment_frames, video_track, audio_track)
+        folder = work_folder(output, inputs, identity)
+    clean(output, folder)
+    for other in unfinished(output):
+        if other.folder != folder:
+            hooks.on_message(other.describe())
 
-        with (
-            writer,
-            closing(EncodingThread(writer, buffered_results(settings), total, counts, clock, run_hooks)) as encoding,
-            closing(
-                generate_frames(
-                    source,
-                    models,
-                    settings,
-                    clock,
-                    run_hooks,
-                    encoding.report,
-                    hooks.on_out_of_memory,
-                    writer.frames,
-                    workers,
-                )
-            ) as frames,
-        ):
-            done = report.frames = report.resumed_from = writer.frames
-            try:
-                if done:
-                    run_hooks.progress("mouths", done, total)
-                    run_hooks.progress("writing", done, total)
-                for aligned in islice(frames, done, None) if done < total else ():
-                    encoding.submit(aligned)
-                    report.frames += 1
-                    run_hooks.frame(aligned.frame)
-                    encoding.report()
-                run_hooks.frames_complete = True
-            except StopEarly:
-                if not report.frames:
-                    raise
-                frames.close()  # frees what is being painted, while the encoder catches up
-                report.ended_early = writer.cut = report.frames < total
-                run_hooks.silence()
-            encoding.finish()
-            with suppress(StopEarly):  # there is nothing left to end early
+    def make_writer(heard: str | Path, track: int | None) -> VideoWriter | SegmentWriter:
+        shared: dict[str, Any] = {"copy_audio": copy_audio, "audio_track": track, "on_wait": run_hooks.wait}
+        if folder is None or segment_frames is None:
+            return VideoWriter(output, info, heard, settings.crf, **shared)
+        return SegmentWriter(
+            output,
+            info,
+            heard,
+            settings.crf,
+            folder=folder,
+            total=total,
+            segment_frames=segment_frames,
+            counts=counts,
+            on_message=hooks.on_message,
+            **shared,
+        )
+
+    with (
+        heard_sound(info, voices, sound, audio_track, place, settings, output, run_hooks.wait) as (heard, track),
+        make_writer(heard, track) as writer,
+        closing(EncodingThread(writer, buffered_results(settings), total, counts, clock, run_hooks)) as encoding,
+        closing(
+            generate_frames(
+                source,
+                models,
+                settings,
+                clock,
+                run_hooks,
+                encoding.report,
+                hooks.on_out_of_memory,
+                writer.frames,
+                workers,
+            )
+        ) as frames,
+    ):
+        done = report.frames = report.resumed_from = writer.frames
+        try:
+            if done:
+                run_hooks.progress("mouths", done, total)
+                run_hooks.progress("writing", done, total)
+            for aligned in islice(frames, done, None) if done < total else ():
+                encoding.submit(aligned)
+                report.frames += 1
+                run_hooks.frame(aligned.frame)
                 encoding.report()
-            report.frames_without_face = counts["frames_without_face"]
-            report.frames_computed_again = counts["frames_computed_again"]
-            if report.frames_without_face == report.frames and not report.ended_early:
-                if isinstance(writer, SegmentWriter):
-                    writer.keep = False
-                raise UserError(
-                    f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
-                    "the front, with the whole mouth in the picture."
-                )
-    report.remarks = list(writer.remarks)
+            run_hooks.frames_complete = True
+        except StopEarly:
+            if not report.frames:
+                raise
+            frames.close()  # frees what is being painted, while the encoder catches up
+            report.ended_early = writer.cut = report.frames < total
+            run_hooks.silence()
+        encoding.finish()
+        with suppress(StopEarly):  # there is nothing left to end early
+            encoding.report()
+        report.frames_without_face = counts["frames_without_face"]
+        report.frames_computed_again = counts["frames_computed_again"]
+        if report.frames_without_face == place.count and not report.ended_early:
+            if isinstance(writer, SegmentWriter):
+                writer.keep = False
+            raise UserError(
+                f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
+                "the front, with the whole mouth in the picture."
+            )
+    report.remarks = [*writer.remarks, *filter(None, [place.remark])]
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )
@@ -301,16 +301,31 @@ def fit_length(wav: Tensor, samples: int) -> Tensor:
 
 @contextmanager
 def heard_sound(
-    voices: Sequence[str | Path], sound: str | Path | None, audio_track: int | None, on_wait: Callable[[], None]
+    info: VideoInfo,
+    voices: Sequence[str | Path],
+    sound: str | Path | None,
+    audio_track: int | None,
+    place: Placement,
+    settings: Settings,
+    output: Path,
+    on_wait: Callable[[], None],
 ) -> Iterator[tuple[str | Path, int | None]]:
-    """The file and track of a result's sound: `sound`, the only voice, or all of them mixed."""
-    if sound is not None or len(voices) == 1:
-        yield (voices[0], audio_track) if sound is None else (sound, None)
-        return
-    with TemporaryDirectory(prefix="latentsync-") as folder:
-        mixed = Path(folder) / "voices.wav"
-        mix_voices([probe_audio(voice, None if i else audio_track) for i, voice in enumerate(voices)], mixed, on_wait)
-        yield mixed, None
+    """The file and track of a result's sound: `sound`, the only voice, all mixed, or the film's with a voice in it."""
+    if settings.at is not None:
+        voice = probe_audio(voices[0], audio_track)
+        with laid_sound(info, voice, place, settings.at_sound, output, on_wait) as laid:
+            yield laid, None
+    elif sound is not None:
+        yield sound, None
+    elif len(voices) == 1:
+        yield voices[0], audio_track
+    else:
+        with TemporaryDirectory(prefix="latentsync-") as folder:
+            mixed = Path(folder) / "voices.wav"
+            mix_voices(
+                [probe_audio(voice, None if i else audio_track) for i, voice in enumerate(voices)], mixed, on_wait
+            )
+            yield mixed, None
 
 
 def job_identity(

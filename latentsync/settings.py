@@ -4,7 +4,7 @@ Command lines, the page and the pipeline take their numbers from here.
 """
 
 from dataclasses import asdict, dataclass, field
-from math import inf
+from math import inf, isfinite
 from typing import Any, Protocol
 
 from latentsync.choice import FACES, parse_face
@@ -17,6 +17,7 @@ INFERENCE_STEPS = 20  # 12 to 50 are useful
 GUIDANCE_SCALE = 1.5  # of the released models; 1 (off) to 3 are useful
 SEED = 1247  # LatentSync's
 CRF = 16  # x264 quality that the eye cannot tell from the source
+SOUNDS = ("replace", "mix")  # what the voice does to the film's own sound where it is laid into it
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,23 @@ class Settings:
     other_faces: tuple[str, ...] = ()  # further ones, each with a voice of its own
     fps: str = "source"  # one of RATES, the frame rate of the result
     silence_gate: bool = True  # between words the model hears silence, see `latentsync.silence`
+    start: float = 0.0  # seconds of the film at which the part begins that is used ...
+    end: float | None = None  # ... and at which it ends; None: with the film
+    at: float | None = (
+        None  # seconds of that part at which the voice is laid into it; None: it lasts as long as the voice
+    )
+    at_sound: str = "replace"  # one of SOUNDS, with `at`
 
     def __post_init__(self) -> None:
         for face in (self.face, *self.other_faces):
             parse_face(face)
         if self.fps not in RATES:
             raise UserError(f"There is no frame rate '{self.fps}' to choose: give one of {', '.join(RATES)}.")
+        if self.at_sound not in SOUNDS:
+            raise UserError(f"There is no '{self.at_sound}' for sounds: give one of {', '.join(SOUNDS)}.")
+        for time in (self.start, self.end, self.at):
+            if time is not None and not (isfinite(time) and time >= 0):
+                raise UserError(f"{time} is no time in a film: give seconds from 0.")
         for name, most in ("steps", TRAIN_STEPS - 1), ("windows_per_pass", inf), ("frames_per_pass", inf):
             if not 1 <= getattr(self, name) <= most:
                 upto = "" if most == inf else f" to {most}"

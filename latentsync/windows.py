@@ -23,7 +23,8 @@ class AlignedFrame:
     crop: uint8 (R, R, 3), None without a usable face; matrix (2, 3) and opacity: how it is pasted back;
     source: the frame's number in a video that is played more than once, else None; recomputed: painted in a wider
     dtype; shot: `Face.shot`, the number of the stretch between two cuts that the frame lies in; position: the frame's
-    number; points: `mouth_points` of the face; generated: uint8 (R, R, 3), the model's own face as it was painted.
+    number; points: `mouth_points` of the face; generated: uint8 (R, R, 3), the model's own face as it was painted;
+    outside: the frame lies outside of the voice, and no face was looked for.
     """
 
     frame: np.ndarray
@@ -38,6 +39,7 @@ class AlignedFrame:
     position: int = 0
     points: np.ndarray | None = None
     generated: np.ndarray | None = None
+    outside: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentsync import __main__ as plain
 from latentsync.options import between
+from latentsync.several import LoadModels
 from optim.cluster.options import add_worker_options
 from optim.levels import SWITCHES, VRAM_FRACTION
 from optim.options import add_level_options, cache_override
@@ -30,8 +31,8 @@ def level_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None} | cache_override(args)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = plain.make_parser()
+def build_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = plain.make_parser(parser_class)
     add_level_options(parser, default="auto")
     add_worker_options(parser)
     fraction, batch, share = between(float, 0.1, 1), between(int, 1, 256), between(float, 0.01, 1)
@@ -54,7 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def prepare(
-    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", settings: "Settings", frames: int
+    args: argparse.Namespace,
+    checkpoint: "Checkpoint",
+    device: "torch.device",
+    settings: "Settings",
+    frames: int,
+    load: LoadModels,
 ) -> Iterator[plain.PreparedRun]:
     """Load and accelerate the models for a job of this many frames, watch the GPU, and give advice at the
     end."""
@@ -66,13 +72,12 @@ def prepare(
             if prepared is not None:
                 yield prepared
                 return
-    from latentsync.checkpoints.load import load_models
     from optim.accelerate import accelerate, log_memory, oom_handler, plan_for_device
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
     from optim.monitor import Monitor
 
-    models = load_models(checkpoint, device)
+    models = load(checkpoint, device)
     plan = plan_for_device(device, models.resolution, settings, args.level, args.batch, **overrides)
     accelerate(models, plan, frames=frames)
     log_memory("before the run", device)

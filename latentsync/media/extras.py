@@ -95,7 +95,7 @@ def collect_extras(
     subtitles_file = output.with_stem(f"{output.stem}-subtitles")
     remarks: list[str] = []
     try:
-        begin = float(info.start_pts * info.time_base)
+        begin = float(info.start_pts * info.time_base + info.first / info.rate)
         # Frames are rounded to the nearest time on the grid.
         end = min(float(info.n_frames / info.rate), seconds)
         tags, codecs, program = (NO_TAGS, (), "") if info.still else _read_source(info, on_wait)

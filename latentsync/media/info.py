@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from latentsync import FPS
+from latentsync.errors import UserError
 from latentsync.rates import grid_rate, show_rate
 
 HDR_TRANSFERS = {"smpte2084", "arib-std-b67"}  # PQ (HDR10, Dolby Vision 8.1) and HLG (Dolby Vision 8.4)
@@ -78,6 +79,8 @@ class VideoInfo:
     tracks: tuple[Track, ...] = ()  # all that can be chosen; empty for a picture
     nominal_rate: Fraction = Fraction(FPS)  # frames a second of the file, see `rates.nominal_rate`
     rate: Fraction = Fraction(FPS)  # frames a second that are read from it, and written of it
+    first: int = 0  # frame at `rate` with which the part begins that is read
+    stop: int | None = None  # frame before which it ends; None: the end of the file
 
     def at(self, rate: Fraction) -> "VideoInfo":
         """The same video, read at another rate."""
@@ -87,10 +90,47 @@ class VideoInfo:
         """The same video, read at the rate of a run; fps: one of `rates.RATES`."""
         return self.at(grid_rate(self.nominal_rate, fps))
 
+    def between(self, start: float = 0.0, end: float | None = None) -> "VideoInfo":
+        """The part from `start` to `end` seconds, as if it had been cut out of the video: its frames, at `rate`, are
+        those nearest to these times, the last one excluded.
+
+        A later end than the video's is its end. Raises UserError where no frame is left.
+        """
+        first, last = round(start * self.rate), self.first + self.n_frames
+        stop = None if end is None else round(end * self.rate)
+        if not first and stop is None:
+            return self
+        if self.still:
+            raise UserError(f"{self.path} is a picture and has no parts; leave --from and --to out.")
+        if first >= last:
+            raise UserError(
+                f"{self.path} lasts {float(last / self.rate):.2f} s, and the part would begin at {start:g} s; give an "
+                "earlier time with --from."
+            )
+        if stop is not None and stop <= first:
+            raise UserError(f"The part of {self.path} from {start:g} to {end:g} s has no frame; give a later --to.")
+        return replace(self, first=first, stop=None if stop is None or stop >= last else stop)
+
+    def frame_at(self, time: float) -> int:
+        """The frame that is nearest to a time in seconds, at which a voice is laid into the video, or into its part.
+
+        Raises UserError where there is none.
+        """
+        if self.still:
+            raise UserError(f"{self.path} is a picture, into which no voice can be laid; leave --at out.")
+        if (frame := round(time * self.rate)) >= self.n_frames:
+            part = "the part from --from on" if self.first else "it"
+            raise UserError(
+                f"The voice would begin {time:g} s into {self.path}, but {part} lasts "
+                f"{float(self.n_frames / self.rate):.2f} s; give an earlier time with --at."
+            )
+        return frame
+
     @property
     def n_frames(self) -> int:
-        """Frames to expect at `rate`; decoding may yield others."""
-        return max(1, int(self.duration * float(self.rate) + 0.5))
+        """Frames to expect at `rate`, of the part that is read; decoding may yield others."""
+        whole = max(1, int(self.duration * float(self.rate) + 0.5))
+        return max(1, (whole if self.stop is None else self.stop) - self.first)
 
     @property
     def hdr(self) -> bool:

@@ -57,15 +57,15 @@ def read_frames(
 ) -> Generator[np.ndarray, None, None]:
     """Yield frames start, start + 1, ... of the grid of `info.rate`: (height, width, 3) uint8 RGB, new arrays.
 
-    Every frame of the grid is the nearest one of the file. Frame i is the same whatever `start` is. 10-bit values
+    They are counted from the beginning of the part that `info` stands for (`VideoInfo.between`). Every frame of the
+    grid is the nearest one of the file. Frame i is the same whatever `start` is. 10-bit values
     are rounded to 8 bits. Interlaced frames are deinterlaced, transparent parts become white. All frames have the
     first one's size: where it changes, later pictures are fitted into it between black bars. HDR becomes BT.709: up to
     `colour.KNEE`, colours are those of a standard range master; brighter ones are compressed. A damaged file yields
     what can be decoded. Raises UserError if that is nothing, or if ffmpeg takes FRAME_SECONDS for a frame. Closing the
     generator ends ffmpeg; setting `cancel` ends both from another thread, whatever they wait for.
     """
-    margin = max(SEEK_SECONDS, 16 / info.fps) if SEEKABLE & set(info.container.split(",")) else None
-    frames = _decode(info, start, count, margin, cancel)
+    frames = _decode(info, start, count, _first_margin(info), cancel)
     first = next(frames, None)
     if first is None:
         if start == 0 and count != 0:
@@ -77,10 +77,18 @@ def read_frames(
         yield from frames
 
 
+def _first_margin(info: VideoInfo) -> float | None:
+    """How many seconds before a frame to seek, where no pass has shown yet which distance suffices."""
+    return max(SEEK_SECONDS, 16 / info.fps) if SEEKABLE & set(info.container.split(",")) else None
+
+
 def _decode(
     info: VideoInfo, start: int, count: int | None, margin: float | None, cancel: threading.Event | None = None
 ) -> Generator[np.ndarray, None, None]:
     """Decode after seeking to `margin` seconds before frame `start`; None decodes from the beginning."""
+    start += info.first
+    if info.stop is not None:
+        count = max(info.stop - start, 0) if count is None else min(count, max(info.stop - start, 0))
     if count == 0:
         return
     seek: list[str] = []
@@ -225,7 +233,7 @@ def read_frames_looped(
 
 
 def _forward(info: VideoInfo, n: int, cancel: threading.Event | None) -> Generator[tuple[int, np.ndarray], None, None]:
-    with closing(_decode(info, 0, n, None, cancel)) as frames:
+    with closing(_decode(info, 0, n, _first_margin(info) if info.first else None, cancel)) as frames:
         yield from enumerate(frames)
 
 
