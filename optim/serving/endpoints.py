@@ -26,7 +26,7 @@ from optim.serving.fetcher import Fetcher
 from optim.serving.guard import is_text, shorten
 from optim.serving.inputs import disk_problem, with_user_names
 from optim.serving.job import Job, Request
-from optim.serving.look import look_at
+from optim.serving.look import listen_to, look_at
 from optim.serving.uploads import Uploads
 from optim.serving.worker import Worker
 
@@ -350,13 +350,14 @@ class Endpoints:
         return {"line": line, "details": details}
 
     def measure(self, audio: FileData, audio_track: int | None = None) -> dict[str, Any]:
-        """The "seconds" of a sound, the "track" that is used, and the "tracks" there are."""
+        """The "seconds" of a sound, "warnings", the "track" that is used, and the "tracks" there are."""
         path, number = self._uploaded(audio, "voice"), form.parse_track(audio_track, "sound")
         try:
             info = probe_audio(path, number, max_seconds=self.worker.max_seconds)  # no more of it is decoded
+            warnings = listen_to(info)
         except UserError as error:
             raise UserError(with_user_names(error, {path: path.name})) from None
-        return {"checked": "audio", "seconds": info.duration} | tracks_of(info)
+        return {"checked": "audio", "seconds": info.duration, "warnings": warnings} | tracks_of(info)
 
     def check_video(self, video: FileData, video_track: int | None = None) -> dict[str, Any]:
         """A look at a video: its first "picture" as a data URI, since browsers know few formats, "duration", "fps",
