@@ -225,12 +225,14 @@ class Endpoints:
         seed: int = SEED,
         face: str = "largest",
         progress: Any = None,
+        is_gone: Callable[[], Awaitable[bool]] | None = None,
     ) -> Path:
         """Give the face in a video (or a picture) the words of a sound, and return the new video, an MP4 file.
 
         video: the file with the face; audio: the voice; level: from 0, best, to 1, fastest, or conservative, balanced,
         aggressive, auto; model: auto, demo, or a released one; steps: of denoising; face: largest, left, right, centre.
-        progress: called with (finished, all) frames and the current activity. It waits until the video is finished.
+        progress: called with (finished, all) frames and the current activity; is_gone: whether the caller has
+        disconnected. It waits until the video is finished; the job is cancelled where nobody waits for it any more.
         Raises UserError.
         """
         defaults = {setting.name: None if setting.optional else setting.default for setting in form.SETTINGS}
@@ -241,6 +243,8 @@ class Endpoints:
             while job.unfinished:
                 if progress is not None:  # one that has nothing yet is false
                     progress((int(job.finished_mouths()), job.frames), desc=job.doing, unit="frames")
+                if is_gone is not None and await is_gone():
+                    break
                 await anyio.sleep(POLL_SECONDS)
         finally:
             if job.unfinished:
