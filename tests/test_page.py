@@ -564,7 +564,8 @@ def test_a_file_of_any_type_is_looked_at_whatever_the_browser_takes_it_for(visit
 
 def test_a_file_that_is_dropped_replaces_the_one_before_and_never_the_page(visit, clips):
     page = visit()
-    give(page, clips, audio=None)
+    page.set_input_files("#video input[type=file]", str(clips / "talking.mp4"))
+    playwright.expect(page.locator("#video-note")).to_contain_text("frames/s", timeout=SLOW)
     drop = """async ([where, data]) => {
         const given = new DataTransfer();
         given.items.add(new File([await (await fetch(data)).blob()], "other.png", { type: "image/png" }));
@@ -574,7 +575,7 @@ def test_a_file_that_is_dropped_replaces_the_one_before_and_never_the_page(visit
     }"""
     picture = f"data:image/png;base64,{b64encode((clips / 'face.png').read_bytes()).decode()}"
     assert page.evaluate(drop, ["#live", picture]), "the browser would open it"
-    playwright.expect(page.locator("#start-note")).to_contain_text("Drop a video on the upper field")
+    playwright.expect(page.locator("#start-note")).to_contain_text("Drop a video on the upper field", timeout=SLOW)
     assert page.evaluate(drop, ["#video video", picture])
     playwright.expect(page.locator("#video-note")).not_to_contain_text("frames/s", timeout=SLOW)
     playwright.expect(page.locator("#video-note")).to_contain_text("1 face", timeout=SLOW)
