@@ -45,6 +45,7 @@ EXAMPLES = (
 PLAIN: dict[str, Any] = {"queue": False, "show_progress": "hidden", "preprocess": False}
 PRIVATE = PLAIN | {"api_visibility": "private"}
 WITH_VISITOR = "(...values) => values.with({}, window.lipsync.visitor)"
+LOOKING = """(file) => [null, file ? "<p class='quiet'>Looking at this file …</p>" : ""]"""
 FACE_CLICK = """element.addEventListener("click", ({ target }) => {
   const face = target.closest("[data-face]")?.dataset.face;
   if (face) trigger("select", { face });
@@ -190,8 +191,8 @@ class Page:
             return reply.get("fps"), reply, video_note(reply), track_dropdown(reply)
 
         # A new file has tracks of its own: the number of an old one's must not be sent with it.
-        self.video.change(None, None, self.video_track, js="() => null")
-        self.audio.change(None, None, self.audio_track, js="() => null")
+        self.video.change(None, self.video, [self.video_track, self.video_note], js=LOOKING)
+        self.audio.change(None, self.audio, [self.audio_track, self.audio_note], js=LOOKING)
         seen_audio = {"fn": look_at_audio, "outputs": [self.seconds, self.audio_note, self.audio_track], **PRIVATE}
         looked = [self.video_fps, self.reply, self.video_note, self.video_track]
         seen_video = {"fn": look_at_video, "outputs": looked, **PRIVATE}

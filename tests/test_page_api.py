@@ -1,5 +1,6 @@
 """The page's endpoints: jobs by `gradio_client`, and what a visitor must not be able to do."""
 
+import json
 import os
 import re
 import secrets
@@ -183,6 +184,42 @@ def test_one_call_waits_for_the_video_and_tells_its_progress(server, clips):
     job.cancel()
     with pytest.raises(Exception, match="lasts more than 30 s"):
         client.predict(files["video"], handle_file(clips / "too long.wav"), api_name="/lipsync")
+
+
+CALLER = """import sys
+from gradio_client import Client, handle_file
+
+client = Client(sys.argv[1], auth=(sys.argv[2], sys.argv[3]), verbose=False)
+client.predict(handle_file(sys.argv[4]), handle_file(sys.argv[5]), steps=20, api_name="/lipsync")
+"""
+
+
+def test_a_job_ends_when_the_caller_that_waits_for_it_goes_away(server, clips):
+    def states() -> dict[Path, str]:
+        return {path: json.loads(path.read_text())["state"] for path in server.outputs.glob("*/job.json")}
+
+    def until_state(wanted: str, before: set[Path]) -> None:
+        began = time.monotonic()
+        while not [state for path, state in states().items() if path not in before and state == wanted]:
+            assert time.monotonic() - began < 300, states()
+            time.sleep(0.1)
+
+    files = (str(clips / "talking.mp4"), str(clips / "long.wav"))
+    before = set(states())
+    caller = subprocess.Popen([sys.executable, "-c", CALLER, server.url, *LOGIN, *files])
+    until_state("running", before)
+    caller.kill()
+    caller.wait()
+    until_state("cancelled", before)
+    # The same of a plain request, which does not go through the queue.
+    visitor, before = browser(server), set(states())
+    with open(files[0], "rb") as video, open(files[1], "rb") as audio:
+        paths = visitor.post("/gradio_api/upload", files=[("files", video), ("files", audio)]).json()
+    given = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
+    with pytest.raises(httpx.TimeoutException):
+        visitor.post("/gradio_api/run/lipsync", json={"data": given}, timeout=5)
+    visitor.close()
+    until_state("cancelled", before)
 
 
 def test_endpoints_are_documented_with_plain_types_and_take_their_values(server, clips):

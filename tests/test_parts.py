@@ -14,6 +14,7 @@ from test_rates import CELL, decibels, number_of, numbered, save
 from test_resume import SEGMENT, hashes, interrupted
 from test_sync import offsets, rises
 
+from latentsync import aligning
 from latentsync.__main__ import main
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models

@@ -55,6 +55,7 @@ const dateText = (seconds) => DATE.format(new Date(seconds * 1000));
 
 function doingText(job) {
   const before = job.before ?? 0;
+  if (job.state === "waiting" && !before) return "It is the next one";
   if (job.state === "waiting") return before === 1 ? "1 job comes before this one" : `${before} jobs come before this one`;
   if (job.state === "running") return `${job.doing} · ${clockText(job.elapsed)} so far`;
   return job.state === "done" ? `done in ${clockText(job.elapsed)}` : job.doing;

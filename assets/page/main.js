@@ -80,6 +80,18 @@ function markStop(index, level, names) {
   find("#level input[type=range]")?.setAttribute("aria-valuetext", `${level}: ${text}`);
 }
 
+// Gradio draws its parts one by one. The page stays hidden until all have been there, once: a field that holds a file has
+// no input any more.
+const PARTS = [
+  "#video input", "#audio input", "#level input[type=range]", "#stop-2", "#examples .example", "#live #plot",
+  "#doctor button", "#advanced button",
+];
+function showWhenComplete() {
+  if (PARTS.every((part) => find(part))) document.documentElement.dataset.complete = "";
+  else requestAnimationFrame(showWhenComplete);
+}
+showWhenComplete();
+
 window.lipsync = { visitor, onReply, onStarted, markStop, markFace, showPicture, refresh, dropFiles };
 let hiddenTurns = 0;
 const refreshIfSeen = () => {

@@ -19,6 +19,7 @@ window.fetch = async (input, init) => {
   const url = String(input?.url ?? input);
   if (url.includes("/gradio_api/upload?") || url.endsWith("/gradio_api/upload")) {
     uploading += 1;
+    forgetNote();
     return send(input, init).finally(() => { uploading -= 1; afterUpload(); });
   }
   if (!url.includes("/gradio_api/run/")) return send(input, init);

@@ -1,32 +1,51 @@
 // The fields of files, and the button that starts a job.
 
-// A picture is a video of one frame here. Gradio's field takes no file that is not called a video.
+// Gradio's fields refuse files whose type the browser does not know, as IMG_2041.MOV and .mkv on some systems, pictures
+// in the place of a video, and a video in the place of a voice. They get every file as one that fits, and the server says
+// what it is.
+const ACCEPTED = {
+  video: "video/*,image/*,.mov,.mkv,.avi,.mts,.m2ts,.3gp,.heic,.avif",
+  audio: "audio/*,video/*,.m4a,.mka,.opus,.caf,.amr,.mov,.mkv",
+};
+const fieldOf = (node) => node.closest("#video, #audio, #more-voices");
+const kindOf = (field) => (field.id === "video" ? "video" : "audio");
+const inputOf = (field) => find("input[type=file]", field);
 
-const videoInput = (node) => node.closest("#video")?.querySelector("input[type=file]");
-const isPicture = (file) => file.type.startsWith("image/");
-
-function renamedAsVideos(files) {
+function asKind(files, kind) {
   const transfer = new DataTransfer();
   for (const file of files) {
-    transfer.items.add(isPicture(file) ? new File([file], file.name, { type: "video/picture" }) : file);
+    const fits = file.type.startsWith(`${kind}/`);
+    transfer.items.add(fits ? file : new File([file], file.name, { type: `${kind}/any` }));
   }
   return transfer.files;
 }
 
 document.addEventListener("click", ({ target }) => {
-  const input = videoInput(target);
-  if (input) input.accept = "video/*,image/*"; // before its dialog opens
+  const field = fieldOf(target), input = field && inputOf(field);
+  if (input) input.accept = ACCEPTED[kindOf(field)]; // before its dialog opens
+  if (target.closest(".example")) forgetNote();
 }, true);
 document.addEventListener("change", ({ target }) => {
-  if (target.matches("#video input[type=file]") && [...target.files].some(isPicture)) target.files = renamedAsVideos(target.files);
+  const field = target.type === "file" && fieldOf(target);
+  if (field) target.files = asKind(target.files, kindOf(field));
 }, true);
-document.addEventListener("drop", (event) => {
-  const input = videoInput(event.target), files = event.dataTransfer?.files ?? [];
-  if (!input || ![...files].some(isPicture)) return;
+
+// Files that are dropped on a field replace what it holds; anywhere else the browser would open them in place of the page.
+const holdsFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files");
+document.addEventListener("dragover", (event) => { if (holdsFiles(event)) event.preventDefault(); });
+document.addEventListener("drop", async (event) => {
+  if (!holdsFiles(event)) return;
   event.preventDefault();
   event.stopPropagation();
   event.target.dispatchEvent(new DragEvent("dragleave", { bubbles: true }));
-  input.files = renamedAsVideos(files);
+  const field = fieldOf(event.target);
+  if (!field) return startNote("Drop a video on the upper field, a voice on the lower one.", true);
+  const files = asKind(event.dataTransfer.files, kindOf(field)); // the event forgets them
+  if (!inputOf(field)) find("[aria-label='Clear']", field)?.click();
+  for (let turn = 0; turn < 40 && !inputOf(field); turn += 1) await new Promise((resolve) => { setTimeout(resolve, 50); });
+  const input = inputOf(field);
+  if (!input) return startNote("Choose upload in this field first, then drop the file again.", true);
+  input.files = input.multiple ? files : asKind([files[0]], kindOf(field));
   input.dispatchEvent(new Event("change", { bubbles: true }));
 }, true);
 
@@ -62,6 +81,10 @@ let starting = false, startedAt = -PAUSE, waitsForUpload = false;
 function startNote(text, isProblem) {
   setText(find("#start-note"), text);
   find("#start-note").classList.toggle("problem", Boolean(isProblem && text));
+}
+/** A note about the files in the form holds no longer, once there is another one. */
+function forgetNote() {
+  if (!starting && !waitsForUpload) startNote("");
 }
 document.addEventListener("click", (event) => {
   if (!event.target.closest("#start")) return;

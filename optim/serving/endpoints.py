@@ -26,7 +26,7 @@ from optim.serving.fetcher import Fetcher
 from optim.serving.guard import is_text, shorten
 from optim.serving.inputs import disk_problem, with_user_names
 from optim.serving.job import Job, Request
-from optim.serving.look import look_at
+from optim.serving.look import listen_to, look_at
 from optim.serving.uploads import Uploads
 from optim.serving.worker import Worker
 
@@ -225,12 +225,14 @@ class Endpoints:
         seed: int = SEED,
         face: str = "largest",
         progress: Any = None,
+        is_gone: Callable[[], Awaitable[bool]] | None = None,
     ) -> Path:
         """Give the face in a video (or a picture) the words of a sound, and return the new video, an MP4 file.
 
         video: the file with the face; audio: the voice; level: from 0, best, to 1, fastest, or conservative, balanced,
         aggressive, auto; model: auto, demo, or a released one; steps: of denoising; face: largest, left, right, centre.
-        progress: called with (finished, all) frames and the current activity. It waits until the video is finished.
+        progress: called with (finished, all) frames and the current activity; is_gone: whether the caller has
+        disconnected. It waits until the video is finished; the job is cancelled where nobody waits for it any more.
         Raises UserError.
         """
         defaults = {setting.name: None if setting.optional else setting.default for setting in form.SETTINGS}
@@ -241,6 +243,8 @@ class Endpoints:
             while job.unfinished:
                 if progress is not None:  # one that has nothing yet is false
                     progress((int(job.finished_mouths()), job.frames), desc=job.doing, unit="frames")
+                if is_gone is not None and await is_gone():
+                    break
                 await anyio.sleep(POLL_SECONDS)
         finally:
             if job.unfinished:
@@ -350,13 +354,14 @@ class Endpoints:
         return {"line": line, "details": details}
 
     def measure(self, audio: FileData, audio_track: int | None = None) -> dict[str, Any]:
-        """The "seconds" of a sound, the "track" that is used, and the "tracks" there are."""
+        """The "seconds" of a sound, "warnings", the "track" that is used, and the "tracks" there are."""
         path, number = self._uploaded(audio, "voice"), form.parse_track(audio_track, "sound")
         try:
             info = probe_audio(path, number, max_seconds=self.worker.max_seconds)  # no more of it is decoded
+            warnings = listen_to(info)
         except UserError as error:
             raise UserError(with_user_names(error, {path: path.name})) from None
-        return {"checked": "audio", "seconds": info.duration} | tracks_of(info)
+        return {"checked": "audio", "seconds": info.duration, "warnings": warnings} | tracks_of(info)
 
     def check_video(self, video: FileData, video_track: int | None = None) -> dict[str, Any]:
         """A look at a video: its first "picture" as a data URI, since browsers know few formats, "duration", "fps",

@@ -1,4 +1,4 @@
-"""A first look at a visitor's video: its first picture, the faces in it, and what about them will not do."""
+"""A first look at a visitor's files: the first picture of a video and the faces in it, the level of a sound."""
 
 from base64 import b64encode
 from contextlib import closing
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentsync import FPS
 from latentsync.choice import FACES
-from latentsync.media import VideoInfo, read_frames
+from latentsync.media import AudioInfo, VideoInfo, read_audio, read_frames
 from optim.serving.preview import as_jpeg, resized
 
 if TYPE_CHECKING:  # these take seconds to load
@@ -23,6 +23,18 @@ NOT_USABLE = (
     "The face is turned away, or its mouth is outside the picture, in the first second. Those parts stay as they are."
 )
 SMALL = "The face is only {size} pixels high: a video from nearer, or of more pixels, gives a sharper mouth."
+
+LISTEN_SECONDS = 1800.0  # of sound, at most, that is decoded to see whether anything is heard in it
+SILENCE = 0.001  # of full scale, −60 dB: a microphone that is switched off is quieter, a whisper louder
+SILENT = "Nothing is heard in this sound, so the mouth will stay shut. Choose another one, or check the microphone."
+
+
+def listen_to(info: AudioInfo) -> list[str]:
+    """Warnings about a sound: that it is silent. Raises UserError if it cannot be decoded."""
+    if info.duration > LISTEN_SECONDS:
+        return []
+    wav = read_audio(info.path, track=info.track)
+    return [] if max(wav.max(), -wav.min()) > SILENCE else [SILENT]
 
 
 def look_at(info: VideoInfo) -> dict[str, Any]:
