@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from latentsync import STAGES, __version__
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.machine import peak_memory
-from latentsync.options import between, choose_device, interrupt_on_signals, log_to_stderr
+from latentsync.options import between, choose_device, import_early, interrupt_on_signals, log_to_stderr
 from latentsync.paths import check_writable, write_text
 from latentsync.rates import RATES
 from latentsync.settings import CRF, FACES, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, TRAIN_STEPS, Report, Settings
@@ -213,7 +213,8 @@ def prepare_plain(
 
 def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
     """Run one job from parsed arguments; `prepare` loads its models and may change its settings. Raises UserError."""
-    # Imported late: --help needs none of it, and the files are checked before torch is imported.
+    # Imported late: --help needs none of it. While the files are looked at, another thread imports what comes next.
+    import_early("torch", "latentsync.mediapipe_vision")
     from latentsync.media import check_output, probe_audio, probe_video
 
     info = probe_video(args.video, args.video_track).at_choice(args.fps)
