@@ -18,7 +18,7 @@ from latentsync import STAGES, __version__
 from latentsync.choice import FACES
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.machine import peak_memory
-from latentsync.options import between, choose_device, clock_time, interrupt_on_signals, log_to_stderr
+from latentsync.options import between, choose_device, clock_time, import_early, interrupt_on_signals, log_to_stderr
 from latentsync.paths import check_writable, write_text
 from latentsync.rates import RATES
 from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, SOUNDS, TRAIN_STEPS, Report, Settings
@@ -251,7 +251,8 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
 
     load: a `load_once` that several jobs share. Raises UserError.
     """
-    # Imported late: --help needs none of it, and the files are checked before torch is imported.
+    # Imported late: --help needs none of it. While the files are looked at, another thread imports what comes next.
+    import_early("torch", "latentsync.mediapipe_vision")
     from latentsync.media import check_output, probe_audio, probe_video
 
     start, end = getattr(args, "from") or 0.0, args.to

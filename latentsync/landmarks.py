@@ -22,9 +22,8 @@ import numpy as np
 from latentsync.errors import UserError
 from latentsync.machine import usable_cores
 
-if TYPE_CHECKING:  # MediaPipe takes a second to load
-    import mediapipe
-    from mediapipe.tasks.python.vision import FaceLandmarker
+if TYPE_CHECKING:  # MediaPipe takes a moment to load
+    from latentsync.mediapipe_vision import FaceLandmarker, Image
 
 MODEL_FILE = Path(__file__).parent.parent / "assets" / "face_landmarker.task"
 
@@ -206,10 +205,10 @@ def face_reader() -> Iterator[Callable[[np.ndarray], np.ndarray | None]]:
         yield read
 
 
-def _as_image(pixels: np.ndarray) -> "mediapipe.Image":
-    import mediapipe
+def _as_image(pixels: np.ndarray) -> "Image":
+    from latentsync.mediapipe_vision import Image, ImageFormat
 
-    return mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(pixels))
+    return Image(image_format=ImageFormat.SRGB, data=np.ascontiguousarray(pixels))
 
 
 @contextmanager
@@ -219,8 +218,7 @@ def _open_landmarker() -> Iterator["FaceLandmarker"]:
         model = MODEL_FILE.read_bytes()  # read here: MediaPipe cannot open every path that Python can
     except OSError:
         raise UserError(f"Cannot read the face model {MODEL_FILE}: restore it from the repository.") from None
-    from mediapipe.tasks.python import BaseOptions
-    from mediapipe.tasks.python.vision import FaceLandmarker, FaceLandmarkerOptions
+    from latentsync.mediapipe_vision import BaseOptions, FaceLandmarker, FaceLandmarkerOptions
 
     options = FaceLandmarkerOptions(
         base_options=BaseOptions(model_asset_buffer=model),

@@ -1,12 +1,15 @@
 """What the command lines share: option types, logging, signals, the choice of a device."""
 
 import argparse
+import importlib
 import logging
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from latentsync.errors import UserError
@@ -50,6 +53,20 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
+
+
+def import_early(*modules: str) -> None:
+    """Import modules in a thread, one after the other, while the caller does something else.
+
+    The import statement that needs one of them waits for it, and raises what is wrong with it.
+    """
+
+    def import_all() -> None:
+        for module in modules:
+            with suppress(Exception):
+                importlib.import_module(module)
+
+    threading.Thread(target=import_all, name="imports", daemon=True).start()
 
 
 def interrupt_on_signals() -> None:

@@ -14,9 +14,7 @@ import torch
 
 from latentsync.checkpoints.load import Models
 from latentsync.settings import WINDOW, Settings
-from optim import kernels
 from optim.compilation import LONG_JOB, compile_unet, configure_compilers, restore_eager
-from optim.fused import fuse
 from optim.graphs import capture, captures_for, release
 from optim.hardware import GIB, BatchSizes, Gpu, batch_sizes, gpu_of, recommended_level
 from optim.lean import make_lean
@@ -114,7 +112,11 @@ def _prepare_networks(
     release(unet, vae)
     restore_classes(unet)
     restore_classes(vae)
-    swap = fuse if on_gpu else make_lean
+    swap = make_lean
+    if on_gpu:
+        from optim.fused import fuse  # imports Triton, which a processor does not need
+
+        swap = fuse
     if level.fused:
         swap(vae)
     if should_compile(plan, on_gpu, frames) and compile_unet(models, plan.settings, on_message):
@@ -146,6 +148,8 @@ def details(plan: Plan, device: torch.device) -> str:
         guidance = "" if cache.guided or settings.guidance_scale <= 1 else ", guidance in full passes only"
         parts.append(f"DeepCache every {cache.interval} steps (branch {cache.branch}{guidance})")
     if device.type == "cuda":
+        from optim import kernels
+
         switches = {
             "TF32": level.tf32,
             "fused kernels": level.fused and kernels.triton is not None,

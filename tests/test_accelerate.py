@@ -136,7 +136,7 @@ def test_a_job_as_the_one_before_keeps_its_graphs_and_any_other_frees_them(model
     monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda *_: None)
     fused = []
-    monkeypatch.setattr("optim.accelerate.fuse", fused.append)
+    monkeypatch.setattr("optim.fused.fuse", fused.append)
 
     def graphs_of(plan):
         accelerate(models, plan, lambda _: None, frames=96)

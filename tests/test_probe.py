@@ -19,7 +19,7 @@ from latentsync.__main__ import main
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
-from latentsync.media import VideoWriter, probe_audio, probe_video, read_audio, read_frames
+from latentsync.media import VideoWriter, probe, probe_audio, probe_video, read_audio, read_frames
 from latentsync.media.segments import work_folder
 from optim.serving.preview import write_fragments
 
@@ -359,3 +359,22 @@ def test_a_recording_in_fragments_that_was_cut_off_is_used_as_far_as_it_goes(tmp
     info = probe_video(path)
     frames = len(list(read_frames(info)))
     assert 50 * share - 10 < frames < 50 and abs(info.n_frames - frames) <= 1
+
+
+def test_a_file_is_looked_at_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    path, runs, run_ffmpeg = make_video(tmp_path / "a.mp4", seconds=0.4), [], probe.run_ffmpeg
+
+    def counted(*arguments, **options):
+        runs.append(arguments)
+        return run_ffmpeg(*arguments, **options)
+
+    monkeypatch.setattr(probe, "run_ffmpeg", counted)
+    info = probe_video(path)
+    first = len(runs)
+    assert first and probe_video(path) == info and len(runs) == first
+    make_video(path, seconds=0.8)
+    assert probe_video(path).duration > info.duration and len(runs) > first
+    path.write_bytes(b"no video any more")
+    for _ in range(2):
+        with pytest.raises(UserError, match="a.mp4"):
+            probe_video(path)

@@ -23,7 +23,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from latentsync.checkpoints.description import Traits, read_description, read_json
-from latentsync.checkpoints.download import find_local
 from latentsync.checkpoints.releases import RELEASES, VAE_PARTS, VAE_REPOSITORY, folder_of, released_as
 from latentsync.errors import UserError
 from latentsync.unet import UNetConfig
@@ -116,6 +115,8 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
     if vae_folders:
         vae, vae_config = (_first(vae_folders, [Path(file).name]) for file in (VAE_NAMES[0], VAE_CONFIG))
     else:
+        from latentsync.checkpoints.download import find_local  # imports Hugging Face's client
+
         vae_config, vae = (find_local(part) for part in VAE_PARTS)
 
     def required(path: Path | None, names: Iterable[str]) -> Path:
@@ -143,6 +144,8 @@ def _from_folder(folder: Path, name: str, expected: int | None = None) -> Checkp
 
 
 def _from_hub_cache(name: str) -> Checkpoint | None:
+    from latentsync.checkpoints.download import find_local
+
     release = RELEASES[name]
     files = {part.place: path for part in release.parts if (path := find_local(part))}
     if len(files) < len(release.parts):

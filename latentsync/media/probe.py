@@ -38,6 +38,7 @@ from latentsync.media.process import (
 )
 from latentsync.media.signatures import is_iso_picture, lacks_end
 from latentsync.media.tracks import choose_track, list_tracks
+from latentsync.media.unchanged import while_unchanged
 from latentsync.rates import nominal_rate
 
 ANIMATIONS = {"gif", "apng", "webp_anim", "jpegxl_anim"}  # demuxers of pictures that may move
@@ -46,6 +47,7 @@ ASPECTS = Fraction(1, 4), Fraction(4)  # of a pixel: others are considered error
 MAX_HOURS = 6.0  # of sound, which is held in memory: 1.4 GB; a false timestamp can mean years of silence
 
 
+@while_unchanged
 def probe_video(path: str | os.PathLike, track: int | None = None) -> VideoInfo:
     """Properties of a video (or a still picture, which is a video of one frame), after decoding its first frame.
 
@@ -234,6 +236,7 @@ def _tile_group(path: Path) -> str | None:
     return match[1] if match else None
 
 
+@while_unchanged
 def probe_audio(path: str | os.PathLike, track: int | None = None, max_seconds: float | None = None) -> AudioInfo:
     """Properties of a sound track of a sound or video file, after decoding all of it.
 

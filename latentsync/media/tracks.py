@@ -21,6 +21,7 @@ from latentsync.media.process import (
     unreadable_error,
     with_timeout,
 )
+from latentsync.media.unchanged import while_unchanged
 
 MAX_TEXT_LENGTH = 80  # characters of a title or a language
 DISPOSITIONS = "default", "attached_pic"
@@ -36,6 +37,7 @@ class Contents:
     grouped: bool  # some video streams are tiles of one picture
 
 
+@while_unchanged
 def list_tracks(path: Path, kind: str) -> Contents:
     """List the tracks of a file without decoding them.
 
