@@ -92,6 +92,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="on (default): between words the model hears silence, so that noise moves no mouth; off: it hears all",
     )
     parser.add_argument(
+        "--match-colours",
+        choices=("on", "off"),
+        help="on: give the painted part the colours that the visible part of the face has in the video "
+        "(default: what suits the model and the level)",
+    )
+    parser.add_argument(
         "--copy-audio",
         action="store_true",
         help="keep the sound of .mp4 and .mov bit for bit, which not every player knows (default: AAC; .mkv keeps it)",
@@ -246,6 +252,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain) -> None:
         crf=args.crf,
         fps=args.fps,
         silence_gate=args.silence_gate == "on",
+        match_colours=None if args.match_colours is None else args.match_colours == "on",
     )
     progress = ProgressBars() if sys.stderr.isatty() else ProgressLines()
 

@@ -189,7 +189,7 @@ class Painter:
         generated = torch.cat([decode(models.vae, part) for part in latents.split(settings.frames_per_pass)])
         predicted_noise = self.schedule.predicted_noise(latents, self.noise[:, :, 0])
         broken = broken_faces(predicted_noise, generated, self.masked)
-        if models.match_colours:
+        if models.match_colours if settings.match_colours is None else settings.match_colours:
             generated = match_colours(generated, crops, self.mask)
         faces = merge_faces(generated, crops, self.mask)
         counts = [len(window.new) for window in windows]

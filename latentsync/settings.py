@@ -57,6 +57,7 @@ class Settings:
     face: str = "largest"  # one of FACES
     fps: str = "source"  # one of RATES, the frame rate of the result
     silence_gate: bool = True  # between words the model hears silence, see `latentsync.silence`
+    match_colours: bool | None = None  # see `compositing.match_colours`; None: as the model's description says
 
     def __post_init__(self) -> None:
         if self.face not in FACES:
