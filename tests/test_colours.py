@@ -69,9 +69,9 @@ def test_a_model_that_asks_for_matching_gets_it_until_it_is_switched_off(paint, 
 
 
 def test_levels_match_colours_from_balanced_up_and_leave_a_choice_alone():
-    chosen = {choice: [make_plan(stop, Settings(match_colours=choice), 64, None).settings.match_colours for stop in STOPS]
-              for choice in (None, True, False)}  # fmt: skip
-    assert chosen == {None: [None, True, True], True: [True] * 3, False: [False] * 3}
+    for choice, wanted in ((None, [None, True, True]), (True, [True] * 3), (False, [False] * 3)):
+        plans = [make_plan(stop, Settings(match_colours=choice), 64, None) for stop in STOPS]
+        assert [plan.settings.match_colours for plan in plans] == wanted
 
 
 def test_the_choice_comes_from_the_command_line_and_the_page():
