@@ -124,6 +124,12 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
         help="on (default): between words the model hears silence, so that noise moves no mouth; off: it hears all",
     )
     parser.add_argument(
+        "--match-colours",
+        choices=("on", "off"),
+        help="on: give the painted part the colours that the visible part of the face has in the video "
+        "(default: what suits the model and the level)",
+    )
+    parser.add_argument(
         "--copy-audio",
         action="store_true",
         help="keep the sound of .mp4 and .mov bit for bit, which not every player knows (default: AAC; .mkv keeps it)",
@@ -297,6 +303,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
         end=end,
         at=args.at,
         at_sound=args.at_sound,
+        match_colours=None if args.match_colours is None else args.match_colours == "on",
     )
     progress = ProgressBars() if sys.stderr.isatty() else ProgressLines()
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from latentsync.alignment import crop_size, frame_rectangle
 
 EDGE_SHARE = 20  # width of the soft edge: square root of the face's area over this (LatentSync)
+MATCHED_AREAS = 32  # along the side of a crop, whose mean colours `match_colours` compares in a film
+ALL_VISIBLE = 0.999  # mean of the mask over an area that is visible, with room for rounding
 SMALL_FACE = 256  # pixels of the frame; for smaller faces the closed form of the edge is coarse and a kernel is cheap
 
 
@@ -28,22 +30,34 @@ def merge_faces(generated: torch.Tensor, crops: torch.Tensor, mask: torch.Tensor
     return generated + (original - generated) * mask
 
 
-def match_colours(generated: torch.Tensor, crops: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def match_colours(
+    generated: torch.Tensor, crops: torch.Tensor, mask: torch.Tensor, areas: int | None = None
+) -> torch.Tensor:
     """Match the colours of generated faces to the originals, for autoencoders that do not reproduce every tone.
 
     The visible part of the mask exists twice, generated and original. The affine colour transform from the one to the
     other (least squares, one per face) is applied to the whole face. Arguments as in `merge_faces`; returns
     (n, 3, R, R) in the dtype of `generated`.
+    areas: compare means of areas, as many along a side, in place of single pixels. The noise of a film is in the
+    original alone, and pixel by pixel it passes for colour.
     """
-    original = crops.permute(0, 3, 1, 2).float() / 127.5 - 1
-    ones = torch.ones_like(original[:, :1])
-    colours = torch.cat([generated.float(), ones], dim=1).flatten(2)  # (n, 4, pixels)
-    weighted = colours * mask.float().flatten()
+    pixels, original, weights = generated.float(), crops.permute(0, 3, 1, 2).float() / 127.5 - 1, mask.float()
+    compared = pixels
+    if areas and (side := crops.shape[1] // areas) > 1:
+        compared, original = F.avg_pool2d(pixels, side), F.avg_pool2d(original, side)
+        weights = (F.avg_pool2d(weights[None], side)[0] > ALL_VISIBLE).float()
+    colours, weights = _with_ones(compared), weights.flatten()
+    weighted = colours * weights
     # A ridge of a hundredth of a grey level keeps a flat picture solvable.
-    square = weighted @ colours.transpose(1, 2) + 1e-4 * mask.sum() * torch.eye(4, device=mask.device)
+    square = weighted @ colours.transpose(1, 2) + 1e-4 * weights.sum() * torch.eye(4, device=mask.device)
     # `solve` would check its result on the host, which waits for the device.
     transform, _ = torch.linalg.solve_ex(square, weighted @ original.flatten(2).transpose(1, 2))  # (n, 4, 3)
-    return (transform.transpose(1, 2) @ colours).unflatten(2, generated.shape[2:]).to(generated.dtype)
+    return (transform.transpose(1, 2) @ _with_ones(pixels)).unflatten(2, generated.shape[2:]).to(generated.dtype)
+
+
+def _with_ones(pixels: torch.Tensor) -> torch.Tensor:
+    """Colours and a constant, for an affine transform: (n, 3, h, w) → (n, 4, h·w)."""
+    return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).flatten(2)
 
 
 def paste_rectangle(matrix: np.ndarray, resolution: int, frame_shape: tuple[int, ...]) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentsync.alignment import fixed_mask
 from latentsync.checkpoints.load import Models
-from latentsync.compositing import match_colours, merge_faces, paste_face, paste_rectangle
+from latentsync.compositing import MATCHED_AREAS, match_colours, merge_faces, paste_face, paste_rectangle
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.sampling import Schedule, ddim_schedule, denoise, initial_noise, interpolate_ends
 from latentsync.settings import Settings
@@ -189,8 +189,10 @@ class Painter:
         generated = torch.cat([decode(models.vae, part) for part in latents.split(settings.frames_per_pass)])
         predicted_noise = self.schedule.predicted_noise(latents, self.noise[:, :, 0])
         broken = broken_faces(predicted_noise, generated, self.masked)
-        if models.match_colours:
-            generated = match_colours(generated, crops, self.mask)
+        if models.match_colours if settings.match_colours is None else settings.match_colours:
+            # A model that asks for it is one with an autoencoder whose own pictures were compared pixel by pixel.
+            areas = None if models.match_colours else MATCHED_AREAS
+            generated = match_colours(generated, crops, self.mask, areas)
         faces = merge_faces(generated, crops, self.mask)
         counts = [len(window.new) for window in windows]
         broken = torch.cat([part.any().expand(len(part)) for part in broken.split(counts)])

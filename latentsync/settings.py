@@ -61,10 +61,9 @@ class Settings:
     silence_gate: bool = True  # between words the model hears silence, see `latentsync.silence`
     start: float = 0.0  # seconds of the film at which the part begins that is used ...
     end: float | None = None  # ... and at which it ends; None: with the film
-    at: float | None = (
-        None  # seconds of that part at which the voice is laid into it; None: it lasts as long as the voice
-    )
+    at: float | None = None  # seconds of that part at which the voice is laid into it; None: the voice is all of it
     at_sound: str = "replace"  # one of SOUNDS, with `at`
+    match_colours: bool | None = None  # see `compositing.match_colours`; None: as the model's description says
 
     def __post_init__(self) -> None:
         for face in (self.face, *self.other_faces):

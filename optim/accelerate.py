@@ -40,7 +40,8 @@ class Plan:
 def make_plan(level: Level, settings: Settings, resolution: int, gpu: Gpu | None) -> Plan:
     """The plan for a level on a GPU, or on the processor (None).
 
-    Steps, cache and batch sizes come from the level and the GPU, all else from the settings for the plain pipeline.
+    Steps, cache and batch sizes come from the level and the GPU, and so does the matching of colours where the settings
+    leave it open; all else comes from the settings for the plain pipeline.
     """
     batch = batch_sizes(gpu, resolution, level) if gpu else PROCESSOR_BATCH
     settings = replace(
@@ -49,6 +50,7 @@ def make_plan(level: Level, settings: Settings, resolution: int, gpu: Gpu | None
         cache=level.cache,
         windows_per_pass=batch.windows,
         frames_per_pass=batch.frames,
+        match_colours=(level.match_colours or None) if settings.match_colours is None else settings.match_colours,
     )
     return Plan(level, batch, settings)
 

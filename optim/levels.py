@@ -8,6 +8,7 @@
     TF32              off            on             on
     torch.compile     off            off            for long jobs without fused kernels
     kernels, graphs   on             on             on
+    match colours     as the model   on             on
     batch             standard       larger         the largest that is useful and fits
 
 Conservative gives the same result as the plain pipeline: it has every optimization that costs no quality, and no other.
@@ -47,6 +48,7 @@ class Level:
     graphs: bool  # passes captured as CUDA graphs
     fused: bool  # hand-written kernels for norms and activations
     vae_tiling: bool  # a frame that does not fit into memory goes through the VAE in tiles
+    match_colours: bool  # `Settings.match_colours` where the request leaves it open; False: left to the model
     batch_share: float  # share of the largest useful batch, 0.01 to 1
     vram_fraction: float = VRAM_FRACTION  # of the card's memory, 0.1 to 1
 
@@ -56,7 +58,7 @@ class Level:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise UserError(f"The setting {name} is {value!r}: give a number from {low} to {high}.")
-        for name in SWITCHES:
+        for name in (*SWITCHES, "match_colours"):
             if not isinstance(getattr(self, name), bool) and not (name == "compile" and self.compile is None):
                 raise UserError(f"The setting {name} is {getattr(self, name)!r}: it is either True or False.")
         cache = self.cache
@@ -69,15 +71,15 @@ class Level:
 STOPS = (  # by position and by memory
     Level(
         "conservative", position=0.0, card_gib=0, step_share=1.0, cache=None, tf32=False,
-        compile=False, graphs=True, fused=True, vae_tiling=True, batch_share=0.5,
+        compile=False, graphs=True, fused=True, vae_tiling=True, match_colours=False, batch_share=0.5,
     ),
     Level(
         "balanced", position=0.5, card_gib=12, step_share=0.8, cache=DeepCache(2, 0), tf32=True,
-        compile=False, graphs=True, fused=True, vae_tiling=True, batch_share=0.8,
+        compile=False, graphs=True, fused=True, vae_tiling=True, match_colours=True, batch_share=0.8,
     ),
     Level(
         "aggressive", position=1.0, card_gib=24, step_share=0.6, cache=DeepCache(3, 0, guided=False), tf32=True,
-        compile=None, graphs=True, fused=True, vae_tiling=True, batch_share=1.0,
+        compile=None, graphs=True, fused=True, vae_tiling=True, match_colours=True, batch_share=1.0,
     ),
 )  # fmt: skip
 CONSERVATIVE = STOPS[0]  # the level whose result is the plain pipeline's

@@ -44,7 +44,7 @@ def plan_for(gib: int, level=None, resolution: int = 512):
 
 
 def test_the_plan_takes_steps_and_cache_from_the_level_and_the_rest_from_what_is_asked():
-    asked = Settings(steps=30, guidance_scale=2.0, seed=7, crf=20)
+    asked = Settings(steps=30, guidance_scale=2.0, seed=7, crf=20, match_colours=False)
     for level, steps in ((CONSERVATIVE, 30), (BALANCED, 24), (AGGRESSIVE, 18)):
         settings = make_plan(level, asked, 512, None).settings
         assert (settings.steps, settings.cache) == (steps, level.cache)

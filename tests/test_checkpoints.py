@@ -502,3 +502,44 @@ def test_a_checkpoint_says_what_suits_it(folder):
     assert [getattr(own, name) for name in names] == [config[name] for name in names]
     (folder / "latentsync.json").write_text(json.dumps(config | {"guidance_scale": "strong"}))
     assert "guidance_scale" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_decoder_of_the_users_own_is_the_one_that_runs(folder, dtype):
+    def fine_tune(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = (tensor + 0.5 * name.startswith("decoder.")).to(dtype)
+
+    before = load(folder).vae
+    edit(folder / VAE, fine_tune)
+    after = load(folder).vae
+    assert after.decoder.conv_in.weight.dtype == torch.float32, "whatever the file's is"
+    assert torch.allclose(after.decoder.conv_in.weight, before.decoder.conv_in.weight + 0.5, atol=0.01)
+    assert torch.allclose(after.encoder.conv_in.weight, before.encoder.conv_in.weight, atol=0.01)
+
+
+@pytest.mark.parametrize("half, other", [("decoder", "encoder"), ("encoder", "decoder")])
+def test_half_an_autoencoder_is_refused_with_the_way_to_complete_it(folder, half, other):
+    def remove(tensors):
+        for name in [name for name in tensors if name.startswith(f"{other}.")]:
+            del tensors[name]
+
+    edit(folder / VAE, remove)
+    assert re.search(f"an autoencoder's {half} alone: write both halves", refusal(folder))
+
+
+@pytest.mark.parametrize(
+    "change, difference",
+    [
+        (lambda tensors: tensors.update({"ema.decay": torch.zeros(1)}), "'ema.decay' that this model does not know"),
+        (lambda tensors: tensors.pop("decoder.conv_out.bias"), "lacks the tensor 'decoder.conv_out.bias'"),
+        (
+            lambda tensors: tensors.update({"decoder.conv_out.bias": torch.zeros(5)}),
+            r"of shape \(5,\) instead of \(3,\)",
+        ),
+    ],
+    ids=["extra", "missing", "misshapen"],
+)
+def test_an_autoencoder_with_other_tensors_is_refused_by_the_first_of_them(folder, change, difference):
+    edit(folder / VAE, change)
+    assert re.search(difference, refusal(folder))

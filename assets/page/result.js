@@ -15,6 +15,7 @@ function settingsUsed({ settings, level, model, resolution, device, frames, fram
     DeepCache: settings.cache ? `every ${settings.cache.interval} steps` : "off",
     face: settings.face,
     "silence gate": settings.silence_gate ? "on" : "off",
+    "match colours": settings.match_colours === null ? "as the model has it" : settings.match_colours ? "on" : "off",
     "output quality": `CRF ${settings.crf}`,
     frames: faceless ? `${frames}, ${faceless} without a usable face` : frames,
   };

@@ -152,7 +152,10 @@ def load_audio_encoder(path: Path, device: torch.device | None = None) -> AudioE
 def load_vae(
     path: Path, config_path: Path, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Autoencoder:
-    """The autoencoder of a diffusers folder, also of one written before diffusers renamed its attention."""
+    """The autoencoder of a diffusers folder, also of one written before diffusers renamed its attention.
+
+    Raises UserError where it is not one, or only the half of one.
+    """
 
     def renamed(name: str) -> str:
         for old, new in RENAMED_ATTENTION.items() if ".attentions." in name else ():
@@ -164,6 +167,12 @@ def load_vae(
     check_sizes(config, config_path)
     for name, default in (("scaling_factor", VAE_SCALE), ("sample_size", VAE_SIDE)):
         positive_number(config, name, default, MAX_SIZE, config_path)
+    halves = {name.partition(".")[0] for name in read()} & {"encoder", "decoder"}
+    if len(halves) == 1:
+        raise UserError(
+            f"'{path}' holds an autoencoder's {halves.pop()} alone: write both halves into one file, as docs/models.md "
+            "shows."
+        )
     with _building(config_path):
         vae = Autoencoder(AutoencoderConfig.from_dict(config))
     load_exactly(vae, read, path, device, dtype)

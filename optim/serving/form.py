@@ -164,6 +164,10 @@ SETTINGS = (
     Setting("fps", "Frame rate", "source",
             lambda value: "source" if value is None else parse_choice(value, "frame rate", RATES), _RATES,
             "The video's own, or the 25 a second that the model was trained on.", hint=str | None, optional=True),
+    Setting("match_colours", "Match colours", AS_LEVEL,
+            lambda value: None if value is None else _word("colour setting", SWITCHES)(value), _labels(SWITCHES),
+            "The painted part takes on the colours of the face around it.",
+            show=_word_for(SWITCHES), hint=str | None, optional=True),
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in SETTINGS)
 

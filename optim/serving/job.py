@@ -40,6 +40,7 @@ class Request:
     crf: float = CRF
     silence_gate: bool = True
     fps: str = "source"  # one of `rates.RATES`
+    match_colours: bool | None = None
     video_track: int | None = None  # from 1; None: the file's own choice
     audio_track: int | None = None
 

@@ -45,6 +45,7 @@ def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.dev
         face=request.face,
         silence_gate=request.silence_gate,
         fps=request.fps,
+        match_colours=request.match_colours,
     )
     overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
     overrides = {name: value for name, value in overrides.items() if value is not None}
