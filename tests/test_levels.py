@@ -85,8 +85,8 @@ def test_every_setting_can_be_overridden_alone(setting):
 @pytest.mark.parametrize(
     "setting, value",
     [
-        ("match_colours", None), ("step_share", 0), ("step_share", 1.1), ("batch_share", True), ("vram_fraction", float("nan")),
-        ("vram_fraction", "0.8"), ("tf32", 1), ("cache", (3, 0)),
+        ("match_colours", None), ("step_share", 0), ("step_share", 1.1), ("batch_share", True),
+        ("vram_fraction", float("nan")), ("vram_fraction", "0.8"), ("tf32", 1), ("cache", (3, 0)),
         ("cache", DeepCache(3, 12)), ("name", "mine"), ("turbo", True),
     ],
 )  # fmt: skip
