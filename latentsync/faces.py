@@ -146,6 +146,16 @@ def track_faces(
         yield finish_slot(line, index, timing)
 
 
+def lookahead_frames(rate: Fraction) -> int:
+    """Frames after one on which its face depends at most, in a film of `rate` frames a second.
+
+    A face waits until the next search may have found it, or its shot is settled, and is then smoothed and faded by the
+    faces after it.
+    """
+    timing = Timing.at(rate)
+    return max(timing.fade, timing.smoothing) + max(SEARCH_INTERVAL, scale_frames(REACH, rate))
+
+
 # ---- following
 
 

@@ -26,7 +26,7 @@ from latentsync import FPS
 from latentsync.audio import audio_chunks, frame_count, on_side_stream
 from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
-from latentsync.faces import Face, track_faces
+from latentsync.faces import Face, lookahead_frames, track_faces
 from latentsync.hooks import NO_HOOKS, Hooks, RunHooks, StopEarly
 from latentsync.landmarks import face_reader
 from latentsync.machine import available_memory
@@ -41,7 +41,9 @@ from latentsync.media import (
 )
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.painting import Painter, Workers, paint_groups
-from latentsync.prefetch import BackgroundConsumer, prefetch
+from latentsync.prefetch import BackgroundConsumer, close, prefetch
+from latentsync.prepared.film import PreparedFilm
+from latentsync.prepared.recording import Recorder
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
 from latentsync.timing import StageClock
@@ -58,7 +60,8 @@ T = TypeVar("T")
 class Source:
     """A video and a voice, opened.
 
-    frames: numbered, uint8 (H, W, 3), `rate` a second, writable, `total` of them; wav: (samples,) float32 at 16 kHz;
+    frames: numbered, uint8 (H, W, 3), `rate` a second, writable, `total` of them, and of a longer video some more, by
+    which the last faces are found; wav: (samples,) float32 at 16 kHz;
     repeats: the video is shorter than the sound and played forward and backward; second_reading: for a model with a
     face of its own, the frames until they repeat, once more: they are followed up to ten seconds early; cancel: ends
     both from another thread, whatever they wait for.
@@ -169,6 +172,7 @@ def lipsync(
     video_track: int | None = None,
     audio_track: int | None = None,
     workers: Workers | None = None,
+    film: PreparedFilm | Recorder | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
@@ -177,6 +181,8 @@ def lipsync(
     are, with their sound. copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
     video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
     workers: paint the faces in place of `models`, which may then be without weights, see `load_outline`.
+    film: the video's faces and their latents, from an earlier run or for a later one, see `latentsync.prepared`; not
+    used where it has too few frames. Workers encode the faces themselves.
 
     A job of more than `segment_frames` is written in segments of as many, see `media.segments`. Whatever ends it early,
     but `StopEarly`, the same call resumes after the last finished one, to the same result. It finds the faces of
@@ -198,12 +204,15 @@ def lipsync(
     dtype = str(models.dtype).removeprefix("torch.")
     report = Report(settings, models.name, models.resolution, device, dtype, round(float(info.rate), 3))
     cancel = threading.Event()
+    ahead = lookahead_frames(info.rate)  # so that no face depends on where the sound ends
+    if film is not None and not film.covers(total):
+        film = None
     source = Source(
-        read_frames_looped(info, total, cancel),
+        read_frames_looped(info, total, cancel, ahead=0 if models.retargets else ahead),
         wav,
         total,
         repeats=total > info.n_frames,
-        second_reading=read_frames(info, count=total, cancel=cancel) if models.retargets else None,
+        second_reading=read_frames(info, count=total + ahead, cancel=cancel) if models.retargets else None,
         cancel=cancel.set,
         rate=info.rate,
     )
@@ -253,6 +262,7 @@ def lipsync(
                 hooks.on_out_of_memory,
                 writer.frames,
                 workers,
+                film,
             )
         ) as frames,
     ):
@@ -331,6 +341,7 @@ def generate_frames(
     on_out_of_memory: Callable[[], Settings | None] | None = None,
     done: int = 0,
     workers: Workers | None = None,
+    film: PreparedFilm | Recorder | None = None,
 ) -> Generator[AlignedFrame, None, None]:
     """The chain of stages between decoding and encoding: finished frames, in order.
 
@@ -353,7 +364,7 @@ def generate_frames(
         hooks.progress("mouths", max(painted, done), source.total)
 
     bank = None if source.second_reading is None else MouthBank(source.rate)
-    aligned_frames = read_aligned(source, models, settings, bank, clock)
+    aligned_frames = read_aligned(source, models, settings, bank, clock, film)
     with ExitStack() as stack:
         crops = stack.enter_context(
             closing(prefetch(aligned_frames, buffered_crops(settings), "crops", hooks.wait, source.cancel))
@@ -362,7 +373,7 @@ def generate_frames(
         groups = group_windows(parts, settings.windows_per_pass)
         skipped = done if bank is None else max(done - context_frames(source.rate), 0)
         if workers is None:
-            frames = paint_groups(groups, Painter(models, settings, on_step), on_out_of_memory, skipped)
+            frames = paint_groups(groups, Painter(models, settings, on_step, film), on_out_of_memory, skipped)
         else:
             frames = workers.paint_groups(groups, on_step, skipped)
         frames = clock.time(frames, "mouths")
@@ -374,7 +385,12 @@ def generate_frames(
 
 
 def read_aligned(
-    source: Source, models: Models, settings: Settings, bank: MouthBank | None, clock: StageClock
+    source: Source,
+    models: Models,
+    settings: Settings,
+    bank: MouthBank | None,
+    clock: StageClock,
+    film: PreparedFilm | Recorder | None = None,
 ) -> Iterator[AlignedFrame]:
     """The first half of the chain: decode, follow the face, encode the sound, cut out the face.
 
@@ -402,11 +418,29 @@ def read_aligned(
         first_time = until_repeated(frames, repeated)
         tracked: Iterable[tuple[np.ndarray, Face | None]]
         if bank is None or source.second_reading is None:
-            followed = track_faces(first_time, which=settings.face, rate=source.rate)
+            followed = follow_face(first_time, source, settings, film)
             tracked = in_thread(followed, "faces", TRACKED_FRAMES)
         else:
-            followed = track_faces(source.second_reading, which=settings.face, rate=source.rate)
+            followed = follow_face(source.second_reading, source, settings, film)
             faces = in_thread(bank.collect(followed), "faces", bank.chunk)
             tracked = zip(first_time, faces, strict=False)
         aligned = align_frames(tracked, tokens, models.resolution, max_crops, chain(repeated, frames))
-        yield from clock.time(aligned, "crops")
+        yield from islice(clock.time(aligned, "crops"), source.total)
+
+
+def follow_face(
+    frames: Iterator[np.ndarray], source: Source, settings: Settings, film: PreparedFilm | Recorder | None
+) -> Iterator[tuple[np.ndarray, Face | None]]:
+    """The source's first `total` frames with their faces, which the frames after them have helped to find."""
+
+    def track(frames: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Face | None]]:
+        return iter(track_faces(frames, which=settings.face, rate=source.rate))
+
+    if film is not None:
+        yield from film.follow(frames, track, source.total)
+        return
+    tracked = track(frames)
+    try:
+        yield from islice(tracked, source.total)
+    finally:
+        close(tracked)
