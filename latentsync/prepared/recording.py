@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -66,7 +66,7 @@ class Recorder:
 
     def follow(
         self, frames: Iterator[np.ndarray], track: Callable[..., Iterator[tuple[np.ndarray, Face | None]]], total: int
-    ) -> Iterator[tuple[np.ndarray, Face | None]]:
+    ) -> Generator[tuple[np.ndarray, Face | None], None, None]:
         """The first `total` frames with their faces, by `track(frames)`, recorded."""
         tracked = iter(track(frames))
         try:
