@@ -135,6 +135,12 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
         help="keep the sound of .mp4 and .mov bit for bit, which not every player knows (default: AAC; .mkv keeps it)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
+    parser.add_argument(
+        "--prepared",
+        type=Path,
+        metavar="FOLDER",
+        help="start from what `latentsync prepare` made of VIDEO for this model: no face is followed or encoded anew",
+    )
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write what was done, and how long it took")
     parser.add_argument(
         "--discard-unfinished",
@@ -149,7 +155,7 @@ def shield_dashes(arguments: list[str]) -> list[str]:
     """Let file names begin with a dash: one that exists, or that follows an option for a file, gets a './'."""
     shielded: list[str] = []
     for argument in arguments:
-        names_file = bool(shielded) and shielded[-1] in ("-o", "--output", "--report")
+        names_file = bool(shielded) and shielded[-1] in ("-o", "--output", "--report", "--prepared")
         dashed = argument.startswith("-") and argument != "--"
         is_file = dashed and (names_file or os.path.isfile(argument))
         shielded.append(os.path.join(".", argument) if is_file else argument)
@@ -159,7 +165,8 @@ def shield_dashes(arguments: list[str]) -> list[str]:
 class ProgressBars:
     """Progress on a terminal: one bar for each stage, with frames per second and time left."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: tuple[str, ...] = STAGES) -> None:
+        self.stages = stages
         self.bars: dict[str, tqdm] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -168,7 +175,7 @@ class ProgressBars:
         if not self.bars:  # all at once, so that a stage's time counts from the start of the run
             layout = "{desc:8} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left"
             size = shutil.get_terminal_size()
-            for position, name in enumerate(STAGES):
+            for position, name in enumerate(self.stages):
                 self.bars[name] = tqdm(
                     total=total,
                     desc=name,
@@ -318,6 +325,11 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
         seconds = sounds[-1].duration if args.sound else max(sound.duration for sound in sounds)
         frames = math.ceil(seconds * info.rate)
         with prepare(args, checkpoint, device, settings, frames, load or load_once()) as prepared:
+            film = None
+            if args.prepared:
+                from latentsync.prepared.film import PreparedFilm, film_key
+
+                film = PreparedFilm(args.prepared, film_key(info, prepared.settings, prepared.models))
             report = lipsync(
                 args.video,
                 voices[0],
@@ -331,6 +343,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
                 workers=prepared.workers,
                 other_voices=voices[1:],
                 sound=args.sound,
+                film=film,
             )
             progress.close()
             for remark in report.remarks:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from itertools import chain, islice, tee
 from typing import TypeVar
 
@@ -18,10 +19,12 @@ from torch import Tensor
 from latentsync import FPS
 from latentsync.audio import audio_chunks, on_side_stream
 from latentsync.checkpoints.load import Models
-from latentsync.faces import Face, track_people
+from latentsync.faces import Face, track_people, track_person
 from latentsync.following import Person
 from latentsync.placing import Placement, fade_ends, pass_by
 from latentsync.prefetch import close, prefetch
+from latentsync.prepared.film import PreparedFilm
+from latentsync.prepared.recording import Recorder
 from latentsync.retarget import MouthBank
 from latentsync.settings import Settings
 from latentsync.timing import StageClock
@@ -38,7 +41,8 @@ Faces = tuple[Face | None, ...]  # of one frame, of every person
 class Source:
     """A video and a voice, opened.
 
-    frames: numbered, uint8 (H, W, 3), `rate` a second, writable, `total` of them; wav: (samples,) float32 at 16 kHz;
+    frames: numbered, uint8 (H, W, 3), `rate` a second, writable, `total` of them, and of
+    a longer video some more, by which the last faces are found; wav: (samples,) float32 at 16 kHz;
     person: who says `wav`, if not `Settings.face`; others: further people, each with the wav of a voice of its own;
     place: where the voice lies in a longer film, whose other frames pass by; the second reading has only those with the
     voice, and there are no other people; repeats: the video is shorter than the sound and played forward and backward;
@@ -56,6 +60,11 @@ class Source:
     person: Person | None = None
     others: Sequence[tuple[Person, Tensor]] = ()
     place: Placement | None = None
+
+    @property
+    def said(self) -> int:
+        """Frames that say the voice."""
+        return self.total if self.place is None else self.place.count
 
 
 class FaceQueue:
@@ -105,7 +114,7 @@ def tokens_of(source: Source, wav: Tensor, models: Models, settings: Settings) -
     chunks = audio_chunks(
         models.audio_encoder,
         wav,
-        source.total if source.place is None else source.place.count,
+        source.said,
         models.mel_range,
         models.speech_level,
         settings.silence_gate,
@@ -122,11 +131,12 @@ def read_aligned(
     banks: Sequence[MouthBank],
     later: Sequence[FaceQueue],
     clock: StageClock,
+    film: PreparedFilm | Recorder | None = None,
 ) -> Iterator[AlignedFrame]:
     """The first half of the chain: decode, follow the faces, encode the sound, cut out the first person's face.
 
     banks: of every person, collect the mouths of the source's second reading, up to ten seconds early; later: get the
-    faces of the other people.
+    faces of the other people; film: of one person, faces from an earlier run or for a later one.
     """
     max_crops = MAX_CROP_BYTES // (3 * models.resolution**2) if source.repeats else None
     repeated: list[tuple[int, np.ndarray]] = []
@@ -157,18 +167,35 @@ def read_aligned(
         first_time = until_repeated(islice(frames, place.count) if place else frames, repeated)
         tracked: Iterable[tuple[np.ndarray, Faces]]
         if source.second_reading is None:
-            followed = track_people(first_time, people, rate=source.rate)
+            followed = follow_faces(first_time, people, source, film)
             tracked = in_thread(followed, "faces", TRACKED_FRAMES)
         else:
-            followed = track_people(source.second_reading, people, rate=source.rate)
+            followed = follow_faces(source.second_reading, people, source, film)
             faces = in_thread(collect_mouths(followed, banks), "faces", banks[0].chunk)
             tracked = zip(first_time, faces, strict=False)
         if place:
             aligned = align_frames(fade_ends(first_person(tracked), place, source.rate), tokens, models.resolution)
         else:
             aligned = align_frames(first_person(tracked), tokens, models.resolution, max_crops, chain(repeated, frames))
-        yield from clock.time(aligned, "crops")
-        yield from pass_by(frames)
+        yield from islice(clock.time(aligned, "crops"), source.said)
+        if place:
+            yield from pass_by(frames)
+
+
+def follow_faces(
+    frames: Iterator[np.ndarray], people: Sequence[Person], source: Source, film: PreparedFilm | Recorder | None
+) -> Iterator[tuple[np.ndarray, Faces]]:
+    """The frames that say the voice with their faces, which the frames after them have helped to find."""
+    if film is not None:
+        track = partial(track_person, person=people[0], rate=source.rate)
+        for frame, face in film.follow(frames, track, source.said):
+            yield frame, (face,)
+        return
+    tracked = track_people(frames, people, rate=source.rate)
+    try:
+        yield from islice(tracked, source.said)
+    finally:
+        close(tracked)
 
 
 def collect_mouths(followed: Iterator[tuple[np.ndarray, Faces]], banks: Sequence[MouthBank]) -> Iterator[Faces]:

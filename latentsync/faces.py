@@ -17,7 +17,7 @@ from operator import itemgetter
 import numpy as np
 
 from latentsync import FPS
-from latentsync.following import FaceFollower, Person, Slot, Timing
+from latentsync.following import SEARCH_INTERVAL, FaceFollower, Person, Slot, Timing
 from latentsync.landmarks import Detection, LandmarkerPool, open_pool
 from latentsync.lookahead import LookaheadFrames
 from latentsync.rates import scale_frames
@@ -66,7 +66,17 @@ def track_faces(
     the picture and comes into it slowly may be found up to a second late. Raises UserError if the landmarker's model
     file is missing.
     """
-    for frame, (face,) in track_people(frames, [Person(which)], landmarkers, rate):
+    return track_person(frames, Person(which), landmarkers, rate)
+
+
+def track_person(
+    frames: Iterable[np.ndarray],
+    person: Person,
+    landmarkers: int | None = None,
+    rate: Fraction = Fraction(FPS),
+) -> Iterator[tuple[np.ndarray, Face | None]]:
+    """Follow one person; see `track_people`."""
+    for frame, (face,) in track_people(frames, [person], landmarkers, rate):
         yield frame, face
 
 
@@ -123,6 +133,16 @@ def _smooth(slots: Iterable[Slot], timing: Timing) -> Iterator[tuple[np.ndarray,
                 current += 1
     for index in range(current, len(line)):
         yield finish_slot(line, index, timing)
+
+
+def lookahead_frames(rate: Fraction) -> int:
+    """Frames after one on which its face depends at most, in a film of `rate` frames a second.
+
+    A face waits until the next search may have found it, or its shot is settled, and is then smoothed and faded by the
+    faces after it.
+    """
+    timing = Timing.at(rate)
+    return max(timing.fade, timing.smoothing) + max(SEARCH_INTERVAL, scale_frames(REACH, rate))
 
 
 def split_at_cuts(batches: Iterable[list[Slot]], cuts: CutDetector) -> Iterator[Slot]:

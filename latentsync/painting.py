@@ -19,7 +19,7 @@ from latentsync.compositing import MATCHED_AREAS, match_colours, merge_faces, pa
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.sampling import Schedule, ddim_schedule, denoise, initial_noise, interpolate_ends
 from latentsync.settings import Settings
-from latentsync.vae import decode, encode_conditioning, to_pixels
+from latentsync.vae import decode, encode_conditioning, latent_mask, to_pixels
 from latentsync.validation import FALLBACK_DTYPES, broken_faces, in_dtype
 from latentsync.windows import AlignedFrame, Window
 
@@ -131,15 +131,34 @@ def record_event(device: torch.device) -> torch.cuda.Event:
     return event
 
 
+class Latents(Protocol):
+    """Latents of a film's faces that outlive the run, see `latentsync.prepared`."""
+
+    def latents(self, number: int) -> Tensor | None:
+        """Those of the masked and of the whole face of a frame, (2c, h, w), if they are known."""
+        ...
+
+    def add_latents(self, numbers: list[int], copy: HostCopy) -> None:
+        """Take those of n frames, (n, 2c, h, w)."""
+        ...
+
+
 class Painter:
     """Generates the faces of windows; holds all that stays the same from window to window.
 
-    on_step is called at every denoising step; what it raises stops the run. Raises UserError for a DeepCache branch
-    that the model does not have.
+    on_step is called at every denoising step; what it raises stops the run. film: latents of its faces, kept from run
+    to run. On a processor every face is encoded alone, so that its latents do not depend on those beside it, which
+    would change their last bits. Raises UserError for a DeepCache branch that the model does not have.
     """
 
-    def __init__(self, models: Models, settings: Settings, on_step: Callable[[], None] | None = None):
-        self.models, self.settings, self.on_step = models, settings, on_step
+    def __init__(
+        self,
+        models: Models,
+        settings: Settings,
+        on_step: Callable[[], None] | None = None,
+        film: Latents | None = None,
+    ):
+        self.models, self.settings, self.on_step, self.film = models, settings, on_step, film
         branches = 3 * len(models.unet.config.block_out_channels)
         if settings.cache and settings.cache.branch >= branches:
             raise UserError(
@@ -148,6 +167,7 @@ class Painter:
             )
         device, dtype = models.device, models.dtype
         self.on_gpu = device.type == "cuda"
+        self.encoded_together = settings.frames_per_pass if self.on_gpu else 1  # frames; costs a processor 3 %
         self.max_pending = int(self.on_gpu)  # groups that the device may still be working on
         self.step_events: deque[torch.cuda.Event] = deque()  # the ends of the steps that were queued last
         self.unpasted: PendingPass | None = None  # the pass before the one that is being denoised
@@ -247,19 +267,31 @@ class Painter:
 
     def cached_conditioning(self, frames: list[AlignedFrame], crops: Tensor) -> Tensor:
         """Conditioning of n faces, (n, 1 + 2c, h, w); of a frame that is shown more than once it is encoded once."""
-        sources = [frame.source for frame in frames]
-        if all(source in self.conditioning for source in sources):
-            return torch.stack([self.conditioning[source] for source in sources if source is not None])
+        known = [one for frame in frames if (one := self.known_conditioning(frame)) is not None]
+        if len(known) == len(frames):
+            return torch.stack(known)
         encoded = torch.cat(
             [
                 encode_conditioning(self.models.vae, to_pixels(part, self.models.dtype), self.mask)
-                for part in crops.split(self.settings.frames_per_pass)
+                for part in crops.split(self.encoded_together)
             ]
         )
-        for source, one in zip(sources, encoded, strict=True):
-            if source is not None:
-                self.conditioning[source] = one
+        for frame, one in zip(frames, encoded, strict=True):
+            if frame.source is not None:
+                self.conditioning[frame.source] = one
+        if self.film is not None:
+            self.film.add_latents([frame.number for frame in frames], HostCopy([encoded[:, 1:].contiguous()]))
         return encoded
+
+    def known_conditioning(self, frame: AlignedFrame) -> Tensor | None:
+        """The conditioning (1 + 2c, h, w) of a face that was encoded before, in this run or for its film."""
+        if frame.source in self.conditioning:
+            return self.conditioning[frame.source]
+        latents = None if self.film is None else self.film.latents(frame.number)
+        if latents is None:
+            return None
+        latents = self.copy_to_device(latents)
+        return torch.cat([latent_mask(self.mask, latents.shape[-1])[None], latents])
 
     def copy_to_device(self, values: Tensor) -> Tensor:
         """Copy a tensor of the host to the device asynchronously."""
@@ -349,7 +381,7 @@ def paint_groups(
             settings = on_out_of_memory() if on_out_of_memory else None
             if settings is None:
                 raise out_of_memory
-            painter = Painter(painter.models, settings, painter.on_step)
+            painter = Painter(painter.models, settings, painter.on_step, painter.film)
         pending.append((group, passes))
         if len(pending) > painter.max_pending:
             yield from finish_oldest()

@@ -25,6 +25,7 @@ from torch import Tensor
 from latentsync.aligning import DECODED_FRAMES, TRACKED_FRAMES, FaceQueue, Source, read_aligned, tokens_of
 from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
+from latentsync.faces import lookahead_frames
 from latentsync.following import Person
 from latentsync.hooks import NO_HOOKS, Hooks, RunHooks, StopEarly
 from latentsync.landmarks import face_reader
@@ -46,6 +47,8 @@ from latentsync.painting import Painter, Workers, paint_groups
 from latentsync.people import find_people
 from latentsync.placing import Placement, place_voice, whole_film
 from latentsync.prefetch import BackgroundConsumer, prefetch
+from latentsync.prepared.film import PreparedFilm
+from latentsync.prepared.recording import Recorder
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
 from latentsync.timing import StageClock
@@ -153,6 +156,7 @@ def lipsync(
     workers: Workers | None = None,
     other_voices: Sequence[str | Path] = (),
     sound: str | Path | None = None,
+    film: PreparedFilm | Recorder | None = None,
 ) -> Report:
     """Write `output`: the video with its mouth saying the audio.
 
@@ -164,6 +168,8 @@ def lipsync(
     are, with their sound. copy_audio: keep the sound bit for bit in any container, see `latentsync.media.sound`.
     video_track, audio_track: numbers of tracks, see `probe_video` and `probe_audio`.
     workers: paint the faces in place of `models`, which may then be without weights, see `load_outline`.
+    film: the video's faces and their latents, from an earlier run or for a later one, see `latentsync.prepared`; not
+    used where it has too few frames. Workers encode the faces themselves.
 
     A job of more than `segment_frames` is written in segments of as many, see `media.segments`. Whatever ends it early,
     but `StopEarly`, the same call resumes after the last finished one, to the same result. It finds the faces of
@@ -179,6 +185,8 @@ def lipsync(
     laid_in = settings.at is not None
     if laid_in and (other_voices or sound):
         raise UserError("A voice that is laid into a longer film is the only one, and is heard: leave out the others.")
+    if film is not None and (other_voices or laid_in or settings.start or settings.end):
+        raise UserError("A prepared film is for one face, and used from its beginning: leave out --prepared.")
     if other_voices and workers is not None:
         raise UserError("Several faces are painted by one GPU: leave out --gpus and --cluster.")
     inputs = (video, *voices, *(() if sound is None else (sound,)), *models.files)
@@ -197,13 +205,21 @@ def lipsync(
     dtype = str(models.dtype).removeprefix("torch.")
     report = Report(settings, models.name, models.resolution, device, dtype, round(float(info.rate), 3))
     cancel = threading.Event()
+    ahead = lookahead_frames(info.rate)  # so that no face depends on where the sound ends
+    if film is not None and not film.covers(total):
+        film = None
     person, *others = find_people(info, settings, cancel)
+    if laid_in:
+        read = whole_film(info, total, cancel)
+    else:
+        read = read_frames_looped(info, total, cancel, ahead=0 if models.retargets else ahead)
+    second_reading = read_frames(info, place.first, place.count + ahead, cancel) if models.retargets else None
     source = Source(
-        whole_film(info, total, cancel) if laid_in else read_frames_looped(info, total, cancel),
+        read,
         wavs[0],
         total,
         repeats=total > info.n_frames,
-        second_reading=read_frames(info, place.first, place.count, cancel) if models.retargets else None,
+        second_reading=second_reading,
         cancel=cancel.set,
         rate=info.rate,
         person=person,
@@ -254,6 +270,7 @@ def lipsync(
                 hooks.on_out_of_memory,
                 writer.frames,
                 workers,
+                film,
             )
         ) as frames,
     ):
@@ -366,6 +383,7 @@ def generate_frames(
     on_out_of_memory: Callable[[], Settings | None] | None = None,
     done: int = 0,
     workers: Workers | None = None,
+    film: PreparedFilm | Recorder | None = None,
 ) -> Generator[AlignedFrame, None, None]:
     """The chain of stages between decoding and encoding: finished frames, in order.
 
@@ -393,7 +411,7 @@ def generate_frames(
     later = [FaceQueue() for _ in source.others]
     with ExitStack() as stack:
         read_face = stack.enter_context(face_reader()) if banks else None
-        aligned_frames = read_aligned(source, people, models, settings, banks, later, clock)
+        aligned_frames = read_aligned(source, people, models, settings, banks, later, clock, film)
         crops = stack.enter_context(
             closing(prefetch(aligned_frames, buffered_crops(settings), "crops", hooks.wait, source.cancel))
         )
@@ -408,7 +426,9 @@ def generate_frames(
             # The faces of later people are cut out of frames with the mouths of earlier ones, those of context too.
             skipped = max(done - context - (len(people) - 1 - index) * (context + 2 * WINDOW), 0)
             if workers is None:
-                painted_frames = paint_groups(groups, Painter(models, settings, on_step), on_out_of_memory, skipped)
+                painted_frames = paint_groups(
+                    groups, Painter(models, settings, on_step, film), on_out_of_memory, skipped
+                )
             else:
                 painted_frames = workers.paint_groups(groups, on_step, skipped)
             frames = clock.time(painted_frames, "mouths")

@@ -24,7 +24,8 @@ class AlignedFrame:
     source: the frame's number in a video that is played more than once, else None; recomputed: painted in a wider
     dtype; shot: `Face.shot`, the number of the stretch between two cuts that the frame lies in; position: the frame's
     number; points: `mouth_points` of the face; generated: uint8 (R, R, 3), the model's own face as it was painted;
-    outside: the frame lies outside of the voice, and no face was looked for.
+    outside: the frame lies outside of the voice, and no face was looked for; number: of the frame in the film, also
+    where the film is played again.
     """
 
     frame: np.ndarray
@@ -40,6 +41,7 @@ class AlignedFrame:
     points: np.ndarray | None = None
     generated: np.ndarray | None = None
     outside: bool = False
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def align_frames(
     bias = None
     count = 0
     for frame, face in tracked:
-        aligned = AlignedFrame(frame, next(tokens), position=count)
+        aligned = AlignedFrame(frame, next(tokens), position=count, number=count)
         count += 1
         if face is None:
             bias = None

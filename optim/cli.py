@@ -11,6 +11,7 @@ import sys
 COMMANDS = {
     "sync": ("optim.__main__", "make the mouth in a video say the words of a recording"),
     "batch": ("optim.batch", "work through a list of such jobs"),
+    "prepare": ("latentsync.prepared.__main__", "follow and encode the face of a film, once for every voice to come"),
     "serve": ("app", "open the page in the browser"),
     "models": ("latentsync.checkpoints.__main__", "list, fetch, verify and remove the released models"),
     "doctor": ("optim.doctor", "look at this machine and say what would make it faster"),

@@ -355,7 +355,8 @@ def test_the_autoencoder_sees_few_frames_at_a_time(models, wav, monkeypatch):
     whole = stacked(run(models, wav))
     counted("encode_conditioning"), counted("decode")
     parts = stacked(run(models, wav, frames_per_pass=6, windows_per_pass=2))
-    assert passes == {"encode_conditioning": [6] * 5 + [2, 6, 6, 4], "decode": [6] * 5 + [2, 6, 2]}
+    # On a processor faces are encoded one by one, so that their latents do not depend on those beside them.
+    assert passes == {"encode_conditioning": [1] * 48, "decode": [6] * 5 + [2, 6, 2]}
     assert psnr(whole, parts) >= 50
 
 

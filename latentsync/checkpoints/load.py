@@ -36,6 +36,7 @@ class Models(Traits):
     vae: Autoencoder
     face: np.ndarray | None = None  # uint8 (R, R, 3), aligned: what it paints instead of the film's; see `retarget`
     files: tuple[Path, ...] = ()  # that it was loaded from
+    vae_files: tuple[Path, ...] = ()  # of these, the autoencoder's weights and configuration
 
     @property
     def retargets(self) -> bool:
@@ -99,6 +100,7 @@ def _assemble(checkpoint: Checkpoint, unet: UNet, vae: Autoencoder, encoder: Aud
         vae=vae,
         face=None if checkpoint.face is None else load_face(checkpoint.face, checkpoint.resolution),
         files=checkpoint.files,
+        vae_files=(checkpoint.vae, checkpoint.vae_config),
         **{trait.name: getattr(checkpoint, trait.name) for trait in fields(Traits)},
     )
 

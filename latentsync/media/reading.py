@@ -191,13 +191,14 @@ def _fill(pipe: io.FileIO, array: np.ndarray) -> bool:
 
 
 def read_frames_looped(
-    info: VideoInfo, count: int, cancel: threading.Event | None = None
+    info: VideoInfo, count: int, cancel: threading.Event | None = None, ahead: int = 0
 ) -> Generator[tuple[int, np.ndarray], None, None]:
     """Yield `count` pairs (source index, frame), forward, backward and so on: 0..n-1, n-1..0, 0..n-1, ...
 
     The frames are those of `read_frames`, new arrays; n is how many can be decoded. Backward passes seek to short
     segments, so that no more than SEGMENT_FRAMES, or SEGMENT_BYTES, are in memory. The first pass records a checksum of
     every frame; a segment that does not match is decoded again from further back. cancel: as in `read_frames`.
+    ahead: frames that may follow the last one, where the first pass has them.
     """
     if count <= 0:
         return
@@ -212,9 +213,11 @@ def read_frames_looped(
             elif i == limit:
                 clip.clear()
             yield i, frame
-            if i + 1 == count:
+            if i + 1 == count + ahead:
                 return
     n = len(sums)
+    if n >= count:
+        return
     margin = max(SEEK_SECONDS, 16 / info.fps)
     margins: list[float | None] = [margin, 10 * margin, None]
     left = count - n
