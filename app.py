@@ -125,14 +125,11 @@ class Page:
         )
         self.video_note = gr.HTML("", elem_id="video-note", js_on_load=FACE_CLICK, apply_default_css=False)
         self.video_track = gr.Dropdown([], label="Video track", visible=False, elem_id="video-track")
+        # Gradio's own player has times of too little contrast, and a waveform that the keyboard cannot scroll.
+        player = gr.WaveformOptions(show_recording_waveform=False)
+        sources: list[Any] = ["upload", "microphone"]
         self.audio = gr.Audio(
-            label="Voice",
-            sources=["upload", "microphone"],
-            type="filepath",
-            elem_id="audio",
-            buttons=[],
-            # Gradio's own player has times of too little contrast, and a waveform that the keyboard cannot scroll.
-            waveform_options=gr.WaveformOptions(show_recording_waveform=False),
+            label="Voice", sources=sources, type="filepath", elem_id="audio", buttons=[], waveform_options=player
         )
         self.audio_note = gr.HTML("", elem_id="audio-note", apply_default_css=False)
         self.audio_track = gr.Dropdown([], label="Sound track", visible=False, elem_id="audio-track")
