@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 
-from latentsync.choice import FACES
 from latentsync.errors import UserError
 from latentsync.options import interrupt_on_signals, log_to_stderr
 from optim.levels import STOPS
@@ -45,7 +44,8 @@ EXAMPLES = (
 PLAIN: dict[str, Any] = {"queue": False, "show_progress": "hidden", "preprocess": False}
 PRIVATE = PLAIN | {"api_visibility": "private"}
 WITH_VISITOR = "(...values) => values.with({}, window.lipsync.visitor)"
-LOOKING = """(file) => [null, file ? "<p class='quiet'>Looking at this file …</p>" : ""]"""
+LOOKING = """(file, ...faces) => [null, file ? "<p class='quiet'>Looking at this file …</p>" : "",
+  ...faces.map((face) => /,/.test(face) ? "largest" : face)]"""
 FACE_CLICK = """element.addEventListener("click", ({ target }) => {
   const face = target.closest("[data-face]")?.dataset.face;
   if (face) trigger("select", { face });
@@ -61,7 +61,7 @@ def control(setting: Setting) -> Any:
     if isinstance(kind, Slider):
         return gr.Slider(kind.low, kind.high, step=kind.step, **common)
     if isinstance(kind, Dropdown):
-        return gr.Dropdown(list(kind.choices), **common)
+        return gr.Dropdown(list(kind.choices), allow_custom_value=kind.others, **common)
     return gr.Number(precision=0, minimum=kind.low, maximum=kind.high, **common)
 
 
@@ -187,23 +187,24 @@ class Page:
             reply = await check_video(video, track) if video else {}
             return reply.get("fps"), reply, video_note(reply), track_dropdown(reply)
 
-        # A new file has tracks of its own: the number of an old one's must not be sent with it.
-        self.video.change(None, self.video, [self.video_track, self.video_note], js=LOOKING)
+        # A new file has tracks and faces of its own: an old one's must not be sent with it.
+        face = self._controls["face"]
+        self.video.change(None, [self.video, face], [self.video_track, self.video_note, face], js=LOOKING)
         self.audio.change(None, self.audio, [self.audio_track, self.audio_note], js=LOOKING)
         seen_audio = {"fn": look_at_audio, "outputs": [self.seconds, self.audio_note, self.audio_track], **PRIVATE}
         looked = [self.video_fps, self.reply, self.video_note, self.video_track]
         seen_video = {"fn": look_at_video, "outputs": looked, **PRIVATE}
         self.audio.change(inputs=self.audio, **seen_audio).then(**self._meaning)
         self.audio_track.input(inputs=[self.audio, self.audio_track], **seen_audio).then(**self._meaning)
-        mark_face = {"fn": None, "inputs": self._controls["face"], "js": "(face) => window.lipsync?.markFace(face)"}
+        mark_face = {"fn": None, "inputs": face, "js": "(face) => window.lipsync?.markFace(face)"}
         for seen in (
             self.video.change(inputs=self.video, **seen_video),
             self.video_track.input(inputs=[self.video, self.video_track], **seen_video),
         ):
             shown = seen.then(None, self.reply, js="(reply) => window.lipsync.showPicture(reply)")
             shown.then(**mark_face).then(**self._meaning)
-        self.video_note.select(self.chosen_face, None, self._controls["face"], **PRIVATE)
-        self._controls["face"].change(**mark_face)
+        self.video_note.select(self.chosen_face, None, face, **PRIVATE)
+        face.change(**mark_face)
 
         for button, field, path in self.examples:
             button.click(path.as_posix, None, field, **PRIVATE)
@@ -319,7 +320,7 @@ class Page:
     def chosen_face(self, event: gr.EventData) -> Any:
         """The face that was clicked, for the dropdown."""
         face = event._data.get("face") if isinstance(event._data, dict) else None
-        return face if face in FACES else gr.skip()
+        return face if isinstance(face, str) and face else gr.skip()
 
     def show_settings(self, event: gr.EventData) -> list[Any]:
         """Set the page to the settings of a job."""

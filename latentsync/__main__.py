@@ -18,7 +18,15 @@ from latentsync import STAGES, __version__
 from latentsync.choice import FACES
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.machine import peak_memory
-from latentsync.options import between, choose_device, clock_time, import_early, interrupt_on_signals, log_to_stderr
+from latentsync.options import (
+    between,
+    choose_device,
+    clock_time,
+    face_name,
+    import_early,
+    interrupt_on_signals,
+    log_to_stderr,
+)
 from latentsync.paths import check_writable, write_text
 from latentsync.rates import RATES
 from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, SOUNDS, TRAIN_STEPS, Report, Settings
@@ -64,6 +72,7 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
     parser.add_argument(
         "--face",
         action="append",
+        type=face_name,
         metavar="WHO",
         help=f"which one, if the video shows several: {', '.join(FACES)}, or a point on it, X,Y or X,Y@SECONDS "
         f"(default: {FACES[0]}); several times with --audio",

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from latentsync.choice import parse_face
 from latentsync.errors import UserError
 from latentsync.machine import usable_cores
 
@@ -35,6 +36,15 @@ def clock_time(text: str) -> float:
     if not re.fullmatch(r"(\d{1,3}:)?(\d{1,3}:)?\d{1,6}(\.\d{1,9})?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text} is no time, as 75.5, 1:15.5 or 0:01:15.5")
     return sum(float(part) * 60**power for power, part in enumerate(reversed(text.split(":"))))
+
+
+def face_name(text: str) -> str:
+    """A type for argparse: what names a face, see `choice.parse_face`."""
+    try:
+        parse_face(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:

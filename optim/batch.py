@@ -28,7 +28,7 @@ from latentsync.options import interrupt_on_signals, log_to_stderr
 from latentsync.paths import check_writable
 from latentsync.several import LoadModels, load_once
 from optim.__main__ import build_parser, prepare
-from optim.job_list import Row, read_list
+from optim.job_list import Row, input_files, read_list
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def only_run_of(path: Path) -> Iterator[None]:
 def identify(row: Row) -> str:
     """A hash of what decides a row's result: its settings as they stand there, and size and time of its inputs."""
     inputs = []
-    for path in (row.args.video, row.args.audio) if row.args else ():
+    for path in input_files(row.args) if row.args else ():
         try:
             status = os.stat(path)
             inputs.append([status.st_size, status.st_mtime_ns])

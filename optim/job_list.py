@@ -26,7 +26,7 @@ MAX_LIST_BYTES = 64 << 20  # 10,000 rows take 2 MB
 JSON_SUFFIXES, CSV_SUFFIX = (".jsonl", ".ndjson"), ".csv"
 DELIMITERS = ",;\t"  # of CSV: programs of some languages write semicolons
 REQUIRED = ("video", "audio", "output")
-PATHS = (*REQUIRED, "report")
+PATHS = (*REQUIRED, "report", "sound", "prepared")
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")  # values of a flag in CSV
 
 Values = dict[str, Any]  # of a row, by the names that it gives them
@@ -206,9 +206,14 @@ def _as_arguments(values: dict[str, str], defaults: Values, folder: Path) -> lis
     return [*arguments, *(os.path.join(folder, values[key]) for key in ("video", "audio"))]
 
 
+def input_files(args: argparse.Namespace) -> list[str]:
+    """The files that a row's job reads."""
+    return [path for path in (args.video, args.audio, args.sound) if path]
+
+
 def _without_clashes(rows: list[Row]) -> Iterator[Row]:
     """The rows, of which those have an error that would overwrite a file that another one reads or writes."""
-    inputs = {_place(path) for row in rows if row.args for path in (row.args.video, row.args.audio)}
+    inputs = {_place(path) for row in rows if row.args for path in input_files(row.args)}
     written: dict[str, int] = {}  # to the line of the row
     for row in rows:
         error = None

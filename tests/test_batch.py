@@ -43,7 +43,7 @@ def test_a_row_of_json_sets_the_options_of_the_command_line(tmp_path):
     )
     args = found.args
     assert (args.video, args.output) == (str(tmp_path / "a.mp4"), str(tmp_path / "o.mp4"))
-    assert (args.level, args.steps, args.crf, args.face) == ("0.5", 12, 20.5, "left")
+    assert (args.level, args.steps, args.crf, args.face) == ("0.5", 12, 20.5, ["left"])
     assert args.copy_audio is True and args.silence_gate == "off"
 
 

@@ -469,6 +469,23 @@ def test_several_faces_are_shown_and_a_click_follows_one(visit, clips, tmp_path)
     assert page.locator("#video-note [aria-pressed=true]").count() == 1
 
 
+def test_a_face_that_no_word_names_is_followed_by_a_point(visit, clips, tmp_path):
+    page = visit()
+    # Of four that are equally large, the first is the largest, and one in the middle is that in the centre.
+    ffmpeg("-i", clips / "face.png", "-vf", "split=4[a][b][c][d];[a][b][c][d]hstack=4", tmp_path / "four.png")
+    page.set_input_files("#video input[type=file]", str(tmp_path / "four.png"))
+    page.wait_for_function("document.querySelectorAll('#video-note [data-face]').length == 4")
+    page.click("#video-note [data-face*=',']")
+    page.wait_for_selector("#video-note [data-face*=','][aria-pressed=true]")
+    page.set_input_files("#audio input[type=file]", str(clips / "short.wav"))
+    start(page)
+    state(page, "done")
+    page.click("#video [aria-label='Clear']")
+    page.set_input_files("#video input[type=file]", str(clips / "face.png"))
+    page.click("#advanced > button")
+    playwright.expect(page.locator("#face input")).to_have_value("the largest")
+
+
 def test_progress_is_seen_outside_the_page(visit, clips):
     page = visit()
     give(page, clips, audio="long.wav")

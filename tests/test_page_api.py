@@ -417,7 +417,17 @@ def test_all_settings_of_a_job_can_be_changed_and_come_back_as_they_were_told():
     for name, value in (("costs", 1), ("video", "/etc/passwd"), ("", 1)):
         with pytest.raises(UserError, match=f"no setting '{name}' to change"):
             form.parse_changes({name: value}, old, form.MODELS)
-    wrong = {"steps": 0, "seed": None, "cache": 9, "compile": 1, "model": "none", "audio_track": -1, "video_track": "x"}
+    assert form.parse_changes({"face": "12,30@1.5"}, old, form.MODELS) == {"face": "12,30@1.5"}
+    wrong = {
+        "face": "12",
+        "steps": 0,
+        "seed": None,
+        "cache": 9,
+        "compile": 1,
+        "model": "none",
+        "audio_track": -1,
+        "video_track": "x",
+    }
     for name, value in [*wrong.items(), ("steps", "x")]:
         with pytest.raises(UserError, match="give"):
             form.parse_changes({name: value}, old, form.MODELS)

@@ -11,7 +11,7 @@ from clips import ffmpeg, make_sound
 from conftest import SIDE, one_person, portrait
 from test_resume import hashes
 
-from latentsync import aligning, audio, faces, pipeline
+from latentsync import aligning, audio, faces, following, pipeline
 from latentsync.__main__ import make_parser
 from latentsync.audio import audio_chunks, frame_count
 from latentsync.checkpoints.find import resolve_model
@@ -192,9 +192,14 @@ def test_a_frame_hears_the_sound_of_its_time(rate, monkeypatch):
 
 
 def test_the_constants_of_the_method_are_those_of_25_a_second_and_last_as_long_at_others():
-    at_25, at_50 = (faces.Timing.at(Fraction(rate)) for rate in (25, 50))
-    assert at_25 == faces.Timing(
-        faces.PATIENCE, faces.SEARCH_WAITS, faces.DRIFT, faces.FADE, faces.SMOOTHING, faces.SMOOTHING_SIGMA
+    at_25, at_50 = (following.Timing.at(Fraction(rate)) for rate in (25, 50))
+    assert at_25 == following.Timing(
+        following.PATIENCE,
+        following.SEARCH_WAITS,
+        following.DRIFT,
+        following.FADE,
+        following.SMOOTHING,
+        following.SMOOTHING_SIGMA,
     )
     assert (at_50.patience, at_50.fade, at_50.drift) == (2 * at_25.patience, 2 * at_25.fade, at_25.drift / 2)
     assert [scale_frames(5, Fraction(rate)) for rate in RATES] == [5, 5, 5, 6, 6, 10, 12, 12]

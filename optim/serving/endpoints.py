@@ -230,7 +230,8 @@ class Endpoints:
         """Give the face in a video (or a picture) the words of a sound, and return the new video, an MP4 file.
 
         video: the file with the face; audio: the voice; level: from 0, best, to 1, fastest, or conservative, balanced,
-        aggressive, auto; model: auto, demo, or a released one; steps: of denoising; face: largest, left, right, centre.
+        aggressive, auto; model: auto, demo, or a released one; steps: of denoising; face: largest, left, right,
+        centre, or a point on it as 512,300@2.4.
         progress: called with (finished, all) frames and the current activity; is_gone: whether the caller has
         disconnected. It waits until the video is finished; the job is cancelled where nobody waits for it any more.
         Raises UserError.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentsync.checkpoints.releases import RELEASES
-from latentsync.choice import FACES
+from latentsync.choice import FACES, parse_face
 from latentsync.errors import UserError
 from latentsync.rates import RATES
 from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED
@@ -23,6 +23,7 @@ CACHES = {AS_LEVEL: "level", "off": None} | {
 }
 SWITCHES = {AS_LEVEL: None, "on": True, "off": False}
 ON_OFF = {"on": True, "off": False}
+MAX_FACE = 40  # characters of what names a face
 FACE_LABELS = {"largest": "the largest", "left": "on the left", "right": "on the right", "centre": "in the centre"}
 RATE_LABELS = {"source": "as the video", "25": "25 a second"}
 TRACKS = {"video_track": "video", "audio_track": "sound"}  # fields of `Request` that belong to its files
@@ -64,6 +65,16 @@ def parse_choice(value: Any, what: str, choices: Collection[str]) -> str:
     return value
 
 
+def parse_who(value: Any) -> str:
+    """Check that a visitor's value names a face, see `choice.parse_face`. Raises UserError."""
+    if not isinstance(value, str) or len(value) > MAX_FACE:
+        raise UserError(
+            f"There is no face {shorten(value)}: give one of {', '.join(FACES)}, or a point as 512,300@2.4."
+        )
+    parse_face(value)
+    return value
+
+
 def parse_level(value: Any) -> str:
     """Convert a level's name, or a number from 0 to 1, to the level of a request. Raises UserError."""
     name = value.strip().lower() if isinstance(value, str) else None
@@ -88,6 +99,7 @@ class Number:
 @dataclass(frozen=True)
 class Dropdown:
     choices: tuple[tuple[str, Any], ...]  # labels and values
+    others: bool = False  # whether another value may be typed
 
 
 def _same(value: Any) -> Any:
@@ -131,7 +143,7 @@ def _labels(values: Collection[str]) -> Dropdown:
 
 
 _COMPILE_INFO = "Of use in long jobs where there is neither a GPU nor a second core."
-_FACES = Dropdown(tuple((FACE_LABELS[face], face) for face in FACES))
+_FACES = Dropdown(tuple((FACE_LABELS[face], face) for face in FACES), others=True)
 _QUALITIES = Dropdown(tuple((f"{label} (CRF {crf})", crf) for crf, label in QUALITIES.items()))
 _RATES = Dropdown(tuple((RATE_LABELS[rate], rate) for rate in RATES))
 
@@ -150,8 +162,8 @@ SETTINGS = (
             field="cache", show=_word_for(CACHES)),
     Setting("compile", "Compile", AS_LEVEL, _word("compile setting", SWITCHES), _labels(SWITCHES), _COMPILE_INFO,
             show=_word_for(SWITCHES)),
-    Setting("face", "Which face", "largest", lambda value: parse_choice(value, "face", FACES), _FACES,
-            "Where several are seen."),
+    Setting("face", "Which face", "largest", parse_who, _FACES,
+            "Where several are seen; or a point on it: 512,300, or 512,300@2.4 at 2.4 s."),
     Setting("crf", "Output quality", CRF, _number("The output quality (CRF)", 0, 40, float), _QUALITIES,
             "Smaller numbers are larger files.", hint=float),
     Setting("guidance", "Lip strength (guidance)", GUIDANCE_SCALE,

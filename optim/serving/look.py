@@ -44,18 +44,18 @@ def look_at(info: VideoInfo) -> dict[str, Any]:
     """
     with closing(read_frames(info, count=LOOK_FRAMES[-1] + 1)) as frames:
         first = frame = next(frames)  # raises UserError rather than to end at once
-        faces = find_faces(first)
+        faces, number = find_faces(first), 0
         for later in islice(frames, LOOK_FRAMES.step - 1, None, LOOK_FRAMES.step):
             if faces:
                 break
-            frame, faces = later, find_faces(later)
+            frame, faces, number = later, find_faces(later), number + LOOK_FRAMES.step
     return {
         "picture": data_uri(resized(first)),
         "duration": None if info.still else round(info.duration, 2),
         "fps": None if info.still else round(float(info.nominal_rate), 3),
         "width": info.width,
         "height": info.height,
-        "faces": [_face_view(frame, face, faces) for face in faces],
+        "faces": [_face_view(frame, float(number / info.rate), face, faces) for face in faces],
         "warnings": [*info.remarks, *_warnings(faces)],
     }
 
@@ -75,8 +75,11 @@ def find_faces(frame: "np.ndarray") -> list["Detection"]:
     return sorted(found, key=lambda face: face.centre[0])
 
 
-def _face_view(frame: "np.ndarray", face: "Detection", faces: list["Detection"]) -> dict[str, Any]:
-    """A face's picture, whether it can be used, and the choice of `FACES` that follows it; None if none does."""
+def _face_view(frame: "np.ndarray", seconds: float, face: "Detection", faces: list["Detection"]) -> dict[str, Any]:
+    """A face's picture, whether it can be used, and the choice that follows it: one of FACES, or a point on it.
+
+    seconds: the frame's time.
+    """
     from latentsync.following import ranked
 
     choices = [which for which in FACES if ranked(faces, which, frame.shape[1])[0] is face]
@@ -86,7 +89,8 @@ def _face_view(frame: "np.ndarray", face: "Detection", faces: list["Detection"])
         for middle, side in ((x, frame.shape[1]), (y, frame.shape[0]))
     )
     picture = data_uri(resized(frame[y0:y1, x0:x1], THUMBNAIL_SIDE))
-    return {"picture": picture, "usable": face.usable, "face": choices[0] if choices else None}
+    point = f"{max(x, 0):.0f},{max(y, 0):.0f}" + (f"@{seconds:.2f}" if seconds else "")
+    return {"picture": picture, "usable": face.usable, "face": choices[0] if choices else point}
 
 
 def _warnings(faces: list["Detection"]) -> list[str]:

@@ -67,11 +67,10 @@ def video_note(look: dict[str, Any]) -> str:
 
 def _face_button(face: dict[str, Any]) -> str:
     which = face["face"]
-    label = f"Follow this face: {FACE_LABELS[which]}" if which else "This face cannot be chosen alone"
+    label = f"Follow this face: {FACE_LABELS[which]}" if which in FACE_LABELS else "Follow this face"
     label += "" if face["usable"] else " (turned away, or its mouth is outside the picture)"
-    chosen = f"data-face='{which}'" if which else "disabled"
     picture = f"<img alt='' src='{face['picture']}'>"
-    return f"<button type='button' {chosen} title='{label}' aria-label='{label}'>{picture}</button>"
+    return f"<button type='button' data-face='{which}' title='{label}' aria-label='{label}'>{picture}</button>"
 
 
 def audio_note(measured: dict[str, Any]) -> str:
