@@ -32,6 +32,7 @@ def _compare(job: Job, comparison: Comparison, result: Path, store: JobStore) ->
         comparison.done, comparison.total = done, total
 
     partial = job.compared.with_suffix(".partial.mp4")
+    state = FAILED
     try:
         from optim.serving.side_by_side import side_by_side
 
@@ -44,21 +45,21 @@ def _compare(job: Job, comparison: Comparison, result: Path, store: JobStore) ->
         finally:
             _one_at_a_time.release()
         os.replace(partial, job.compared)
-        comparison.state = DONE
+        state = DONE
     except Cancelled:
-        comparison.state = CANCELLED
+        state = CANCELLED
     except UserError as error:
         names = {job.request.video: job.names[0], result: result.name}
         comparison.error = with_user_names(error, names)
-        comparison.state = FAILED
     except Exception as error:
         log.exception("The side-by-side video could not be made")
         comparison.error = (
             f"The side-by-side video could not be made ({type(error).__name__}); the console says where. The "
             "result itself is unharmed."
         )
-        comparison.state = FAILED
     finally:
+        # The state last: who sees that it has ended finds nothing of it left.
         partial.unlink(missing_ok=True)
         if job.id not in store.jobs:  # it was removed meanwhile
             shutil.rmtree(job.folder, ignore_errors=True)
+        comparison.state = state
