@@ -22,10 +22,9 @@ from latentsync.options import (
     between,
     choose_device,
     clock_time,
+    exit_code,
     face_name,
     import_early,
-    interrupt_on_signals,
-    log_to_stderr,
 )
 from latentsync.paths import check_writable, write_text
 from latentsync.rates import RATES
@@ -396,10 +395,10 @@ def main(
     args = parser.parse_args(shield_dashes(sys.argv[1:] if arguments is None else arguments))
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may have letters that the console's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
-    interrupt_on_signals()
-    log_to_stderr()
-    code, load = 0, load_once()
-    try:
+
+    def work() -> int:
+        nonlocal args
+        code, load = 0, load_once()
         for job in job_for_each_voice(args):
             args = job
             try:
@@ -407,13 +406,9 @@ def main(
             except UserError as error:
                 print(error, file=sys.stderr)
                 code = 2
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped; {args.output} was not written", file=sys.stderr)
-        return 130
-    return code
+        return code
+
+    return exit_code(work, lambda: f"stopped; {args.output} was not written")
 
 
 def leave(code: int) -> None:

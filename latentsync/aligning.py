@@ -74,15 +74,9 @@ class FaceQueue:
     """
 
     def __init__(self) -> None:
-        self._numbers: deque[int] = deque()  # of the frames, see `Source.frames`
-        self._faces: deque[Face | None] = deque()  # of the frames until they repeat
+        self.numbers: deque[int] = deque()  # of the frames, see `Source.frames`
+        self.faces: deque[Face | None] = deque()  # of the frames until they repeat
         self._earlier: deque[AlignedFrame] = deque()  # without pixels
-
-    def put_number(self, number: int) -> None:
-        self._numbers.append(number)
-
-    def put_face(self, face: Face | None) -> None:
-        self._faces.append(face)
 
     def align(
         self, painted: Iterable[AlignedFrame], tokens: Iterator[Tensor], resolution: int, repeats: bool
@@ -93,10 +87,10 @@ class FaceQueue:
         def numbered() -> Iterator[tuple[int, np.ndarray]]:
             for aligned in painted:
                 self._earlier.append(replace(aligned, frame=EMPTY, tokens=torch.empty(0), generated=None))
-                yield self._numbers.popleft(), aligned.frame
+                yield self.numbers.popleft(), aligned.frame
 
         frames = numbered()
-        first_time = ((frame, self._faces.popleft()) for frame in until_repeated(frames, repeated))
+        first_time = ((frame, self.faces.popleft()) for frame in until_repeated(frames, repeated))
         return align_frames(first_time, tokens, resolution, 0 if repeats else None, chain(repeated, frames))
 
     def merge(self, frames: Iterable[AlignedFrame]) -> Iterator[AlignedFrame]:
@@ -150,7 +144,7 @@ def read_aligned(
         def numbered() -> Iterator[tuple[int, np.ndarray]]:
             for number, frame in in_thread(source.frames, "reading", DECODED_FRAMES):
                 for queue in later:
-                    queue.put_number(number)
+                    queue.numbers.append(number)
                 yield number, frame
 
         def first_person(
@@ -158,7 +152,7 @@ def read_aligned(
         ) -> Iterator[tuple[np.ndarray, Face | None]]:
             for frame, (face, *others) in tracked:
                 for queue, other in zip(later, others, strict=True):
-                    queue.put_face(other)
+                    queue.faces.append(other)
                 yield frame, face
 
         tokens = in_thread(tokens_of(source, source.wav, models, settings), "sound", TRACKED_FRAMES)

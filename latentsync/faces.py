@@ -17,6 +17,7 @@ from operator import itemgetter
 import numpy as np
 
 from latentsync import FPS
+from latentsync.errors import UserError
 from latentsync.following import SEARCH_INTERVAL, FaceFollower, Person, Slot, Timing
 from latentsync.landmarks import Detection, LandmarkerPool, open_pool
 from latentsync.lookahead import LookaheadFrames
@@ -133,6 +134,14 @@ def _smooth(slots: Iterable[Slot], timing: Timing) -> Iterator[tuple[np.ndarray,
                 current += 1
     for index in range(current, len(line)):
         yield finish_slot(line, index, timing)
+
+
+def no_face_error(video: object) -> UserError:
+    """The error for a video in which no face could be followed."""
+    return UserError(
+        f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from the front, "
+        "with the whole mouth in the picture."
+    )
 
 
 def lookahead_frames(rate: Fraction) -> int:

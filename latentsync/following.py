@@ -243,9 +243,8 @@ class FaceFollower:
             return own
         if self.person.look is not None:
             return sorted(own, key=lambda face: (not face.usable, self.unlikeness(look_of(frame, face.landmarks))))
-        places = [face for face in faces if all(face is one or face.distance(one) > NEAR for one in own[:1])]
-        alone = len(places) <= 1 and any(other.face is None for other in self.others)
-        if alone and which in ("left", "right"):
+        seen_alone = all(face.distance(one) <= NEAR for one in own[:1] for face in faces)
+        if seen_alone and any(other.face is None for other in self.others) and which in ("left", "right"):
             own = [face for face in own if (face.centre[0] < width / 2) == (which == "left")]
         return own
 

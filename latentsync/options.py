@@ -47,6 +47,23 @@ def face_name(text: str) -> str:
     return text
 
 
+def exit_code(work: Callable[[], int], stopped: Callable[[], str]) -> int:
+    """Do a command's work; returns its exit code, or 2 for what the user can put right, or 130 when interrupted.
+
+    Errors, and the sentence of `stopped`, go to stderr. Signals that end a process interrupt the work.
+    """
+    interrupt_on_signals()
+    log_to_stderr()
+    try:
+        return work()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(stopped(), file=sys.stderr)
+        return 130
+
+
 def log_to_stderr(level: int = logging.INFO) -> None:
     """Print what the packages log on stderr, one line for each message; without this call they are silent."""
     handler = _StderrHandler()

@@ -1,12 +1,13 @@
 """Paths of files to write: checking that no other file is harmed, and writing them whole or not at all."""
 
+import hashlib
 import os
 import shutil
 import stat
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -132,3 +133,21 @@ def is_own_file(path: Path) -> bool:
 def _not_writable(path: str | os.PathLike, what: str, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or error
     return UserError(f"{what} '{path}' cannot be written ({reason}); choose another name for it.")
+
+
+def hash_files(paths: Iterable[str | os.PathLike], on_wait: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of the contents of files, one after the other; on_wait: called between blocks.
+
+    Raises OSError with the file's name.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    on_wait()
+        except OSError as error:
+            error.filename = error.filename or path
+            raise
+    return digest.hexdigest()

@@ -25,7 +25,7 @@ from torch import Tensor
 from latentsync.aligning import DECODED_FRAMES, TRACKED_FRAMES, FaceQueue, Source, read_aligned, tokens_of
 from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
-from latentsync.faces import lookahead_frames
+from latentsync.faces import lookahead_frames, no_face_error
 from latentsync.following import Person
 from latentsync.hooks import NO_HOOKS, Hooks, RunHooks, StopEarly
 from latentsync.landmarks import face_reader
@@ -299,10 +299,7 @@ def lipsync(
         if report.frames_without_face == place.count and not report.ended_early:
             if isinstance(writer, SegmentWriter):
                 writer.keep = False
-            raise UserError(
-                f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from "
-                "the front, with the whole mouth in the picture."
-            )
+            raise no_face_error(video)
     report.remarks = [*writer.remarks, *filter(None, [place.remark])]
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
@@ -415,27 +412,27 @@ def generate_frames(
         crops = stack.enter_context(
             closing(prefetch(aligned_frames, buffered_crops(settings), "crops", hooks.wait, source.cancel))
         )
-        frames: Iterator[AlignedFrame] = count(clock.wait(crops, "crops"), "faces")
-        for index, _ in enumerate(people):
-            if index:
-                queue, (_, wav) = later[index - 1], source.others[index - 1]
-                spoken = tokens_of(source, wav, models, settings)
-                tokens = stack.enter_context(closing(prefetch(spoken, TRACKED_FRAMES, "sound")))
-                frames = queue.align(frames, tokens, models.resolution, source.repeats)
-            groups = group_windows(split_windows(frames), settings.windows_per_pass)
+
+        def paint(aligned: Iterable[AlignedFrame], index: int) -> Iterator[AlignedFrame]:
+            """Give the person of that index the mouth that says the voice."""
+            groups = group_windows(split_windows(aligned), settings.windows_per_pass)
             # The faces of later people are cut out of frames with the mouths of earlier ones, those of context too.
-            skipped = max(done - context - (len(people) - 1 - index) * (context + 2 * WINDOW), 0)
+            skipped = max(done - context - (len(later) - index) * (context + 2 * WINDOW), 0)
             if workers is None:
-                painted_frames = paint_groups(
-                    groups, Painter(models, settings, on_step, film), on_out_of_memory, skipped
-                )
+                frames = paint_groups(groups, Painter(models, settings, on_step, film), on_out_of_memory, skipped)
             else:
-                painted_frames = workers.paint_groups(groups, on_step, skipped)
-            frames = clock.time(painted_frames, "mouths")
+                frames = workers.paint_groups(groups, on_step, skipped)
+            frames = clock.time(frames, "mouths")
             if read_face is not None:
                 frames = clock.time(retarget(frames, banks[index], read_face, source.rate), "retarget")
-            if index:
-                frames = later[index - 1].merge(frames)
+            return frames
+
+        frames = paint(count(clock.wait(crops, "crops"), "faces"), 0)
+        for index, (queue, (_, wav)) in enumerate(zip(later, source.others, strict=True), 1):
+            spoken = prefetch(tokens_of(source, wav, models, settings), TRACKED_FRAMES, "sound")
+            tokens = stack.enter_context(closing(spoken))
+            aligned_again = queue.align(frames, tokens, models.resolution, source.repeats)
+            frames = queue.merge(paint(aligned_again, index))
         for aligned in count(frames, "mouths", done):
             painted += 1
             yield aligned

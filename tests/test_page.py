@@ -457,11 +457,17 @@ def test_settings_are_kept_by_the_browser(visit):
     page.wait_for_selector("#stop-2[aria-pressed=true]")
 
 
+def give_faces(page, clips, folder, count):
+    """Drop a picture that shows the same face so many times, in a row."""
+    picture, inputs = folder / "faces.png", [option for _ in range(count) for option in ("-i", clips / "face.png")]
+    ffmpeg(*inputs, "-filter_complex", f"hstack={count}", picture)
+    page.set_input_files("#video input[type=file]", str(picture))
+    page.wait_for_function(f"document.querySelectorAll('#video-note [data-face]').length == {count}")
+
+
 def test_several_faces_are_shown_and_a_click_follows_one(visit, clips, tmp_path):
     page = visit()
-    ffmpeg("-i", clips / "face.png", "-vf", "split[a][b];[a][b]hstack", tmp_path / "pair.png")
-    page.set_input_files("#video input[type=file]", str(tmp_path / "pair.png"))
-    page.wait_for_function("document.querySelectorAll('#video-note [data-face]').length == 2")
+    give_faces(page, clips, tmp_path, 2)
     page.click("#video-note [data-face] >> nth=1")
     page.wait_for_selector(
         "#video-note [data-face=right][aria-pressed=true], #video-note [data-face=largest][aria-pressed=true]"
@@ -472,9 +478,7 @@ def test_several_faces_are_shown_and_a_click_follows_one(visit, clips, tmp_path)
 def test_a_face_that_no_word_names_is_followed_by_a_point(visit, clips, tmp_path):
     page = visit()
     # Of four that are equally large, the first is the largest, and one in the middle is that in the centre.
-    ffmpeg("-i", clips / "face.png", "-vf", "split=4[a][b][c][d];[a][b][c][d]hstack=4", tmp_path / "four.png")
-    page.set_input_files("#video input[type=file]", str(tmp_path / "four.png"))
-    page.wait_for_function("document.querySelectorAll('#video-note [data-face]').length == 4")
+    give_faces(page, clips, tmp_path, 4)
     page.click("#video-note [data-face*=',']")
     page.wait_for_selector("#video-note [data-face*=','][aria-pressed=true]")
     page.set_input_files("#audio input[type=file]", str(clips / "short.wav"))

@@ -60,7 +60,7 @@ def sound(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def faces(clip) -> list[Face | None]:
-    return [face for _, face in track_faces(read_frames(probe_video(clip), count=FRAMES))]
+    return [face for _, face in track_faces(read_frames(probe_video(clip)))][:FRAMES]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from latentsync.evaluation.measures import correlation, loudness, peak
 from latentsync.evaluation.people import measure_people, people_table
 from latentsync.evaluation.report import Result, as_json, check_judge, measure_clips, summarise_groups, table
 from latentsync.evaluation.sheet import contact_sheet, save_picture, strip
-from latentsync.options import between, choose_device, interrupt_on_signals, log_to_stderr
+from latentsync.options import between, choose_device, exit_code
 from latentsync.paths import check_writable, write_text
 from latentsync.settings import INFERENCE_STEPS, SEED, TRAIN_STEPS, Settings
 
@@ -207,9 +207,8 @@ def main(
 ) -> int:
     """Run a command; returns the exit code: 0, 2 for an error that the user can correct, 130 when interrupted."""
     args = build_parser(prog, add_options).parse_args(arguments)
-    log_to_stderr()
-    interrupt_on_signals()
-    try:
+
+    def work() -> int:
         if args.command == "clips":
             evaluate_clips(args, prepare)
         elif args.command == "people":
@@ -221,13 +220,9 @@ def main(
             save_picture(args.picture, strip(args.video, args.audio, args.result))
         else:
             train_judge(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; what was measured so far is kept", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return exit_code(work, lambda: "stopped; what was measured so far is kept")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from latentsync.errors import UserError
 from latentsync.media.info import AudioInfo, VideoInfo
 from latentsync.media.probe import probe_audio
 from latentsync.media.process import PROBE_MEMORY, Limits, file_url, input_arguments
-from latentsync.media.sound import MAX_CHANNELS
+from latentsync.media.sound import MAX_CHANNELS, timing_filters
 from latentsync.media.tracks import list_tracks
 from latentsync.media.watchdog import OnWait, run_to_end
 from latentsync.paths import PARTIAL
@@ -47,7 +47,7 @@ def laid_sound(
     frames = place.first, place.first + place.count, place.total
     begin, end, length = (round(number / info.rate * rate) for number in frames)
     common = f"aformat=sample_fmts=fltp:channel_layouts={layout}"
-    voice_in = f"{_mono_to_all(voice, layout)}aresample={rate}:async=1,asetpts=N/SR/TB,{common}"
+    voice_in = f"{_mono_to_all(voice, layout)}{timing_filters(rate)},{common}"
     parts = [f"[0:{voice.select}]{voice_in},atrim=end_sample={end - begin},adelay={begin}S:all=1[voice]"]
     names = ["[voice]"]
     if own is not None:

@@ -28,7 +28,7 @@ from latentsync import __version__
 from latentsync.errors import UserError
 from latentsync.media import VideoInfo, VideoWriter, check_output, join_segments, probe_audio
 from latentsync.media.watchdog import OnWait
-from latentsync.paths import PARTIAL, is_own_file, is_own_folder, replacing
+from latentsync.paths import PARTIAL, hash_files, is_own_file, is_own_folder, replacing
 from latentsync.rates import parse_rate
 from latentsync.settings import CRF
 
@@ -284,7 +284,7 @@ class SegmentWriter:
             plausible = max(segment.counts.values(), default=0) <= frames <= self._total
             if not same_rate or not complete or not has_counts or not plausible or not is_own_file(path):
                 return segments[:number]
-            if path.stat().st_size != segment.bytes or _hash(path) != segment.sha256:
+            if path.stat().st_size != segment.bytes or hash_files([path]) != segment.sha256:
                 return segments[:number]
         return segments
 
@@ -310,7 +310,7 @@ class SegmentWriter:
         finally:
             self._segment = None
         _flush_to_disk(segment.path)
-        size, digest = segment.path.stat().st_size, _hash(segment.path)
+        size, digest = segment.path.stat().st_size, hash_files([segment.path])
         self._finished.append(Segment(segment.frames, size, digest, dict(self._counts), str(self._info.rate)))
         with replacing(self._folder / MANIFEST) as manifest:
             manifest.write_text(json.dumps([asdict(entry) for entry in self._finished]), encoding="utf-8")
@@ -354,15 +354,6 @@ def _flush_to_disk(path: Path) -> None:
     """Wait until a file is on the disk, not only in the page cache."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-
-
-def _hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def megabytes(size: int) -> str:

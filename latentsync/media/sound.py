@@ -55,7 +55,7 @@ def _shifted_to_zero(audio: AudioInfo) -> list[str]:
 
 
 def _lossless(audio: AudioInfo, container: str) -> list[str]:
-    filters = _timing_filters()
+    filters = timing_filters()
     if audio.duration * audio.sample_rate < MIN_SAMPLES:
         filters += f",asetnsamples={MIN_SAMPLES}"
     codec, planar = ("alac", "p") if container == "mov" else ("flac", "")
@@ -68,12 +68,12 @@ def _aac(audio: AudioInfo) -> list[str]:
     channels = 2 if to_stereo else audio.channels
     rate = next((rate for rate in AAC_RATES if rate >= audio.sample_rate), AAC_RATES[-1])
     return [
-        *("-af", _timing_filters(rate), *(("-ac", "2") if to_stereo else ())),
+        *("-af", timing_filters(rate), *(("-ac", "2") if to_stereo else ())),
         *("-c:a", "aac", "-profile:a", "aac_low", "-b:a", str(channels * AAC_CHANNEL_BITRATE)),
     ]
 
 
-def _timing_filters(rate: int | None = None) -> str:
+def timing_filters(rate: int | None = None) -> str:
     """ffmpeg's filters that time samples as `read_audio` does: gaps become silence, and the first one is at zero."""
     return f"aresample={f'{rate}:' if rate else ''}async=1,asetpts=N/SR/TB"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from latentsync.errors import UserError
 from latentsync.media.info import AudioInfo
 from latentsync.media.process import PROBE_MEMORY, Limits, file_url, input_arguments
+from latentsync.media.sound import timing_filters
 from latentsync.media.watchdog import OnWait, run_to_end
 
 RATE = 48_000  # Hz
@@ -19,7 +20,7 @@ def mix_voices(voices: Sequence[AudioInfo], path: Path, on_wait: OnWait | None =
     a voice cannot be decoded or the file cannot be written.
     """
     filters = [
-        f"[{number}:{voice.select}]aresample={RATE}:async=1,asetpts=N/SR/TB,aformat=channel_layouts=stereo[v{number}]"
+        f"[{number}:{voice.select}]{timing_filters(RATE)},aformat=channel_layouts=stereo[v{number}]"
         for number, voice in enumerate(voices)
     ]
     inputs = "".join(f"[v{number}]" for number in range(len(voices)))

@@ -7,9 +7,9 @@ from pathlib import Path
 from latentsync import __version__
 from latentsync.__main__ import ProgressBars, ProgressLines, leave, shield_dashes
 from latentsync.errors import UserError, is_out_of_memory
-from latentsync.options import between, choose_device, interrupt_on_signals, log_to_stderr
+from latentsync.options import between, choose_device, exit_code, face_name
 from latentsync.rates import RATES
-from latentsync.settings import FACES, Settings
+from latentsync.settings import Settings
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("film", metavar="FILM", help="any video of a face, or a picture")
     add("-o", "--output", required=True, type=Path, metavar="FOLDER", help="a new folder to write")
     add("--model", default="auto", metavar="NAME|PATH", help="as of the runs (default %(default)s)")
-    add("--face", choices=FACES, default=Settings.face, help="as of the runs (default %(default)s)")
+    add("--face", type=face_name, default=Settings.face, metavar="WHO", help="as of the runs (default %(default)s)")
     add("--fps", choices=RATES, default=Settings.fps, help="as of the runs (default %(default)s)")
     add("--video-track", type=between(int, 1, 1000), metavar="N", help="which track of FILM, from 1")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
@@ -30,8 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prepare a film from parsed arguments. Raises UserError."""
+def run(args: argparse.Namespace) -> int:
+    """Prepare a film from parsed arguments; returns 0. Raises UserError."""
     from latentsync.checkpoints.find import resolve_model
     from latentsync.checkpoints.load import load_models
     from latentsync.hooks import Hooks
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         progress.close()
     print(f"{faces} of {frames} frames show the face; {folder_bytes(args.output) / 1e6:.1f} MB", file=sys.stderr)
     print(args.output)
+    return 0
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -73,17 +74,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     parser = make_parser()
     parser.prog = prog or parser.prog
     args = parser.parse_args(shield_dashes(sys.argv[1:] if arguments is None else arguments))
-    interrupt_on_signals()
-    log_to_stderr()
-    try:
-        run(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped; {args.output} was not written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(args), lambda: f"stopped; {args.output} was not written")
 
 
 if __name__ == "__main__":

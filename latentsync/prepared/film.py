@@ -5,7 +5,7 @@ import json
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from latentsync.errors import UserError
 from latentsync.faces import Face
 from latentsync.landmarks import MOUTH_EDGE
 from latentsync.media import VideoInfo
+from latentsync.paths import hash_files
 from latentsync.retarget.geometry import HEAD, mouth_points
 from latentsync.settings import Settings
 
@@ -70,7 +71,7 @@ class FilmKey:
     width: int  # pixels, of the frames
     height: int
     rate: str
-    face: str  # one of `settings.FACES`
+    face: str  # see `choice.parse_face`
     model: str
     autoencoder: str
     resolution: int
@@ -91,15 +92,22 @@ def film_key(
 
     on_wait: called several times a second; what it raises ends the call. Raises UserError where a file cannot be read.
     """
-    autoencoder, latents = "", tuple[int, ...]()
+    latents: tuple[int, ...] = ()
     if not models.retargets:
         if not models.vae_files:
             raise UserError("A film can be prepared only for a model that was loaded from files: give a checkpoint.")
         config = models.vae.config
         side = models.resolution // config.downscaling
-        autoencoder, latents = hash_files(models.vae_files, on_wait), (2 * config.latent_channels, side, side)
+        latents = 2 * config.latent_channels, side, side
+    try:
+        film = hash_files([info.path], on_wait)
+        autoencoder = hash_files(models.vae_files, on_wait) if latents else ""
+    except OSError as error:
+        raise UserError(
+            f"'{error.filename}' cannot be read ({error.strerror}): check its rights, or get it again."
+        ) from error
     return FilmKey(
-        sha256=hash_files([info.path], on_wait),
+        sha256=film,
         bytes=info.path.stat().st_size,
         track=info.track,
         width=info.width,
@@ -112,22 +120,6 @@ def film_key(
         dtype=str(models.dtype).removeprefix("torch."),
         latents=latents,
     )
-
-
-def hash_files(paths: Iterable[Path], on_wait: Callable[[], None] = lambda: None) -> str:
-    """SHA-256 of the contents of files, one after the other. Raises UserError."""
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                while block := file.read(8 << 20):
-                    digest.update(block)
-                    on_wait()
-        except OSError as error:
-            raise UserError(
-                f"'{path}' cannot be read ({error.strerror}): check its rights, or get it again."
-            ) from error
-    return digest.hexdigest()
 
 
 def faces_file(chunk: int) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
-from latentsync.faces import track_person
+from latentsync.faces import no_face_error, track_person
 from latentsync.hooks import NO_HOOKS, Hooks, RunHooks
 from latentsync.media import probe_video, read_frames
 from latentsync.painting import Painter
@@ -62,10 +62,7 @@ def prepare_film(
                             painter.cached_conditioning([aligned], painter.stack_crops([aligned]))
                     run_hooks.progress("faces", done, max(info.n_frames, done))
         if not faces:
-            raise UserError(
-                f"'{video}' shows no face that can be used: use a video in which the speaker's face is seen from the "
-                "front, with the whole mouth in the picture."
-            )
+            raise no_face_error(video)
         now = os.stat(info.path)
         if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
             raise UserError(f"'{video}' has changed while it was prepared: start again when nothing writes it.")
