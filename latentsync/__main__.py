@@ -27,6 +27,7 @@ from latentsync.options import (
     import_early,
 )
 from latentsync.paths import check_writable, write_text
+from latentsync.prefetch import in_background
 from latentsync.rates import RATES
 from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, SOUNDS, TRAIN_STEPS, Report, Settings
 from latentsync.several import LoadModels, faces_and_voices, job_for_each_voice, load_once
@@ -246,6 +247,7 @@ class PreparedRun:
     on_finished: Callable[[Report], None] = lambda report: None  # called before the report is written
     report_extras: dict[str, Any] = field(default_factory=dict)  # added to the file of --report
     workers: "Workers | None" = None  # other processes that paint the faces
+    before_painting: Callable[[], None] = lambda: None  # see `latentsync.hooks.Hooks`
 
 
 # (arguments, checkpoint, device, settings, frames of the result, how to load models) → context manager of the run
@@ -264,7 +266,9 @@ def prepare_plain(
     load: LoadModels,
 ) -> Iterator[PreparedRun]:
     """Run the pipeline as it is, with the settings that the user gave."""
-    yield PreparedRun(load(checkpoint, device), settings)
+    models, load_weights = load(checkpoint, device)
+    with in_background(load_weights, "models") as wait_for_weights:
+        yield PreparedRun(models, settings, before_painting=wait_for_weights)
 
 
 def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadModels | None = None) -> None:
@@ -344,7 +348,12 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
                 args.output,
                 prepared.models,
                 prepared.settings,
-                Hooks(on_progress=progress, on_out_of_memory=prepared.on_out_of_memory, on_message=print_message),
+                Hooks(
+                    on_progress=progress,
+                    on_out_of_memory=prepared.on_out_of_memory,
+                    on_message=print_message,
+                    before_painting=prepared.before_painting,
+                ),
                 video_track=args.video_track,
                 audio_track=args.audio_track,
                 copy_audio=args.copy_audio,

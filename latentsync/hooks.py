@@ -20,7 +20,8 @@ class Hooks:
     step. on_frame(frame): with every finished frame, uint8 (H, W, 3), in order; it must not change it. on_wait():
     several times a second while the caller's thread waits for others or for ffmpeg. on_out_of_memory(): when the
     device's memory ran out; returns settings that need less, or None to give up. on_message(line): what the user should
-    know before the end.
+    know before the end. before_painting(): once, when the first faces have been found and are to be painted; until then
+    the models may be without weights, see `checkpoints.load.load_outline`.
     """
 
     on_progress: Callable[[str, int, int], None] | None = None
@@ -28,6 +29,7 @@ class Hooks:
     on_wait: Callable[[], None] | None = None
     on_out_of_memory: Callable[[], Settings | None] | None = None
     on_message: Callable[[str], None] = lambda line: None
+    before_painting: Callable[[], None] = lambda: None
 
 
 NO_HOOKS = Hooks()
@@ -47,6 +49,9 @@ class RunHooks:
     def progress(self, stage: str, done: int, total: int) -> None:
         if self._hooks.on_progress:
             self._hooks.on_progress(stage, done, total)
+
+    def before_painting(self) -> None:
+        self._hooks.before_painting()
 
     def frame(self, frame: np.ndarray) -> None:
         if self._hooks.on_frame:

@@ -344,7 +344,8 @@ def paint_groups(
     Groups that lie wholly within the first `done` frames, which an earlier run has finished, are skipped and their
     frames stay as they are.
 
-    A group is finished after the device has been given the work of the painter's `max_pending` next ones. Where memory
+    A group is finished after the device has been given the work of the painter's `max_pending` next ones, but the first
+    that is painted at once, so that there is something to see. Where memory
     runs out, on_out_of_memory() returns settings that need less, until they suffice or it returns None. Windows with
     broken faces are painted again in a wider dtype. Raises UserError where that does not help.
     """
@@ -360,7 +361,7 @@ def paint_groups(
             else:
                 yield part
 
-    frames = 0
+    frames, is_first = 0, True
     for group in groups:
         frames += sum(len(part.new) if isinstance(part, Window) else 1 for part in group)
         while True:
@@ -383,8 +384,10 @@ def paint_groups(
                 raise out_of_memory
             painter = Painter(painter.models, settings, painter.on_step, painter.film)
         pending.append((group, passes))
-        if len(pending) > painter.max_pending:
+        # A first pass keeps the host busy for longer than the device, so that waiting for it costs little.
+        if len(pending) > painter.max_pending or is_first:
             yield from finish_oldest()
+        is_first = is_first and not passes
     while pending:
         yield from finish_oldest()
 

@@ -43,7 +43,7 @@ from latentsync.media import (
 )
 from latentsync.media.laying import laid_sound
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
-from latentsync.painting import Painter, Workers, paint_groups
+from latentsync.painting import Group, Painter, Workers, paint_groups
 from latentsync.people import find_people
 from latentsync.placing import Placement, place_voice, whole_film
 from latentsync.prefetch import BackgroundConsumer, prefetch
@@ -398,6 +398,14 @@ def generate_frames(
                 hooks.progress(stage, number, source.total)
             yield aligned
 
+    def prepared(groups: Iterable[Group]) -> Iterator[Group]:
+        """The groups; when the first is there, the models are made ready for it."""
+        for number, group in enumerate(groups):
+            if not number:
+                with clock.charge(clock.waiting, "models"):
+                    hooks.before_painting()
+            yield group
+
     def on_step() -> None:
         report_written()
         hooks.progress("mouths", max(painted, done), source.total)
@@ -415,7 +423,7 @@ def generate_frames(
 
         def paint(aligned: Iterable[AlignedFrame], index: int) -> Iterator[AlignedFrame]:
             """Give the person of that index the mouth that says the voice."""
-            groups = group_windows(split_windows(aligned), settings.windows_per_pass)
+            groups = prepared(group_windows(split_windows(aligned), settings.windows_per_pass))
             # The faces of later people are cut out of frames with the mouths of earlier ones, those of context too.
             skipped = max(done - context - (len(later) - index) * (context + 2 * WINDOW), 0)
             if workers is None:

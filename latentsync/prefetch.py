@@ -1,12 +1,15 @@
 """Stages that work at the same time, each in a thread of its own, with bounded queues between them.
 
 `prefetch` lets a stage work ahead of its consumer, `BackgroundConsumer` lets one work behind its producer. Errors come
-out where the items would have; closing ends the thread, and what it was reading, before it returns.
+out where the items would have; closing ends the thread, and what it was reading, before it returns. `in_background`
+runs a single piece of work beside the stages.
 """
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -161,3 +164,35 @@ def _join(thread: threading.Thread, on_wait: OnWait | None = None) -> None:
         thread.join(POLL_SECONDS)
         if on_wait:
             on_wait()
+
+
+@contextmanager
+def in_background(work: Callable[[], None], name: str) -> Iterator[Callable[[], None]]:
+    """Run `work` in a thread called `name`; yields a function that waits for its end and raises what it has raised.
+
+    The end of the block waits, too, since the work may use what exists no longer afterwards; but not where the user
+    interrupts it.
+    """
+    ended: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            ended.set_result(None)
+        except BaseException as error:
+            ended.set_exception(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+
+    def wait() -> None:
+        _join(thread)
+        ended.result()
+
+    try:
+        yield wait
+    except Exception:
+        with suppress(Exception):
+            wait()
+        raise
+    wait()

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,19 +20,20 @@ if TYPE_CHECKING:  # these import torch, which takes seconds
 
 MAX_STEM_BYTES = 100  # of the film's and of a voice's name in that of a result: file names have 255
 
-LoadModels = Callable[["Checkpoint", "torch.device"], "Models"]
+# A checkpoint and a device → its models, and a function that loads their weights if they are not there yet.
+LoadModels = Callable[["Checkpoint", "torch.device"], tuple["Models", Callable[[], None]]]
 
 
 def load_once() -> LoadModels:
-    """A `load_models` that returns the last models again while checkpoint and device stay the same."""
-    kept: list[tuple[Checkpoint, torch.device, Models]] = []
+    """A function that returns the last models again while checkpoint and device stay the same."""
+    kept: list[tuple[Checkpoint, torch.device, Models, Callable[[], None]]] = []
 
-    def load(checkpoint: "Checkpoint", device: "torch.device") -> "Models":
+    def load(checkpoint: "Checkpoint", device: "torch.device") -> tuple["Models", Callable[[], None]]:
         import gc
 
         from torch.cuda import empty_cache
 
-        from latentsync.checkpoints.load import load_models
+        from latentsync.checkpoints.load import load_outline, load_weights, working_dtype
 
         if not kept or kept[0][:2] != (checkpoint, device):
             if kept:  # memory may not hold both
@@ -39,8 +41,9 @@ def load_once() -> LoadModels:
                 gc.collect()
                 if device.type == "cuda":
                     empty_cache()
-            kept.append((checkpoint, device, load_models(checkpoint, device)))
-        return kept[0][2]
+            models = load_outline(checkpoint, working_dtype(device), device)
+            kept.append((checkpoint, device, models, cache(lambda: load_weights(models, checkpoint))))
+        return kept[0][2:]
 
     return load
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentsync import __main__ as plain
 from latentsync.options import between
+from latentsync.prefetch import in_background
 from latentsync.several import LoadModels
 from optim.cluster.options import add_worker_options
 from optim.levels import SWITCHES, VRAM_FRACTION
@@ -62,8 +63,8 @@ def prepare(
     frames: int,
     load: LoadModels,
 ) -> Iterator[plain.PreparedRun]:
-    """Load and accelerate the models for a job of this many frames, watch the GPU, and give advice at the
-    end."""
+    """Load and accelerate the models for a job of this many frames while its first faces are found, watch the GPU, and
+    give advice at the end."""
     overrides = level_overrides(args)
     if args.gpus is not None or args.cluster is not None:
         from optim.cluster.command import prepare_workers
@@ -72,19 +73,36 @@ def prepare(
             if prepared is not None:
                 yield prepared
                 return
+    import torch
+
     from optim.accelerate import accelerate, log_memory, oom_handler, plan_for_device
+    from optim.compilation import start_triton
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
     from optim.monitor import Monitor
 
-    models = load(checkpoint, device)
+    models, load_weights = load(checkpoint, device)
     plan = plan_for_device(device, models.resolution, settings, args.level, args.batch, **overrides)
-    accelerate(models, plan, frames=frames)
-    log_memory("before the run", device)
+    messages: list[str] = []
     step_downs: list[str] = []
-    prepared = plain.PreparedRun(models, plan.settings, oom_handler(models, plan, on_step_down=step_downs.append))
-    prepared.report_extras = {"level": plan.level.name, "step_downs": step_downs}
-    with Monitor() if device.type == "cuda" else nullcontext() as monitor:
+
+    def load_and_accelerate() -> None:
+        with in_background(lambda: start_triton(device), "triton"):
+            load_weights()
+        accelerate(models, plan, messages.append, frames)
+
+    with (
+        Monitor() if device.type == "cuda" else nullcontext() as monitor,
+        in_background(load_and_accelerate, "models") as wait_for_models,
+    ):
+
+        def before_painting() -> None:
+            wait_for_models()
+            if device.type == "cuda":
+                torch.cuda.set_device(models.device)  # of this thread; `accelerate` has run in another one
+            while messages:
+                log.info(messages.pop(0))
+            log_memory("before painting", device)
 
         def on_finished(report: "Report") -> None:
             log_memory("after the run", device)
@@ -92,8 +110,14 @@ def prepare(
             for advice in advise_report(report, plan, step_downs, gpu):
                 log.info(f"{advice.severity}: {advice.problem} {advice.remedy}")
 
-        prepared.on_finished = on_finished
-        yield prepared
+        yield plain.PreparedRun(
+            models,
+            plan.settings,
+            oom_handler(models, plan, on_step_down=step_downs.append),
+            on_finished,
+            {"level": plan.level.name, "step_downs": step_downs},
+            before_painting=before_painting,
+        )
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m optim") -> int:

@@ -8,7 +8,8 @@ it:
                          bias and the residual are one addition; the 1×1 shortcut is a linear layer
     transformer blocks   q, k and v are one product; residual additions, and positions, are part of the layer norm that
                          follows or of the product before; attention over frames reads q, k and v where they are
-    GEGLU                one pass
+    GEGLU                one pass; on a GPU from Hopper on, in the product before it
+    autoencoder          its attention of one wide head keeps the scores in memory
     convolutions         the bias of those between resolutions is added in one pass
     upsampling           nearest ×2 and a 3×3 convolution are one transposed convolution with a 4×4 kernel and stride 2:
                          the same sums with four products instead of nine
@@ -16,8 +17,11 @@ it:
 All of it equals eager except for the rounding of half precision, so it suits every level.
 """
 
+import hashlib
 import logging
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,10 +31,11 @@ from torch import Tensor, nn
 from latentsync.autoencoder import Autoencoder, VaeAttention, VaeDownsample, VaeResnetBlock, VaeUpsample
 from latentsync.layers import GEGLU, Attention, GroupNorm, ResnetBlock, SpatialBlock, TemporalBlock
 from latentsync.unet import Level, UNet
-from optim import kernels
+from optim import kernels, products
 from optim.kernels import DTYPES, add_bias, frame_attention, geglu, group_norm, layer_norm
+from optim.products import geglu_product, has_geglu_product, wide_attention
 from optim.swap import attach, restore_classes, swap_class, swap_classes
-from optim.trial import disagreement, one_line
+from optim.trial import disagreement, one_line, passed_file
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +178,7 @@ class FastSpatialBlock(SpatialBlock):
         return _add_product(total, proj_in(normed), proj_out.weight)
 
 
-def attend(attention: Attention | VaeAttention, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def attend(attention: Attention, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Attention and its output product; q (n, t, C), k and v (n, s, C) → (n, t, C)."""
     q, k, v = (part.unflatten(-1, (attention.heads, -1)).transpose(-3, -2) for part in qkv)
     return attention.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
@@ -199,6 +204,8 @@ class FastGEGLU(GEGLU):
     def forward(self, x: Tensor) -> Tensor:
         if not _supported(x):
             return super().forward(x)
+        if has_geglu_product(x, self.proj.weight):
+            return geglu_product(x, self.proj.weight, self.proj.bias)
         return geglu(self.proj(x).contiguous())
 
 
@@ -233,7 +240,7 @@ class FastVaeAttention(VaeAttention):
             return super().forward(x)
         n, c, h, w = x.shape
         tokens = group_norm(x, self.group_norm).permute(0, 2, 3, 1).reshape(n, h * w, c)
-        tokens = attend(self, project_qkv(self, tokens))
+        tokens = self.to_out[0](wide_attention(*project_qkv(self, tokens)))
         return tokens.reshape(n, h, w, c).permute(0, 3, 1, 2) + x
 
 
@@ -324,12 +331,15 @@ def fuse(network: Fusible) -> Fusible:
     """Swap the modules of a network on a GPU for those that call the kernels; weights and their names stay.
 
     The kernels are tried first: where one small pass with and without them does not agree, the network stays as it was
-    and the log says why. The trial also compiles the kernels, so that a graph can be captured right afterwards.
-    Returns the same network; `restore_classes` undoes it.
+    and the log says why. The trial also compiles the kernels, so that a graph can be captured right afterwards. It is
+    made once for a GPU, versions and a network's sizes. Returns the same network; `restore_classes` undoes it.
     """
     if kernels.triton is None:
         _warn_once("Fused kernels are off: Triton is not installed; PyTorch's own run instead.")
         return network
+    passed = _passed_file(network)
+    if passed is not None and passed.is_file():
+        return fuse_untried(network)
     expected = _trial_pass(network)
     fuse_untried(network)
     try:
@@ -340,4 +350,21 @@ def fuse(network: Fusible) -> Fusible:
     if problem:
         restore_classes(network)
         _warn_once(f"Fused kernels are off: {problem}; PyTorch's own run instead.")
+    elif passed is not None:
+        with suppress(OSError):
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
     return network
+
+
+def _passed_file(network: UNet | Autoencoder) -> Path | None:
+    """Where it is remembered that this network's kernels have passed their trial; None on a processor."""
+    weight = next(network.parameters())
+    if not weight.is_cuda:
+        return None
+    source = hashlib.sha256(
+        b"".join(Path(file).read_bytes() for file in (kernels.__file__, products.__file__, __file__))
+    )
+    versions = torch.__version__, torch.version.cuda, kernels.triton.__version__, source.hexdigest()
+    properties = torch.cuda.get_device_properties(weight.device)
+    return passed_file(versions, properties.name, properties.major, properties.minor, network.config, weight.dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -320,8 +321,8 @@ def _frame_attention(
 _to_compile: dict[tuple, Callable[[], object]] | None = None  # set while `compile_all` collects kernels
 
 
-def _launch(kernel, programs: int, x: Tensor, *args, **constants) -> None:
-    """Launch the kernel on x's device, which need not be the current one."""
+def launch(kernel, programs: int, x: Tensor, *args, **constants) -> None:
+    """Launch a kernel, whose first argument is x, on x's device, which need not be the current one."""
     if _to_compile is not None:
 
         def compile_it() -> None:
@@ -334,10 +335,12 @@ def _launch(kernel, programs: int, x: Tensor, *args, **constants) -> None:
         kernel[(programs,)](x, *args, **constants)
 
 
-def _specialisation(argument: Tensor | int | float) -> tuple:
+def _specialisation(argument: Any) -> tuple:
     """The properties of an argument for which Triton compiles a kernel again."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
+    if not isinstance(argument, int | float):  # a tensor descriptor
+        return argument.base.dtype, *argument.block_shape
     return type(argument), argument == 1, isinstance(argument, int) and argument % 16 == 0
 
 
@@ -383,7 +386,7 @@ def group_norm(
     scale = x.new_empty(windows, 2, channels, dtype=torch.float32)
     out = torch.empty_like(x)
     tile = {"ROWS": ROWS, "CHANNELS": CHANNELS}
-    _launch(
+    launch(
         _channel_statistics, windows * chunks * blocks, x, partial, rows, channels, chunks, **tile, TILES=CHUNK_TILES
     )
     offset_stride = 0
@@ -391,7 +394,7 @@ def group_norm(
         offset = offset.contiguous()
         offset_stride = span * channels if len(offset) > 1 else 0
     width = triton.next_power_of_2(channels // norm.num_groups)
-    _launch(
+    launch(
         _group_scale,
         windows * norm.num_groups,
         partial,
@@ -413,7 +416,7 @@ def group_norm(
         HAS_OFFSET=offset is not None,
     )
     programs = windows * triton.cdiv(rows, ROWS) * blocks
-    _launch(_scale_channels, programs, x, scale, out, rows, channels, **tile, SILU=silu)
+    launch(_scale_channels, programs, x, scale, out, rows, channels, **tile, SILU=silu)
     return out
 
 
@@ -426,7 +429,7 @@ def add_bias(x: Tensor, residual: Tensor | None, bias: Tensor) -> Tensor:
     rows = n * h * w
     programs = triton.cdiv(rows, ROWS) * triton.cdiv(channels, CHANNELS)
     tile = {"ROWS": ROWS, "CHANNELS": CHANNELS, "HAS_RESIDUAL": residual is not None}
-    _launch(_add_bias, programs, x, x if residual is None else residual, bias, rows, channels, **tile)
+    launch(_add_bias, programs, x, x if residual is None else residual, bias, rows, channels, **tile)
     return x
 
 
@@ -455,7 +458,7 @@ def layer_norm(
     width = triton.next_power_of_2(channels)
     tile_rows = max(1, NORM_TILE // width)
     any_pointer = norm.weight  # in place of missing tensors, which are not read
-    _launch(
+    launch(
         _layer_norm,
         triton.cdiv(rows, tile_rows),
         x,
@@ -490,7 +493,7 @@ def geglu(x: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:-1], inner)
     tile_rows, tile_inner = GEGLU_TILE
     programs = triton.cdiv(rows, tile_rows) * triton.cdiv(inner, tile_inner)
-    _launch(_geglu, programs, x, out, rows, inner, ROWS=tile_rows, INNER=tile_inner)
+    launch(_geglu, programs, x, out, rows, inner, ROWS=tile_rows, INNER=tile_inner)
     return out
 
 
@@ -504,7 +507,7 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     stride = q.stride(2)
     out = q.new_empty(b, f, p, channels)
     rows = max(ATTENTION_ROWS, triton.next_power_of_2(f))
-    _launch(
+    launch(
         _frame_attention,
         b * triton.cdiv(p * heads, rows // f),
         q,

@@ -1,7 +1,15 @@
-"""The trial of an optimization: its result must agree with the eager one, or the network stays eager."""
+"""The trial of an optimization: its result must agree with the eager one, or the network stays eager.
+
+A trial that a network's kernels have passed on this machine need not be made again: `passed_file`.
+"""
+
+import hashlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from latentsync.checkpoints.releases import home
 
 MAX_ERROR = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-3}  # relative; a wrong result is off by 1
 
@@ -22,3 +30,8 @@ def one_line(error: Exception) -> str:
     """An exception's kind and the first line of its message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def passed_file(*identity: object) -> Path:
+    """The empty file that says that a trial was passed; identity: all that its result depends on, by its repr."""
+    return home() / "compiled" / "passed" / hashlib.sha256(repr(identity).encode()).hexdigest()[:32]

@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # every worker has a core, and no more
 # Triton settles at its import whether it interprets. Without a GPU the kernels are tested in a run of their own,
 # with TRITON_INTERPRET=1, in which nothing else is.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNEL_TESTS = ("test_kernels.py", "test_fused.py")
+KERNEL_TESTS = ("test_kernels.py", "test_products.py", "test_fused.py")
 
 
 def belongs_to_other_run(path: Path) -> bool:
@@ -45,8 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_report_header() -> str | None:
     if INTERPRETED:
-        return f"TRITON_INTERPRET=1: only {' and '.join(KERNEL_TESTS)}"
-    return None if torch.cuda.is_available() else f"without a GPU, {' and '.join(KERNEL_TESTS)} need TRITON_INTERPRET=1"
+        return f"TRITON_INTERPRET=1: only {', '.join(KERNEL_TESTS)}"
+    return None if torch.cuda.is_available() else f"without a GPU, {', '.join(KERNEL_TESTS)} need TRITON_INTERPRET=1"
 
 
 PASSING_OVER = 0b110  # the bits of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH in Linux' masks of capabilities

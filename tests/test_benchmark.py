@@ -14,6 +14,7 @@ from latentsync.checkpoints.load import load_models
 from latentsync.settings import DeepCache, Settings
 from optim.benchmark import __main__ as benchmark
 from optim.benchmark import rows as measuring
+from optim.benchmark.first import first_rows
 from optim.benchmark.flops import audio_flops, window_flops
 from optim.benchmark.reference import PlainUNet
 from optim.benchmark.rows import CACHED_REFERENCE, REFERENCE, BenchmarkConfig, start_rows, window_rows
@@ -233,6 +234,15 @@ def test_a_job_is_measured_at_every_level(checkpoint, talking, voice, monkeypatc
     assert not row.failed and row.frames == 20 and row.wall > 0
     assert row.gpu == 2 * 0.5 and row.ratio == pytest.approx(row.wall / row.gpu)  # 20 frames: two windows
     assert set(row.stages) >= {"faces", "mouths", "writing"} and "mouths" in benchmark.job_line(row)
+
+
+def test_the_first_window_is_timed_in_a_process_that_ends_there(checkpoint, talking, voice, tmp_path):
+    config = BenchmarkConfig(CPU, str(checkpoint), steps=1, repeats=1, levels=(AGGRESSIVE,))
+    (row,) = first_rows(talking, voice, config)
+    assert (row.name, row.failed) == ("aggressive", "")
+    assert row.median == row.seconds[0] > 0
+    (row,) = first_rows(tmp_path / "no.mp4", voice, config)
+    assert row.seconds == () and "no.mp4" in row.failed
 
 
 def test_a_job_that_fails_is_a_row(checkpoint, tmp_path):

@@ -44,6 +44,7 @@ def inference(monkeypatch):
     """No gradients, fixed inputs, and memory that shows up as NaN where nothing was written."""
     monkeypatch.setattr(layers, "TEMPORAL_GROUPS", GROUPS)
     monkeypatch.setattr(fused, "TRIAL_SIDE", 2)
+    monkeypatch.setattr(fused, "_passed_file", lambda network: None)
     monkeypatch.setattr(kernels, "ATTENTION_ROWS", 64)  # few programs: interpreting one costs more than its size
     if kernels.INTERPRETED:
         monkeypatch.setattr(kernels, "CHANNELS", 128)  # tiles that do not fill are tried in test_kernels.py
@@ -156,6 +157,22 @@ def test_kernels_that_fail_their_trial_are_taken_out_with_one_message(fault, cap
     (line,) = [message for message in caplog.messages if "kernels are off" in message]
     reason = "RuntimeError: Failed to find C compiler.;" if fault == "broken" else "off by"
     assert line.startswith("Fused kernels are off: ") and reason in line
+
+
+def test_a_passed_trial_is_remembered_and_a_failed_one_is_not(monkeypatch, tmp_path):
+    passed, trials = tmp_path / "passed" / "unet", []
+    monkeypatch.setattr(fused, "_passed_file", lambda network: passed)
+    trial_pass = fused._trial_pass
+    monkeypatch.setattr(fused, "_trial_pass", lambda network: trials.append(network) or trial_pass(network))
+    with monkeypatch.context() as broken:
+        broken.setattr(fused, "geglu", lambda x: F.gelu(x.chunk(2, dim=-1)[0]))
+        fused.fuse(small_unet())
+    assert not passed.exists()
+    fused.fuse(small_unet())
+    assert passed.is_file()
+    trials.clear()
+    network = fused.fuse(small_unet())
+    assert not trials and any(isinstance(module, fused.FastLevel) for module in network.modules())
 
 
 def test_without_triton_eager_runs_and_one_line_says_so(monkeypatch, caplog):

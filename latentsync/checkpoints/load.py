@@ -1,4 +1,4 @@
-"""Load a checkpoint's networks: `load_models`."""
+"""Load a checkpoint's networks: `load_models`, or in two steps `load_outline` and `load_weights`."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -14,12 +14,13 @@ import torch
 from latentsync.autoencoder import Autoencoder, AutoencoderConfig
 from latentsync.checkpoints.description import MAX_SIZE, Traits, check_sizes, positive_number, read_json
 from latentsync.checkpoints.find import Checkpoint
-from latentsync.checkpoints.tensors import DAMAGED, load_exactly, read_tensors, reader, unet_reader
+from latentsync.checkpoints.tensors import DAMAGED, ReadTensors, load_exactly, read_tensors, reader, unet_reader
 from latentsync.errors import UserError
 from latentsync.settings import WINDOW
-from latentsync.unet import UNet, UNetConfig
+from latentsync.unet import UNet
 from latentsync.whisper import AudioEncoder, WhisperDims
 
+CPU = torch.device("cpu")
 VAE_SCALE, VAE_SIDE = 0.18215, 32  # diffusers' defaults, where a configuration gives none
 # Names of attention weights in diffusers: before it renamed them → now.
 RENAMED_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -45,7 +46,7 @@ class Models(Traits):
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
+        return self.audio_encoder.conv1.weight.device  # the first of the networks to be there
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,9 +59,20 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     dtype: of U-Net and autoencoder, that of `working_dtype` unless given. The audio encoder stays float32, which costs
     little and keeps its features the reference's. Raises UserError where a file is damaged or does not fit.
     """
-    dtype = dtype or working_dtype(device)
-    unet = load_unet(checkpoint.unet, checkpoint.unet_config, device, dtype)
-    vae = load_vae(checkpoint.vae, checkpoint.vae_config, device, dtype)
+    models = load_outline(checkpoint, dtype or working_dtype(device), device)
+    load_weights(models, checkpoint)
+    return models
+
+
+def load_outline(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = CPU) -> Models:
+    """The models of a checkpoint without the weights of U-Net and autoencoder, for which other processes paint, or
+    `load_weights` is called.
+
+    The audio encoder is whole and on the device; U-Net and autoencoder, of that dtype, are on the meta device. Raises
+    UserError where a file is damaged or does not fit.
+    """
+    unet = _build_unet(checkpoint).to(dtype)
+    vae = _build_vae(checkpoint).to(dtype)
     latents = vae.config.latent_channels
     config = checkpoint.unet_config
     if (config.in_channels, config.out_channels) != (3 * latents + 1, latents):
@@ -73,25 +85,7 @@ def load_models(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     if encoder.dims.n_audio_state != config.cross_attention_dim:
         raise UserError(f"'{checkpoint.unet}' and '{checkpoint.whisper}' do not belong together; fetch both again.")
     for module in (unet, vae, encoder):
-        module.requires_grad_(False)
-    return _assemble(checkpoint, unet, vae, encoder)
-
-
-def load_outline(checkpoint: Checkpoint, dtype: torch.dtype) -> Models:
-    """The models of a process whose faces other processes paint.
-
-    The audio encoder is on the processor; U-Net and autoencoder, of that dtype, are on the meta device and have no
-    weights. Raises UserError where a file is damaged.
-    """
-    with _building(checkpoint.unet):
-        unet = UNet(checkpoint.unet_config).to(dtype)
-    with _building(checkpoint.vae_config):
-        vae = Autoencoder(AutoencoderConfig.from_dict(read_json(checkpoint.vae_config))).to(dtype)
-    encoder = load_audio_encoder(checkpoint.whisper).requires_grad_(False)
-    return _assemble(checkpoint, unet, vae, encoder)
-
-
-def _assemble(checkpoint: Checkpoint, unet: UNet, vae: Autoencoder, encoder: AudioEncoder) -> Models:
+        module.eval().requires_grad_(False)
     return Models(
         name=checkpoint.name,
         resolution=checkpoint.resolution,
@@ -105,28 +99,34 @@ def _assemble(checkpoint: Checkpoint, unet: UNet, vae: Autoencoder, encoder: Aud
     )
 
 
+def load_weights(models: Models, checkpoint: Checkpoint) -> None:
+    """Load the weights of U-Net and autoencoder that a `load_outline` lacks, onto the device of its audio encoder.
+
+    Raises UserError where a file is damaged or does not fit.
+    """
+    device, dtype = models.device, models.dtype
+    read = unet_reader(checkpoint.unet)
+    if any(checkpoint.unet_config.temporal) and not any("motion_modules" in name for name in read()):
+        raise UserError(
+            f"'{checkpoint.unet}' has no temporal layers, as the U-Net of LatentSync 1.0; this program runs 1.5 and "
+            "1.6: fetch one of them with `python -m latentsync.checkpoints get`."
+        )
+    load_exactly(models.unet, read, checkpoint.unet, device, dtype)
+    load_exactly(models.vae, _vae_reader(checkpoint.vae), checkpoint.vae, device, dtype)
+
+
 def working_dtype(device: torch.device) -> torch.dtype:
     """The dtype of U-Net and autoencoder on a device: half precision on a GPU, as in the reference."""
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-def load_unet(
-    path: Path, config: UNetConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> UNet:
-    """The U-Net of a file, on the device, in the file's precision or in `dtype`."""
-    read = unet_reader(path)
-    with _building(path):
+def _build_unet(checkpoint: Checkpoint) -> UNet:
+    config = checkpoint.unet_config
+    with _building(checkpoint.unet):
         widths = config.block_out_channels
         _check_heads([*compress(widths, config.cross_attention), widths[-1]], config.heads)
         _check_heads(compress(widths, config.temporal), config.temporal_heads)
-        unet = UNet(config)
-    if any(config.temporal) and not any("motion_modules" in name for name in read()):
-        raise UserError(
-            f"'{path}' has no temporal layers, as the U-Net of LatentSync 1.0; this program runs 1.5 and 1.6: fetch "
-            "one of them with `python -m latentsync.checkpoints get`."
-        )
-    load_exactly(unet, read, path, device, dtype)
-    return unet.eval()
+        return UNet(config)
 
 
 def load_audio_encoder(path: Path, device: torch.device | None = None) -> AudioEncoder:
@@ -151,12 +151,19 @@ def load_audio_encoder(path: Path, device: torch.device | None = None) -> AudioE
     return encoder.eval()
 
 
-def load_vae(
-    path: Path, config_path: Path, device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> Autoencoder:
-    """The autoencoder of a diffusers folder, also of one written before diffusers renamed its attention.
+def _build_vae(checkpoint: Checkpoint) -> Autoencoder:
+    config = read_json(checkpoint.vae_config)
+    check_sizes(config, checkpoint.vae_config)
+    for name, default in (("scaling_factor", VAE_SCALE), ("sample_size", VAE_SIDE)):
+        positive_number(config, name, default, MAX_SIZE, checkpoint.vae_config)
+    with _building(checkpoint.vae_config):
+        return Autoencoder(AutoencoderConfig.from_dict(config))
 
-    Raises UserError where it is not one, or only the half of one.
+
+def _vae_reader(path: Path) -> ReadTensors:
+    """`reader` for the autoencoder of a diffusers folder, also of one written before diffusers renamed its attention.
+
+    Raises UserError where the file holds only half of one.
     """
 
     def renamed(name: str) -> str:
@@ -165,20 +172,13 @@ def load_vae(
         return name
 
     read = reader(path, lambda tensors: {renamed(name): tensor for name, tensor in tensors.items()})
-    config = read_json(config_path)
-    check_sizes(config, config_path)
-    for name, default in (("scaling_factor", VAE_SCALE), ("sample_size", VAE_SIDE)):
-        positive_number(config, name, default, MAX_SIZE, config_path)
     halves = {name.partition(".")[0] for name in read()} & {"encoder", "decoder"}
     if len(halves) == 1:
         raise UserError(
             f"'{path}' holds an autoencoder's {halves.pop()} alone: write both halves into one file, as docs/models.md "
             "shows."
         )
-    with _building(config_path):
-        vae = Autoencoder(AutoencoderConfig.from_dict(config))
-    load_exactly(vae, read, path, device, dtype)
-    return vae.eval()
+    return read
 
 
 def load_face(path: Path, resolution: int) -> np.ndarray:

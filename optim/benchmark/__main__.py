@@ -2,6 +2,7 @@
 
     python -m optim.benchmark                            windows from pixels to pixels, the default
     python -m optim.benchmark --start                    from built networks to the first pass, cold and warm
+    python -m optim.benchmark --first VIDEO AUDIO        from the command to the first painted window
     python -m optim.benchmark --job VIDEO AUDIO          the whole pipeline, file to file
     python -m optim.benchmark --vram 8 12 24             what fits into smaller cards (GB)
 
@@ -39,6 +40,7 @@ from latentsync.errors import UserError
 from latentsync.options import choose_device
 from latentsync.paths import check_writable, write_text
 from latentsync.settings import INFERENCE_STEPS
+from optim.benchmark.first import FirstRow, first_rows
 from optim.benchmark.flops import matrix_throughput
 from optim.benchmark.rows import (
     BenchmarkConfig,
@@ -143,6 +145,15 @@ def job_line(row: JobRow) -> str:
     return f"{head}{row.frames:8}{row.wall:8.2f}{row.gpu:8.2f}{row.ratio:7.2f}{_number(row.utilization, 10)}%  {stages}"
 
 
+FIRST_HEAD = "level          median  runs"
+
+
+def first_line(row: FirstRow) -> str:
+    if row.failed:
+        return f"{row.name:12}  failed: {row.failed}"
+    return f"{row.name:12}{row.median:9.2f}  {', '.join(f'{seconds:.2f}' for seconds in row.seconds)}"
+
+
 MEMORY_HEAD = "  card  side  level         windows  frames  tiles  planned  alloc. reserved"
 
 
@@ -203,6 +214,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--windows", action="store_true", help="measure windows, also besides another mode")
     parser.add_argument("--start", action="store_true", help="measure cold and warm starts")
+    parser.add_argument(
+        "--first", type=Path, nargs=2, metavar=("VIDEO", "AUDIO"), help="measure until the first window"
+    )
     parser.add_argument("--job", type=Path, nargs=2, metavar=("VIDEO", "AUDIO"), help="measure the whole pipeline")
     parser.add_argument("--vram", type=float, nargs="+", default=[], metavar="GB", help="smaller cards to try")
     parser.add_argument("--model", metavar="NAME|PATH", help="a model in place of random weights, at its resolution")
@@ -232,7 +246,7 @@ def measure(
     resolutions = args.resolutions
     if config.model is not None:  # resolved before the long work; a model has one resolution
         resolutions = [resolve_model(config.model, config.device).resolution]
-    if args.windows or not (args.start or args.job or args.vram):
+    if args.windows or not (args.start or args.first or args.job or args.vram):
         throughput = machine["matrix_flops"] = matrix_throughput(config.device, config.dtype)
         rows = window_rows(config.models(resolutions[0]), resolutions, config, throughput)
         title = "Seconds a window of 16 frames, x windows together; memory in GB"
@@ -243,6 +257,10 @@ def measure(
         for resolution in resolutions:
             starts = start_rows(resolution, config, partial(run_in_process, config))
             table("starts", "Seconds from built networks to the end of the first pass", START_HEAD, starts, start_line)
+    if args.first:
+        video, audio = args.first
+        firsts = first_rows(video, audio, config)
+        table("firsts", "Seconds from the command to the first painted window", FIRST_HEAD, firsts, first_line)
     if args.job:
         video, audio = args.job
         for resolution in resolutions:
@@ -275,13 +293,20 @@ def main(arguments: list[str] | None = None, prog: str = "python -m optim.benchm
             print(json.dumps(without_nan(run_worker(args.worker))), flush=True)
             return 0
         if args.json:
-            check_writable(args.json, args.job or ())
+            check_writable(args.json, (*(args.first or ()), *(args.job or ())))
         levels = tuple(find_level(text) for text in args.levels)
         config = BenchmarkConfig(choose_device(args.device), args.model, args.steps, args.repeats, levels)
         if config.device.type == "cpu" and config.model is None:
             raise UserError("The released architecture is too large for a processor: add --model demo.")
         machine = describe_machine(config)
-        results: dict[str, Any] = {"machine": machine, "windows": [], "starts": [], "jobs": [], "memory": []}
+        results: dict[str, Any] = {
+            "machine": machine,
+            "windows": [],
+            "starts": [],
+            "firsts": [],
+            "jobs": [],
+            "memory": [],
+        }
 
         def on_row(table: str, row: Any) -> None:
             results[table].append(without_nan(asdict(row)))
