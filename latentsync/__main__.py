@@ -312,15 +312,16 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
     from latentsync.media.segments import discard
     from latentsync.pipeline import Hooks, lipsync
 
-    if args.restore:
-        from latentsync.restoring import check_restorer
-
-        check_restorer(args.restore)
     if args.discard_unfinished:
         discard(Path(args.output))
     device = choose_device(args.device)
     checkpoint = resolve_model(args.model, device)
     check_output(args.output, checkpoint.files)
+    if args.restore:
+        from latentsync.restoring import check_restorable, check_restorer
+
+        check_restorer(args.restore)
+        check_restorable(checkpoint)
     if args.report:
         check_writable(args.report, checkpoint.files, REPORT)
     settings = Settings.suiting(

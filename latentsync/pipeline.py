@@ -49,7 +49,7 @@ from latentsync.placing import Placement, place_voice, whole_film
 from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.prepared.film import PreparedFilm
 from latentsync.prepared.recording import Recorder
-from latentsync.restoring import load_restorer
+from latentsync.restoring import check_restorable, load_restorer
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
 from latentsync.timing import StageClock
@@ -190,8 +190,8 @@ def lipsync(
         raise UserError("A prepared film is for one face, and used from its beginning: leave out --prepared.")
     if other_voices and workers is not None:
         raise UserError("Several faces are painted by one GPU: leave out --gpus and --cluster.")
-    if settings.restore and models.retargets:
-        raise UserError(f"The model '{models.name}' shows the film's own pixels, so --restore has nothing to restore.")
+    if settings.restore:
+        check_restorable(models)
     inputs = (video, *voices, *(file for file in (sound, settings.restore) if file), *models.files)
     output = check_output(output, inputs)
     if settings.restore and workers is None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,10 @@ from latentsync.checkpoints.tensors import read_tensors
 from latentsync.compositing import MATCHED_AREAS, match_colours
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.media.process import check_input
+
+if TYPE_CHECKING:  # whose models have restorers
+    from latentsync.checkpoints.find import Checkpoint
+    from latentsync.checkpoints.load import Models
 
 SUFFIXES = (".safetensors", ".pth")
 # Options of the forward passes, by spandrel's names of the architectures. GFPGAN adds noise to its features: its own,
@@ -104,6 +108,15 @@ class Restorer:
             self._seconds += first.elapsed_time(last) / 1000
         self._spans.clear()
         return self._seconds / max(self.faces, 1)
+
+
+def check_restorable(model: "Checkpoint | Models") -> None:
+    """Raise UserError for a model that shows the film's own pixels, see `latentsync.retarget`."""
+    if model.face is not None:
+        raise UserError(
+            f"The model '{model.name}' shows the film's own pixels, which need no restorer: leave that out, or take "
+            "another model."
+        )
 
 
 def check_restorer(path: str | Path) -> None:

@@ -19,6 +19,7 @@ from conftest import portrait
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from app import Page
 from latentsync.__main__ import main, make_parser
 from latentsync.alignment import fixed_mask
 from latentsync.checkpoints.find import resolve_model
@@ -29,6 +30,17 @@ from latentsync.pipeline import Hooks, Source, generate_frames, lipsync
 from latentsync.restoring import SIDE, load_restorer
 from latentsync.settings import Settings
 from latentsync.timing import StageClock
+from optim.__main__ import build_parser
+from optim.cluster import actor
+from optim.cluster.actor import Order, hashes_of, versions
+from optim.job_list import input_files, read_list
+from optim.serving.endpoints import Endpoints
+from optim.serving.fetcher import Fetcher
+from optim.serving.form import SETTINGS
+from optim.serving.job import DONE, Request
+from optim.serving.options import parse_options
+from optim.serving.uploads import Uploads
+from optim.serving.worker import Worker
 
 CPU = torch.device("cpu")
 FRAMES = 16
@@ -260,7 +272,7 @@ def test_an_interrupted_run_resumes_with_the_same_restorer_only(models, talking,
 
 def test_a_model_that_shows_the_films_own_pixels_takes_no_restorer(models, talking, voice, blurring, tmp_path):
     own = replace(models, face=np.zeros((64, 64, 3), np.uint8))
-    with pytest.raises(UserError, match="nothing to restore"):
+    with pytest.raises(UserError, match="need no restorer"):
         lipsync(talking, voice, tmp_path / "out.mp4", own, Settings(restore=str(blurring)))
 
 
@@ -268,6 +280,84 @@ def test_a_model_that_shows_the_films_own_pixels_takes_no_restorer(models, talki
 def test_a_strength_is_a_number_from_0_to_1(strength):
     with pytest.raises(UserError, match="restore_strength"):
         Settings(restore_strength=strength)
+
+
+# Workers, lists and the page
+
+
+def test_a_worker_restores_as_the_single_process_does_and_only_with_the_same_file(checkpoint, blurring):
+    hashes = hashes_of(resolve_model(str(checkpoint), CPU), str(blurring))
+    settings = Settings(steps=1, restore=str(blurring))
+    order = Order(
+        str(checkpoint), hashes, versions(), "cpu", 1, settings, "conservative", None, {"fused": False}, 16, False
+    )
+    worker = actor.Worker(order)
+    assert worker.prepare().plan.settings.restore == str(blurring)
+    assert worker._models.restorer.name == "GFPGAN"
+    save_restorer(blurring, gain=0.5)
+    with pytest.raises(UserError, match="restorer blurring.safetensors"):
+        actor.Worker(order).prepare()
+    blurring.unlink()
+    with pytest.raises(UserError, match="On .*There is no file"):
+        actor.Worker(order).prepare()
+
+
+def test_a_row_of_a_list_names_a_restorer_beside_it(tmp_path):
+    row = {"video": "a.mp4", "audio": "a.wav", "output": "o.mp4", "restore": "net.pth", "restore-strength": 0.5}
+    (tmp_path / "list.jsonl").write_text(json.dumps(row))
+    [found] = read_list(tmp_path / "list.jsonl", build_parser)
+    assert (found.args.restore, found.args.restore_strength) == (str(tmp_path / "net.pth"), 0.5)
+    assert str(tmp_path / "net.pth") in input_files(found.args)
+
+
+def test_visitors_choose_a_strength_and_only_where_the_server_has_a_restorer(
+    checkpoint, talking, voice, blurring, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LATENTSYNC_HOME", str(tmp_path / "home"))
+    request = Request(talking, voice, steps=1, restore=0.5)
+    with pytest.raises(UserError, match="no face restorer"):
+        Worker(tmp_path / "without").submit(request, "m" * 24)
+    worker = Worker(tmp_path / "with", model=str(checkpoint), device="cpu", restorer=blurring)
+    worker.start()
+    try:
+        assert worker.ready.wait(120) and worker.machine, worker.problem
+        job = worker.submit(request, "m" * 24)
+        assert worker.wait(job, 120) and job.state == DONE, job.error
+        settings = job.report["settings"]
+        assert (settings["restore"], settings["restore_strength"]) == (blurring.name, 0.5)
+        assert job.report["restore_seconds"] > 0
+        assert str(blurring.parent) not in json.dumps(job.view(None))
+        line, details = worker.describe(request, 10)
+        assert details.endswith(", faces restored by 0.5.") and "for this clip" in line
+        line, details = worker.describe(replace(request, restore=0.0), 10)
+        assert "restored" not in details and "not known before the first job" in line
+        with pytest.raises(UserError, match="need no restorer"):
+            worker.describe(replace(request, model="demo"), 10)
+    finally:
+        worker.close()
+
+
+def test_a_server_that_cannot_restore_does_not_start(tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        parse_options(["--restore", str(tmp_path / "none.pth")], tmp_path)
+    net = save_restorer(tmp_path / "net.safetensors")
+    assert parse_options(["--restore", str(net)], tmp_path).restore == net
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, "much", [], True])
+def test_a_strength_from_a_visitor_is_checked(value):
+    setting = next(each for each in SETTINGS if each.name == "restore")
+    assert setting.parse(None) == 0 and setting.parse(0.25) == 0.25
+    with pytest.raises(UserError, match="strength of restoring"):
+        setting.parse(value)
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_the_page_shows_the_strength_only_where_the_server_has_a_restorer(tmp_path, blurring, has):
+    worker = Worker(tmp_path / "outputs", restorer=blurring if has else None)
+    page = Page(Endpoints(worker, Fetcher(worker, True), Uploads(tmp_path / "uploads")))
+    [slider] = [part for part in page.blocks.config["components"] if part["props"].get("elem_id") == "restore"]
+    assert slider["props"]["visible"] is has
 
 
 def test_the_real_spandrel_loads_a_network_of_random_weights(tmp_path, monkeypatch):
