@@ -2,6 +2,7 @@
 
 python -m latentsync.evaluation clips CLIPS OUT         # CLIPS/SPEAKER/CLIP.mp4, those that training holds out
 python -m latentsync.evaluation people FILMS VOICES OUT # FILMS/PERSON.mp4, each with the voice of a held-out clip
+python -m latentsync.evaluation rates CLIPS OUT         # the same clips at 25, 30 and 60 frames a second
 python -m latentsync.evaluation video RESULT            # mouth and sound of one file
 python -m latentsync.evaluation strip VIDEO AUDIO RESULT PICTURE.png
 python -m latentsync.evaluation judge PREPARED          # train the sync judge
@@ -24,6 +25,7 @@ from latentsync.evaluation.clips import MAX_TRACKS, held_out_clips, read_clip
 from latentsync.evaluation.judge import WEIGHTS, Check, Judge, judge_clip, load_judge, sync_score, train
 from latentsync.evaluation.measures import correlation, loudness, peak
 from latentsync.evaluation.people import measure_people, people_table
+from latentsync.evaluation.rates import measure_rates, rates_table
 from latentsync.evaluation.report import Result, as_json, check_judge, measure_clips, summarise_groups, table
 from latentsync.evaluation.sheet import contact_sheet, save_picture, strip
 from latentsync.options import between, choose_device, exit_code
@@ -56,7 +58,12 @@ def build_parser(prog: str, add_options: AddOptions | None = None) -> argparse.A
     people.add_argument("voices", type=Path, help="folder of SPEAKER/CLIP.mp4, with sound")
     people.add_argument("out", type=Path, help="folder for people.md and people.png")
     people.add_argument("--speakers", nargs="+", metavar="NAME", help="folders of VOICES (default: all held out)")
-    for command in (clips, people):
+    rates = commands.add_parser("rates", help="dub clips at 25, 30 and 60 frames a second, the last in three ways")
+    rates.add_argument("clips", type=Path, help="folder of SPEAKER/CLIP.mp4, with sound")
+    rates.add_argument("out", type=Path, help="folder for the films at other rates and for rates.md")
+    rates.add_argument("--speakers", nargs="+", metavar="NAME", help="folders of CLIPS (default: all held out)")
+    rates.add_argument("--limit", type=between(int, 1, 1000), default=1, help="clips of every speaker (default 1)")
+    for command in (clips, people, rates):
         command.add_argument("--model", default="demo", metavar="NAME|PATH")
         command.add_argument("--steps", type=between(int, 1, TRAIN_STEPS - 1), default=INFERENCE_STEPS)
         command.add_argument("--guidance", type=between(float, 0, 10), help="default: the model's")
@@ -72,7 +79,7 @@ def build_parser(prog: str, add_options: AddOptions | None = None) -> argparse.A
     judge.add_argument("prepared", type=Path, help="folder written by `python -m latentsync.training prepare`")
     judge.add_argument("--seconds", type=between(float, 0, 1e6), default=240.0, help="time to train for (default 240)")
     judge.add_argument("--output", type=Path, default=WEIGHTS, help="file to write (default: where it is looked for)")
-    for command in (clips, people, video, judge):
+    for command in (clips, people, rates, video, judge):
         command.add_argument("--device", default="auto")
     for command in (clips, video):
         command.add_argument("--judge", type=Path, default=WEIGHTS, help="weights of the sync judge")
@@ -177,6 +184,23 @@ def evaluate_people(args: argparse.Namespace, prepare: Prepare) -> None:
     print(people_table(people))
 
 
+def evaluate_rates(args: argparse.Namespace, prepare: Prepare) -> None:
+    """Dub clips at several frame rates, each with the sound of the next one, and write rates.md."""
+    files = held_out_clips(args.clips, args.speakers)
+    models, settings = load_and_make_folder(args, prepare)
+    clips = [(speaker, path) for speaker, paths in files.items() for path in paths[: args.limit]]
+    films = [(path, read_clip(*voice)) for (_, path), voice in zip(clips, [*clips[1:], clips[0]], strict=True)]
+    measures = []
+    for each in measure_rates(films, args.out, models, settings):
+        measures.append(each)
+        best, lag = peak(each.correlations)
+        case = f"{each.person} at {each.rate}, {each.way}"
+        ratio = each.flicker / each.flicker_real
+        print(f"{case}: correlation {best:.2f} at {lag}, flicker {ratio:.2f}", file=sys.stderr)
+        (args.out / "rates.md").write_text(rates_table(measures) + "\n", encoding="utf-8")
+    print(rates_table(measures))
+
+
 def evaluate_video(args: argparse.Namespace) -> None:
     """Print how the mouth of one file moves, and whether it follows the sound."""
     clip = read_clip("", args.result)
@@ -213,6 +237,8 @@ def main(
             evaluate_clips(args, prepare)
         elif args.command == "people":
             evaluate_people(args, prepare)
+        elif args.command == "rates":
+            evaluate_rates(args, prepare)
         elif args.command == "video":
             evaluate_video(args)
         elif args.command == "strip":
