@@ -107,8 +107,25 @@ def film_at(path: Path, rate: int, folder: Path) -> Path:
     return output
 
 
-def dub_at(track: FaceTrack, wav: np.ndarray, rate: int, way: Way, models: Models, settings: Settings) -> np.ndarray:
-    """Dub a film of `rate` frames a second with `wav` (samples,): uint8 (n, H, W, 3), up to the end of the shorter."""
+Painted = dict[tuple[str, int, str], list[np.ndarray | None]]  # by a voice's name, a rate and a way
+
+
+def paint(frames: Frames, way: Way, key: tuple[str, int, str], painter: Painter, known: Painted) -> None:
+    """Paint the frames. A model with a face of its own paints the same in every film: `known` has it by `key`."""
+    if key not in known or len(known[key]) < len(frames):
+        way(frames, painter)
+        if painter.face is not None:
+            known[key] = [frame.generated for frame in frames]
+        return
+    for frame, generated in zip(frames, known[key], strict=False):
+        frame.generated = generated if frame.crop is not None else None
+
+
+def dub_at(
+    track: FaceTrack, voice: Clip, rate: int, name: str, way: Way, models: Models, settings: Settings, known: Painted
+) -> np.ndarray:
+    """Dub a film of `rate` frames a second with a voice: uint8 (n, H, W, 3), up to the end of the shorter."""
+    wav = voice.wav
     exact = Fraction(rate)
     n = min(len(track.frames), frame_count(len(wav), exact))
     bank = MouthBank(exact)
@@ -119,7 +136,7 @@ def dub_at(track: FaceTrack, wav: np.ndarray, rate: int, way: Way, models: Model
     chunks = audio_chunks(models.audio_encoder, torch.from_numpy(wav), n, *traits, exact)
     tracked = zip(track.frames[:n].copy(), faces[:n], strict=True)
     frames = list(align_frames(tracked, on_side_stream(chunks, models.device), models.resolution))
-    way(frames, Painter(models, settings))
+    paint(frames, way, (voice.name, rate, name), Painter(models, settings), known)
     if not models.retargets:
         return np.stack([frame.frame for frame in frames])
     with face_reader() as read_face:
@@ -137,6 +154,7 @@ def measure_rates(
     films: list[tuple[Path, Clip]], folder: Path, models: Models, settings: Settings
 ) -> Iterator[RateMeasures]:
     """Dub every film with the voice of a clip in all CASES; folder: for the films at other rates. Raises UserError."""
+    known: Painted = {}
     for path, voice in films:
         tracks: dict[int, FaceTrack] = {}
         for rate, name, way, _ in CASES:
@@ -144,7 +162,7 @@ def measure_rates(
                 info = probe_video(path if rate == FPS else film_at(path, rate, folder)).at_choice("source")
                 tracks[rate] = track_clip(np.stack(list(read_frames(info))), rate=rate)
             source = tracks[rate]
-            result = track_clip(dub_at(source, voice.wav, rate, way, models, settings), source.faces, rate)
+            result = track_clip(dub_at(source, voice, rate, name, way, models, settings, known), source.faces, rate)
             n = len(result.crops)
             hulls = mouth_hulls(hull_points(source, source)[:n], source.crops.shape[1], NEAR)
             mouth = hulls.mean(0) > 0.5
