@@ -23,7 +23,7 @@ from latentsync.evaluation.people import hull_points
 from latentsync.evaluation.report import nan_mean
 from latentsync.landmarks import face_reader
 from latentsync.media import probe_video, read_frames
-from latentsync.media.process import check_exit, file_url, input_arguments, read_log, run_ffmpeg, wait_with_timeout
+from latentsync.media.process import check_exit, file_url, input_arguments, read_log, run_ffmpeg
 from latentsync.painting import Painter, paint_groups
 from latentsync.retarget import MouthBank, retarget
 from latentsync.settings import Settings
@@ -102,7 +102,7 @@ def film_at(path: Path, rate: int, folder: Path) -> Path:
     graph = f"minterpolate=fps={rate}:mi_mode=mci:mc_mode=aobmc:me_mode=bidir:vsbmc=1"
     encoding = ["-c:v", "libx264", "-qp", "0", "-preset", "ultrafast", "-an", "-y", file_url(output)]
     with run_ffmpeg([*input_arguments(path), "-vf", graph, *encoding]) as (process, log):
-        wait_with_timeout(process, path)
+        process.wait()  # as long as it takes: frames are looked for all over the picture
         check_exit(process, read_log(log), path)
     return output
 
