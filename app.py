@@ -111,8 +111,7 @@ class Page:
 
     def _add(self, name: str) -> Any:
         """Place the control of a setting here."""
-        self._controls[name] = control(SETTINGS[NAMES.index(name)])
-        return self._controls[name]
+        return self._controls.setdefault(name, control(SETTINGS[NAMES.index(name)]))
 
     def _build_inputs(self) -> None:
         self.video = gr.Video(
@@ -165,6 +164,7 @@ class Page:
                 with gr.Row():
                     for name in names:
                         self._add(name)
+            self._add("restore").visible = self.worker.restorer is not None
             self.details = gr.HTML("<p id='details'></p>", elem_id="details-box", apply_default_css=False)
             plain_html("models.html")
 

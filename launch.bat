@@ -40,6 +40,8 @@ if "%COMMAND%"=="--help" goto help
 :app
 call :install
 if errorlevel 1 goto stop
+call :install_restore
+if errorlevel 1 goto stop
 "%VPY%" "%ROOT%\app.py" %REST%
 if not errorlevel 1 exit /b 0
 rem Without an argument the script was probably started by a double click: keep the window open.
@@ -50,12 +52,16 @@ exit /b 2
 set REST=%REST:*sync=%
 call :install
 if errorlevel 1 goto stop
+call :install_restore
+if errorlevel 1 goto stop
 "%VENV%\Scripts\latentsync.exe" sync %REST%
 exit /b %ERRORLEVEL%
 
 :demo
 set REST=%REST:*demo=%
 call :install
+if errorlevel 1 goto stop
+call :install_restore
 if errorlevel 1 goto stop
 if not exist "%ROOT%\outputs" mkdir "%ROOT%\outputs"
 "%VENV%\Scripts\latentsync.exe" sync "%ROOT%\assets\example\face.mp4" "%ROOT%\assets\example\speech.wav" -o "%ROOT%\outputs\demo.mp4" --model demo %REST%
@@ -128,7 +134,7 @@ for /f "usebackq tokens=1,2,* delims= " %%a in ("%VENV%\build") do (
 >>"%VENV%\wanted" echo project: "%ROOT%"
 >>"%VENV%\wanted" type "%ROOT%\requirements.exact.txt"
 fc /b "%VENV%\wanted" "%VENV%\installed" >nul 2>nul && exit /b 0
-del "%VENV%\installed" >nul 2>nul
+del "%VENV%\installed" "%VENV%\installed-restore" >nul 2>nul
 echo Installing the packages of requirements.exact.txt into .venv (only needed once) ...
 echo torch: the %BUILD% build, as %REASON%.
 rem Builds differ in their local version alone, which "torch==2.13.0" does not look at.
@@ -164,6 +170,24 @@ exit /b 2
 if defined PYTHON echo PYTHON=%PYTHON% is not a 64-bit Python 3.10 to 3.13: name another one, or unset PYTHON.>&2
 if not defined PYTHON echo No 64-bit Python 3.10 to 3.13 was found: install one from https://www.python.org/downloads/windows/ and start again.>&2
 exit /b 2
+
+
+rem Face restorers take packages of their own: installed when --restore first asks for them. Python looks for it in the
+rem variable REST, whose special characters a command of this script would change.
+:install_restore
+"%VPY%" -c "import os, re, sys; sys.exit(re.search(r'(?:^|\s)--restore[=\s]', os.environ.get('REST', '') + ' ') is None)"
+if errorlevel 1 exit /b 0
+fc /b "%ROOT%\requirements.restore.txt" "%VENV%\installed-restore" >nul 2>nul && exit /b 0
+echo Installing the packages of requirements.restore.txt into .venv (only needed once) ...
+if "%BUILD%"=="default" goto restore_packages
+for /f "tokens=2 delims==" %%v in ('findstr /b "torchvision==" "%ROOT%\requirements.restore.txt"') do set "VISION=%%v"
+"%VPY%" -m pip install --no-input --disable-pip-version-check --no-deps --extra-index-url https://download.pytorch.org/whl/%BUILD% "torchvision==%VISION%+%BUILD%"
+if errorlevel 1 echo torchvision's %BUILD% build cannot be had (the reason is above): the default build is installed instead, which may not fit.>&2
+:restore_packages
+"%VPY%" -m pip install --quiet --no-input --disable-pip-version-check -r "%ROOT%\requirements.restore.txt"
+if errorlevel 1 goto install_failed
+copy /y "%ROOT%\requirements.restore.txt" "%VENV%\installed-restore" >nul
+exit /b 0
 
 
 rem BASE: the first Python that is recent enough and able to create a virtual environment.

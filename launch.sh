@@ -111,6 +111,17 @@ install_torch() {
     fi
 }
 
+# install_torchvision BUILD: the pinned torchvision of torch's build, where that is not the default one.
+install_torchvision() {
+    local version
+    version=$(sed -n 's/^torchvision==//p' "$here/requirements.restore.txt")
+    if [ "$1" != default ]; then
+        "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw --no-deps \
+            --extra-index-url "https://download.pytorch.org/whl/$1" "torchvision==$version+$1" | show_progress ||
+            say "torchvision's $1 build cannot be had (the reason is above): the default build is installed instead, which may not fit."
+    fi
+}
+
 # contents LIST TORCH: what a record says when the packages of LIST are installed here for this Python, with that torch.
 contents() {
     "$python" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null &&
@@ -144,6 +155,7 @@ install() {
         "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw --no-deps --require-hashes \
             -r "$here/requirements.hashes.txt" | show_progress || fail_install
     fi
+    if [ "$2" = installed-restore ]; then install_torchvision "$build"; fi
     "$python" -m pip install --no-input --disable-pip-version-check --progress-bar raw -r "$1" | show_progress ||
         fail_install
     if [ "$2" = installed ]; then  # the command `latentsync`, which runs the code in this folder
@@ -153,18 +165,18 @@ install() {
     contents "$1" "$build" >"$record"
 }
 
-# Several GPUs take packages that one does not: installed when an option first asks for them.
-install_cluster() {
-    local argument
+# Several GPUs, and face restorers, take packages of their own: installed when an option first asks for them.
+install_options() {
+    local argument cluster="" restore=""
     for argument; do
         case $argument in
-            --) return ;;
-            --gpus | --gpus=* | --cluster | --cluster=*)
-                install "$here/requirements.cluster.txt" installed-cluster
-                return
-                ;;
+            --) break ;;
+            --gpus | --gpus=* | --cluster | --cluster=*) cluster=1 ;;
+            --restore | --restore=*) restore=1 ;;
         esac
     done
+    if [ -n "$cluster" ]; then install "$here/requirements.cluster.txt" installed-cluster; fi
+    if [ -n "$restore" ]; then install "$here/requirements.restore.txt" installed-restore; fi
 }
 
 # Two runs of pytest: Triton settles at its import whether it interprets, so the kernels have a run of their own.
@@ -188,18 +200,19 @@ case $command in
         ;;
     "" | -*)
         install "$here/requirements.exact.txt" installed
+        install_options "$@"
         exec "$python" "$here/app.py" "$@"
         ;;
     sync)
         shift
         install "$here/requirements.exact.txt" installed
-        install_cluster "$@"
+        install_options "$@"
         exec "$venv/bin/latentsync" sync "$@"
         ;;
     demo)
         shift
         install "$here/requirements.exact.txt" installed
-        install_cluster "$@"
+        install_options "$@"
         mkdir -p -- "$here/outputs"
         "$venv/bin/latentsync" sync "$here/assets/example/face.mp4" "$here/assets/example/speech.wav" \
             -o "$here/outputs/demo.mp4" --model demo "$@"

@@ -139,6 +139,19 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
         "(default: what suits the model and the level)",
     )
     parser.add_argument(
+        "--restore",
+        metavar="FILE",
+        help="sharpen the painted part with a face restorer that you have, .safetensors or .pth of GFPGAN or "
+        "RestoreFormer (needs the packages of `pip install -e .[restore]`)",
+    )
+    parser.add_argument(
+        "--restore-strength",
+        type=between(float, 0, 1),
+        default=Settings.restore_strength,
+        metavar="0…1",
+        help="how much of what --restore changes is used (default %(default)s)",
+    )
+    parser.add_argument(
         "--copy-audio",
         action="store_true",
         help="keep the sound of .mp4 and .mov bit for bit, which not every player knows (default: AAC; .mkv keeps it)",
@@ -164,7 +177,7 @@ def shield_dashes(arguments: list[str]) -> list[str]:
     """Let file names begin with a dash: one that exists, or that follows an option for a file, gets a './'."""
     shielded: list[str] = []
     for argument in arguments:
-        names_file = bool(shielded) and shielded[-1] in ("-o", "--output", "--report", "--prepared")
+        names_file = bool(shielded) and shielded[-1] in ("-o", "--output", "--report", "--prepared", "--restore")
         dashed = argument.startswith("-") and argument != "--"
         is_file = dashed and (names_file or os.path.isfile(argument))
         shielded.append(os.path.join(".", argument) if is_file else argument)
@@ -289,6 +302,8 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
     inputs = (args.video, *voices)
     if args.sound:
         sounds, inputs = [*sounds, probe_audio(args.sound)], (*inputs, args.sound)
+    if args.restore:
+        inputs = (*inputs, args.restore)
     check_output(args.output, inputs)
     if args.report:
         check_writable(args.report, (*inputs, args.output), REPORT)
@@ -306,6 +321,11 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
     device = choose_device(args.device)
     checkpoint = resolve_model(args.model, device)
     check_output(args.output, checkpoint.files)
+    if args.restore:
+        from latentsync.restoring import check_restorable, check_restorer
+
+        check_restorer(args.restore)
+        check_restorable(checkpoint)
     if args.report:
         check_writable(args.report, checkpoint.files, REPORT)
     settings = Settings.suiting(
@@ -322,6 +342,8 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
         end=end,
         at=args.at,
         at_sound=args.at_sound,
+        restore=args.restore,
+        restore_strength=args.restore_strength,
         match_colours=None if args.match_colours is None else args.match_colours == "on",
     )
     progress = ProgressBars() if sys.stderr.isatty() else ProgressLines()

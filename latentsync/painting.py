@@ -214,6 +214,8 @@ class Painter:
             areas = None if models.match_colours else MATCHED_AREAS
             generated = match_colours(generated, crops, self.mask, areas)
         faces = merge_faces(generated, crops, self.mask)
+        if models.restorer is not None:
+            faces = models.restorer.restore(faces, crops, self.mask, settings.restore_strength, self.on_step)
         counts = [len(window.new) for window in windows]
         broken = torch.cat([part.any().expand(len(part)) for part in broken.split(counts)])
         # Pasting is many small kernels, for which the GPU would wait if it had nothing else to do. So they are queued

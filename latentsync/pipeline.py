@@ -49,6 +49,7 @@ from latentsync.placing import Placement, place_voice, whole_film
 from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.prepared.film import PreparedFilm
 from latentsync.prepared.recording import Recorder
+from latentsync.restoring import check_restorable, load_restorer
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
 from latentsync.timing import StageClock
@@ -189,8 +190,12 @@ def lipsync(
         raise UserError("A prepared film is for one face, and used from its beginning: leave out --prepared.")
     if other_voices and workers is not None:
         raise UserError("Several faces are painted by one GPU: leave out --gpus and --cluster.")
-    inputs = (video, *voices, *(() if sound is None else (sound,)), *models.files)
+    if settings.restore:
+        check_restorable(models)
+    inputs = (video, *voices, *(file for file in (sound, settings.restore) if file), *models.files)
     output = check_output(output, inputs)
+    if settings.restore and workers is None:
+        models = replace(models, restorer=load_restorer(settings.restore, models.device))
     info = probe_video(video, video_track).at_choice(settings.fps).between(settings.start, settings.end)
     held = len(voices) * held_frames(info.rate) if models.retargets else 0
     held += len(other_voices) * 2 * (settings.windows_per_pass + 1) * WINDOW
@@ -301,6 +306,8 @@ def lipsync(
                 writer.keep = False
             raise no_face_error(video)
     report.remarks = [*writer.remarks, *filter(None, [place.remark])]
+    if models.restorer is not None:
+        report.restore_seconds = round(models.restorer.seconds_per_face(), 4)
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )

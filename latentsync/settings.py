@@ -63,6 +63,8 @@ class Settings:
     end: float | None = None  # ... and at which it ends; None: with the film
     at: float | None = None  # seconds of that part at which the voice is laid into it; None: the voice is all of it
     at_sound: str = "replace"  # one of SOUNDS, with `at`
+    restore: str | None = None  # file of a face restorer, see `latentsync.restoring`
+    restore_strength: float = 1.0  # of what it changes, 0 (nothing) to 1
     match_colours: bool | None = None  # see `compositing.match_colours`; None: as the model's description says
 
     def __post_init__(self) -> None:
@@ -75,6 +77,8 @@ class Settings:
         for time in (self.start, self.end, self.at):
             if time is not None and not (isfinite(time) and time >= 0):
                 raise UserError(f"{time} is no time in a film: give seconds from 0.")
+        if not 0 <= self.restore_strength <= 1:
+            raise UserError(f"restore_strength = {self.restore_strength} is not possible: give a number from 0 to 1.")
         for name, most in ("steps", TRAIN_STEPS - 1), ("windows_per_pass", inf), ("frames_per_pass", inf):
             if not 1 <= getattr(self, name) <= most:
                 upto = "" if most == inf else f" to {most}"
@@ -101,6 +105,7 @@ class Report:
     frames_without_face: int = 0
     frames_computed_again: int = 0  # in a wider dtype, see `latentsync.validation`
     ended_early: bool = False  # by `pipeline.StopEarly`
+    restore_seconds: float = 0.0  # of the device for each frame, of a restorer in this process
     remarks: list[str] = field(default_factory=list)  # sentences for the user on what was left out
     seconds: dict[str, float] = field(default_factory=dict)  # each stage was busy; they overlap
     waiting: dict[str, float] = field(default_factory=dict)  # seconds that other threads waited for a stage

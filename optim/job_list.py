@@ -26,7 +26,7 @@ MAX_LIST_BYTES = 64 << 20  # 10,000 rows take 2 MB
 JSON_SUFFIXES, CSV_SUFFIX = (".jsonl", ".ndjson"), ".csv"
 DELIMITERS = ",;\t"  # of CSV: programs of some languages write semicolons
 REQUIRED = ("video", "audio", "output")
-PATHS = (*REQUIRED, "report", "sound", "prepared")
+PATHS = (*REQUIRED, "report", "sound", "prepared", "restore")
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")  # values of a flag in CSV
 
 Values = dict[str, Any]  # of a row, by the names that it gives them
@@ -208,7 +208,7 @@ def _as_arguments(values: dict[str, str], defaults: Values, folder: Path) -> lis
 
 def input_files(args: argparse.Namespace) -> list[str]:
     """The files that a row's job reads."""
-    return [path for path in (args.video, args.audio, args.sound) if path]
+    return [path for path in (args.video, args.audio, args.sound, args.restore) if path]
 
 
 def _without_clashes(rows: list[Row]) -> Iterator[Row]:

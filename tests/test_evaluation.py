@@ -17,7 +17,8 @@ from latentsync.checkpoints.load import load_models
 from latentsync.evaluation import judge as judging
 from latentsync.evaluation.__main__ import build_parser, main
 from latentsync.evaluation.appearance import NEAR, ciede2000, compare_appearance, mouth_hulls
-from latentsync.evaluation.clips import held_out_clips, track_clip
+from latentsync.evaluation.clips import SIDE, held_out_clips, track_clip
+from latentsync.evaluation.colours import FILMS, colours_table, measure_colours, with_cast
 from latentsync.evaluation.dubbing import OtherReferencePainter, reference_frames
 from latentsync.evaluation.measures import (
     LAGS,
@@ -32,6 +33,16 @@ from latentsync.evaluation.measures import (
     peak,
 )
 from latentsync.evaluation.people import PersonMeasures, people_table
+from latentsync.evaluation.rates import (
+    CASES,
+    RateMeasures,
+    at_25,
+    paint,
+    paint_every_frame,
+    paint_every_second_frame,
+    paint_in_two_sets,
+    rates_table,
+)
 from latentsync.evaluation.report import Result, pause_variance, summarise, table
 from latentsync.painting import Painter
 from latentsync.settings import Settings
@@ -379,3 +390,97 @@ def test_the_table_of_people_has_a_row_for_each_and_their_means():
     assert len(lines) == 5
     assert "| b | v | 50 |" in lines[3] and "| – |" in lines[3]
     assert lines[4].startswith("| mean |  | 50 | 1.00 | 1.0 | 0.70 |")
+
+
+# Colours
+
+
+def patches(count: int = 4) -> np.ndarray:
+    """Something like face crops, in gentle motion: uint8 (n, SIDE, SIDE, 3)."""
+    picture = cv2.resize(np.random.default_rng(0).integers(60, 190, (12, 12, 3), np.uint8), (SIDE + 20, SIDE + 20))
+    return np.stack([picture[t : t + SIDE, 2 * t : 2 * t + SIDE] for t in range(count)])
+
+
+def test_matching_takes_a_cast_back_and_the_table_shows_it(checkpoint):
+    models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
+    measures = list(measure_colours(patches(), models))
+    assert {(each.film, each.damage) for each in measures} == {
+        (film, damage) for film in FILMS for damage in ("everywhere", "in the mask", "autoencoder")
+    }
+    plain = next(each for each in measures if (each.film, each.damage) == ("as filmed", "everywhere"))
+    (off, on), (step_off, step_on) = plain.colour, plain.step
+    assert off > 3 and on < 1 and step_off > 4 and step_on < 2
+    hidden = next(each for each in measures if (each.film, each.damage) == ("as filmed", "in the mask"))
+    assert hidden.colour[1] > 2, "the visible part does not show it"
+    lines = colours_table(measures).splitlines()
+    assert len(lines) == 2 + len(FILMS) + 1 and all(line.count("|") == 8 for line in lines)
+    assert lines[-1].startswith(f"| **mean of {len(FILMS)}**")
+    assert f"{off:.1f} → {on:.1f}" in lines[2]
+
+
+def test_a_cast_is_the_same_for_the_same_seed():
+    first, second = (with_cast(patches(), np.random.default_rng(3)) for _ in range(2))
+    assert np.array_equal(first, second) and not np.array_equal(first, patches())
+
+
+def test_a_folder_without_films_is_said(tmp_path, capsys):
+    assert main(["colours", str(tmp_path)]) == 2
+    assert "PERSON.mp4" in capsys.readouterr().err
+
+
+# Frame rates
+
+
+def rated_frames(count: int) -> list[AlignedFrame]:
+    random = np.random.default_rng(0)
+    frames = []
+    for number in range(count):
+        frame = AlignedFrame(portrait(number), torch.from_numpy(random.standard_normal((50, 32), np.float32)))
+        frame.crop = random.integers(0, 256, (64, 64, 3), np.uint8)
+        frame.matrix, frame.opacity = np.array([[0.4, 0.02, -8.0], [-0.02, 0.4, -10.0]]), 1.0
+        frames.append(frame)
+    return frames
+
+
+@pytest.mark.parametrize("way", [paint_every_frame, paint_in_two_sets, paint_every_second_frame])
+@pytest.mark.parametrize("own_face", [False, True])
+def test_every_way_paints_every_frame(checkpoint, way, own_face):
+    models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
+    if own_face:
+        models = replace(models, face=np.full((64, 64, 3), 90, np.uint8))
+    frames, known = rated_frames(33), {}
+    paint(frames, way, ("voice", 60, "way"), Painter(models, Settings(steps=1)), known)
+    if not own_face:
+        assert not any(np.array_equal(frame.frame, portrait(number)) for number, frame in enumerate(frames))
+        assert not known
+        return
+    again = rated_frames(20)
+    again[3].crop = None
+    paint(again, way, ("voice", 60, "way"), Painter(models, Settings(steps=1)), known)
+    for number, (first, second) in enumerate(zip(frames, again, strict=False)):
+        assert second.generated is None if number == 3 else np.array_equal(first.generated, second.generated)
+
+
+def test_the_mean_of_two_faces_lies_between_them(checkpoint):
+    models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
+    models = replace(models, face=np.full((64, 64, 3), 90, np.uint8))
+    frames = rated_frames(33)
+    paint_every_second_frame(frames, Painter(models, Settings(steps=1)))
+    before, between, after = (frame.generated.astype(int) for frame in frames[4:7])
+    assert np.abs(between - (before + after) / 2).max() <= 0.5
+
+
+def test_an_opening_at_60_is_compared_at_25():
+    curve = np.sin(np.arange(180) / 60 * 2 * np.pi)
+    curve[40:44] = np.nan
+    expected = np.sin(np.arange(75) / 25 * 2 * np.pi)
+    assert np.abs(at_25(curve, 60) - expected).max() < 0.05
+    assert np.isnan(at_25(np.full(60, np.nan), 60)).all()
+
+
+def test_the_table_of_rates_has_a_row_for_every_case_that_was_measured():
+    curve = np.where(LAGS == 1, 0.8, 0.5)
+    measures = [RateMeasures(who, rate, way, curve, 100, 80) for who in "ab" for rate, way, *_ in CASES[:3]]
+    lines = rates_table(measures).splitlines()
+    assert len(lines) == 5 and all(line.count("|") == 9 for line in lines)
+    assert "| 60 | every frame (60 a second) | 2 | 0.800 | +40 | 100 | 80 | 1.25 |" in lines

@@ -46,6 +46,7 @@ class Copy:
         (self.root / "latentsync").chmod(0o755)
         (self.root / "requirements.exact.txt").write_text("torch==2.13.0\n")
         (self.root / "requirements.cluster.txt").write_text("ray==2.60.0\n")
+        (self.root / "requirements.restore.txt").write_text("spandrel==0.4.2\ntorchvision==0.28.0\n")
         shutil.copy(ROOT / "launch.sh", self.root)
         (self.root / "tests").mkdir()
         (self.root / "tests" / "requirements.txt").write_text("pytest==9.2.0\n")
@@ -168,6 +169,25 @@ def test_the_packages_for_several_gpus_are_installed_when_an_option_first_asks_f
     [call] = with_python.installs()
     assert call.endswith("requirements.cluster.txt")
     assert with_python.start("demo", option, "2").returncode == 0 and with_python.installs() == []
+
+
+@pytest.mark.parametrize("option", ["--restore", "--restore=net.pth"])
+def test_the_packages_for_restorers_are_installed_when_an_option_first_asks_for_them(with_python, option):
+    assert with_python.start("sync", "a.mp4", "--restore-strength", "1", "--", option).returncode == 0
+    assert len(with_python.installs()) == 1
+    assert with_python.start("sync", "a.mp4", option, "net.pth").returncode == 0
+    [call] = with_python.installs()
+    assert call.endswith("requirements.restore.txt")
+    for command in ("demo",), ("sync",), ():
+        assert with_python.start(*command, option, "net.pth").returncode == 0 and with_python.installs() == []
+    assert with_python.start("sync", option, "net.pth", "--gpus", "2").returncode == 0
+    assert [call.rpartition("/")[2] for call in with_python.installs()] == ["requirements.cluster.txt"]
+
+
+def test_torchvision_is_of_the_build_of_torch(with_python):
+    assert with_python.start("sync", "--restore", "net.pth", LATENTSYNC_TORCH="cpu").returncode == 0
+    index = "https://download.pytorch.org/whl/cpu"
+    assert with_python.torch_installs() == [f"{index} torch==2.13.0+cpu", f"{index} torchvision==0.28.0+cpu"]
 
 
 def test_a_folder_that_was_moved_is_installed_again(with_python):
@@ -330,7 +350,12 @@ def test_requirements_name_one_version_for_every_python():
     from packaging.requirements import Requirement
 
     for python in ("3.10", "3.11", "3.12", "3.13"):
-        for file in ("requirements.exact.txt", "requirements.cluster.txt", "tests/requirements.txt"):
+        for file in (
+            "requirements.exact.txt",
+            "requirements.cluster.txt",
+            "requirements.restore.txt",
+            "tests/requirements.txt",
+        ):
             lines = (ROOT / file).read_text().splitlines()
             wanted = [Requirement(line) for line in lines if not line.startswith("#")]
             for system in ("Linux", "Windows"):

@@ -16,6 +16,7 @@ function settingsUsed({ settings, level, model, resolution, device, frames, fram
     face: settings.face,
     "silence gate": settings.silence_gate ? "on" : "off",
     "match colours": settings.match_colours === null ? "as the model has it" : settings.match_colours ? "on" : "off",
+    "faces restored": settings.restore ? `by ${settings.restore_strength}` : "no",
     "output quality": `CRF ${settings.crf}`,
     frames: faceless ? `${frames}, ${faceless} without a usable face` : frames,
   };

@@ -16,6 +16,7 @@ from latentsync.checkpoints.description import MAX_SIZE, Traits, check_sizes, po
 from latentsync.checkpoints.find import Checkpoint
 from latentsync.checkpoints.tensors import DAMAGED, ReadTensors, load_exactly, read_tensors, reader, unet_reader
 from latentsync.errors import UserError
+from latentsync.restoring import Restorer
 from latentsync.settings import WINDOW
 from latentsync.unet import UNet
 from latentsync.whisper import AudioEncoder, WhisperDims
@@ -37,6 +38,7 @@ class Models(Traits):
     vae: Autoencoder
     face: np.ndarray | None = None  # uint8 (R, R, 3), aligned: what it paints instead of the film's; see `retarget`
     files: tuple[Path, ...] = ()  # that it was loaded from
+    restorer: Restorer | None = None  # that painted faces go through
     vae_files: tuple[Path, ...] = ()  # of these, the autoencoder's weights and configuration
 
     @property

@@ -2,6 +2,8 @@
 
 python -m latentsync.evaluation clips CLIPS OUT         # CLIPS/SPEAKER/CLIP.mp4, those that training holds out
 python -m latentsync.evaluation people FILMS VOICES OUT # FILMS/PERSON.mp4, each with the voice of a held-out clip
+python -m latentsync.evaluation rates CLIPS OUT         # the same clips at 25, 30 and 60 frames a second
+python -m latentsync.evaluation colours FILMS           # FILMS/PERSON.mp4: what matching of colours gives
 python -m latentsync.evaluation video RESULT            # mouth and sound of one file
 python -m latentsync.evaluation strip VIDEO AUDIO RESULT PICTURE.png
 python -m latentsync.evaluation judge PREPARED          # train the sync judge
@@ -21,9 +23,11 @@ from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import Models, load_models
 from latentsync.errors import UserError
 from latentsync.evaluation.clips import MAX_TRACKS, held_out_clips, read_clip
+from latentsync.evaluation.colours import colours_table, measure_colours, read_crops
 from latentsync.evaluation.judge import WEIGHTS, Check, Judge, judge_clip, load_judge, sync_score, train
 from latentsync.evaluation.measures import correlation, loudness, peak
 from latentsync.evaluation.people import measure_people, people_table
+from latentsync.evaluation.rates import measure_rates, rates_table
 from latentsync.evaluation.report import Result, as_json, check_judge, measure_clips, summarise_groups, table
 from latentsync.evaluation.sheet import contact_sheet, save_picture, strip
 from latentsync.options import between, choose_device, exit_code
@@ -56,7 +60,15 @@ def build_parser(prog: str, add_options: AddOptions | None = None) -> argparse.A
     people.add_argument("voices", type=Path, help="folder of SPEAKER/CLIP.mp4, with sound")
     people.add_argument("out", type=Path, help="folder for people.md and people.png")
     people.add_argument("--speakers", nargs="+", metavar="NAME", help="folders of VOICES (default: all held out)")
-    for command in (clips, people):
+    rates = commands.add_parser("rates", help="dub clips at 25, 30 and 60 frames a second, the last in three ways")
+    rates.add_argument("clips", type=Path, help="folder of SPEAKER/CLIP.mp4, with sound")
+    rates.add_argument("out", type=Path, help="folder for the films at other rates and for rates.md")
+    rates.add_argument("--speakers", nargs="+", metavar="NAME", help="folders of CLIPS (default: all held out)")
+    rates.add_argument("--limit", type=between(int, 1, 1000), default=1, help="clips of every speaker (default 1)")
+    colours = commands.add_parser("colours", help="damage faces as a network may do it, and match their colours")
+    colours.add_argument("films", type=Path, help="folder of PERSON.mp4")
+    colours.add_argument("--model", default="demo", metavar="NAME|PATH", help="whose autoencoder is tried, too")
+    for command in (clips, people, rates):
         command.add_argument("--model", default="demo", metavar="NAME|PATH")
         command.add_argument("--steps", type=between(int, 1, TRAIN_STEPS - 1), default=INFERENCE_STEPS)
         command.add_argument("--guidance", type=between(float, 0, 10), help="default: the model's")
@@ -72,7 +84,7 @@ def build_parser(prog: str, add_options: AddOptions | None = None) -> argparse.A
     judge.add_argument("prepared", type=Path, help="folder written by `python -m latentsync.training prepare`")
     judge.add_argument("--seconds", type=between(float, 0, 1e6), default=240.0, help="time to train for (default 240)")
     judge.add_argument("--output", type=Path, default=WEIGHTS, help="file to write (default: where it is looked for)")
-    for command in (clips, people, video, judge):
+    for command in (clips, people, rates, colours, video, judge):
         command.add_argument("--device", default="auto")
     for command in (clips, video):
         command.add_argument("--judge", type=Path, default=WEIGHTS, help="weights of the sync judge")
@@ -159,11 +171,17 @@ def write_measures(path: Path, models: Models, settings: Settings, check: Check 
     write_text(path, json.dumps(as_json(report), indent=1) + "\n")
 
 
+def films_in(folder: Path) -> list[Path]:
+    """The films of FOLDER/PERSON.mp4. Raises UserError if there are none."""
+    films = sorted(path for path in folder.glob("*") if path.suffix in FILMS)
+    if not films:
+        raise UserError(f"'{folder}' has no films; they are expected as PERSON.mp4.")
+    return films
+
+
 def evaluate_people(args: argparse.Namespace, prepare: Prepare) -> None:
     """Dub films of people, and write people.md and the contact sheet into the folder `out`."""
-    films = sorted(path for path in args.films.glob("*") if path.suffix in FILMS)
-    if not films:
-        raise UserError(f"'{args.films}' has no films; they are expected as PERSON.mp4.")
+    films = films_in(args.films)
     models, settings = load_and_make_folder(args, prepare)
     files = [(speaker, path) for speaker, paths in held_out_clips(args.voices, args.speakers).items() for path in paths]
     voices = [read_clip(speaker, path) for speaker, path in files[: len(films)]]
@@ -175,6 +193,38 @@ def evaluate_people(args: argparse.Namespace, prepare: Prepare) -> None:
         save_picture(args.out / "people.png", np.vstack(sheets))
         (args.out / "people.md").write_text(people_table(people) + "\n", encoding="utf-8")
     print(people_table(people))
+
+
+def evaluate_rates(args: argparse.Namespace, prepare: Prepare) -> None:
+    """Dub clips at several frame rates, two with each of the voices of held-out clips, and write rates.md."""
+    files = held_out_clips(args.clips, args.speakers)
+    models, settings = load_and_make_folder(args, prepare)
+    clips = [(speaker, path) for speaker, paths in files.items() for path in paths[: args.limit]]
+    # Of the first person, whom the demo model knows best, since the film is not to say its own words.
+    speaker, *_ = files
+    spoken = [read_clip(speaker, path) for path in files[speaker][args.limit : args.limit + (len(clips) + 1) // 2]]
+    if not spoken:
+        raise UserError(
+            f"'{args.clips / speaker}' has no more than {args.limit} clips: name a speaker with more first."
+        )
+    films = [(path, spoken[i // 2 % len(spoken)]) for i, (_, path) in enumerate(clips)]
+    measures = []
+    for each in measure_rates(films, args.out, models, settings):
+        measures.append(each)
+        best, lag = peak(each.correlations)
+        case = f"{each.person} at {each.rate}, {each.way}"
+        ratio = each.flicker / each.flicker_real
+        print(f"{case}: correlation {best:.2f} at {lag}, flicker {ratio:.2f}", file=sys.stderr)
+        (args.out / "rates.md").write_text(rates_table(measures) + "\n", encoding="utf-8")
+    print(rates_table(measures))
+
+
+def evaluate_colours(args: argparse.Namespace) -> None:
+    """Print what matching of colours gives on the faces of films."""
+    films = films_in(args.films)
+    device = choose_device(args.device)
+    models = load_models(resolve_model(args.model, device), device)
+    print(colours_table([each for film in films for each in measure_colours(read_crops(film), models)]))
 
 
 def evaluate_video(args: argparse.Namespace) -> None:
@@ -213,6 +263,10 @@ def main(
             evaluate_clips(args, prepare)
         elif args.command == "people":
             evaluate_people(args, prepare)
+        elif args.command == "rates":
+            evaluate_rates(args, prepare)
+        elif args.command == "colours":
+            evaluate_colours(args)
         elif args.command == "video":
             evaluate_video(args)
         elif args.command == "strip":

@@ -1,6 +1,7 @@
 """Real clips with sound, their faces tracked and aligned: the ground truth of the measures."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +55,12 @@ def alignment_matrices(faces: list[Face | None]) -> list[np.ndarray | None]:
     return matrices
 
 
-def track_clip(frames: np.ndarray, align_as: list[Face | None] | None = None) -> FaceTrack:
-    """Track the face in frames (n, H, W, 3); align_as: faces to align by, by default its own.
+def track_clip(frames: np.ndarray, align_as: list[Face | None] | None = None, rate: int = FPS) -> FaceTrack:
+    """Track the face in frames (n, H, W, 3), `rate` a second; align_as: faces to align by, by default its own.
 
     A result is aligned by the faces of its source, so that both are compared pixel by pixel.
     """
-    faces = [face for _, face in track_faces(iter(frames))]
+    faces = [face for _, face in track_faces(iter(frames), rate=Fraction(rate))]
     scale = SIDE / np.array(crop_size(SIDE))
     shift = (scale - 1) / 2  # pixel centres are at whole numbers
     crops, lips = [], []

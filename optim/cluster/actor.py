@@ -8,7 +8,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.options import choose_device
 from latentsync.painting import Group, Painter, paint_groups
+from latentsync.restoring import check_restorer, load_restorer
 from latentsync.settings import Settings
 from latentsync.windows import Window
 from optim.accelerate import Plan, accelerate, details, oom_handler, plan_for_device
@@ -33,10 +35,10 @@ QUEUED = {"cpu": 2, "cuda": 3}
 class Order:
     """What every worker of a run prepares for.
 
-    model: a name or a folder, see `resolve_model`; hashes: SHA-256 of its files by their names, None on the driver's
-    own machine; versions: of the driver, see `versions`; kind: of the device, "cpu" or "cuda"; threads: of a worker on
-    a processor, as many as the single process has, since another number rounds otherwise; level, batch, overrides: see
-    `plan_for_device`; frames: of the job; token_required: a machine whose Ray lets in anybody is refused.
+    model: a name or a folder, see `resolve_model`; hashes: see `hashes_of`, None on the driver's own machine; versions:
+    of the driver, see `versions`; kind: of the device, "cpu" or "cuda"; threads: of a worker on a processor, as many as
+    the single process has, since another number rounds otherwise; level, batch, overrides: see `plan_for_device`;
+    frames: of the job; token_required: a machine whose Ray lets in anybody is refused.
     """
 
     model: str
@@ -67,9 +69,12 @@ def versions() -> dict[str, str]:
     return {"latentsync": __version__, "torch": torch.__version__, "Python": python}
 
 
-def hashes_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of a checkpoint's files, by their names."""
-    return {path.name: sha256_of(path, f"hashing {path.name}") for path in checkpoint.files}
+def hashes_of(checkpoint: Checkpoint, restorer: str | None = None) -> dict[str, str]:
+    """SHA-256 of a checkpoint's files, and of a restorer's, by their names."""
+    files = {path.name: path for path in checkpoint.files}
+    if restorer:
+        files[f"restorer {Path(restorer).name}"] = Path(restorer)
+    return {name: sha256_of(path, f"hashing {name}") for name, path in files.items()}
 
 
 class Worker:
@@ -101,17 +106,22 @@ class Worker:
         device = choose_device(order.kind)
         if order.kind == "cuda":
             name += f" GPU {os.environ.get('CUDA_VISIBLE_DEVICES', '0')}"
+        restorer = order.settings.restore
         try:
             checkpoint = resolve_model(order.model, device)
+            if restorer:
+                check_restorer(restorer)
         except UserError as error:
             raise UserError(f"On {name}: {error}") from None
-        if order.hashes is not None and (found := hashes_of(checkpoint)) != order.hashes:
+        if order.hashes is not None and (found := hashes_of(checkpoint, restorer)) != order.hashes:
             wrong = sorted(file for file in order.hashes if found.get(file) != order.hashes[file])
             raise UserError(
                 f"The model '{order.model}' of {name} is another one than here ({', '.join(wrong)}): copy its files "
                 "there."
             )
         self._models = load_models(checkpoint, device)
+        if restorer:
+            self._models = replace(self._models, restorer=load_restorer(restorer, device))
         plan = plan_for_device(
             device, self._models.resolution, order.settings, order.level, order.batch, **order.overrides
         )

@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def prepare_workers(
                 raise UserError(f"--cluster: give {option}, too, since its machines may differ.")
         kind, level = "cpu" if args.device == "cpu" else "cuda", args.level
         session = cluster_session(args.cluster)
+    if settings.restore:  # workers have another working folder
+        settings = replace(settings, restore=str(Path(settings.restore).expanduser().resolve()))
     with ExitStack() as stack:
         stack.enter_context(session)
         from optim.cluster.actor import Order, hashes_of, versions
@@ -68,7 +71,7 @@ def prepare_workers(
                 count = limit = min(count, whole_number(args.gpus))
         order = Order(
             model=checkpoint.name if args.model in MODEL_NAMES else str(Path(args.model).expanduser().resolve()),
-            hashes=hashes_of(checkpoint) if args.cluster is not None else None,
+            hashes=hashes_of(checkpoint, settings.restore) if args.cluster is not None else None,
             versions=versions(),
             kind=kind,
             threads=torch.get_num_threads(),

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentsync import FPS
@@ -23,20 +24,21 @@ def describe_request(
     seconds: float | None,
     video_fps: float | None,
     lent: bool,
+    restorer: Path | None = None,
 ) -> tuple[str, str]:
     """What a request means, in one line, and its plan in detail.
 
-    seconds, video_fps: of the sound and the video, None if unknown; lent: the job will run on a lent GPU. Raises
-    UserError.
+    seconds, video_fps: of the sound and the video, None if unknown; lent: the job will run on a lent GPU;
+    restorer: the server's. Raises UserError.
     """
     import torch
 
     from optim.accelerate import details, summary
 
     device = torch.device(machine.device)
-    plan = make_plan(request, checkpoint, device)
+    plan = make_plan(request, checkpoint, device, restorer)
     line = f"{summary(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
-    in_detail = f"{details(plan, device)}."
+    in_detail = f"{details(plan, device)}{f', faces restored by {request.restore:g}' if request.restore else ''}."
     rate = grid_rate(Fraction(video_fps or FPS).limit_denominator(1001), request.fps)
     if video_fps is not None:
         line += f", {show_rate(rate)} frames a second"
@@ -44,7 +46,7 @@ def describe_request(
         return f"{line}, on {machine.device_name}.", in_detail
     if seconds is None:
         return f"{line}.", in_detail
-    estimate = speeds.estimate(speed_key(checkpoint.name, machine), plan.settings, math.ceil(seconds * rate))
+    estimate = speeds.estimate(speed_key(checkpoint.name, machine, request), plan.settings, math.ceil(seconds * rate))
     if estimate is None:
         return f"{line}; how long it takes here is not known before the first job.", in_detail
     return f"{line}; {range_text(estimate.low, estimate.high)} for this clip.", in_detail

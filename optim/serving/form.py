@@ -180,6 +180,10 @@ SETTINGS = (
             lambda value: None if value is None else _word("colour setting", SWITCHES)(value), _labels(SWITCHES),
             "The painted part takes on the colours of the face around it.",
             show=_word_for(SWITCHES), hint=str | None, optional=True),
+    Setting("restore", "Restore faces", 0.0,
+            lambda value: 0.0 if value is None else parse_number(value, "The strength of restoring", 0, 1, float),
+            Slider(0, 1, 0.1), "How much of this server's face restorer is used on the painted part; 0: nothing.",
+            hint=float | None, optional=True),
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in SETTINGS)
 

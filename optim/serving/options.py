@@ -86,6 +86,13 @@ def make_parser(outputs: Path, prog: str) -> argparse.ArgumentParser:
     add("--model", default="auto", help="what 'auto' means on the page: a name, or a checkpoint folder")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     add(
+        "--restore",
+        type=Path,
+        metavar="FILE",
+        help="a face restorer that jobs may use, .safetensors or .pth of GFPGAN or RestoreFormer (needs the packages "
+        "of `pip install -e .[restore]`)",
+    )
+    add(
         "--get",
         metavar="NAME",
         default=env("LATENTSYNC_GET"),
@@ -114,6 +121,10 @@ def parse_options(arguments: list[str] | None, outputs: Path, prog: str = "app.p
     options.hosts = [*(options.allow_host or []), *(name.strip() for name in extra if name)]
     if options.get and options.get not in RELEASES:
         raise UserError(f"There is no model '{options.get}' to fetch: give --get one of {', '.join(RELEASES)}.")
+    if options.restore:
+        from latentsync.restoring import check_restorer  # imports torch
+
+        check_restorer(options.restore)
     options.public = options.share or "SPACE_ID" in os.environ
     options.shared = options.public or (options.accounts is None and not on_loopback(options.server_name))
     options.allow_download = options.allow_download or not options.shared

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentsync.errors import UserError
 from latentsync.media.segments import clock
 from latentsync.settings import WINDOW
 from optim.serving.curves import last_seconds
@@ -27,15 +28,26 @@ if TYPE_CHECKING:  # torch takes seconds to load
     from optim.monitor import Monitor
 
 
+NO_RESTORER = "This server has no face restorer: set Restore faces to 0, or start it with --restore FILE."
+
+
 class Cancelled(Exception):
     """Raised inside a run to end it and leave nothing."""
 
 
-def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.device") -> "Plan":
-    """The plan for a request with a model on a device. Raises UserError."""
+def make_plan(
+    request: Request, model: "Checkpoint | Models", device: "torch.device", restorer: Path | None = None
+) -> "Plan":
+    """The plan for a request with a model on a device; restorer: the server's. Raises UserError."""
     from latentsync.settings import DeepCache, Settings
     from optim.accelerate import plan_for_device
 
+    if request.restore:
+        from latentsync.restoring import check_restorable
+
+        if restorer is None:
+            raise UserError(NO_RESTORER)
+        check_restorable(model)
     settings = Settings.suiting(
         model,
         request.guidance,
@@ -46,6 +58,8 @@ def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.dev
         silence_gate=request.silence_gate,
         fps=request.fps,
         match_colours=request.match_colours,
+        restore=str(restorer) if request.restore else None,
+        restore_strength=request.restore,
     )
     overrides: dict[str, Any] = {"vram_fraction": request.vram_fraction, "compile": request.compile}
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -54,11 +68,13 @@ def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.dev
     return plan_for_device(device, model.resolution, settings, request.level, request.batch, **overrides)
 
 
-def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, speed_key: str) -> None:
+def run_job(
+    job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, speed_key: str, restorer: Path | None = None
+) -> None:
     """Run a job with loaded models, and set its output, report, advice and messages.
 
-    speeds: gives the expected time and records the job's own, under `speed_key`. Raises Cancelled, UserError,
-    `pipeline.StopEarly` where nothing was finished yet, and whatever else goes wrong.
+    speeds: gives the expected time and records the job's own, under `speed_key`; restorer: the server's. Raises
+    Cancelled, UserError, `pipeline.StopEarly` where nothing was finished yet, and whatever else goes wrong.
     """
     from latentsync.pipeline import Hooks, lipsync
     from optim.accelerate import accelerate, oom_handler
@@ -66,7 +82,7 @@ def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, spee
     from optim.hardware import nvml_index
 
     request = job.request
-    plan = make_plan(request, models, models.device)
+    plan = make_plan(request, models, models.device, restorer)
     estimate = speeds.estimate(speed_key, plan.settings, job.frames)
     job.expected_seconds = estimate.seconds if estimate else None
     job.doing = "preparing the networks"
@@ -112,6 +128,8 @@ def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, spee
     job.messages.extend(report.remarks)
     position = {"level": plan.level.name, "position": plan.level.position}
     job.report = report.as_dict() | position | {"step_downs": step_downs}
+    if restorer and request.restore:  # visitors need not know where it lies
+        job.report["settings"]["restore"] = restorer.name
     job.output = job.planned_output
     monitor.mark("done")
 

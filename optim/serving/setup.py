@@ -54,6 +54,7 @@ def make_worker(options: Namespace) -> Worker:
         idle_seconds=60 * options.idle_minutes,
         keep_hours=options.keep_hours,
         lent=lent_gpu(),
+        restorer=options.restore and options.restore.absolute(),
         limits=SHARED_LIMITS if options.shared else NO_LIMITS,
     )
 

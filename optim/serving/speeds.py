@@ -11,6 +11,7 @@ from latentsync.paths import replacing
 from latentsync.settings import Settings
 
 if TYPE_CHECKING:
+    from optim.serving.job import Request
     from optim.serving.machine import Machine
 
 
@@ -87,6 +88,6 @@ def _is_speed(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
-def speed_key(model: str, machine: "Machine") -> str:
-    """The key in `Speeds` for a model, by name, on a machine."""
-    return f"{model}, {machine.device_name}"
+def speed_key(model: str, machine: "Machine", request: "Request") -> str:
+    """The key in `Speeds` for a model, by name, on a machine; a restorer's work does not depend on the model's."""
+    return f"{model}, {machine.device_name}{', restored' if request.restore else ''}"

@@ -33,7 +33,7 @@ from optim.serving.limits import NO_LIMITS, VisitorLimits, check_option
 from optim.serving.machine import Machine, inspect_machine
 from optim.serving.models import find_checkpoint, list_models
 from optim.serving.records import finished_frames, save_job
-from optim.serving.run import Cancelled, check_cancel, out_of_memory, run_job
+from optim.serving.run import NO_RESTORER, Cancelled, check_cancel, out_of_memory, run_job
 from optim.serving.speeds import Speeds, speed_key
 from optim.serving.store import JobStore
 
@@ -65,7 +65,8 @@ class Worker:
     folder, queue_size, limits: see `JobStore`; max_seconds: of sound, None for any length; model, device: what `auto`
     means, as on the command line; idle_seconds: without a job, until the model is unloaded; keep_hours: after which
     ended jobs and their files are removed, None for never; lent: runs a job on a GPU that is lent for it, as
-    `run.run_alone` does. Raises UserError for options out of range.
+    `run.run_alone` does; restorer: a face restorer that jobs may use, not on a lent GPU. Raises UserError for options
+    out of range.
 
     The worker owns every file in the folders of its jobs: they go with `remove`, or after `keep_hours`. Files that a
     job does not need any more go when it ends.
@@ -82,6 +83,7 @@ class Worker:
         keep_hours: float | None = None,
         lent: RunAlone | None = None,
         limits: VisitorLimits = NO_LIMITS,
+        restorer: Path | None = None,
     ):
         check_option("The most seconds of sound", max_seconds, 0.01, optional=True)
         check_option("The seconds until the model is unloaded", idle_seconds, 0)
@@ -90,6 +92,7 @@ class Worker:
         self.folder, self.max_seconds = folder, max_seconds
         self.model, self.device_name = model, device
         self.idle_seconds, self.keep_hours, self.lent = idle_seconds, keep_hours, lent
+        self.restorer = None if lent else restorer
         self.server = secrets.token_hex(6)  # identifies this server among others at the same address
         self.machine: Machine | None = None
         self.problem: str | None = None  # why there is no machine
@@ -139,6 +142,8 @@ class Worker:
         afterwards, but their own names may be removed at once. names: the user's names of the files. Raises UserError
         for files that cannot be used, sound that is too long, a full queue or disk, and at a visitor's limits.
         """
+        if request.restore and self.restorer is None:
+            raise UserError(NO_RESTORER)
         owner = owner_of(visitor)
         self.store.check_room(owner)
         self.store.check_stored(owner)
@@ -234,7 +239,7 @@ class Worker:
             raise UserError(self.problem or "")
         checkpoint = self._find_checkpoint(request)
         lent = self.lent is not None
-        return describe_request(request, checkpoint, self.machine, self.speeds, seconds, video_fps, lent)
+        return describe_request(request, checkpoint, self.machine, self.speeds, seconds, video_fps, lent, self.restorer)
 
     def find_models(self) -> None:
         """Update which models are here and what `auto` means, after one was fetched or removed."""
@@ -378,7 +383,7 @@ class Worker:
         check_cancel(job)
         models = self._load(job)
         check_cancel(job)
-        run_job(job, models, monitor, speeds, speed_key(models.name, machine))
+        run_job(job, models, monitor, speeds, speed_key(models.name, machine, job.request), self.restorer)
 
     def _run_lent(self, job: Job, lent: RunAlone) -> None:
         job.doing = "running on a GPU that is lent for it; how far it is cannot be seen here"
