@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentsync import SPEAKERS
 from latentsync.media.segments import clock
 from latentsync.settings import WINDOW
 from optim.serving.curves import last_seconds
@@ -185,6 +186,9 @@ class Progress:
     def __call__(self, stage: str, done: int, total: int) -> None:
         job, now = self._job, time.time()
         check_cancel(job)
+        if stage == SPEAKERS:
+            job.doing = f"finding who speaks, {100 * done // total} %"
+            return
         if not job.progress and stage == "mouths":  # before any face: what earlier runs have finished
             job.resumed_from = done
             job.messages.append(f"Resumed after {clock(done, job.rate)} of {clock(total, job.rate)}.")
