@@ -311,7 +311,7 @@ def lipsync(
                 writer.keep = False
             raise no_face_error(video)
     report.turns = [] if turns is None else turns.summary
-    report.remarks = [*writer.remarks, *filter(None, [place.remark])]
+    report.remarks = [*writer.remarks, *filter(None, [place.remark, turns and turns.remark])]
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )

@@ -8,7 +8,7 @@ Everything here is on a grid of FPS frames a second, whatever the film's rate is
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
 import cv2
@@ -147,6 +147,17 @@ def on_grid(
         while round(index * rate / FPS) == number:
             yield frame, faces
             index += 1
+
+
+def who_speaks(judge: Judge, mouths: Sequence[np.ndarray], wav: np.ndarray) -> np.ndarray:
+    """The number of the person who speaks in every frame, −1 where nobody does: (n,).
+
+    mouths: of each person, see `MouthReader.finish`; wav: (samples,) at 16 kHz, the film's sound.
+    """
+    frames = len(mouths[0])
+    sounds = embed_sound(judge, wav, frames)
+    odds = np.stack([speech_odds(embeddings, sounds) for embeddings in mouths])
+    return decide(odds, speech_frames(wav, frames))
 
 
 def decide(odds: np.ndarray, speech: np.ndarray) -> np.ndarray:

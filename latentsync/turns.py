@@ -23,7 +23,7 @@ from latentsync.media.tracks import list_tracks
 from latentsync.people import Sighted, everyone_in
 from latentsync.prefetch import prefetch
 from latentsync.rates import scale_frames
-from latentsync.speaking import MouthReader, decide, embed_sound, on_grid, speech_frames, speech_odds
+from latentsync.speaking import MouthReader, on_grid, who_speaks
 
 DECODED_FRAMES = 8  # that wait to be looked at
 
@@ -34,13 +34,21 @@ class Turns:
 
     people: of the film, as they were found; speaker (n,): the number of the one who is painted in each frame, −1 where
     nobody is; opacity (n,): over 0 to 1, it rises and falls in the frames before and after the speech of a turn;
-    summary: see `Report.turns`.
+    summary: see `Report.turns`; remark: the same in a sentence.
     """
 
     people: list[Person]
     speaker: np.ndarray
     opacity: np.ndarray
     summary: list[dict[str, Any]]
+
+    @property
+    def remark(self) -> str:
+        seconds: dict[str, float] = {}
+        for turn in self.summary:
+            seconds[turn["face"]] = seconds.get(turn["face"], 0.0) + turn["to"] - turn["from"]
+        times = ", ".join(f"the face at {face} for {time:.1f} s" for face, time in seconds.items())
+        return f"Of the film's people, who speaks was painted: {times}."
 
     def is_silent(self, number: int) -> bool:
         """Whether nobody is painted in the film's frame of that number."""
@@ -65,8 +73,8 @@ def find_turns(info: VideoInfo, count: int, hooks: RunHooks) -> Turns:
     """Find out who speaks when in the first `count` frames of a film, or of its part, at the rate of a run.
 
     The film is read twice: for its people, and to follow their mouths. A frame takes 400 bytes for each of them. hooks:
-    its progress, of the stage SPEAKERS, counts both readings. Raises UserError where the film has no sound or no face, or
-    nobody is seen speaking.
+    its progress, of the stage SPEAKERS, counts both readings. Raises UserError where the film has no sound, shows no
+    face, or nobody is seen speaking.
     """
     wav = film_sound(info)
     done = 0
@@ -96,10 +104,7 @@ def find_turns(info: VideoInfo, count: int, hooks: RunHooks) -> Turns:
             for reader, face in zip(readers, faces, strict=True):
                 reader.add(frame, face)
     mouths = [reader.finish() for reader in readers]
-    length = len(mouths[0])
-    sounds = embed_sound(judge, wav, length)
-    odds = np.stack([speech_odds(mouth, sounds) for mouth in mouths])
-    speaker = decide(odds, speech_frames(wav, length))
+    speaker = who_speaks(judge, mouths, wav)
     if (speaker < 0).all():
         raise UserError(
             f"Nobody is seen speaking in '{info.path}' while its sound has speech: choose a face with --face."

@@ -1,11 +1,14 @@
 """Films of conversations, made of real clips of one person each: who speaks when is known."""
 
 import math
+import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import cv2
+import imageio_ffmpeg
 import numpy as np
 
 from latentsync import FPS
@@ -130,9 +133,8 @@ def sway(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The frames (n, h, w, 3), shifted, turned and scaled slowly, as a head moves."""
     n, height, width = frames.shape[:3]
     time = np.arange(n) / FPS
-    waves = [
-        sum(np.sin(2 * math.pi * (rate * time + rng.random())) for rate in (0.23, 0.61)) / 2 for _ in range(4)
-    ]  # of a second: slow, and as nodding
+    phases = rng.random((4, 2, 1))
+    waves = np.sin(2 * math.pi * (np.array([[0.23], [0.61]]) * time + phases)).mean(1)  # slow, and as nodding
     shift, angle, scale = SWAY
     out = np.empty_like(frames)
     for i, frame in enumerate(frames):
@@ -140,6 +142,21 @@ def sway(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         matrix[:, 2] += shift * waves[0][i], shift * waves[1][i]
         out[i] = cv2.warpAffine(frame, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)
     return out
+
+
+def write_film(path: Path, frames: np.ndarray, wav: np.ndarray) -> None:
+    """Write frames uint8 (n, h, w, 3), FPS a second, and sound (samples,) at 16 kHz as an MP4."""
+    with TemporaryDirectory(prefix="latentsync-") as folder:
+        sound = Path(folder) / "sound.wav"
+        with wave.open(str(sound), "wb") as file:
+            file.setparams((1, 2, SAMPLES * FPS, 0, "NONE", ""))
+            file.writeframes((np.clip(wav, -1, 1) * 32767).astype("<i2").tobytes())
+        size = frames.shape[2], frames.shape[1]
+        writer = imageio_ffmpeg.write_frames(str(path), size, fps=FPS, audio_path=str(sound), macro_block_size=1)
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
 
 
 def add_noise(wav: np.ndarray, kind: str, ratio: float, seed: int) -> np.ndarray:

@@ -104,7 +104,7 @@ def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, spee
     finally:
         preview.close()
     seconds = time.monotonic() - began
-    if not report.ended_early and not step_downs and not report.resumed_from:
+    if not (report.ended_early or step_downs or report.resumed_from or report.turns):
         speeds.record(speed_key, plan.settings, report.frames, seconds)
     gpu = None
     if models.device.type == "cuda" and (history := last_seconds(monitor.snapshot(), seconds)):
