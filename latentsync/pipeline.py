@@ -310,8 +310,8 @@ def lipsync(
             if isinstance(writer, SegmentWriter):
                 writer.keep = False
             raise no_face_error(video)
-    report.turns = [] if turns is None else turns.summary
-    report.remarks = [*writer.remarks, *filter(None, [place.remark, turns and turns.remark])]
+    report.turns = turns.summary if turns else []
+    report.remarks = [*writer.remarks, *filter(None, [place.remark, turns.remark if turns else None])]
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )

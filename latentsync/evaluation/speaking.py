@@ -154,7 +154,10 @@ def score_film(
 
 
 def speaking_table(scores: Sequence[Score]) -> str:
-    """A row for each kind of film and each sound, a column for each signal, in Markdown: right in %; beside it strictly."""
+    """A row for each kind of film and each sound, a column for each signal, in Markdown.
+
+    Its numbers are in %: right, and in brackets right without a collar, and painted though another one speaks.
+    """
     lines = [
         "| people who do not speak | sound | films | " + " | ".join(SIGNALS) + " |",
         "|---" * (3 + len(SIGNALS)) + "|",
