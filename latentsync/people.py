@@ -20,6 +20,7 @@ from latentsync.settings import Settings
 MAX_DISTANCE = 1.0  # face sizes from the point to the middle of the face that is meant
 SIGHT_INTERVAL = 12  # frames at 25 a second between two in which all faces are looked for
 MAX_PEOPLE = 4  # of a film; following each costs as much as following one
+MAX_MISSED = 3  # looks in a row without a person who, in the same place, may then look somewhat different
 MIN_SIGHTINGS = 2  # of a person, in a film that has so many; others are passers-by, or no faces
 
 
@@ -80,14 +81,15 @@ def face_at(frame: np.ndarray, point: FacePoint) -> Detection | None:
 class Sighted:
     """A person of a film where first and last seen.
 
-    first: the face in the frame in which it was usable first; number: of that frame; last: the face in the last look
-    at the film, None if it was not in it; sightings: looks in which it was usable.
+    first: the face in the frame in which it was usable first; number: of that frame; last: the face when last usable;
+    missed: looks at the film since then; sightings: looks in which it was usable.
     """
 
     look: np.ndarray
     first: Detection
     number: int
-    last: Detection | None
+    last: Detection
+    missed: int = 0
     sightings: int = 1
 
 
@@ -128,7 +130,7 @@ def _recognise(sighted: list[Sighted], frame: np.ndarray, number: int, faces: li
     for i, person in enumerate(sighted):
         for k, face in enumerate(faces):
             unlike = look_difference(person.look, looks[k]) / ALIKE
-            stayed = person.last is not None and person.last.distance(face) < NEAR
+            stayed = person.missed <= MAX_MISSED and person.last.distance(face) < NEAR
             if unlike < (MAX_CHANGE if stayed else 1.0):
                 prices.append((unlike - stayed, i, k))
     paired: dict[int, int] = {}  # number of a person by that of the face
@@ -137,12 +139,12 @@ def _recognise(sighted: list[Sighted], frame: np.ndarray, number: int, faces: li
             paired[k] = i
     for i, person in enumerate(sighted):
         if i not in paired.values():
-            person.last = None
+            person.missed += 1
     for k, (face, look) in enumerate(zip(faces, looks, strict=True)):
         if k not in paired:
             sighted.append(Sighted(look, face, number, face))
             continue
         person = sighted[paired[k]]
-        person.last, person.sightings = face, person.sightings + 1
+        person.last, person.missed, person.sightings = face, 0, person.sightings + 1
         mixed = (1 - LOOK_MEMORY) * person.look + LOOK_MEMORY * look
         person.look = np.where(np.isfinite(mixed), mixed, np.where(np.isfinite(person.look), person.look, look))
