@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentsync import STAGES, __version__
-from latentsync.choice import FACES
+from latentsync import SPEAKERS, STAGES, __version__
+from latentsync.choice import CHOICES, FACES
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.machine import peak_memory
 from latentsync.options import (
@@ -74,8 +74,8 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
         action="append",
         type=face_name,
         metavar="WHO",
-        help=f"which one, if the video shows several: {', '.join(FACES)}, or a point on it, X,Y or X,Y@SECONDS "
-        f"(default: {FACES[0]}); several times with --audio",
+        help=f"which one, if the video shows several: {', '.join(CHOICES)} (at each time who speaks then), or a "
+        f"point on it, X,Y or X,Y@SECONDS (default: {FACES[0]}); several times with --audio",
     )
     parser.add_argument(
         "--audio",
@@ -194,10 +194,12 @@ class ProgressBars:
     def __call__(self, stage: str, done: int, total: int) -> None:
         from tqdm import tqdm
 
-        if not self.bars:  # all at once, so that a stage's time counts from the start of the run
+        if stage not in self.bars:  # all of a run at once, so that a stage's time counts from its start
             layout = "{desc:8} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left"
             size = shutil.get_terminal_size()
-            for position, name in enumerate(self.stages):
+            self.close()
+            self.bars = {}
+            for position, name in enumerate(self.stages if stage in self.stages else (stage,)):
                 self.bars[name] = tqdm(
                     total=total,
                     desc=name,
@@ -230,6 +232,9 @@ class ProgressLines:
         self.total = 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != SPEAKERS and SPEAKERS in self.done:  # before the run itself
+            self.close()
+            self.start = time.monotonic()
         self.resumed.setdefault(stage, max(done - 1, 0))
         self.done[stage], self.total = done, total
         if time.monotonic() - self.last_line >= LINE_SECONDS:

@@ -28,6 +28,7 @@ from latentsync.prepared.recording import Recorder
 from latentsync.retarget import MouthBank
 from latentsync.settings import Settings
 from latentsync.timing import StageClock
+from latentsync.turns import Turns
 from latentsync.windows import EMPTY, AlignedFrame, align_frames, until_repeated
 
 MAX_CROP_BYTES = 512 * 2**20  # of crops that are stored of a video that is played more than once: 26 s at 512 px
@@ -46,6 +47,7 @@ class Source:
     person: who says `wav`, if not `Settings.face`; others: further people, each with the wav of a voice of its own;
     place: where the voice lies in a longer film, whose other frames pass by; the second reading has only those with the
     voice, and there are no other people; repeats: the video is shorter than the sound and played forward and backward;
+    turns: who of all of them is painted when, while each says `wav`;
     second_reading: for a model with a face of its own, the frames until they repeat, once more: they are followed up to
     ten seconds early; cancel: ends both from another thread, whatever they wait for.
     """
@@ -60,6 +62,7 @@ class Source:
     person: Person | None = None
     others: Sequence[tuple[Person, Tensor]] = ()
     place: Placement | None = None
+    turns: Turns | None = None
 
     @property
     def said(self) -> int:
@@ -98,6 +101,7 @@ class FaceQueue:
         for aligned in frames:
             earlier = self._earlier.popleft()
             aligned.recomputed |= earlier.recomputed
+            aligned.outside = earlier.outside
             if aligned.crop is None:
                 aligned.crop = earlier.crop
             yield aligned
@@ -167,11 +171,15 @@ def read_aligned(
             followed = follow_faces(source.second_reading, people, source, film)
             faces = in_thread(collect_mouths(followed, banks), "faces", banks[0].chunk)
             tracked = zip(first_time, faces, strict=False)
+        if source.turns is not None:
+            tracked = source.turns.only_speakers(tracked)
         if place:
             aligned = align_frames(fade_ends(first_person(tracked), place, source.rate), tokens, models.resolution)
         else:
             aligned = align_frames(first_person(tracked), tokens, models.resolution, max_crops, chain(repeated, frames))
-        yield from islice(clock.time(aligned, "crops"), source.said)
+        for frame in islice(clock.time(aligned, "crops"), source.said):
+            frame.outside = source.turns is not None and source.turns.is_silent(frame.number)
+            yield frame
         if place:
             yield from pass_by(frames)
 

@@ -1,4 +1,4 @@
-"""Who is meant: a face of a film, named by its place in the picture or by a point in a frame."""
+"""Who is meant: a face of a film, named by its place in the picture or by a point in a frame, or who speaks."""
 
 import re
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from latentsync.errors import UserError
 
 FACES = ("largest", "left", "right", "centre")  # which face is followed where several are seen
+SPEAKING = "speaking"  # at each time the person who speaks then in the film
+CHOICES = (*FACES, SPEAKING)
 POINT = re.compile(r"(\d{1,5}(?:\.\d{1,3})?),(\d{1,5}(?:\.\d{1,3})?)(?:@(\d{1,6}(?:\.\d{1,6})?))?", re.ASCII)
 
 
@@ -19,12 +21,12 @@ class FacePoint:
 
 
 def parse_face(text: str) -> str | FacePoint:
-    """One of FACES, or a point: "512,300", or "512,300@2.4" with the time in seconds. Raises UserError."""
-    if text in FACES:
+    """One of CHOICES, or a point: "512,300", or "512,300@2.4" with the time in seconds. Raises UserError."""
+    if text in CHOICES:
         return text
     if point := POINT.fullmatch(text):
         return FacePoint(float(point[1]), float(point[2]), float(point[3] or 0))
     raise UserError(
-        f"There is no face '{text}' to choose: give one of {', '.join(FACES)}, or a point on it as 512,300, "
+        f"There is no face '{text}' to choose: give one of {', '.join(CHOICES)}, or a point on it as 512,300, "
         "with a time in seconds as 512,300@2.4."
     )

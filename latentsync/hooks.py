@@ -17,7 +17,8 @@ class Hooks:
     """What `lipsync` calls while it runs, all in the caller's thread. What they raise stops the run.
 
     on_progress(stage, frames done, frames in all): as the stages of `latentsync.STAGES` advance, and at every denoising
-    step. on_frame(frame): with every finished frame, uint8 (H, W, 3), in order; it must not change it. on_wait():
+    step; before them, where it is to be found who speaks, with the stage `latentsync.SPEAKERS` and the frames of two
+    readings. on_frame(frame): with every finished frame, uint8 (H, W, 3), in order; it must not change it. on_wait():
     several times a second while the caller's thread waits for others or for ffmpeg. on_out_of_memory(): when the
     device's memory ran out; returns settings that need less, or None to give up. on_message(line): what the user should
     know before the end. before_painting(): once, when the first faces have been found and are to be painted; until then

@@ -1,19 +1,27 @@
-"""The people of a film that were asked for: `find_people`."""
+"""The people of a film: those that were asked for, `find_people`, and all of them, `everyone_in`."""
 
 import threading
+from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from latentsync.choice import FacePoint, parse_face
 from latentsync.errors import UserError
-from latentsync.following import Person
-from latentsync.landmarks import Detection, open_pool, tiles
-from latentsync.looks import look_of
+from latentsync.following import LOOK_MEMORY, MAX_CHANGE, NEAR, Person
+from latentsync.landmarks import Detection, LandmarkerPool, open_pool, tiles
+from latentsync.looks import ALIKE, look_difference, look_of
 from latentsync.media import VideoInfo, read_frames
+from latentsync.rates import scale_frames
 from latentsync.settings import Settings
 
 MAX_DISTANCE = 1.0  # face sizes from the point to the middle of the face that is meant
+SIGHT_INTERVAL = 12  # frames at 25 a second between two in which all faces are looked for
+MAX_PEOPLE = 4  # of a film; following each costs as much as following one
+MAX_MISSED = 3  # looks in a row without a person who, in the same place, may then look somewhat different
+MIN_SIGHTINGS = 2  # of a person, in a film that has so many; others are passers-by, or no faces
 
 
 def find_people(info: VideoInfo, settings: Settings, cancel: threading.Event | None = None) -> list[Person]:
@@ -67,3 +75,76 @@ def face_at(frame: np.ndarray, point: FacePoint) -> Detection | None:
         return float(np.linalg.norm(face.centre - (point.x, point.y))) / face.size
 
     return min((face for face in faces if distance(face) < MAX_DISTANCE), key=distance, default=None)
+
+
+@dataclass
+class Sighted:
+    """A person of a film where first and last seen.
+
+    first: the face in the frame in which it was usable first; number: of that frame; last: the face when last usable;
+    missed: looks at the film since then; sightings: looks in which it was usable.
+    """
+
+    look: np.ndarray
+    first: Detection
+    number: int
+    last: Detection
+    missed: int = 0
+    sightings: int = 1
+
+
+def everyone_in(frames: Iterable[np.ndarray], rate: Fraction) -> list[Sighted]:
+    """The people whose faces can be used in a film, at most the MAX_PEOPLE who are seen most often.
+
+    frames: uint8 RGB (H, W, 3), `rate` a second; one in SIGHT_INTERVAL is looked at. In the order in which they are
+    first seen, then from the left. Someone in another light may be counted as a second person.
+    """
+    step, looks = scale_frames(SIGHT_INTERVAL, rate), 0
+    sighted: list[Sighted] = []
+    with open_pool(1) as pool:
+        for number, frame in enumerate(frames):
+            if number % step == 0:
+                looks += 1
+                _recognise(sighted, frame, number, _usable_faces(pool, frame))
+    often = [person for person in sighted if person.sightings >= min(MIN_SIGHTINGS, looks)]
+    most = sorted(often, key=lambda person: -person.sightings)[:MAX_PEOPLE]
+    return sorted(most, key=lambda person: (person.number, person.first.centre[0]))
+
+
+def _usable_faces(pool: LandmarkerPool, frame: np.ndarray) -> list[Detection]:
+    """The usable faces in a frame, each once: those that show in its largest tiles, or in the first that show any."""
+    faces: list[Detection] = []
+    for level, (boxes, _) in enumerate(tiles(frame, thorough=True)):
+        for face in pool.detect_all(frame, boxes):
+            if face.usable and all(min(face.distance(one), one.distance(face)) > NEAR for one in faces):
+                faces.append(face)
+        if faces and level:
+            break
+    return faces
+
+
+def _recognise(sighted: list[Sighted], frame: np.ndarray, number: int, faces: list[Detection]) -> None:
+    """Pair the faces of a frame with the people who were seen before, the likest first; the others are new."""
+    looks = [look_of(frame, face.landmarks) for face in faces]
+    prices: list[tuple[float, int, int]] = []
+    for i, person in enumerate(sighted):
+        for k, face in enumerate(faces):
+            unlike = look_difference(person.look, looks[k]) / ALIKE
+            stayed = person.missed <= MAX_MISSED and person.last.distance(face) < NEAR
+            if unlike < (MAX_CHANGE if stayed else 1.0):
+                prices.append((unlike - stayed, i, k))
+    paired: dict[int, int] = {}  # number of a person by that of the face
+    for _, i, k in sorted(prices):
+        if k not in paired and i not in paired.values():
+            paired[k] = i
+    for i, person in enumerate(sighted):
+        if i not in paired.values():
+            person.missed += 1
+    for k, (face, look) in enumerate(zip(faces, looks, strict=True)):
+        if k not in paired:
+            sighted.append(Sighted(look, face, number, face))
+            continue
+        person = sighted[paired[k]]
+        person.last, person.missed, person.sightings = face, 0, person.sightings + 1
+        mixed = (1 - LOOK_MEMORY) * person.look + LOOK_MEMORY * look
+        person.look = np.where(np.isfinite(mixed), mixed, np.where(np.isfinite(person.look), person.look, look))

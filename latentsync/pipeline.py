@@ -24,6 +24,7 @@ from torch import Tensor
 
 from latentsync.aligning import DECODED_FRAMES, TRACKED_FRAMES, FaceQueue, Source, read_aligned, tokens_of
 from latentsync.checkpoints.load import Models
+from latentsync.choice import SPEAKING
 from latentsync.errors import UserError
 from latentsync.faces import lookahead_frames, no_face_error
 from latentsync.following import Person
@@ -44,7 +45,7 @@ from latentsync.media import (
 from latentsync.media.laying import laid_sound
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.painting import Group, Painter, Workers, paint_groups
-from latentsync.people import find_people
+from latentsync.people import MAX_PEOPLE, find_people
 from latentsync.placing import Placement, place_voice, whole_film
 from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.prepared.film import PreparedFilm
@@ -53,6 +54,7 @@ from latentsync.restoring import check_restorable, load_restorer
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
 from latentsync.timing import StageClock
+from latentsync.turns import find_turns
 from latentsync.windows import AlignedFrame, group_windows, split_windows
 
 MEMORY_SHARE = 0.8  # of the free main memory, for the frames that are held at a time
@@ -188,7 +190,12 @@ def lipsync(
         raise UserError("A voice that is laid into a longer film is the only one, and is heard: leave out the others.")
     if film is not None and (other_voices or laid_in or settings.start or settings.end):
         raise UserError("A prepared film is for one face, and used from its beginning: leave out --prepared.")
-    if other_voices and workers is not None:
+    speaking = settings.face == SPEAKING
+    if speaking and (laid_in or film is not None):
+        raise UserError(
+            "Who speaks is found for the whole of a voice: leave out --at and --prepared, or choose a face."
+        )
+    if (other_voices or speaking) and workers is not None:
         raise UserError("Several faces are painted by one GPU: leave out --gpus and --cluster.")
     if settings.restore:
         check_restorable(models)
@@ -197,8 +204,9 @@ def lipsync(
     if settings.restore and workers is None:
         models = replace(models, restorer=load_restorer(settings.restore, models.device))
     info = probe_video(video, video_track).at_choice(settings.fps).between(settings.start, settings.end)
-    held = len(voices) * held_frames(info.rate) if models.retargets else 0
-    held += len(other_voices) * 2 * (settings.windows_per_pass + 1) * WINDOW
+    painted = MAX_PEOPLE if speaking else len(voices)
+    held = painted * held_frames(info.rate) if models.retargets else 0
+    held += (painted - 1) * 2 * (settings.windows_per_pass + 1) * WINDOW
     settings = fit_memory(settings, info, held, 0 if workers is None else workers.max_groups)
     device, kind = (str(models.device), models.device.type) if workers is None else (workers.name, workers.kind)
     clock = StageClock()
@@ -213,7 +221,9 @@ def lipsync(
     ahead = lookahead_frames(info.rate)  # so that no face depends on where the sound ends
     if film is not None and not film.covers(total):
         film = None
-    person, *others = find_people(info, settings, cancel)
+    run_hooks = RunHooks(hooks)
+    turns = find_turns(info, min(total, info.n_frames), run_hooks) if speaking else None
+    person, *others = find_people(info, settings, cancel) if turns is None else turns.people
     if laid_in:
         read = whole_film(info, total, cancel)
     else:
@@ -228,11 +238,11 @@ def lipsync(
         cancel=cancel.set,
         rate=info.rate,
         person=person,
-        others=list(zip(others, wavs[1:], strict=True)),
+        others=list(zip(others, wavs[1:] if turns is None else wavs * len(others), strict=True)),
+        turns=turns,
         place=place if laid_in else None,
     )
     counts = {"frames_without_face": 0, "frames_computed_again": 0}  # of the frames that are written
-    run_hooks = RunHooks(hooks)
     # A resumed job must have the same models; those that were not loaded from files cannot be compared.
     folder: Path | None = None
     if segment_frames and total > segment_frames and models.files:
@@ -305,7 +315,8 @@ def lipsync(
             if isinstance(writer, SegmentWriter):
                 writer.keep = False
             raise no_face_error(video)
-    report.remarks = [*writer.remarks, *filter(None, [place.remark])]
+    report.turns = turns.summary if turns else []
+    report.remarks = [*writer.remarks, *filter(None, [place.remark, turns.remark if turns else None])]
     if models.restorer is not None:
         report.restore_seconds = round(models.restorer.seconds_per_face(), 4)
     report.seconds, report.waiting = (

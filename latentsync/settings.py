@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from math import inf, isfinite
 from typing import Any, Protocol
 
-from latentsync.choice import FACES, parse_face
+from latentsync.choice import FACES, SPEAKING, parse_face
 from latentsync.errors import UserError
 from latentsync.rates import RATES
 
@@ -70,6 +70,8 @@ class Settings:
     def __post_init__(self) -> None:
         for face in (self.face, *self.other_faces):
             parse_face(face)
+        if self.other_faces and SPEAKING in (self.face, *self.other_faces):
+            raise UserError(f"'{SPEAKING}' is for one voice: leave the other faces out.")
         if self.fps not in RATES:
             raise UserError(f"There is no frame rate '{self.fps}' to choose: give one of {', '.join(RATES)}.")
         if self.at_sound not in SOUNDS:
@@ -107,6 +109,8 @@ class Report:
     ended_early: bool = False  # by `pipeline.StopEarly`
     restore_seconds: float = 0.0  # of the device for each frame, of a restorer in this process
     remarks: list[str] = field(default_factory=list)  # sentences for the user on what was left out
+    # With the face `speaking`: who was painted when, as {"face": a point on it, "from": seconds, "to": seconds}.
+    turns: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # each stage was busy; they overlap
     waiting: dict[str, float] = field(default_factory=dict)  # seconds that other threads waited for a stage
     total_seconds: float = 0.0

@@ -24,8 +24,8 @@ class AlignedFrame:
     source: the frame's number in a video that is played more than once, else None; recomputed: painted in a wider
     dtype; shot: `Face.shot`, the number of the stretch between two cuts that the frame lies in; position: the frame's
     number; points: `mouth_points` of the face; generated: uint8 (R, R, 3), the model's own face as it was painted;
-    outside: the frame lies outside of the voice, and no face was looked for; number: of the frame in the film, also
-    where the film is played again.
+    outside: the frame lies outside of the voice, and no face was looked for, or nobody speaks in it; number: of the
+    frame in the film, also where the film is played again.
     """
 
     frame: np.ndarray

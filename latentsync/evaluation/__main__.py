@@ -6,6 +6,7 @@ python -m latentsync.evaluation rates CLIPS OUT         # the same clips at 25, 
 python -m latentsync.evaluation colours FILMS           # FILMS/PERSON.mp4: what matching of colours gives
 python -m latentsync.evaluation video RESULT            # mouth and sound of one file
 python -m latentsync.evaluation strip VIDEO AUDIO RESULT PICTURE.png
+python -m latentsync.evaluation speaking CLIPS OUT      # how often it is found who speaks, in films made of clips
 python -m latentsync.evaluation judge PREPARED          # train the sync judge
 """
 
@@ -21,20 +22,24 @@ import torch
 
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import Models, load_models
+from latentsync.corpus import HELD_OUT_SPEAKERS, list_clips
 from latentsync.errors import UserError
 from latentsync.evaluation.clips import MAX_TRACKS, held_out_clips, read_clip
 from latentsync.evaluation.colours import colours_table, measure_colours, read_crops
+from latentsync.evaluation.conversations import Sentence, read_sentence
 from latentsync.evaluation.judge import WEIGHTS, Check, Judge, judge_clip, load_judge, sync_score, train
 from latentsync.evaluation.measures import correlation, loudness, peak
 from latentsync.evaluation.people import measure_people, people_table
 from latentsync.evaluation.rates import measure_rates, rates_table
 from latentsync.evaluation.report import Result, as_json, check_judge, measure_clips, summarise_groups, table
 from latentsync.evaluation.sheet import contact_sheet, save_picture, strip
+from latentsync.evaluation.speaking import Score, measure_speaking, speaking_table
 from latentsync.options import between, choose_device, exit_code
 from latentsync.paths import check_writable, write_text
 from latentsync.settings import INFERENCE_STEPS, SEED, TRAIN_STEPS, Settings
 
 FILMS = (".mp4", ".mkv", ".mov", ".webm")
+SENTENCES = 2  # of every speaker, in films of conversations
 SHEET_CLIPS = 2  # of every speaker, on the contact sheet
 
 # From arguments, models and settings to the models and settings to measure.
@@ -84,9 +89,22 @@ def build_parser(prog: str, add_options: AddOptions | None = None) -> argparse.A
     judge.add_argument("prepared", type=Path, help="folder written by `python -m latentsync.training prepare`")
     judge.add_argument("--seconds", type=between(float, 0, 1e6), default=240.0, help="time to train for (default 240)")
     judge.add_argument("--output", type=Path, default=WEIGHTS, help="file to write (default: where it is looked for)")
-    for command in (clips, people, rates, colours, video, judge):
+    speaking = commands.add_parser("speaking", help="make films of several people and find who speaks in them")
+    speaking.add_argument("clips", type=Path, help="folder of SPEAKER/CLIP.mp4, with sound")
+    speaking.add_argument("out", type=Path, help="folder for speaking.md and speaking.json")
+    speaking.add_argument(
+        "--speakers",
+        nargs="+",
+        metavar="NAME",
+        default=HELD_OUT_SPEAKERS,
+        help="default: those that training holds out",
+    )
+    for count, default in (("two", 5), ("three", 2)):
+        help_text = f"films of {count} people, for each kind of listener (default {default})"
+        speaking.add_argument(f"--{count}", type=between(int, 0, 1000), default=default, metavar="N", help=help_text)
+    for command in (clips, people, rates, colours, video, judge, speaking):
         command.add_argument("--device", default="auto")
-    for command in (clips, video):
+    for command in (clips, video, speaking):
         command.add_argument("--judge", type=Path, default=WEIGHTS, help="weights of the sync judge")
     return parser
 
@@ -241,6 +259,33 @@ def evaluate_video(args: argparse.Namespace) -> None:
         print(f"judge of sync                confidence {score.confidence:.2f} at {score.offset:+d} frames")
 
 
+def evaluate_speaking(args: argparse.Namespace) -> None:
+    """Make films, find who speaks in them, and write speaking.md and speaking.json into the folder `out`."""
+    judge = load_judge(args.judge, choose_device(args.device))
+    clips: dict[str, list[Sentence]] = {}
+    for speaker, path in list_clips(args.clips):
+        if speaker in args.speakers and len(clips.setdefault(speaker, [])) < SENTENCES:
+            try:
+                clips[speaker].append(read_sentence(path))
+            except UserError as error:
+                print(error, file=sys.stderr)
+    clips = {speaker: sentences for speaker, sentences in clips.items() if sentences}
+    if len(clips) < 3:
+        raise UserError(f"'{args.clips}' has clips of {len(clips)} of these people: give three or more.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    scores: list[Score] = []
+
+    def write(name: str) -> None:
+        # After every film, so that an interrupted run keeps its results.
+        print(name, file=sys.stderr)
+        write_text(args.out / "speaking.json", json.dumps([asdict(score) for score in scores], indent=1) + "\n")
+        write_text(args.out / "speaking.md", speaking_table(scores) + "\n")
+
+    for score in measure_speaking(clips, {2: args.two, 3: args.three}, judge, write):
+        scores.append(score)
+    print(speaking_table(scores))
+
+
 def train_judge(args: argparse.Namespace) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     check_writable(args.output, (args.prepared / "crops.mp4", args.prepared / "clips.npz"))
@@ -272,6 +317,8 @@ def main(
         elif args.command == "strip":
             check_writable(args.picture, (args.video, args.audio, args.result), "The picture")
             save_picture(args.picture, strip(args.video, args.audio, args.result))
+        elif args.command == "speaking":
+            evaluate_speaking(args)
         else:
             train_judge(args)
         return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from latentsync.checkpoints.load import Models
+from latentsync.choice import SPEAKING
 from latentsync.errors import UserError
 from latentsync.faces import no_face_error, track_person
 from latentsync.hooks import NO_HOOKS, Hooks, RunHooks
@@ -38,6 +39,8 @@ def prepare_film(
     and leaves nothing. Raises UserError for a film that cannot be used or shows no face, and where the folder exists or
     cannot be written.
     """
+    if settings.face == SPEAKING:
+        raise UserError("A film is prepared for one face; who speaks is found in the runs themselves. Choose a face.")
     info = probe_video(video, video_track).at_choice(settings.fps)
     run_hooks = RunHooks(hooks)
     status = os.stat(info.path)

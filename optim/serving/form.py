@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentsync.checkpoints.releases import RELEASES
-from latentsync.choice import FACES, parse_face
+from latentsync.choice import CHOICES, parse_face
 from latentsync.errors import UserError
 from latentsync.rates import RATES
 from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED
@@ -24,7 +24,13 @@ CACHES = {AS_LEVEL: "level", "off": None} | {
 SWITCHES = {AS_LEVEL: None, "on": True, "off": False}
 ON_OFF = {"on": True, "off": False}
 MAX_FACE = 40  # characters of what names a face
-FACE_LABELS = {"largest": "the largest", "left": "on the left", "right": "on the right", "centre": "in the centre"}
+FACE_LABELS = {
+    "largest": "the largest",
+    "left": "on the left",
+    "right": "on the right",
+    "centre": "in the centre",
+    "speaking": "at each time who speaks then",
+}
 RATE_LABELS = {"source": "as the video", "25": "25 a second"}
 TRACKS = {"video_track": "video", "audio_track": "sound"}  # fields of `Request` that belong to its files
 QUALITIES = {12: "highest", CRF: "high", 20: "good", 26: "small file"}  # by CRF
@@ -69,7 +75,7 @@ def parse_who(value: Any) -> str:
     """Check that a visitor's value names a face, see `choice.parse_face`. Raises UserError."""
     if not isinstance(value, str) or len(value) > MAX_FACE:
         raise UserError(
-            f"There is no face {shorten(value)}: give one of {', '.join(FACES)}, or a point as 512,300@2.4."
+            f"There is no face {shorten(value)}: give one of {', '.join(CHOICES)}, or a point as 512,300@2.4."
         )
     parse_face(value)
     return value
@@ -143,7 +149,7 @@ def _labels(values: Collection[str]) -> Dropdown:
 
 
 _COMPILE_INFO = "Of use in long jobs where there is neither a GPU nor a second core."
-_FACES = Dropdown(tuple((FACE_LABELS[face], face) for face in FACES), others=True)
+_FACES = Dropdown(tuple((FACE_LABELS[face], face) for face in CHOICES), others=True)
 _QUALITIES = Dropdown(tuple((f"{label} (CRF {crf})", crf) for crf, label in QUALITIES.items()))
 _RATES = Dropdown(tuple((RATE_LABELS[rate], rate) for rate in RATES))
 

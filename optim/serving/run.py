@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentsync import SPEAKERS
 from latentsync.errors import UserError
 from latentsync.media.segments import clock
 from latentsync.settings import WINDOW
@@ -119,7 +120,7 @@ def run_job(
     finally:
         preview.close()
     seconds = time.monotonic() - began
-    if not report.ended_early and not step_downs and not report.resumed_from:
+    if not (report.ended_early or step_downs or report.resumed_from or report.turns):
         speeds.record(speed_key, plan.settings, report.frames, seconds)
     gpu = None
     if models.device.type == "cuda" and (history := last_seconds(monitor.snapshot(), seconds)):
@@ -203,6 +204,9 @@ class Progress:
     def __call__(self, stage: str, done: int, total: int) -> None:
         job, now = self._job, time.time()
         check_cancel(job)
+        if stage == SPEAKERS:
+            job.doing = f"finding who speaks, {100 * done // total} %"
+            return
         if not job.progress and stage == "mouths":  # before any face: what earlier runs have finished
             job.resumed_from = done
             job.messages.append(f"Resumed after {clock(done, job.rate)} of {clock(total, job.rate)}.")
