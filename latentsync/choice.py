@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from latentsync.errors import UserError
 
 FACES = ("largest", "left", "right", "centre")  # which face is followed where several are seen
+SAME_FACE = "The same face was asked for twice: give each voice a face of its own."
 POINT = re.compile(r"(\d{1,5}(?:\.\d{1,3})?),(\d{1,5}(?:\.\d{1,3})?)(?:@(\d{1,6}(?:\.\d{1,6})?))?", re.ASCII)
 
 

@@ -5,7 +5,7 @@ from contextlib import closing
 
 import numpy as np
 
-from latentsync.choice import FacePoint, parse_face
+from latentsync.choice import SAME_FACE, FacePoint, parse_face
 from latentsync.errors import UserError
 from latentsync.following import Person
 from latentsync.landmarks import Detection, open_pool, tiles
@@ -25,7 +25,7 @@ def find_people(info: VideoInfo, settings: Settings, cancel: threading.Event | N
     choices = [parse_face(face) for face in (settings.face, *settings.other_faces)]
     several = len(choices) > 1
     if several and len(set(choices)) < len(choices):
-        raise UserError("The same face was asked for twice: give each voice a face of its own.")
+        raise UserError(SAME_FACE)
     people, found = [], list[tuple[float, Detection]]()
     for choice in choices:
         if not isinstance(choice, FacePoint):
