@@ -27,7 +27,7 @@ from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_
 from optim.serving.login import Throttle, password_checker
 from optim.serving.markup import ASSETS, advice_html, asset, audio_note, footer_html, head_html, video_note
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
-from optim.serving.other_faces import FACE_CLICK, OtherFaces, chosen_face, spoken
+from optim.serving.other_faces import FACE_CLICK, OtherFaces, spoken
 from optim.serving.policy import Policy, policy_for
 from optim.serving.routes import guarded, routes
 from optim.serving.setup import make_uploads, make_worker, upload_folder
@@ -195,16 +195,12 @@ class Page:
         self.audio.change(inputs=self.audio, **seen_audio).then(**self._meaning)
         self.audio_track.input(inputs=[self.audio, self.audio_track], **seen_audio).then(**self._meaning)
         mark_face = {"fn": None, "inputs": face, "js": "(face) => window.lipsync?.markFace(face)"}
-        looks = [
-            self.video.change(inputs=self.video, **seen_video),
-            self.video_track.input(inputs=[self.video, self.video_track], **seen_video),
-        ]
-        self.others.wire(looks, face, self.more, measure, self._meaning, PRIVATE)
+        look = self.video.change(inputs=self.video, **seen_video)
+        looks = [look, self.video_track.input(inputs=[self.video, self.video_track], **seen_video)]
+        self.others.wire(looks, self.video_note, face, self.more, measure, self._meaning, PRIVATE)
         for seen in looks:
             shown = seen.then(None, self.reply, js="(reply) => window.lipsync.showPicture(reply)")
             shown.then(**mark_face).then(**self._meaning)
-        self.video_note.select(chosen_face, None, face, **PRIVATE)
-        face.change(**mark_face)
 
         for button, field, path in self.examples:
             button.click(path.as_posix, None, field, **PRIVATE)
@@ -269,8 +265,9 @@ class Page:
         voices = [audio, *more] if audio or not more else more
         settings = dict(zip(NAMES, values[-len(NAMES) :], strict=True))
         others = self.others.parse(settings["face"], *values[: -len(NAMES)])
-        track = audio_track if audio else None
-        return self.api.submit_all(video, voices, settings, visitor, video_track, track, *others)
+        return self.api.submit_all(
+            video, voices, settings, visitor, video_track, audio_track if audio else None, *others
+        )
 
     def meaning(self, *values: Any) -> tuple[str, str]:
         """The line under the button and the details for the page's settings, the video's rate and seconds of sound."""

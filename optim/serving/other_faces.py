@@ -18,8 +18,9 @@ from optim.serving.form import FACE_LABELS, MAX_FACE, parse_who
 from optim.serving.markup import audio_note, face_buttons
 
 ORDINALS = ("first", "second", "third", "fourth")  # the voices that the page has fields for
-INTRODUCTION = """<p class='quiet'>One video, one job, in which each face says a recording of its own. The voice above
-is that of the face chosen below the video. (More voices for one face are more jobs: see below.)</p>"""
+INTRODUCTION = """<p class='quiet'>One job, in which each face says a recording of its own. The voice above is that of
+the face that is clicked below the video.</p>"""
+HEARD = "<p class='quiet'>The result has all voices, mixed. Another sound can be heard in their place:</p>"
 FACE_CLICK = """element.addEventListener("click", ({ target }) => {
   const face = target.closest("[data-face]")?.dataset.face;
   if (face) trigger("select", { face });
@@ -70,7 +71,8 @@ class OtherFaces:
             gr.HTML(INTRODUCTION, apply_default_css=False)
             self.voices = [self._build_voice(number, looks) for number in range(1, len(ORDINALS))]
             self.note = gr.HTML("", elem_id="others-note", apply_default_css=False)
-            self.sound = gr.Audio(label="Heard in place of the voices (optional)", elem_id="sound", **looks)
+            gr.HTML(HEARD, apply_default_css=False)
+            self.sound = gr.Audio(label="Heard in their place", elem_id="sound", **looks)
             self.sound_note = gr.HTML("", elem_id="sound-note", apply_default_css=False)
         self.sound_seconds = gr.Number(visible=False, label="seconds of the sound")
         self.faces = gr.JSON(visible=False, label="faces")  # names of each that a look at the video has found
@@ -86,7 +88,6 @@ class OtherFaces:
                     [(FACE_LABELS[name], name) for name in FACE_LABELS],
                     value=None,
                     label="Which face says it",
-                    info="Click it above, or name it, as under Advanced.",
                     allow_custom_value=True,
                     elem_id=f"face-{number}",
                 ),
@@ -122,6 +123,7 @@ class OtherFaces:
     def wire(
         self,
         looks: Sequence[Any],
+        thumbnails: gr.HTML,
         face: gr.Dropdown,
         more: gr.File,
         measure: Callable,
@@ -130,9 +132,9 @@ class OtherFaces:
     ) -> None:
         """The events of these fields.
 
-        looks: events with the outputs of `look`; face, more: the page's fields for the first face and for more voices;
-        measure: see `Endpoints.measure`; meaning: the event that shows how long a job takes; private: options of all
-        events.
+        looks: events with the outputs of `look`; thumbnails, face, more: the page's fields for the first face and for
+        more voices; measure: see `Endpoints.measure`; meaning: the event that shows how long a job takes; private:
+        options of all events.
         """
 
         async def listen(audio: Any) -> tuple:
@@ -152,11 +154,12 @@ class OtherFaces:
         for audio, seconds, note in (*fields, (self.sound, self.sound_seconds, self.sound_note)):
             audio.change(None, audio, note, js=LOOKING)
             audio.change(listen, audio, [seconds, note], **private).then(**meaning)
-        for voice in self.voices:
-            voice.thumbnails.select(chosen_face, None, voice.face, **private)
+        for shown, field in ((thumbnails, face), *((voice.thumbnails, voice.face) for voice in self.voices)):
+            shown.select(chosen_face, None, field, **private)
         changes = [field.change for field in (*chosen, *(voice.audio for voice in self.voices), more)]
         gr.on(changes, **check, trigger_mode="always_last")
         gr.on([each.change for each in chosen], **mark)
+        face.change(None, face, js="(face) => window.lipsync?.markFace(face)")
         spread = {"fn": self.spread, "outputs": chosen, **private}
         for look in looks:  # another video: every voice gets the next face
             look.then(inputs=[self.faces, face], **spread).then(**mark).then(**check)
