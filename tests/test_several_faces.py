@@ -13,7 +13,7 @@ import pytest
 from clips import make_sound
 from conftest import save_video
 from gradio_client import Client, handle_file
-from serving import serve
+from serving import ROOT, serve
 from test_people import LEFT, ONE, OTHER, RIGHT, WIDTH, scene
 
 from latentsync.errors import UserError
@@ -262,21 +262,6 @@ def server(tmp_path_factory, checkpoint):
             os.environ["GRADIO_TEMP_DIR"] = before
 
 
-EXAMPLE_OF_DOCS = """
-from gradio_client import Client, handle_file
-
-client = Client(URL, verbose=False)
-video = client.predict(
-    video=handle_file(FILM),
-    audio=handle_file(ANNA),
-    face="left",  # who says `audio`
-    others=[{"face": "right", "audio": handle_file(BEN)}],
-    steps=1,
-    api_name="/lipsync",
-)
-"""
-
-
 def watched(client, reply) -> dict:
     jobs = client.predict(reply["visitor"], 0, api_name="/watch")["jobs"]
     return next(job for job in jobs if job["id"] == reply["job"])
@@ -291,10 +276,15 @@ def done(client, reply) -> dict:
     return job
 
 
-def test_one_call_gives_each_of_two_faces_its_voice(server, clips):
-    files = {"FILM": clips / "two.mp4", "ANNA": clips / "low.wav", "BEN": clips / "high.wav"}
-    names = files | {"URL": server.url}
-    exec(EXAMPLE_OF_DOCS, names)  # noqa: S102
+def test_the_example_of_the_documents_gives_each_of_two_faces_its_voice(server, clips):
+    pieces = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").split("```")
+    (example,) = [piece.removeprefix("python") for piece in pieces if "others=[" in piece]
+    files = {"talk.mp4": "two.mp4", "anna.wav": "low.wav", "ben.wav": "high.wav"}
+    names = {
+        "client": Client(server.url, verbose=False),
+        "handle_file": lambda name: handle_file(clips / files[name]),
+    }
+    exec(example, names)  # noqa: S102
     result = Path(names["video"])
     assert probe_video(result).n_frames == 10 and heard(result) == {330, 880}
     assert painted(clips / "two.mp4", result) == (True, True)
