@@ -1,6 +1,7 @@
 """The people of a film that were asked for: `find_people`."""
 
 import threading
+from collections.abc import Iterable
 from contextlib import closing
 
 import numpy as np
@@ -43,6 +44,15 @@ def find_people(info: VideoInfo, settings: Settings, cancel: threading.Event | N
         found.append((choice.seconds, face))
         people.append(Person(look=look_of(frame, face.landmarks), recognised=True))
     return people
+
+
+def unsaid_voices(settings: Settings, people: Iterable[Person]) -> list[str]:
+    """Remarks on those of `find_people` whom no frame of a finished run has shown."""
+    return [
+        f"No frame shows the face '{face}' so that it can be used: its voice is heard, but nobody says it."
+        for face, person in zip((settings.face, *settings.other_faces), people, strict=True)
+        if not person.seen
+    ]
 
 
 def _frame_at(info: VideoInfo, point: FacePoint, cancel: threading.Event | None) -> np.ndarray:

@@ -44,7 +44,7 @@ from latentsync.media import (
 from latentsync.media.laying import laid_sound
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.painting import Painter, Workers, paint_groups
-from latentsync.people import find_people
+from latentsync.people import find_people, unsaid_voices
 from latentsync.placing import Placement, place_voice, whole_film
 from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.prepared.film import PreparedFilm
@@ -301,6 +301,8 @@ def lipsync(
                 writer.keep = False
             raise no_face_error(video)
     report.remarks = [*writer.remarks, *filter(None, [place.remark])]
+    if others and not report.ended_early:
+        report.remarks += unsaid_voices(settings, (person, *others))
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )
