@@ -362,3 +362,101 @@ def test_voices_that_do_not_fit_are_refused_with_a_sentence(server, clips):
     assert set(server.outputs.glob("*")) == before
     with pytest.raises(Exception, match="The number of people"):
         client.predict(people=100, api_name="/describe")
+
+
+# ---- the fields of the page, without a browser
+
+
+@pytest.fixture(scope="module")
+def fields():
+    import gradio as gr
+
+    from optim.serving.other_faces import OtherFaces
+
+    with gr.Blocks():
+        return OtherFaces(gr.WaveformOptions())
+
+
+TWO = [["largest", "left", "10,10"], ["right", "90,10"]]  # names of the faces of a look
+FILE = {"path": "voice.wav"}
+
+
+@pytest.mark.parametrize(
+    "faces, first, chosen, spread",
+    [
+        (TWO, "largest", (), ["right", None, None]),
+        (TWO, "right", (), ["largest", None, None]),
+        (TWO, "90,10", (), ["largest", None, None]),
+        (TWO, "right", ("right", None, None), ["largest", None, None]),
+        (TWO, "left", ("right", "33,4", None), ["right", "33,4", None]),
+        (TWO, "33,4", ("33,4", "33.0,4@0", "left"), ["largest", "right", None]),
+        ([*TWO, ["50,10"]], "right", ("right", "50,10", None), ["largest", "50,10", None]),
+        ([], "largest", ("left", None, None), ["left", None, None]),
+        (None, "largest", (), [None, None, None]),
+    ],
+)
+def test_every_further_voice_gets_the_next_face_that_is_left(fields, faces, first, chosen, spread):
+    assert fields.spread(faces, first, *chosen) == spread
+
+
+def given(*pairs, faces=TWO, sound=None) -> list:
+    """Values of the fields for pairs of a file and a face."""
+    pairs = [*pairs, *[(None, None)] * (3 - len(pairs))]
+    return [faces, *(file for file, _ in pairs), sound, *(face for _, face in pairs)]
+
+
+def test_voices_are_paired_with_their_faces(fields):
+    values = given((FILE, "right"), (None, "left"), (FILE, "50,50"), sound=FILE)
+    others, sound = fields.parse("left", *values)
+    assert others == [{"face": "right", "audio": FILE}, {"face": "50,50", "audio": FILE}] and sound == FILE
+    assert fields.parse("left", *given((None, "left"))) == ([], None), "a face without a voice keeps its own"
+
+
+@pytest.mark.parametrize(
+    "pairs, sentence",
+    [
+        ([(FILE, None)], "Say which face says the second voice"),
+        ([(FILE, "")], "Say which face says the second voice"),
+        ([(FILE, "10,10")], "The first and the second voice are for the same face"),
+        ([(FILE, "right"), (FILE, "90,10")], "The second and the third voice are for the same face"),
+        ([(FILE, "up")], "no face 'up'"),
+        ([(FILE, 5)], "no face 5"),
+    ],
+)
+def test_voices_that_do_not_pair_up_get_a_sentence(fields, pairs, sentence):
+    with pytest.raises(UserError, match=sentence):
+        fields.parse("left", *given(*pairs))
+    assert sentence in fields.check("left", None, *given(*pairs))[0].replace("&#x27;", "'")
+
+
+def test_one_field_more_is_shown_than_has_a_voice(fields):
+    def shown(*pairs) -> list[bool]:
+        return [box.visible for box in fields.check("left", None, *given(*pairs))[1:]]
+
+    assert shown() == [False, False]
+    assert shown((FILE, "right")) == [True, False]
+    assert shown((FILE, "right"), (FILE, "50,50")) == [True, True]
+
+
+def test_more_voices_than_faces_are_warned_of_where_the_video_was_looked_at(fields):
+    assert fields.check("left", None, *given((FILE, "right")))[0] == ""
+    note = fields.check("left", None, *given((FILE, "right"), (FILE, "50,50")))[0]
+    assert "There are 3 voices, and the first second of this video shows 2 faces" in note and "problem" not in note
+    assert "shows none" in fields.check("left", None, *given((FILE, "right"), faces=[]))[0]
+    assert fields.check("left", None, *given((FILE, "right"), faces=None))[0] == ""
+
+
+def test_more_voices_and_other_faces_exclude_each_other(fields):
+    assert "clear one of them" in fields.check("left", [FILE], *given((FILE, "right")))[0]
+    assert fields.check("left", [FILE], *given())[0] == ""
+
+
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [((3.0, None, None, None), (3.0, 1)), ((3.0, None, 5.0, 2), (5.0, 3)), ((3.0, 1.0, 5.0, None), (1.0, 2)),
+     ((None, None, 5.0), (None, 2)), (("x", "x", "x"), ("x", 1))],
+)  # fmt: skip
+def test_the_result_lasts_as_long_as_the_longest_voice_or_the_sound(seconds, expected):
+    from optim.serving.other_faces import spoken
+
+    assert spoken(*seconds) == expected
