@@ -127,14 +127,12 @@ class OtherFaces:
         face: gr.Dropdown,
         more: gr.File,
         measure: Callable,
-        meaning: dict[str, Any],
         private: dict[str, Any],
     ) -> None:
         """The events of these fields.
 
         looks: events with the outputs of `look`; thumbnails, face, more: the page's fields for the first face and for
-        more voices; measure: see `Endpoints.measure`; meaning: the event that shows how long a job takes; private:
-        options of all events.
+        more voices; measure: see `Endpoints.measure`; private: options of all events.
         """
 
         async def listen(audio: Any) -> tuple:
@@ -153,7 +151,8 @@ class OtherFaces:
         fields = [(voice.audio, voice.seconds, voice.note) for voice in self.voices]
         for audio, seconds, note in (*fields, (self.sound, self.sound_seconds, self.sound_note)):
             audio.change(None, audio, note, js=LOOKING)
-            audio.change(listen, audio, [seconds, note], **private).then(**meaning)
+            heard = audio.change(listen, audio, [seconds, note], **private)
+            heard.then(None, js="() => window.lipsync.describe()")
         for shown, field in ((thumbnails, face), *((voice.thumbnails, voice.face) for voice in self.voices)):
             shown.select(chosen_face, None, field, **private)
         changes = [field.change for field in (*chosen, *(voice.audio for voice in self.voices), more)]
