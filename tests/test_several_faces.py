@@ -460,3 +460,33 @@ def test_the_result_lasts_as_long_as_the_longest_voice_or_the_sound(seconds, exp
     from optim.serving.other_faces import spoken
 
     assert spoken(*seconds) == expected
+
+
+def test_values_of_any_kind_give_a_sentence_at_most(fields):
+    bad = [
+        None,
+        True,
+        -1,
+        1e300,
+        "",
+        "x" * 500,
+        [],
+        [None],
+        [[[1]]],
+        {},
+        {"a": [1]},
+        {"path": 5},
+        [["left"]],
+        [5, "left"],
+    ]
+    for position in range(9):
+        for value in bad:
+            values = [*given((FILE, "right"), (FILE, "50,50"), sound=FILE), None]
+            values[position] = value
+            for first in ("left", value):
+                assert len(fields.check(first, value, *values)) == 3
+                assert len(fields.spread(value, first, *values[5:8])) == 3
+                try:
+                    fields.parse(first, *values)
+                except UserError as error:
+                    assert len(str(error)) < 300
