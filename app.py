@@ -27,6 +27,7 @@ from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_
 from optim.serving.login import Throttle, password_checker
 from optim.serving.markup import ASSETS, advice_html, asset, audio_note, footer_html, head_html, video_note
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
+from optim.serving.other_faces import FACE_CLICK, OtherFaces, spoken
 from optim.serving.policy import Policy, policy_for
 from optim.serving.routes import guarded, routes
 from optim.serving.setup import make_uploads, make_worker, upload_folder
@@ -46,10 +47,6 @@ PRIVATE = PLAIN | {"api_visibility": "private"}
 WITH_VISITOR = "(...values) => values.with({}, window.lipsync.visitor)"
 LOOKING = """(file, ...faces) => [null, file ? "<p class='quiet'>Looking at this file …</p>" : "",
   ...faces.map((face) => /,/.test(face) ? "largest" : face)]"""
-FACE_CLICK = """element.addEventListener("click", ({ target }) => {
-  const face = target.closest("[data-face]")?.dataset.face;
-  if (face) trigger("select", { face });
-});"""
 # The page's scripts, which share one scope: Gradio runs them as the body of one function.
 SCRIPTS = ("basics", "server", "plots", "result", "cards", "outside", "models", "uploads", "theme", "main")
 
@@ -150,6 +147,7 @@ class Page:
                 (gr.Button(label, icon=icon, min_width=60, **looks), fields[kind], path)
                 for label, icon, kind, path in EXAMPLES
             ]
+        self.others = OtherFaces(player)
         with gr.Accordion("More voices for this video", open=False, elem_id="more"):
             self.more = gr.File(
                 label="One job for each of them", file_count="multiple", file_types=["audio", "video"], height=120,
@@ -185,30 +183,29 @@ class Page:
 
         async def look_at_video(video: Any, track: Any = None) -> tuple:
             reply = await check_video(video, track) if video else {}
-            return reply.get("fps"), reply, video_note(reply), track_dropdown(reply)
+            return reply.get("fps"), reply, video_note(reply), track_dropdown(reply), *self.others.look(reply)
 
         # A new file has tracks and faces of its own: an old one's must not be sent with it.
         face = self._controls["face"]
         self.video.change(None, [self.video, face], [self.video_track, self.video_note, face], js=LOOKING)
         self.audio.change(None, self.audio, [self.audio_track, self.audio_note], js=LOOKING)
         seen_audio = {"fn": look_at_audio, "outputs": [self.seconds, self.audio_note, self.audio_track], **PRIVATE}
-        looked = [self.video_fps, self.reply, self.video_note, self.video_track]
+        looked = [self.video_fps, self.reply, self.video_note, self.video_track, *self.others.looked]
         seen_video = {"fn": look_at_video, "outputs": looked, **PRIVATE}
         self.audio.change(inputs=self.audio, **seen_audio).then(**self._meaning)
         self.audio_track.input(inputs=[self.audio, self.audio_track], **seen_audio).then(**self._meaning)
         mark_face = {"fn": None, "inputs": face, "js": "(face) => window.lipsync?.markFace(face)"}
-        for seen in (
-            self.video.change(inputs=self.video, **seen_video),
-            self.video_track.input(inputs=[self.video, self.video_track], **seen_video),
-        ):
+        look = self.video.change(inputs=self.video, **seen_video)
+        looks = [look, self.video_track.input(inputs=[self.video, self.video_track], **seen_video)]
+        self.others.wire(looks, self.video_note, face, self.more, measure, PRIVATE)
+        for seen in looks:
             shown = seen.then(None, self.reply, js="(reply) => window.lipsync.showPicture(reply)")
             shown.then(**mark_face).then(**self._meaning)
-        self.video_note.select(self.chosen_face, None, face, **PRIVATE)
-        face.change(**mark_face)
 
         for button, field, path in self.examples:
             button.click(path.as_posix, None, field, **PRIVATE)
-        inputs = [self.video, self.audio, self.more, self.visitor, self.video_track, self.audio_track, *settings]
+        inputs = [self.video, self.audio, self.more, self.visitor, self.video_track, self.audio_track]
+        inputs += [*self.others.inputs, *settings]
         self.start.click(press, inputs, self.reply, js=WITH_VISITOR.format(3), api_name="press", **PRIVATE).then(
             None, self.reply, js="(reply) => window.lipsync.onStarted(reply)"
         )
@@ -218,7 +215,7 @@ class Page:
         """The event that shows what the settings mean."""
         return {
             "fn": self.api.when_ready(self.meaning),
-            "inputs": [*self.settings, self.seconds, self.video_fps],
+            "inputs": [*self.settings, self.video_fps, self.seconds, *self.others.lengths],
             "outputs": [self.line, self.details],
             "api_name": "meaning",
             **PRIVATE,
@@ -243,7 +240,7 @@ class Page:
 
     def _wire_live(self, uploads_stay: bool) -> None:
         """Events of the page's scripts."""
-        live, files = self.live, [self.video, self.audio, self.more]
+        live, files = self.live, [self.video, self.audio, self.more, *self.others.files]
         # There is another model; a job has shown how fast this machine is; the settings of a job are to be shown; a job
         # is to run again with the page's settings; its timeline is to be shown.
         live.input(self.model_dropdown, None, self.model, **PRIVATE).then(**self._meaning)
@@ -263,16 +260,21 @@ class Page:
     def press(
         self, video: Any, audio: Any, more: Any, visitor: str, video_track: Any, audio_track: Any, *values: Any
     ) -> dict[str, Any]:
-        """Queue a job for each voice."""
+        """Queue a job for each voice, or one for several faces with a voice each."""
         more = more if isinstance(more, list) else []
         voices = [audio, *more] if audio or not more else more
-        settings = dict(zip(NAMES, values, strict=True))
-        return self.api.submit_all(video, voices, settings, visitor, video_track, audio_track if audio else None)
+        settings = dict(zip(NAMES, values[-len(NAMES) :], strict=True))
+        others = self.others.parse(settings["face"], *values[: -len(NAMES)])
+        return self.api.submit_all(
+            video, voices, settings, visitor, video_track, audio_track if audio else None, *others
+        )
 
     def meaning(self, *values: Any) -> tuple[str, str]:
-        """The line under the button and the details for the page's settings and the seconds of its sound."""
+        """The line under the button and the details for the page's settings, the video's rate and seconds of sound."""
+        settings, rate, seconds = values[: len(NAMES)], values[len(NAMES)], values[len(NAMES) + 1 :]
         try:
-            reply, kind = self.api.describe(*values), ""
+            length, people = spoken(*seconds)
+            reply, kind = self.api.describe(*settings, length, rate, people), ""
         except UserError as error:
             reply, kind = {"line": str(error), "details": ""}, "problem"
         details = reply["details"] and f"In detail: {reply['details']}"
@@ -317,11 +319,6 @@ class Page:
         models = machine.models if machine else ()
         return next((each["guidance"] for each in models if each["name"] == name), None) or gr.skip()
 
-    def chosen_face(self, event: gr.EventData) -> Any:
-        """The face that was clicked, for the dropdown."""
-        face = event._data.get("face") if isinstance(event._data, dict) else None
-        return face if isinstance(face, str) and face else gr.skip()
-
     def show_settings(self, event: gr.EventData) -> list[Any]:
         """Set the page to the settings of a job."""
         machine = self.worker.machine
@@ -339,7 +336,10 @@ class Page:
         """Run a job's files again with the page's settings."""
         try:
             job, visitor = self._named_job(event)
-            return self.api.again(job, dict(zip(NAMES, values, strict=True)), visitor)
+            changes = dict(zip(NAMES, values, strict=True))
+            if self.worker.store.find(job, visitor).request.others:
+                del changes["face"]  # every voice keeps its own
+            return self.api.again(job, changes, visitor)
         except UserError as error:
             return {"error": str(error)}
 

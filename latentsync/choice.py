@@ -8,6 +8,7 @@ from latentsync.errors import UserError
 FACES = ("largest", "left", "right", "centre")  # which face is followed where several are seen
 SPEAKING = "speaking"  # at each time the person who speaks then in the film
 CHOICES = (*FACES, SPEAKING)
+SAME_FACE = "The same face was asked for twice: give each voice a face of its own."
 POINT = re.compile(r"(\d{1,5}(?:\.\d{1,3})?),(\d{1,5}(?:\.\d{1,3})?)(?:@(\d{1,6}(?:\.\d{1,6})?))?", re.ASCII)
 
 

@@ -93,12 +93,14 @@ class Person:
     """Who is followed.
 
     which: one of `choice.FACES`, the face to take where several are detected and the look does not decide; look: see
-    `looks.look_of`, None until it has been seen; recognised: nobody else takes this person's place, see the module.
+    `looks.look_of`, None until it has been seen; recognised: nobody else takes this person's place, see the module;
+    seen: whether any frame has shown a usable face of theirs.
     """
 
     which: str = "largest"
     look: np.ndarray | None = None
     recognised: bool = False
+    seen: bool = False
 
 
 class FaceFollower:
@@ -173,6 +175,7 @@ class FaceFollower:
         elif self.not_usable > self.timing.patience:
             self.face = None
         if slot.usable:
+            self.person.seen = True
             self.not_usable, self.schedule = 0, SearchSchedule(self.timing.search_waits)
             self.remember(slot)
         # The next frame is searched there, unless its face is farther from here than this one's was.

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from latentsync.choice import FacePoint, parse_face
+from latentsync.choice import SAME_FACE, FacePoint, parse_face
 from latentsync.errors import UserError
 from latentsync.following import LOOK_MEMORY, MAX_CHANGE, NEAR, Person
 from latentsync.landmarks import Detection, LandmarkerPool, open_pool, tiles
@@ -33,7 +33,7 @@ def find_people(info: VideoInfo, settings: Settings, cancel: threading.Event | N
     choices = [parse_face(face) for face in (settings.face, *settings.other_faces)]
     several = len(choices) > 1
     if several and len(set(choices)) < len(choices):
-        raise UserError("The same face was asked for twice: give each voice a face of its own.")
+        raise UserError(SAME_FACE)
     people, found = [], list[tuple[float, Detection]]()
     for choice in choices:
         if not isinstance(choice, FacePoint):
@@ -51,6 +51,15 @@ def find_people(info: VideoInfo, settings: Settings, cancel: threading.Event | N
         found.append((choice.seconds, face))
         people.append(Person(look=look_of(frame, face.landmarks), recognised=True))
     return people
+
+
+def unsaid_voices(settings: Settings, people: Iterable[Person]) -> list[str]:
+    """Remarks on those of `find_people` whom no frame of a finished run has shown."""
+    return [
+        f"No frame shows the face '{face}' so that it can be used: its voice is heard, but nobody says it."
+        for face, person in zip((settings.face, *settings.other_faces), people, strict=True)
+        if not person.seen
+    ]
 
 
 def _frame_at(info: VideoInfo, point: FacePoint, cancel: threading.Event | None) -> np.ndarray:

@@ -45,7 +45,7 @@ from latentsync.media import (
 from latentsync.media.laying import laid_sound
 from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfinished, work_folder
 from latentsync.painting import Group, Painter, Workers, paint_groups
-from latentsync.people import MAX_PEOPLE, find_people
+from latentsync.people import MAX_PEOPLE, find_people, unsaid_voices
 from latentsync.placing import Placement, place_voice, whole_film
 from latentsync.prefetch import BackgroundConsumer, prefetch
 from latentsync.prepared.film import PreparedFilm
@@ -319,6 +319,8 @@ def lipsync(
     report.remarks = [*writer.remarks, *filter(None, [place.remark, turns.remark if turns else None])]
     if models.restorer is not None:
         report.restore_seconds = round(models.restorer.seconds_per_face(), 4)
+    if other_voices and not report.ended_early:
+        report.remarks += unsaid_voices(settings, (person, *others))
     report.seconds, report.waiting = (
         {stage: round(seconds, 3) for stage, seconds in account.items()} for account in (clock.seconds, clock.waiting)
     )

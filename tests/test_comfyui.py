@@ -26,6 +26,7 @@ from conftest import portrait
 from fake_nvml import Card, FakeNvml
 from recorded_comfy import InterruptProcessingException, VideoFromFile, components
 from scipy.io import wavfile
+from test_people import LEFT, ONE, OTHER, RIGHT, scene
 from tiny import make_checkpoint
 
 from latentsync.errors import UserError
@@ -143,6 +144,57 @@ def test_the_result_is_that_of_the_command_line(comfy, tiny, talking, faces, kin
     assert np.array_equal(read_audio(path), read_audio(expected))
 
 
+@pytest.fixture(scope="module")
+def people() -> torch.Tensor:
+    """An IMAGE batch of two people side by side."""
+    frames = [scene((ONE, (LEFT[0] + t % 4, 10)), (OTHER, (RIGHT[0] - t % 3, 10))) for t in range(8)]
+    return torch.from_numpy(np.stack(frames)).float() / 255
+
+
+def painted(before: torch.Tensor, after: torch.Tensor) -> tuple[bool, bool]:
+    """Whether the mouths in the left and in the right half are others."""
+    change = (before[: len(after)] - after[: len(before)]).abs().mean(-1)
+    half = change.shape[-1] // 2
+    return bool(change[..., :half].max() > 0.06), bool(change[..., half:].max() > 0.06)
+
+
+def test_a_point_says_which_face_is_painted(tiny, people):
+    out = execute(
+        tiny["LatentSyncAccelerated"], images=people, audio=sound(0.2), face_point=f" {RIGHT[0] + 100},90 ", **FAST
+    )
+    assert painted(people, out.args[0]) == (False, True)
+
+
+def test_another_face_says_a_sound_of_its_own_and_both_are_heard(tiny, people):
+    other = sound(0.32, 44100)
+    other["waveform"] = other["waveform"].repeat(1, 2, 1) * torch.linspace(0, 1, other["waveform"].shape[-1])
+    names = {"face": "left", "other_face": f"{RIGHT[0] + 100},90"}
+    out = execute(tiny["LatentSyncAccelerated"], images=people, audio=sound(0.2), other_audio=other, **names, **FAST)
+    frames, audio, _, path = out.args
+    assert len(frames) == 8 and painted(people, frames) == (True, True), "as long as the longer sound"
+    waveform, rate = audio["waveform"], audio["sample_rate"]
+    assert waveform.shape[:2] == (1, 2) and waveform.shape[-1] / rate == pytest.approx(0.32, abs=0.001)
+    early, late = waveform[..., : rate // 10].abs().max(), waveform[..., -rate // 20 :].abs().max()
+    assert 0.2 < early < 0.6 and 0.2 < late < 0.6, "the first and, after its end, the other"
+    written = torch.from_numpy(read_audio(path))
+    assert written.abs().max() == pytest.approx(float(waveform.abs().max()), abs=0.05)
+
+
+def test_an_interruption_of_two_faces_leaves_nothing(comfy, tiny, people):
+    before = threading.enumerate()
+    for checks in 12, 60:
+        comfy.interrupt_after = checks
+        with pytest.raises(InterruptProcessingException):
+            execute(
+                tiny["LatentSyncAccelerated"], images=people, audio=sound(), other_audio=sound(), face="left",
+                other_face="right", **FAST,
+            )  # fmt: skip
+        assert comfy.interrupt_after is None
+        assert not [path for path in (comfy.root / "output").rglob("*") if path.is_file()]
+        assert not list((comfy.root / "temp").iterdir())
+    assert not [thread.name for thread in threading.enumerate() if thread not in before]
+
+
 def test_a_wrapper_s_node_takes_its_saved_values_by_position(comfy, tiny):
     schema = tiny["LatentSyncNode"].define_schema()
     sockets = {"IMAGE,VIDEO", "AUDIO", "LATENTSYNC_MODEL"}
@@ -254,6 +306,13 @@ def nothing() -> dict:
         ({"model": "no such"}, "no model 'no such'"),
         ({"model": "latentsync-1.6"}, "not on this machine"),
         ({"face": "upper"}, "no face 'upper'"),
+        ({"face_point": "12"}, "no face '12'"),
+        ({"face_point": "2,2"}, "shows no face near 2,2"),
+        ({"other_face": "right"}, "'other_face' has no 'other_audio'"),
+        ({"other_audio": sound(0.2)}, "'other_face' is empty"),
+        ({"other_audio": sound(0.2), "other_face": "12"}, "no face '12'"),
+        ({"other_audio": sound(0.2), "other_face": "largest"}, "same face was asked for twice"),
+        ({"other_audio": nothing(), "other_face": "right"}, "'other_audio' holds no sound"),
         ({"inference_steps": 1000}, "steps = 1000"),
         ({"optimization_level": "warp"}, "warp"),
         ({"vram_fraction": 0.01}, "vram_fraction is 0.01"),

@@ -10,6 +10,7 @@ import pytest
 from clips import ffmpeg, make_sound, make_video
 from conftest import SIDE, portrait, save_video
 from serving import serve
+from test_people import LEFT, ONE, OTHER, RIGHT, scene
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -36,6 +37,8 @@ def clips(tmp_path_factory):
     ffmpeg(*sounds, "-disposition:a:0", "default", "-disposition:a:1", "0", folder / "two.m4a")
     (folder / "text.mp4").write_text("this is not a video\n" * 50)
     make_video(folder / "faceless.mp4", seconds=0.5)
+    people = [scene((ONE, (LEFT[0] + t % 4, 10)), (OTHER, (RIGHT[0] - t % 3, 10))) for t in range(12)]
+    save_video(folder / "people.mp4", people, *options)
     return folder
 
 
@@ -488,6 +491,138 @@ def test_a_face_that_no_word_names_is_followed_by_a_point(visit, clips, tmp_path
     page.set_input_files("#video input[type=file]", str(clips / "face.png"))
     page.click("#advanced > button")
     playwright.expect(page.locator("#face input")).to_have_value("the largest")
+
+
+def give_people(page, clips):
+    """Drop the video of two people and a voice, and open the fields of other faces."""
+    give(page, clips, video="people.mp4")
+    page.wait_for_function("document.querySelectorAll('#video-note [data-face]').length == 2")
+    page.click("#others > button")
+    page.wait_for_selector("#faces-1 [aria-pressed=true]")
+
+
+def take_few_steps(page):
+    page.click("#advanced > button")
+    page.fill("#steps input[type=number]", "4")
+    page.press("#steps input[type=number]", "Tab")
+    page.wait_for_function("/: 4 steps/.test(document.querySelector('#line').textContent)")
+
+
+def marked(page, field) -> list[bool]:
+    """Which thumbnail of a field is marked, from the left."""
+    return page.locator(f"{field} [data-face]").evaluate_all("all => all.map((each) => each.ariaPressed === 'true')")
+
+
+def until_marked(page, field, wanted):
+    page.wait_for_selector(f"{field} [data-face]:nth-child({wanted.index(True) + 1})[aria-pressed=true]")
+    assert marked(page, field) == wanted
+
+
+def test_two_people_say_a_recording_each_in_one_job(visit, clips):
+    page = visit()
+    give_people(page, clips)
+    assert "Another one can speak, too" in page.inner_text("#video-note")
+    assert marked(page, "#faces-1") == [not mark for mark in marked(page, "#video-note")], "whoever is left"
+    page.click("#video-note [data-face] >> nth=1")
+    until_marked(page, "#video-note", [False, True])
+    until_marked(page, "#faces-1", [True, False])
+    # The time that is expected counts this voice.
+    with page.expect_request(lambda request: "0.38" in (request.post_data or "")):
+        page.set_input_files("#voice-1 input[type=file]", str(clips / "other.wav"))
+    playwright.expect(page.locator("#other-1")).to_contain_text("0.4 s")
+    page.wait_for_selector("#other-2 #voice-2")  # the next one may have a voice, too
+    take_few_steps(page)
+    start(page)
+    state(page, "done")
+    assert page.inner_text(".card h2") == "people.mp4 + short.wav + other.wav"
+    page.wait_for_function("document.querySelector('.made').readyState > 0")
+    assert page.evaluate("Math.round(document.querySelector('.made').duration * 25)") == 20, "as the longer voice"
+    page.click(".card summary")
+    said = re.search(r"faces and voices\s+(\w+): short.wav, (\w+): other.wav", page.inner_text(".card .tables"))
+    assert said and set(said.groups()) in ({"right", "largest"}, {"largest", "left"})
+    # With the settings of the page, and its faces, whatever the page's face is now.
+    page.click("#video-note [data-face] >> nth=0")
+    until_marked(page, "#video-note", [True, False])
+    page.locator(".rerun").first.click()
+    page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 2")
+    newest = page.locator(".card").first
+    newest.locator("summary").click()
+    assert said.group() in newest.locator(".tables").inner_text().replace("\xa0", " ")
+
+
+def test_voices_that_do_not_fit_their_faces_get_a_sentence_at_their_fields(visit, clips):
+    page = visit()
+    give_people(page, clips)
+    note = page.locator("#others-note")
+    page.set_input_files("#voice-1 input[type=file]", str(clips / "other.wav"))
+    taken = marked(page, "#video-note").index(True)
+    page.click(f"#faces-1 [data-face] >> nth={taken}")
+    playwright.expect(note).to_contain_text("The first and the second voice are for the same face")
+    page.click("#start")
+    page.wait_for_function("document.querySelector('#start-note').textContent.includes('for the same face')")
+    assert page.locator(".card").count() == 0
+    page.click(f"#faces-1 [data-face] >> nth={1 - taken}")
+    playwright.expect(page.locator("#others-note p")).to_have_count(0)
+    page.set_input_files("#voice-2 input[type=file]", str(clips / "short.wav"))
+    playwright.expect(note).to_contain_text("Say which face says the third voice")
+    playwright.expect(note).to_contain_text("There are 3 voices, and the first second of this video shows 2 faces")
+    page.click("#voice-2 [aria-label='Clear']")
+    playwright.expect(page.locator("#others-note p")).to_have_count(0)
+    page.click("#more > button")
+    page.set_input_files("#more input[type=file]", [str(clips / "short.wav")])
+    playwright.expect(note).to_contain_text("is a job for each voice")
+    page.wait_for_timeout(1100)  # two clicks within a second are one
+    page.click("#start")
+    page.wait_for_function("document.querySelector('#start-note').textContent.includes('clear one of them')")
+    page.click("#more-voices [aria-label='Clear']")
+    playwright.expect(page.locator("#others-note p")).to_have_count(0)
+    page.click("#voice-1 [aria-label='Clear']")
+    page.set_input_files("#voice-1 input[type=file]", str(clips / "text.mp4"))
+    playwright.expect(page.locator("#other-1 .problem")).to_contain_text("text.mp4")
+    # Another video has other faces.
+    page.click("#video [aria-label='Clear']")
+    page.set_input_files("#video input[type=file]", str(clips / "talking.mp4"))
+    playwright.expect(page.locator("#video-note")).to_contain_text("1 face")
+    playwright.expect(note).to_contain_text("Say which face says the second voice")
+    playwright.expect(note).to_contain_text("shows 1 face.")
+    assert page.locator("#faces-1 [data-face]").count() == 0
+
+
+def test_a_sound_is_heard_in_place_of_the_voices_of_two_people(visit, clips):
+    page = visit()
+    give_people(page, clips)
+    page.set_input_files("#voice-1 input[type=file]", str(clips / "other.wav"))
+    page.set_input_files("#sound input[type=file]", str(clips / "other.wav"))
+    playwright.expect(page.locator("#sound-note")).to_contain_text("0.4 s")
+    take_few_steps(page)
+    start(page)
+    state(page, "done")
+    page.wait_for_function("document.querySelector('.made').readyState > 0")
+    assert page.evaluate("Math.round(document.querySelector('.made').duration * 25)") == 10, "as long as the sound"
+    page.click(".card summary")
+    assert re.search(r"heard in their place\s+other.wav", page.inner_text(".card .tables"))
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_fields_of_other_faces_fit_and_can_be_used_by_everybody(visit, clips, width, theme):
+    page = visit(width, theme=theme)
+    give_people(page, clips)
+    if width == 1440:
+        assert page.evaluate("document.querySelector('#start').getBoundingClientRect().bottom") <= 900
+    page.set_input_files("#voice-1 input[type=file]", str(clips / "other.wav"))
+    page.wait_for_selector("#voice-2")
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll("#others :is(p, label, input, button, .faces)")].filter((node) =>
+            node.offsetParent && node.scrollWidth > node.clientWidth + 1
+        ).map((node) => node.outerHTML.slice(0, 120))"""
+    )
+    assert cut == []
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    found = [each for each in axe.Axe().run(page).response["violations"] if each["impact"] in ("serious", "critical")]
+    assert found == [], [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found]
 
 
 def test_progress_is_seen_outside_the_page(visit, clips):

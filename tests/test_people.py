@@ -179,7 +179,7 @@ def test_only_the_face_that_is_asked_for_is_painted(film, voices, models, tmp_pa
 def test_every_face_gets_its_voice_and_the_voices_are_mixed(film, voices, models, tmp_path):
     settings = Settings(steps=1, crf=0, face="left", other_faces=("right",))
     report = lipsync(film, voices[0], tmp_path / "out.mp4", models, settings, other_voices=[voices[1]])
-    assert report.frames == 40 and report.frames_without_face == 0
+    assert report.frames == 40 and report.frames_without_face == 0 and report.remarks == []
     left, right = changed(film, tmp_path / "out.mp4")
     assert left > 12 and right > 12
     # Each face as if it alone had been asked for: the other's voice changes nothing.
@@ -190,6 +190,14 @@ def test_every_face_gets_its_voice_and_the_voices_are_mixed(film, voices, models
     assert len(sound) == pytest.approx(1.6 * 16000, abs=700)
     spectrum = np.abs(np.fft.rfft(sound[:16000]))
     assert min(spectrum[325:335].max(), spectrum[875:885].max()) > 20 * np.median(spectrum)
+
+
+def test_a_voice_whose_face_is_never_shown_is_pointed_out(voices, models, tmp_path):
+    alone = save_video(tmp_path / "one.mp4", [scene((OTHER, RIGHT))] * 6, "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    settings = Settings(steps=1, face="left", other_faces=("right",))
+    report = lipsync(alone, voices[0], tmp_path / "out.mp4", models, settings, other_voices=[voices[1]])
+    (remark,) = report.remarks
+    assert "No frame shows the face 'left'" in remark and str(tmp_path) not in remark
 
 
 def test_another_sound_can_be_heard(film, voices, models, tmp_path):

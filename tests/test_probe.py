@@ -75,7 +75,7 @@ def read_pictures(path: Path) -> None:
 
 
 def preview_with_sound(path: Path) -> None:
-    with closing(write_fragments(path.with_name("first.mp4"), (32, 32), path)) as writer:
+    with closing(write_fragments(path.with_name("first.mp4"), (32, 32), [path])) as writer:
         writer.send(None)
         for _ in range(50):
             writer.send(np.zeros((32, 32, 3), np.uint8))

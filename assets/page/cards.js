@@ -8,11 +8,14 @@ const isUnfinished = (job) => job.state === "running" || job.state === "waiting"
 const hasUnfinished = () => [...cards.values()].some(({ job }) => isUnfinished(job));
 const ratioOf = (job) => `aspect-ratio: ${job.size[0]} / ${job.size[1]}`;
 
+/** The names of what is said, by each face. */
+const voicesText = ({ names, others }) => [names[1], ...others.map(({ name }) => name)].join(" + ");
+
 function makeCard(job) {
   const ratio = ratioOf(job);
   return asElement(html`
     <article class="card" data-job="${job.id}" aria-label="Job ${job.names[0]}">
-      <div class="row"><h2>${job.names[0]} + ${job.names[1]}</h2><span class="state" role="status"></span></div>
+      <div class="row"><h2>${job.names[0]} + ${voicesText(job)}</h2><span class="state" role="status"></span></div>
       <p class="made-with quiet">${levelText(job)} · ${dateText(job.created)}</p>
       <p class="doing"></p>
       <div class="busy">

@@ -30,7 +30,7 @@ async function update() {
   updateCards(news.jobs);
   const busy = news.running + news.waiting;
   setText(find("#load"), busy ? `${news.running} running, ${news.waiting} waiting` : "No job is running");
-  if (measured !== null && measured !== news.measured) trigger("submit", {}); // the line under the slider
+  if (measured !== null && measured !== news.measured) describe();
   measured = news.measured;
   await updateModels(news.models, news.fetching);
   await drawLive(news.live).catch(() => { drawnPlot = null; }); // no fault of the server's; it is tried again
@@ -92,7 +92,8 @@ function showWhenComplete() {
 }
 showWhenComplete();
 
-window.lipsync = { visitor, onReply, onStarted, markStop, markFace, showPicture, refresh, dropFiles };
+const describe = () => trigger("submit", {}); // the line under the slider
+window.lipsync = { visitor, describe, onReply, onStarted, markStop, markFace, markFaces, showPicture, refresh, dropFiles };
 let hiddenTurns = 0;
 const refreshIfSeen = () => {
   // A hidden tab still shows progress in its title, but asks less often.

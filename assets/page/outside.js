@@ -29,7 +29,7 @@ function announceEnd(job) {
   if (!document.hidden) return;
   unseen = stateText(job);
   if (window.Notification?.permission === "granted") {
-    new Notification(`${unseen}: ${job.names[0]} + ${job.names[1]}`, { tag: job.id, icon: ICON });
+    new Notification(`${unseen}: ${job.names[0]} + ${voicesText(job)}`, { tag: job.id, icon: ICON });
   }
 }
 document.addEventListener("visibilitychange", () => { if (!document.hidden) unseen = ""; });

@@ -5,7 +5,10 @@ const table = (caption, rows) => html`<table><caption>${caption}</caption>${Obje
 const LEVELS = ["conservative", "balanced", "aggressive"]; // optim/levels.py
 const inSeconds = (seconds) => `${seconds.toFixed(2)} s`;
 
-function settingsUsed({ settings, level, model, resolution, device, frames, frames_without_face: faceless }) {
+function settingsUsed(job) {
+  const { settings, level, model, resolution, device, frames, frames_without_face: faceless } = job.report;
+  const said = [job.names[1], ...job.others.map(({ name }) => name)];
+  const faces = [settings.face, ...(settings.other_faces ?? [])].map((face, i) => `${face}: ${said[i]}`);
   return {
     level,
     model: `${model}, ${resolution} px, on ${device}`,
@@ -13,7 +16,8 @@ function settingsUsed({ settings, level, model, resolution, device, frames, fram
     "lip strength": settings.guidance_scale,
     seed: settings.seed,
     DeepCache: settings.cache ? `every ${settings.cache.interval} steps` : "off",
-    face: settings.face,
+    ...(job.others.length ? { "faces and voices": faces.join(", ") } : { face: settings.face }),
+    ...(job.sound && { "heard in their place": job.sound }),
     "silence gate": settings.silence_gate ? "on" : "off",
     "match colours": settings.match_colours === null ? "as the model has it" : settings.match_colours ? "on" : "off",
     "faces restored": settings.restore ? `by ${settings.restore_strength}` : "no",
@@ -62,7 +66,7 @@ function showResult(view, job) {
     <details>
       <summary>Settings, time and advice</summary>
       <div class="tables">
-        ${table("Settings used", settingsUsed(job.report))}
+        ${table("Settings used", settingsUsed(job))}
         ${table("Seconds each stage was busy", {
           ...Object.fromEntries(seconds), "in all (stages overlap)": inSeconds(job.report.total_seconds),
         })}
@@ -88,7 +92,7 @@ function compareWith(view, job, box, player) {
   const results = () => [...cards.values()].map((each) => each.job).filter((each) => each.files.result && each.id !== job.id);
   const fill = () => {
     const options = [["original", "the original"], ["", "nothing"]];
-    for (const other of results()) options.push([other.id, `${other.names[1]}, ${levelText(other)}, ${dateText(other.created)}`]);
+    for (const other of results()) options.push([other.id, `${voicesText(other)}, ${levelText(other)}, ${dateText(other.created)}`]);
     const value = select.options.length ? select.value : "original";
     select.innerHTML = html`${options.map(([id, text]) => html`<option value="${id}">${text}</option>`)}`;
     select.value = options.some(([id]) => id === value) ? value : "original";

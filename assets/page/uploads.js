@@ -7,7 +7,7 @@ const ACCEPTED = {
   video: "video/*,image/*,.mov,.mkv,.avi,.mts,.m2ts,.3gp,.heic,.avif",
   audio: "audio/*,video/*,.m4a,.mka,.opus,.caf,.amr,.mov,.mkv",
 };
-const fieldOf = (node) => node.closest("#video, #audio, #more-voices");
+const fieldOf = (node) => node.closest("#video, #audio, #more-voices, .voice");
 const kindOf = (field) => (field.id === "video" ? "video" : "audio");
 const inputOf = (field) => find("input[type=file]", field);
 
@@ -62,9 +62,17 @@ function showPicture(look) {
   if (look?.picture && player) player.poster = look.picture;
 }
 
-/** Mark the thumbnail of the face that is followed. */
-function markFace(face) {
-  document.querySelectorAll("[data-face]").forEach((button) => button.setAttribute("aria-pressed", button.dataset.face === face));
+/** Mark the thumbnail of a chosen face, in the field with this id. */
+const chosenFaces = {};
+function markFace(face, field = "video-note") {
+  chosenFaces[field] = face;
+  markFaces();
+}
+function markFaces() {
+  for (const [field, face] of Object.entries(chosenFaces)) {
+    const buttons = document.querySelectorAll(`#${field} [data-face]`);
+    buttons.forEach((button) => button.setAttribute("aria-pressed", button.dataset.face === face));
+  }
 }
 
 /** Say that the files in the form went with the server before; returns none for each of them. */

@@ -8,7 +8,7 @@ import inspect
 import math
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +21,7 @@ from scipy.io import wavfile
 from torch import Tensor
 
 from latentsync.errors import UserError
+from latentsync.media import mix_voices, probe_audio
 from latentsync.media.process import file_url, run_ffmpeg
 from latentsync.media.watchdog import Watchdog
 from latentsync.media.writing import ffmpeg_error
@@ -39,13 +40,18 @@ def check_images(images: Tensor) -> Tensor:
     return images
 
 
-def check_audio(audio: Mapping[str, Any] | None) -> tuple[Tensor, int]:
-    """The first sound of an AUDIO batch, float (channels, samples), and its rate in Hz. Raises UserError."""
+def check_audio(audio: Mapping[str, Any] | None, name: str = "audio") -> tuple[Tensor, int]:
+    """The first sound of an AUDIO batch, float (channels, samples), and its rate in Hz; name: the input's.
+
+    Raises UserError.
+    """
     waveform, rate = (audio or {}).get("waveform"), (audio or {}).get("sample_rate")
     if not isinstance(waveform, Tensor) or waveform.ndim != 3 or 0 in waveform.shape:
-        raise UserError("'audio' holds no sound: give the output of Load Audio, and check that its file is not empty.")
+        raise UserError(
+            f"'{name}' holds no sound: give the output of Load Audio, and check that its file is not empty."
+        )
     if not isinstance(rate, int) or rate < 1:
-        raise UserError(f"'audio' has a sample rate of {rate}: give a whole number of samples a second.")
+        raise UserError(f"'{name}' has a sample rate of {rate}: give a whole number of samples a second.")
     return waveform[0], rate
 
 
@@ -59,6 +65,13 @@ def write_audio(audio: Mapping[str, Any] | None, path: Path) -> Path:
     waveform, rate = check_audio(audio)
     wavfile.write(path, rate, waveform.float().nan_to_num().T.contiguous().cpu().numpy())
     return path
+
+
+def mix_audio(paths: Sequence[Path], path: Path, check: Callable[[], None]) -> dict[str, Any]:
+    """Mix sounds into a WAV file, as `mix_voices` does, and return it as AUDIO. Raises UserError, and as `check`."""
+    mix_voices([probe_audio(each) for each in paths], path, check)
+    rate, samples = wavfile.read(path)  # of 24 bits, as the upper ones of 32
+    return {"waveform": torch.from_numpy(samples.T / np.float32(2**31))[None].float(), "sample_rate": rate}
 
 
 def write_images(images: Tensor, fps: float, path: Path, check: Callable[[], None]) -> Path:

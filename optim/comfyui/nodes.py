@@ -103,6 +103,19 @@ def lip_sync_inputs() -> list[Any]:
         ),
         io.String.Input("filename_prefix", default="video/LatentSync", optional=True),
         LATENTSYNC_MODEL.Input("model", optional=True, tooltip="Of the node LatentSync Model; without it: auto."),
+        io.String.Input(
+            "face_point",
+            default="",
+            optional=True,
+            tooltip="A point on the face, X,Y in pixels, with a time in seconds X,Y@SECONDS: in place of 'face'.",
+        ),
+        io.Audio.Input("other_audio", optional=True, tooltip="What another face says, while 'face' says 'audio'."),
+        io.String.Input(
+            "other_face",
+            default="",
+            optional=True,
+            tooltip=f"Who says 'other_audio': {', '.join(FACES)}, or a point as in 'face_point'.",
+        ),
     ]
 
 
@@ -143,6 +156,9 @@ class LatentSync(io.ComfyNode):
         silence_gate: bool = True,
         filename_prefix: str = "video/LatentSync",
         model: str = "auto",
+        face_point: str = "",
+        other_audio: Mapping[str, Any] | None = None,
+        other_face: str = "",
     ) -> io.NodeOutput:
         result = run(
             Request(
@@ -155,17 +171,19 @@ class LatentSync(io.ComfyNode):
                 steps=inference_steps,
                 vram_fraction=vram_fraction,
                 fps=fps,
-                face=face,
+                face=face_point.strip() or face,
                 crf=crf,
                 silence_gate=silence_gate,
                 filename_prefix=filename_prefix,
+                other_face=other_face.strip(),
+                other_audio=other_audio,
                 keep_frames=isinstance(images, Tensor) or cls._is_linked(output=0),
             )
         )
         saved = ui.SavedResult(result.path.name, result.subfolder, io.FolderType.output)
         return io.NodeOutput(
             ExecutionBlocker(LEFT_IN_FILE) if result.frames is None else result.frames,
-            audio,
+            result.audio,
             InputImpl.VideoFromFile(str(result.path)),
             str(result.path),
             ui=ui.PreviewVideo([saved]),

@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from latentsync import FPS
+from latentsync.choice import FACES
 from latentsync.errors import UserError
 from latentsync.pipeline import Hooks, lipsync
 from latentsync.settings import WINDOW, Settings
 from optim.accelerate import accelerate, oom_handler, plan_for_device
-from optim.comfyui.media import check_audio, write_audio, write_images, write_video
+from optim.comfyui.media import check_audio, mix_audio, write_audio, write_images, write_video
 from optim.comfyui.models import compute_device, find_checkpoint, loaded_models, own_torch_settings
 from optim.doctor import advise_report
 from optim.hardware import gpu_of, recommended_level
@@ -40,7 +41,8 @@ class Request:
     """What the node is asked for.
 
     source: IMAGE (B, H, W, C) or VIDEO; fps: of an IMAGE batch, frames a second; vram_fraction: of the card's memory,
-    0: the level's own; keep_frames: return the frames as well, which takes 12 bytes a pixel of each.
+    0: the level's own; keep_frames: return the frames as well, which takes 12 bytes a pixel of each; other_face: who
+    says other_audio, if there is one.
     """
 
     source: Any
@@ -57,14 +59,25 @@ class Request:
     silence_gate: bool
     filename_prefix: str
     keep_frames: bool
+    other_face: str = ""
+    other_audio: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.other_audio is not None) and not self.other_face:
+            raise UserError(
+                f"'other_face' is empty: say who says 'other_audio', {', '.join(FACES)}, or X,Y of a point."
+            )
+        if self.other_audio is None and self.other_face:
+            raise UserError("'other_face' has no 'other_audio': link a sound to that input, or leave the face empty.")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made: a file in ComfyUI's output folder, and float32 frames (N, H, W, 3) where they were kept."""
+    """What a run made: a file in ComfyUI's output folder, its sound, and float32 frames (N, H, W, 3) where kept."""
 
     path: Path
     subfolder: str  # of the output folder
+    audio: Mapping[str, Any]
     frames: Tensor | None
 
 
@@ -105,9 +118,13 @@ class Progress:
 def run(request: Request) -> Result:
     """Make the video. Raises UserError, ComfyUI's interruption and whatever else goes wrong; then no file is left."""
     check = management.throw_exception_if_processing_interrupted
-    waveform, rate = check_audio(request.audio)
+    sounds = {"audio": request.audio} | ({} if request.other_audio is None else {"other_audio": request.other_audio})
+    waveforms = [check_audio(sound, name) for name, sound in sounds.items()]
+    seconds = max(waveform.shape[-1] / rate for waveform, rate in waveforms)
     with own_torch_settings(), temporary_folder() as folder:
-        audio = write_audio(request.audio, folder / "sound.wav")
+        audio, *others = (write_audio(sound, folder / f"{name}.wav") for name, sound in sounds.items())
+        mixed = folder / "mixed.wav" if others else None
+        heard = request.audio if mixed is None else mix_audio([audio, *others], mixed, check)
         if isinstance(request.source, Tensor):
             video = write_images(request.source, request.fps, folder / "frames.mkv", check)
         else:
@@ -120,13 +137,14 @@ def run(request: Request) -> Result:
             seed=request.seed,
             crf=request.crf,
             face=request.face,
+            other_faces=(request.other_face,) if others else (),
             silence_gate=request.silence_gate,
         )
         plan = plan_for_device(models.device, models.resolution, settings, request.level, **overrides(request))
-        accelerate(models, plan, frames=math.ceil(waveform.shape[-1] / rate * FPS))
+        accelerate(models, plan, frames=math.ceil(seconds * FPS))
         output, subfolder = output_path(request.filename_prefix)
         step_downs: list[str] = []
-        progress = Progress(plan.settings.steps, request.keep_frames)
+        progress = Progress(plan.settings.steps * len(sounds), request.keep_frames)
         hooks = Hooks(
             on_progress=progress.on_progress,
             on_frame=progress.on_frame,
@@ -136,12 +154,12 @@ def run(request: Request) -> Result:
         )
         with interruptible(models, check):
             # In one piece: the next run has another temporary sound, and would not find the segments of this one.
-            report = lipsync(video, audio, output, models, plan.settings, hooks, segment_frames=None)
+            report = lipsync(video, audio, output, models, plan.settings, hooks, None, other_voices=others, sound=mixed)
     for remark in report.remarks:
         log.info(remark)
     for advice in advise_report(report, plan, step_downs):
         log.info(f"{advice.problem} {advice.remedy}")
-    return Result(output, subfolder, progress.frames)
+    return Result(output, subfolder, heard, progress.frames)
 
 
 def overrides(request: Request) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import anyio
 from gradio import FileData
@@ -25,7 +25,7 @@ from optim.serving import form
 from optim.serving.fetcher import Fetcher
 from optim.serving.guard import is_text, shorten
 from optim.serving.inputs import disk_problem, with_user_names
-from optim.serving.job import Job, Request
+from optim.serving.job import MAX_OTHERS, Job, OtherVoice, Request
 from optim.serving.look import listen_to, look_at
 from optim.serving.uploads import Uploads
 from optim.serving.worker import Worker
@@ -35,11 +35,22 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.25  # between two looks at a job that a caller waits for
 # Files that are probed at once, and requests that may wait for that; everything else goes on meanwhile.
 MAX_PROBES, MAX_WAITING_PROBES = 4, 24
+ONE_JOB = (
+    "'More voices for this video' is a job for each voice, 'Another face in this video' one job for all: clear one of "
+    "them."
+)
 BUSY = "This server looks at as many files as it can now: try again in a minute."
 DEMO_HINT = (
     " Demo model: it shows mouth shapes with the video's own pixels. For a newly painted mouth fetch LatentSync 1.6, "
     "under Advanced."
 )
+
+
+class OtherFace(TypedDict):
+    """Another face of a video, and what it says, as clients give them."""
+
+    face: str
+    audio: FileData
 
 
 def as_reply(fn: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[dict[str, Any]]]:
@@ -182,15 +193,27 @@ class Endpoints:
         visitor: str = "",
         video_track: int | None = None,
         audio_track: int | None = None,
+        others: list[OtherFace] | None = None,
+        sound: FileData | None = None,
     ) -> dict[str, Any]:
         """Put a job into the queue: {"job", "visitor"}. An empty visitor gets a token, to ask with later.
 
         video_track, audio_track: numbers from 1, of files with several; without them the files' own choice.
+        others: further faces with a voice each, [{"face": "right", "audio": FILE}], while `audio` is that of the
+        setting `face`; sound: what is heard, in place of the voices.
         """
-        return self.submit_all(video, [audio], settings, visitor, video_track, audio_track)
+        return self.submit_all(video, [audio], settings, visitor, video_track, audio_track, others, sound)
 
     def submit_all(
-        self, video: Any, voices: Sequence[Any], settings: Any, visitor: Any, video_track: Any, audio_track: Any
+        self,
+        video: Any,
+        voices: Sequence[Any],
+        settings: Any,
+        visitor: Any,
+        video_track: Any = None,
+        audio_track: Any = None,
+        others: Any = None,
+        sound: Any = None,
     ) -> dict[str, Any]:
         """Queue a job for each of several voices with one video; replies as `submit`, for the first one.
 
@@ -201,17 +224,24 @@ class Endpoints:
         fields = form.parse_settings(settings, self.models_to_choose)
         fields["video_track"] = form.parse_track(video_track, "video")
         tracks = [form.parse_track(audio_track, "sound"), *[None] * (len(voices) - 1)]
-        sounds = [self._uploaded(voice, "voice") for voice in voices]
+        said = [self._uploaded(voice, "voice") for voice in voices]
+        fields["others"] = tuple(
+            OtherVoice(face, self._uploaded(file, "voice")) for face, file in form.parse_others(others)
+        )
+        fields["sound"] = self._uploaded(sound, "sound") if sound else None
+        if fields["others"] and len(voices) > 1:
+            raise UserError(ONE_JOB)
         jobs: list[Job] = []
-        for sound, track in zip(sounds, tracks, strict=True):
+        for voice, track in zip(said, tracks, strict=True):
+            request = Request(path, voice, **fields, audio_track=track)
             try:
-                job = self.worker.submit(Request(path, sound, **fields, audio_track=track), token)
+                job = self.worker.submit(request, token)
             except UserError as error:
                 if not jobs:
                     raise
                 raise UserError(f"{len(jobs)} of {len(voices)} jobs are queued, the next one is not: {error}") from None
             jobs.append(job)  # it has names of its own for the files now
-            for file in (path, sound):
+            for file in request.files:
                 self.uploads.use(file, job.key)
         return {"job": jobs[0].id, "visitor": token}
 
@@ -224,6 +254,8 @@ class Endpoints:
         steps: int = INFERENCE_STEPS,
         seed: int = SEED,
         face: str = "largest",
+        others: list[OtherFace] | None = None,
+        sound: FileData | None = None,
         progress: Any = None,
         is_gone: Callable[[], Awaitable[bool]] | None = None,
     ) -> Path:
@@ -231,14 +263,15 @@ class Endpoints:
 
         video: the file with the face; audio: the voice; level: from 0, best, to 1, fastest, or conservative, balanced,
         aggressive, auto; model: auto, demo, or a released one; steps: of denoising; face: largest, left, right,
-        centre, or a point on it as 512,300@2.4.
+        centre, or a point on it as 512,300@2.4; others: further faces with a voice each, [{"face": "right", "audio":
+        FILE}]; sound: what is heard, in place of the voices.
         progress: called with (finished, all) frames and the current activity; is_gone: whether the caller has
         disconnected. It waits until the video is finished; the job is cancelled where nobody waits for it any more.
         Raises UserError.
         """
         defaults = {setting.name: None if setting.optional else setting.default for setting in form.SETTINGS}
         settings = defaults | {"level": level, "model": model, "steps": steps, "seed": seed, "face": face}
-        reply = await self.probing(self.submit_all)(video, [audio], settings, "", None, None)
+        reply = await self.probing(self.submit_all)(video, [audio], settings, "", None, None, others, sound)
         job = self.worker.store.find(reply["job"], reply["visitor"])
         try:
             while job.unfinished:
@@ -340,15 +373,18 @@ class Endpoints:
     # ---- before a job
 
     @takes_settings
-    def describe(self, settings: Any, seconds: float | None = None, video_fps: float | None = None) -> dict[str, str]:
+    def describe(
+        self, settings: Any, seconds: float | None = None, video_fps: float | None = None, people: int = 1
+    ) -> dict[str, str]:
         """What settings mean on this machine, in one "line", and in "details".
 
-        seconds, video_fps: of the sound and of the video, where they are known.
+        seconds, video_fps: of the sound and of the video, where they are known; people: who say a voice.
         """
+        people = form.parse_number(people, "The number of people", 1, MAX_OTHERS + 1)
         length = form.parse_seconds(seconds, "The length of the sound")
         rate = form.parse_seconds(video_fps, "The video's frame rate")
         request = Request(Path(), Path(), **form.parse_settings(settings, self.models_to_choose))
-        line, details = self.worker.describe(request, length or None, rate if parse_rate(str(rate)) else None)
+        line, details = self.worker.describe(request, length or None, rate if parse_rate(str(rate)) else None, people)
         machine = self.worker.machine
         if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
             line += DEMO_HINT

@@ -25,11 +25,12 @@ def describe_request(
     video_fps: float | None,
     lent: bool,
     restorer: Path | None = None,
+    people: int = 1,
 ) -> tuple[str, str]:
     """What a request means, in one line, and its plan in detail.
 
     seconds, video_fps: of the sound and the video, None if unknown; lent: the job will run on a lent GPU;
-    restorer: the server's. Raises UserError.
+    restorer: the server's; people: who are painted in every frame. Raises UserError.
     """
     import torch
 
@@ -46,7 +47,8 @@ def describe_request(
         return f"{line}, on {machine.device_name}.", in_detail
     if seconds is None:
         return f"{line}.", in_detail
-    estimate = speeds.estimate(speed_key(checkpoint.name, machine, request), plan.settings, math.ceil(seconds * rate))
+    frames = people * math.ceil(seconds * rate)
+    estimate = speeds.estimate(speed_key(checkpoint.name, machine, request), plan.settings, frames)
     if estimate is None:
         return f"{line}; how long it takes here is not known before the first job.", in_detail
     return f"{line}; {range_text(estimate.low, estimate.high)} for this clip.", in_detail

@@ -81,6 +81,21 @@ def parse_who(value: Any) -> str:
     return value
 
 
+def parse_others(value: Any) -> list[tuple[str, Any]]:
+    """Convert a visitor's further voices, dicts of "face" and "audio", to pairs of a face and a file as it was given.
+
+    Raises UserError.
+    """
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise UserError(f'The other voices are {shorten(value)}: give a list of {{"face": …, "audio": …}}.')
+    for each in value:
+        if not isinstance(each, dict) or each.keys() != {"face", "audio"}:
+            raise UserError(f'Another voice is {shorten(each)}: give {{"face": …, "audio": …}}.')
+    return [(parse_who(each["face"]), each["audio"]) for each in value]
+
+
 def parse_level(value: Any) -> str:
     """Convert a level's name, or a number from 0 to 1, to the level of a request. Raises UserError."""
     name = value.strip().lower() if isinstance(value, str) else None

@@ -5,7 +5,7 @@ import filecmp
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from latentsync.errors import UserError
@@ -14,16 +14,17 @@ from optim.serving.job import Job, Request
 log = logging.getLogger(__name__)
 
 
-def store_inputs(request: Request, names: tuple[str, str], folder: Path, jobs: Iterable[Job]) -> tuple[Path, Path]:
-    """Store the video and the sound of a request in a new folder, mode 700; returns their paths there.
+def store_inputs(request: Request, names: Sequence[str], folder: Path, jobs: Iterable[Job]) -> Request:
+    """Store the files of a request in a new folder, mode 700; returns the request with their paths there.
 
     Each becomes a hard link: to the same content of one of `jobs`, or else to the request's own file; a copy only on
     another file system. So the request's files must not be changed in place afterwards, but their own names may be
-    removed at any time. names: the user's names of the files. Raises UserError if they cannot be stored.
+    removed at any time. names: the user's names of `request.files`. Raises UserError if they cannot be stored.
     """
-    stored = [path for job in jobs for path in (job.request.video, job.request.audio)]
-    sources = request.video, request.audio
-    targets = folder / f"video{_safe_suffix(names[0])}", folder / f"voice{_safe_suffix(names[1])}"
+    stored = [path for job in jobs for path in job.request.files]
+    sources = request.files
+    stems = ["video", "voice", *(f"voice-{number}" for number, _ in enumerate(request.others, 2)), "sound"]
+    targets = [folder / f"{stem}{_safe_suffix(name)}" for stem, name in zip(stems, names, strict=False)]
     try:
         folder.mkdir(parents=True, mode=0o700)
         for source, target in zip(sources, targets, strict=True):
@@ -37,7 +38,7 @@ def store_inputs(request: Request, names: tuple[str, str], folder: Path, jobs: I
             f"Your files cannot be kept with the results of this server ({disk_problem(error)}): remove jobs that you "
             "do not need, or let who serves the page look at the folder that --outputs names."
         ) from None
-    return targets
+    return request.with_files(targets)
 
 
 def store_file(source: Path, target: Path, stored: Iterable[Path]) -> None:

@@ -5,24 +5,37 @@ import math
 import secrets
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from latentsync import STAGES
+from latentsync.choice import SAME_FACE, parse_face
+from latentsync.errors import UserError
 from latentsync.settings import CRF, INFERENCE_STEPS, SEED
 from optim.serving.limits import check_option
 
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 COMPARED_SECONDS = 300  # of a result that are put beside the original
+MAX_OTHERS = 7  # further faces of a job with a voice each; every one takes memory
+FILE_FIELDS = ("video", "audio", "others", "sound")  # of `Request`, that are files or belong to them
+
+
+@dataclass(frozen=True)
+class OtherVoice:
+    """What another face of a video says."""
+
+    face: str  # see `choice.parse_face`
+    audio: Path
 
 
 @dataclass(frozen=True)
 class Request:
     """What a user requests. Ranges are those of the command line; None: what level, model or machine suggest.
 
-    Raises UserError for tracks that are no whole numbers from 1.
+    Raises UserError for tracks that are no whole numbers from 1, and where two voices are for one face.
     """
 
     video: Path
@@ -44,14 +57,42 @@ class Request:
     restore: float = 0.0  # strength, 0 to 1, of the server's face restorer
     video_track: int | None = None  # from 1; None: the file's own choice
     audio_track: int | None = None
+    others: tuple[OtherVoice, ...] = ()  # of further faces, at most MAX_OTHERS
+    sound: Path | None = None  # what is heard in the result; None: the voices, mixed
 
     def __post_init__(self) -> None:
         check_option("The number of the video track", self.video_track, 1, whole=True, optional=True)
         check_option("The number of the sound track", self.audio_track, 1, whole=True, optional=True)
+        if len(self.others) > MAX_OTHERS:
+            raise UserError(f"{len(self.others) + 1} faces have a voice: give one to {MAX_OTHERS + 1} at most.")
+        if self.others and len({parse_face(face) for face in self.faces}) < len(self.faces):
+            raise UserError(SAME_FACE)
+
+    @property
+    def faces(self) -> tuple[str, ...]:
+        """The faces that say a voice, that of `audio` first."""
+        return self.face, *(other.face for other in self.others)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The video, the voice of each face, and the sound, if there is one."""
+        sound = () if self.sound is None else (self.sound,)
+        return self.video, self.audio, *(other.audio for other in self.others), *sound
+
+    @property
+    def heard(self) -> tuple[Path, ...]:
+        """What is heard in the result, mixed: the sound, or the voices."""
+        return self.files[1:] if self.sound is None else (self.sound,)
+
+    def with_files(self, files: Sequence[Path]) -> "Request":
+        """The same with other `files`, in their order."""
+        video, audio, *more = files
+        others = tuple(replace(other, audio=path) for other, path in zip(self.others, more, strict=False))
+        return replace(self, video=video, audio=audio, others=others, sound=self.sound and more[-1])
 
     def settings(self) -> dict[str, Any]:
-        """All fields but the files, ready for JSON."""
-        return {name: value for name, value in asdict(self).items() if name not in ("video", "audio")}
+        """All fields but the files and what belongs to them, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if name not in FILE_FIELDS}
 
 
 @dataclass(eq=False)
@@ -80,9 +121,9 @@ class Job:
     request: Request
     owner: str  # who may see it, see `owner_of`
     folder: Path  # of this job alone: its inputs and its results
-    names: tuple[str, str]  # the user's names of the two files
+    names: tuple[str, ...]  # the user's names of `request.files`
     size: tuple[int, int]  # of the video, pixels
-    seconds: float  # of sound
+    seconds: float  # of what is heard, or of the longest voice
     fps: str = "25"  # frames a second of the result, a fraction: "30000/1001"
     id: str = field(default_factory=lambda: secrets.token_hex(4))
     key: str = field(default_factory=lambda: secrets.token_urlsafe(24))  # gives access to its files
@@ -181,7 +222,9 @@ class Job:
             "doing": stopping_text if stopping else self.doing,
             "ending": stopping,
             "before": place,
-            "names": self.names,
+            "names": self.names[:2],
+            "others": [{"face": face, "name": name} for face, name in self._other_names()],
+            "sound": self.names[-1] if self.request.sound else None,
             "created": self.created,
             "elapsed": None if self.started is None else round((self.ended or time.time()) - self.started, 1),
             "frames": self.frames,
@@ -204,6 +247,10 @@ class Job:
             "comparison": self.comparison and self.comparison.view(),
             "compared_seconds": min(self.seconds, COMPARED_SECONDS),
         }
+
+    def _other_names(self) -> Iterator[tuple[str, str]]:
+        """The further faces, and the user's name of what each says."""
+        return zip(self.request.faces[1:], self.names[2:], strict=False)
 
     def stage_spans(self) -> dict[str, list[float]]:
         """Start and end of each stage, seconds since the start of the run."""

@@ -76,7 +76,7 @@ def find_faces(frame: "np.ndarray") -> list["Detection"]:
 
 
 def _face_view(frame: "np.ndarray", seconds: float, face: "Detection", faces: list["Detection"]) -> dict[str, Any]:
-    """A face's picture, whether it can be used, and the choice that follows it: one of FACES, or a point on it.
+    """A face's picture, whether it can be used, and the choices that follow it: those of FACES, and a point on it.
 
     seconds: the frame's time.
     """
@@ -90,7 +90,7 @@ def _face_view(frame: "np.ndarray", seconds: float, face: "Detection", faces: li
     )
     picture = data_uri(resized(frame[y0:y1, x0:x1], THUMBNAIL_SIDE))
     point = f"{max(x, 0):.0f},{max(y, 0):.0f}" + (f"@{seconds:.2f}" if seconds else "")
-    return {"picture": picture, "usable": face.usable, "face": choices[0] if choices else point}
+    return {"picture": picture, "usable": face.usable, "face": [*choices, point][0], "names": [*choices, point]}
 
 
 def _warnings(faces: list["Detection"]) -> list[str]:

@@ -24,6 +24,7 @@ def credit(repository: str) -> tuple[str, str, str]:
     return name, licence.split(":")[0], f"https://huggingface.co/{repository}"
 
 
+HINT = "Click the one who speaks. Another one can speak, too: see below."
 MEDIAPIPE = "https://ai.google.dev/edge/mediapipe/solutions/vision/face_landmarker"
 CREDITS = (
     ("demo model", "Apache-2.0; trained on GRID, CC BY 4.0", "https://zenodo.org/records/3625687"),
@@ -61,8 +62,13 @@ def video_note(look: dict[str, Any]) -> str:
         facts = [f"{look['duration']:.1f} s", f"{look['fps']:g} frames/s", *facts]
     found = len(look["faces"])
     facts.append(f"{found} {'face' if found == 1 else 'faces'}" if found else "no face found")
-    faces = "".join(map(_face_button, look["faces"])) if found > 1 else ""
-    return f"<p class='quiet'>{' · '.join(facts)}</p><div class='faces'>{faces}</div>{_warnings(look)}"
+    faces = face_buttons(look["faces"], HINT) if found > 1 else ""
+    return f"<p class='quiet'>{' · '.join(facts)}</p>{faces}{_warnings(look)}"
+
+
+def face_buttons(faces: list[dict[str, Any]], hint: str = "") -> str:
+    """Thumbnails of the faces of a look to choose one from, and a hint beside them."""
+    return f"<div class='faces'>{''.join(map(_face_button, faces))}{hint and f'<p>{hint}</p>'}</div>"
 
 
 def _face_button(face: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -57,17 +57,23 @@ def thumbnail(info: VideoInfo) -> bytes:
 
 
 def write_fragments(
-    path: Path, size: tuple[int, int], audio: Path, rate: Fraction = Fraction(FPS)
+    path: Path, size: tuple[int, int], sounds: Sequence[Path], rate: Fraction = Fraction(FPS)
 ) -> Generator[None, "np.ndarray", None]:
-    """Write the frames sent to this generator, with the sound, to an MP4 file that can be played while it grows.
+    """Write the frames sent to this generator, with the sounds mixed, to an MP4 file that can be played while it grows.
 
     size: (width, height) of the frames, uint8 (height, width, 3) RGB; rate: of them a second. Start it with next();
     close it at the end.
     """
+    mixing, heard = [], "1:a:0"
+    if len(sounds) > 1:
+        inputs, heard = "".join(f"[{number}:a:0]" for number, _ in enumerate(sounds, 1)), "[mixed]"
+        mixing = ["-filter_complex", f"{inputs}amix=inputs={len(sounds)}:normalize=0{heard}"]
     arguments = [
         *("-loglevel", "error", "-nostats", "-y", "-f", "rawvideo", "-pixel_format", "rgb24"),
-        *("-video_size", f"{size[0]}x{size[1]}", "-framerate", str(rate), "-i", "pipe:0", *input_arguments(audio)),
-        *("-map", "0:v:0", "-map", "1:a:0", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "ultrafast"),
+        *("-video_size", f"{size[0]}x{size[1]}", "-framerate", str(rate), "-i", "pipe:0"),
+        *(option for sound in sounds for option in input_arguments(sound)),
+        *mixing,
+        *("-map", "0:v:0", "-map", heard, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "ultrafast"),
         *(
             "-crf",
             "23",
@@ -159,7 +165,7 @@ class Preview:
                 if number:
                     if writer is None:
                         writer = stack.enter_context(
-                            closing(write_fragments(job.first, size, job.request.audio, job.rate))
+                            closing(write_fragments(job.first, size, job.request.heard, job.rate))
                         )
                         next(writer)
                     while written < number:

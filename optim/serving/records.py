@@ -13,7 +13,7 @@ from latentsync.errors import UserError
 from latentsync.media.segments import discard, unfinished
 from latentsync.paths import PARTIAL, is_own_file, is_own_folder, replacing
 from latentsync.rates import parse_rate
-from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, WAITING, Comparison, Job, Request
+from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, WAITING, Comparison, Job, OtherVoice, Request
 
 RECORD = "job.json"  # in a job's folder
 MAX_STARTS = 2  # of a job, each ended by a crash of the server before a segment was finished
@@ -58,6 +58,8 @@ def save_job(job: Job, state: str) -> None:
         "server": _this_process(),
         "video": job.request.video.name,
         "audio": job.request.audio.name,
+        "others": [{"face": other.face, "audio": other.audio.name} for other in job.request.others],
+        "sound": job.request.sound and job.request.sound.name,
         "output": job.output and job.output.name,
     }
     with suppress(OSError), replacing(job.folder / RECORD) as partial:
@@ -94,10 +96,22 @@ def _refuse_constant(name: str) -> None:
 
 def _restore(folder: Path, record: dict[str, Any]) -> Job | None:
     """The job of a record, or None if files of it are missing. Raises for records that are not valid."""
-    video, audio = (folder / Path(record[name]).name for name in ("video", "audio"))
-    job = Job(Request(**record["settings"] | {"video": video, "audio": audio}), folder=folder, **_parse_fields(record))
+
+    def stored(name: str) -> Path:
+        return folder / Path(name).name
+
+    files = {
+        "video": stored(record["video"]),
+        "audio": stored(record["audio"]),
+        # Earlier versions had one voice.
+        "others": tuple(OtherVoice(each["face"], stored(each["audio"])) for each in record.get("others", ())),
+        "sound": stored(record["sound"]) if record.get("sound") else None,
+    }
+    job = Job(Request(**record["settings"] | files), folder=folder, **_parse_fields(record))
+    if len(job.names) != len(job.request.files):
+        raise TypeError("every file has a name")
     job.state = record["state"]
-    has_inputs = is_own_file(video) and is_own_file(audio)
+    has_inputs = all(map(is_own_file, job.request.files))
     _remove_partial_files(job)
     if job.unfinished:
         if not has_inputs:
@@ -121,8 +135,8 @@ def _parse_fields(record: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(record[name], kind):
             raise TypeError(f"{name} is {record[name]!r}")
     names, size = tuple(record["names"]), tuple(record["size"])
-    if len(names) != 2 or len(size) != 2 or not all(isinstance(name, str) for name in names):
-        raise TypeError("names and size are pairs")
+    if len(size) != 2 or not all(isinstance(name, str) for name in names):
+        raise TypeError("size is a pair, and names are texts")
     if parse_rate(record["fps"]) is None:
         raise TypeError(f"fps is {record['fps']!r}")
     return {name: record[name] for name in FIELDS} | {"names": names, "size": size}

@@ -56,6 +56,7 @@ def make_plan(
         seed=request.seed,
         crf=request.crf,
         face=request.face,
+        other_faces=request.faces[1:],
         silence_gate=request.silence_gate,
         fps=request.fps,
         match_colours=request.match_colours,
@@ -84,7 +85,8 @@ def run_job(
 
     request = job.request
     plan = make_plan(request, models, models.device, restorer)
-    estimate = speeds.estimate(speed_key, plan.settings, job.frames)
+    people = len(request.faces)  # each is painted in every frame
+    estimate = speeds.estimate(speed_key, plan.settings, job.frames * people)
     job.expected_seconds = estimate.seconds if estimate else None
     job.doing = "preparing the networks"
     accelerate(models, plan, job.messages.append, frames=job.frames)
@@ -98,7 +100,7 @@ def run_job(
 
     preview = Preview(job)
     hooks = Hooks(
-        on_progress=Progress(job, plan.settings.steps, monitor),
+        on_progress=Progress(job, plan.settings.steps * people, monitor),
         on_frame=preview,
         on_wait=lambda: check_cancel(job),
         on_out_of_memory=oom_handler(models, plan, job.messages.append, on_step_down),
@@ -116,12 +118,14 @@ def run_job(
                 hooks,
                 video_track=request.video_track,
                 audio_track=request.audio_track,
+                other_voices=[other.audio for other in request.others],
+                sound=request.sound,
             )
     finally:
         preview.close()
     seconds = time.monotonic() - began
     if not (report.ended_early or step_downs or report.resumed_from or report.turns):
-        speeds.record(speed_key, plan.settings, report.frames, seconds)
+        speeds.record(speed_key, plan.settings, report.frames * people, seconds)
     gpu = None
     if models.device.type == "cuda" and (history := last_seconds(monitor.snapshot(), seconds)):
         gpu = history.gpu(nvml_index(models.device))
@@ -162,6 +166,8 @@ def run_alone(request: Request, output: Path, model: str) -> dict[str, Any]:
         segment_frames=None,
         video_track=request.video_track,
         audio_track=request.audio_track,
+        other_voices=[other.audio for other in request.others],
+        sound=request.sound,
     )
     return report.as_dict() | {"level": plan.level.name, "position": plan.level.position, "step_downs": []}
 

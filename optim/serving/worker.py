@@ -15,7 +15,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -135,11 +135,11 @@ class Worker:
             job.interrupted = True
             job.cancel_requested.set()
 
-    def submit(self, request: Request, visitor: str, names: tuple[str, str] | None = None) -> Job:
+    def submit(self, request: Request, visitor: str, names: Sequence[str] | None = None) -> Job:
         """Take ownership of the files of a request, probe them, and queue the job.
 
         The job's folder gets links to the files, see `inputs.store_inputs`: they must not be changed in place
-        afterwards, but their own names may be removed at once. names: the user's names of the files. Raises UserError
+        afterwards, but their own names may be removed at once. names: the user's, of `request.files`. Raises UserError
         for files that cannot be used, sound that is too long, a full queue or disk, and at a visitor's limits.
         """
         if request.restore and self.restorer is None:
@@ -147,19 +147,23 @@ class Worker:
         owner = owner_of(visitor)
         self.store.check_room(owner)
         self.store.check_stored(owner)
-        names = names or (request.video.name, request.audio.name)
+        names = tuple(names or (path.name for path in request.files))
         folder = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(8)}"
         try:
-            video, audio = store_inputs(request, names, folder, self.store.all())
+            request = store_inputs(request, names, folder, self.store.all())
             self.store.check_stored(owner, folder)
             try:
-                info = probe_video(video, request.video_track).at_choice(request.fps)
-                # No more of the sound is decoded than it may last.
-                sound = probe_audio(audio, request.audio_track, max_seconds=self.max_seconds)
+                info = probe_video(request.video, request.video_track).at_choice(request.fps)
+                # No more of the sounds is decoded than they may last.
+                tracks = [request.audio_track, *[None] * len(request.files)]
+                sounds = [
+                    probe_audio(path, track, max_seconds=self.max_seconds)
+                    for path, track in zip(request.files[1:], tracks, strict=False)
+                ]
             except UserError as error:
-                raise UserError(with_user_names(error, {video: names[0], audio: names[1]})) from None
-            request = replace(request, video=video, audio=audio)
-            job = Job(request, owner, folder, names, (info.width, info.height), sound.duration, str(info.rate))
+                raise UserError(with_user_names(error, dict(zip(request.files, names, strict=True)))) from None
+            seconds = max(sound.duration for sound in (sounds[-1:] if request.sound else sounds))
+            job = Job(request, owner, folder, names, (info.width, info.height), seconds, str(info.rate))
             job.messages += info.remarks
             job.remarks = len(job.messages)
             self.store.add(job)
@@ -228,18 +232,22 @@ class Worker:
             raise UserError("This job has not ended yet: cancel it first.")
         self.store.remove(job)
 
-    def describe(self, request: Request, seconds: float | None, video_fps: float | None = None) -> tuple[str, str]:
+    def describe(
+        self, request: Request, seconds: float | None, video_fps: float | None = None, people: int = 1
+    ) -> tuple[str, str]:
         """What a request means on this machine, in one line, and in detail.
 
-        seconds, video_fps: of its sound and its video, None if unknown. Waits until the machine has been inspected.
-        Raises UserError.
+        seconds, video_fps: of its sound and its video, None if unknown; people: who say a voice. Waits until the
+        machine has been inspected. Raises UserError.
         """
         self.ready.wait()
         if self.machine is None or self.speeds is None:
             raise UserError(self.problem or "")
         checkpoint = self._find_checkpoint(request)
         lent = self.lent is not None
-        return describe_request(request, checkpoint, self.machine, self.speeds, seconds, video_fps, lent, self.restorer)
+        return describe_request(
+            request, checkpoint, self.machine, self.speeds, seconds, video_fps, lent, self.restorer, people
+        )
 
     def find_models(self) -> None:
         """Update which models are here and what `auto` means, after one was fetched or removed."""
@@ -353,7 +361,7 @@ class Worker:
                 discard(job.planned_output)
             return CANCELLED
         except UserError as error:
-            names = {job.request.video: job.names[0], job.request.audio: job.names[1]}
+            names = dict(zip(job.request.files, job.names, strict=True))
             remedy = {"label": "Choose another video", "focus": "video"} if "shows no face" in str(error) else None
             job.set_error(with_user_names(error, names), remedy)
         except BaseException as error:  # also a SystemExit of a library: it would end the thread without a message
