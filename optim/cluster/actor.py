@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,27 +29,33 @@ from optim.cluster.messages import PaintedGroup, PaintTask, pack_result, unpack
 QUEUED = {"cpu": 2, "cuda": 3}
 
 
+def versions() -> dict[str, str]:
+    """What has to be the same on all machines, for their frames to be alike."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"latentsync": __version__, "torch": torch.__version__, "Python": python}
+
+
 @dataclass(frozen=True)
 class Order:
     """What every worker of a run prepares for.
 
-    model: a name or a folder, see `resolve_model`; hashes: SHA-256 of its files by their names, None on the driver's
-    own machine; versions: of the driver, see `versions`; kind: of the device, "cpu" or "cuda"; threads: of a worker on
-    a processor, as many as the single process has, since another number rounds otherwise; level, batch, overrides: see
-    `plan_for_device`; frames: of the job; token_required: a machine whose Ray lets in anybody is refused.
+    model: a name or a folder, see `resolve_model`; kind: of the device, "cpu" or "cuda"; level, batch, overrides: see
+    `plan_for_device`; frames: of the job; hashes: SHA-256 of the model's files by their names, None on the driver's own
+    machine; token_required: a machine whose Ray lets in anybody is refused; versions: of the driver; threads: of a
+    worker on a processor, as many as the single process has, since another number rounds otherwise.
     """
 
     model: str
-    hashes: dict[str, str] | None
-    versions: dict[str, str]
     kind: str
-    threads: int
     settings: Settings
     level: str
     batch: int | None
     overrides: dict[str, Any]
     frames: int
-    token_required: bool
+    hashes: dict[str, str] | None = None
+    token_required: bool = False
+    versions: dict[str, str] = field(default_factory=versions)
+    threads: int = field(default_factory=torch.get_num_threads)
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,6 @@ class Prepared:
     name: str
     plan: Plan
     details: str
-
-
-def versions() -> dict[str, str]:
-    """What has to be the same on all machines, for their frames to be alike."""
-    python = ".".join(platform.python_version_tuple()[:2])
-    return {"latentsync": __version__, "torch": torch.__version__, "Python": python}
 
 
 def hashes_of(checkpoint: Checkpoint) -> dict[str, str]:

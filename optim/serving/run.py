@@ -1,5 +1,7 @@
 """One job through the pipeline: its plan, its progress, how it is cancelled, and what to try when memory runs out.
 
+`runners` decide where that happens.
+
 The functions import torch, not the module, so that the page can be shown before it is loaded.
 """
 
@@ -23,7 +25,9 @@ if TYPE_CHECKING:  # torch takes seconds to load
 
     from latentsync.checkpoints.find import Checkpoint
     from latentsync.checkpoints.load import Models
+    from latentsync.settings import Settings
     from optim.accelerate import Plan
+    from optim.cluster.workers import RayWorkers
     from optim.monitor import Monitor
 
 
@@ -31,10 +35,9 @@ class Cancelled(Exception):
     """Raised inside a run to end it and leave nothing."""
 
 
-def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.device") -> "Plan":
-    """The plan for a request with a model on a device. Raises UserError."""
+def requested_settings(request: Request, model: "Checkpoint | Models") -> tuple["Settings", dict[str, Any]]:
+    """The settings of a request before its level applies, and the fields of the level that it overrides."""
     from latentsync.settings import DeepCache, Settings
-    from optim.accelerate import plan_for_device
 
     settings = Settings.suiting(
         model,
@@ -51,29 +54,49 @@ def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.dev
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if request.cache != "level":
         overrides["cache"] = DeepCache(int(request.cache), 0) if request.cache else None
+    return settings, overrides
+
+
+def make_plan(request: Request, model: "Checkpoint | Models", device: "torch.device") -> "Plan":
+    """The plan for a request with a model on a device. Raises UserError."""
+    from optim.accelerate import plan_for_device
+
+    settings, overrides = requested_settings(request, model)
     return plan_for_device(device, model.resolution, settings, request.level, request.batch, **overrides)
 
 
-def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, speed_key: str) -> None:
-    """Run a job with loaded models, and set its output, report, advice and messages.
+def expect(job: Job, speeds: Speeds, speed_key: str, settings: "Settings") -> None:
+    """Set the time that a job will take by earlier ones."""
+    estimate = speeds.estimate(speed_key, settings, job.frames)
+    job.expected_seconds = estimate.seconds if estimate else None
 
-    speeds: gives the expected time and records the job's own, under `speed_key`. Raises Cancelled, UserError,
-    `pipeline.StopEarly` where nothing was finished yet, and whatever else goes wrong.
+
+def run_job(
+    job: Job,
+    models: "Models",
+    plan: "Plan",
+    monitor: "Monitor",
+    speeds: Speeds,
+    speed_key: str,
+    workers: "RayWorkers | None" = None,
+    where: str = "",
+) -> None:
+    """Run a job with models that are prepared for its plan, and set its output, report, advice and messages.
+
+    speeds: records the time that it took, under `speed_key`; workers: paint in place of the models, see `lipsync`;
+    where: said after what is painted, as " on 2 GPUs". Raises Cancelled, UserError, `pipeline.StopEarly` where nothing
+    was finished yet, and whatever else goes wrong.
     """
     from latentsync.pipeline import Hooks, lipsync
-    from optim.accelerate import accelerate, oom_handler
+    from optim.accelerate import oom_handler
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
 
     request = job.request
-    plan = make_plan(request, models, models.device)
-    estimate = speeds.estimate(speed_key, plan.settings, job.frames)
-    job.expected_seconds = estimate.seconds if estimate else None
-    job.doing = "preparing the networks"
-    accelerate(models, plan, job.messages.append, frames=job.frames)
     check_cancel(job)
     job.doing = "looking at the files"
     step_downs: list[str] = []
+    messages = len(job.messages)
 
     def on_step_down(change: str) -> None:
         step_downs.append(change)
@@ -81,10 +104,10 @@ def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, spee
 
     preview = Preview(job)
     hooks = Hooks(
-        on_progress=Progress(job, plan.settings.steps, monitor),
+        on_progress=Progress(job, None if workers else plan.settings.steps, monitor, where),
         on_frame=preview,
         on_wait=lambda: check_cancel(job),
-        on_out_of_memory=oom_handler(models, plan, job.messages.append, on_step_down),
+        on_out_of_memory=None if workers else oom_handler(models, plan, job.messages.append, on_step_down),
     )
     monitor.mark(plan.level.name)
     began = time.monotonic()
@@ -99,11 +122,13 @@ def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, spee
                 hooks,
                 video_track=request.video_track,
                 audio_track=request.audio_track,
+                workers=workers,
             )
     finally:
         preview.close()
     seconds = time.monotonic() - began
-    if not report.ended_early and not step_downs and not report.resumed_from:
+    undisturbed = not step_downs if workers is None else len(job.messages) == messages  # they say what they lack
+    if undisturbed and not report.ended_early and not report.resumed_from:
         speeds.record(speed_key, plan.settings, report.frames, seconds)
     gpu = None
     if models.device.type == "cuda" and (history := last_seconds(monitor.snapshot(), seconds)):
@@ -112,6 +137,8 @@ def run_job(job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, spee
     job.messages.extend(report.remarks)
     position = {"level": plan.level.name, "position": plan.level.position}
     job.report = report.as_dict() | position | {"step_downs": step_downs}
+    if workers is not None:
+        job.report["workers"] = workers.summary()
     job.output = job.planned_output
     monitor.mark("done")
 
@@ -176,10 +203,13 @@ def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]
 
 
 class Progress:
-    """The pipeline's hook on_progress: updates the job, and ends the run when it is cancelled."""
+    """The pipeline's hook on_progress: updates the job, and ends the run when it is cancelled.
 
-    def __init__(self, job: Job, steps: int, monitor: "Monitor"):
-        self._job, self._steps, self._monitor = job, steps, monitor
+    steps: of denoising, None where they are not seen; where: said after what is painted.
+    """
+
+    def __init__(self, job: Job, steps: int | None, monitor: "Monitor", where: str = ""):
+        self._job, self._steps, self._monitor, self._where = job, steps, monitor, where
         self._steps_taken = 0  # since the last finished frame
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -193,11 +223,12 @@ class Progress:
         if stage not in job.progress:
             self._monitor.mark(stage)
         if stage == "mouths":
-            job.doing = "painting mouths"
-            # A call without a new frame is a denoising step. Decoding follows the last one.
-            self._steps_taken = self._steps_taken + 1 if done == job.progress.get(stage, 0) else 0
-            fraction = min(self._steps_taken / (self._steps + 1), 1.0)
-            job.partial_frames = min(fraction * WINDOW, total - done)
+            job.doing = f"painting mouths{self._where}"
+            if self._steps is not None:
+                # A call without a new frame is a denoising step. Decoding follows the last one.
+                self._steps_taken = self._steps_taken + 1 if done == job.progress.get(stage, 0) else 0
+                fraction = min(self._steps_taken / (self._steps + 1), 1.0)
+                job.partial_frames = min(fraction * WINDOW, total - done)
         elif stage == "faces" and "mouths" not in job.progress:
             job.doing = "finding faces"
         job.progress[stage] = done

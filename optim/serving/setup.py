@@ -55,6 +55,7 @@ def make_worker(options: Namespace) -> Worker:
         keep_hours=options.keep_hours,
         lent=lent_gpu(),
         limits=SHARED_LIMITS if options.shared else NO_LIMITS,
+        gpus=options.gpus,
     )
 
 

@@ -87,6 +87,6 @@ def _is_speed(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
-def speed_key(model: str, machine: "Machine") -> str:
-    """The key in `Speeds` for a model, by name, on a machine."""
-    return f"{model}, {machine.device_name}"
+def speed_key(model: str, machine: "Machine", gpus: int = 1) -> str:
+    """The key in `Speeds` for a model, by name, on a machine; gpus: that a job has there."""
+    return f"{model}, {machine.device_name}" + (f", {gpus} of them" if machine.gpus > 1 else "")
