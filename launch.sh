@@ -188,6 +188,7 @@ case $command in
         ;;
     "" | -*)
         install "$here/requirements.exact.txt" installed
+        install_cluster "$@"
         exec "$python" "$here/app.py" "$@"
         ;;
     sync)
