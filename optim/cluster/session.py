@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ STORE_BYTES = 512 * 2**20  # of Ray's object store for each worker: a limit, mem
 STORE_SHARE = 0.3  # of the free memory, at most
 MAX_FOLDER = 40  # bytes of a session folder's path: Ray adds 67 for its sockets, whose paths have 107 at most
 MISSING = "Several GPUs need Ray, which is not installed: run `pip install -e .[cluster]`, or start with ./launch.sh."
+NOT_LINUX = "Several GPUs need Ray, with which this program is tested on Linux only: leave --gpus and --cluster out."
 
 
 @contextmanager
@@ -109,7 +111,7 @@ def _import_ray():  # noqa: ANN202
     try:
         import ray
     except ImportError:
-        raise UserError(MISSING) from None
+        raise UserError(MISSING if sys.platform == "linux" else NOT_LINUX) from None
     return ray
 
 

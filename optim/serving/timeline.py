@@ -1,6 +1,7 @@
 """The timeline of a finished job: the machine's curves above bars of the stages, as a plotly figure."""
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 from latentsync.errors import UserError
 from optim.serving.job import Job
@@ -8,8 +9,16 @@ from optim.serving.job import Job
 if TYPE_CHECKING:  # plotly takes a while to load
     from plotly.graph_objects import Figure
 
-COLOURS = ("#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c")  # read on light and on dark
+# Read on light and on dark; as in assets/page/plots.js.
+COLOURS = ("#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c", "#0e7fa8", "#8553c9")
 INK, GRID = "#6b7a83", "rgba(128, 140, 148, 0.25)"
+
+
+def line_of(name: str, i: int) -> dict[str, Any]:
+    """The line of a curve, the i-th one. Each of several GPUs has a colour; its memory has the same, dotted."""
+    gpu = re.fullmatch(r"GPU (\d+)( memory)?", name)
+    number, dash = (int(gpu[1]), "dot" if gpu[2] else "solid") if gpu else (i, "solid")
+    return {"color": COLOURS[number % len(COLOURS)], "width": 1.6, "dash": dash}
 
 
 def timeline_figure(job: Job) -> "Figure":
@@ -24,8 +33,8 @@ def timeline_figure(job: Job) -> "Figure":
     stages, curves = job.timeline["stages"], job.timeline.get("curves", {})
     figure = Figure()
     for i, (name, values) in enumerate(curves.items()):
-        line = {"color": COLOURS[i % len(COLOURS)], "width": 1.6}
-        figure.add_trace(Scatter(x=job.timeline["time"], y=values, name=name, mode="lines", line=line))
+        trace = Scatter(x=job.timeline["time"], y=values, name=name, mode="lines", line=line_of(name, i))
+        figure.add_trace(trace)
     for i, (stage, (start, end)) in enumerate(stages.items()):
         figure.add_trace(
             Bar(
