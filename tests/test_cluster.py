@@ -280,6 +280,44 @@ def test_a_worker_that_is_killed_at_any_moment_changes_nothing(workers, expected
         assert sum(member.lost for member in workers.members) == attempt
 
 
+def test_a_worker_that_hangs_counts_as_lost_after_a_time_that_follows_from_the_groups(workers, expected):
+    from optim.cluster.workers import FIRST_GROUP_SECONDS, MIN_GROUP_SECONDS
+
+    assert workers.group_seconds() == FIRST_GROUP_SECONDS["cpu"], "nobody knows yet how long a group takes"
+    workers.wait_until_ready(2)
+    victim = workers.members[0]
+    process = process_of(victim)
+
+    def on_step():
+        if victim.groups and not victim.lost:
+            process.suspend()
+            if workers._slowest and workers._works(victim):
+                victim.working_since -= 2 * workers.group_seconds()  # as if it had stood still for so long
+
+    assert np.array_equal(paint(workers, on_step), expected)
+    assert victim.lost and "has returned nothing for" in workers._problem
+    psutil.wait_procs([process], timeout=60)
+    assert not process.is_running(), "it is killed, and holds no GPU any more"
+    workers._slowest = 100.0
+    assert workers.group_seconds() == 2000.0 > MIN_GROUP_SECONDS
+    workers._slowest = 1.0
+    assert workers.group_seconds() == MIN_GROUP_SECONDS
+
+
+def test_waiting_for_workers_can_be_ended(session, checkpoint):
+    from optim.cluster.workers import RayWorkers
+
+    class Stop(Exception):
+        pass
+
+    def on_step():
+        raise Stop
+
+    with pytest.raises(Stop), RayWorkers(make_order(checkpoint), 2, 2, RESOLUTION, False, print) as workers:
+        workers.wait_until_ready(on_step=on_step)
+    assert not any(member.prepared for member in workers.members)
+
+
 def test_ray_listens_on_the_loopback_address_only(session):
     listening = [
         connection.laddr.ip

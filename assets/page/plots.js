@@ -31,12 +31,12 @@ function resetCurves() {
 
 const gridColour = () => (isDark() ? "#28323a" : "#e6ebee");
 const axis = (options) => ({ gridcolor: gridColour(), zeroline: false, fixedrange: true, ...options });
-/** The line of a curve, the i-th one. Each of several GPUs has a colour; its memory has the same, dotted. */
-function lineOf(name, i, width) {
+/** A curve, the i-th one. Each of several GPUs has a colour; its memory has the same, dotted, and the legend shows one. */
+function curve(name, x, y, i, width) {
   const [, gpu, memory] = /^GPU (\d+)( memory)?$/.exec(name) ?? [];
-  return { width, color: COLOURS[(gpu ?? i) % COLOURS.length], dash: gpu && memory ? "dot" : "solid" };
+  const line = { width, color: COLOURS[(gpu ?? i) % COLOURS.length], dash: gpu && memory ? "dot" : "solid" };
+  return { x, y, name, mode: "lines", line, showlegend: !memory || gpu === "0" };
 }
-const curve = (name, x, y, i, width) => ({ x, y, name, mode: "lines", line: lineOf(name, i, width) });
 const baseLayout = () => ({
   margin: { l: 42, r: 22, t: 8, b: 24 },
   paper_bgcolor: "rgba(0,0,0,0)",

@@ -101,11 +101,12 @@ class OnGpus:
     """Runs jobs on the GPUs of a machine, each on as many as `Job.gpus` says: several jobs at once, or one on all.
 
     This process decodes, follows the face and encodes; a Ray worker for each GPU paints. Use it within
-    `cluster.session.local_session`. model: what the server uses for `auto`.
+    `cluster.session.local_session`. model: what the server uses for `auto`; threads: of a worker on a processor.
     """
 
-    def __init__(self, model: str, machine: Machine, monitor: "Monitor", speeds: Speeds):
+    def __init__(self, model: str, machine: Machine, monitor: "Monitor", speeds: Speeds, threads: int):
         self._model, self._machine, self._monitor, self._speeds = model, machine, monitor, speeds
+        self._threads = threads
 
     def run(self, job: Job, checkpoint: "Checkpoint") -> None:
         import torch
@@ -128,6 +129,7 @@ class OnGpus:
             batch=request.batch,
             overrides=overrides,
             frames=job.frames,
+            threads=self._threads,
         )
         outline = load_outline(checkpoint, working_dtype(device))
         where = workers_text(count, device.type)

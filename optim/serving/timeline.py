@@ -14,11 +14,15 @@ COLOURS = ("#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c", "#0
 INK, GRID = "#6b7a83", "rgba(128, 140, 148, 0.25)"
 
 
-def line_of(name: str, i: int) -> dict[str, Any]:
-    """The line of a curve, the i-th one. Each of several GPUs has a colour; its memory has the same, dotted."""
+def looks_of(name: str, i: int) -> dict[str, Any]:
+    """The looks of a curve, the i-th one.
+
+    Each of several GPUs has a colour; its memory has the same, dotted, and the legend shows one of these.
+    """
     gpu = re.fullmatch(r"GPU (\d+)( memory)?", name)
-    number, dash = (int(gpu[1]), "dot" if gpu[2] else "solid") if gpu else (i, "solid")
-    return {"color": COLOURS[number % len(COLOURS)], "width": 1.6, "dash": dash}
+    number, memory = (int(gpu[1]), gpu[2] is not None) if gpu else (i, False)
+    line = {"color": COLOURS[number % len(COLOURS)], "width": 1.6, "dash": "dot" if memory else "solid"}
+    return {"line": line, "showlegend": not memory or number == 0}
 
 
 def timeline_figure(job: Job) -> "Figure":
@@ -33,8 +37,8 @@ def timeline_figure(job: Job) -> "Figure":
     stages, curves = job.timeline["stages"], job.timeline.get("curves", {})
     figure = Figure()
     for i, (name, values) in enumerate(curves.items()):
-        trace = Scatter(x=job.timeline["time"], y=values, name=name, mode="lines", line=line_of(name, i))
-        figure.add_trace(trace)
+        looks = looks_of(name, i)
+        figure.add_trace(Scatter(x=job.timeline["time"], y=values, name=name, mode="lines", **looks))
     for i, (stage, (start, end)) in enumerate(stages.items()):
         figure.add_trace(
             Bar(

@@ -276,10 +276,12 @@ class Worker:
         if self.lent:
             self.runner = OnLentGpu(self.lent, self.model, machine)
         elif numbers:
+            import torch
+
             from optim.cluster.session import local_session
 
             stack.enter_context(local_session(len(numbers), numbers if machine.device != "cpu" else ()))
-            self.runner = OnGpus(self.model, machine, self.monitor, self.speeds)
+            self.runner = OnGpus(self.model, machine, self.monitor, self.speeds, torch.get_num_threads())
         else:
             self.runner = InProcess(machine, self.monitor, self.speeds)
         self.store.gpus = machine.gpus
