@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -408,6 +409,69 @@ def ray_processes() -> set[int]:
             if mine and "Agent" not in process.name():
                 found.add(process.pid)
     return found
+
+
+def left_over() -> dict[str, set]:
+    """What a session of Ray can leave behind: processes, shared memory, folders."""
+    folders = set(Path(tempfile.gettempdir()).glob("latentsync-*")) | set(Path(tempfile.gettempdir()).glob("new-*"))
+    return {"processes": ray_processes(), "memory": set(SHARED_MEMORY.iterdir()), "folders": folders}
+
+
+def painting_processes(process: psutil.Process) -> list[psutil.Process]:
+    """The workers of a command that have begun to load their model."""
+    found = []
+    with suppress(psutil.Error):
+        for child in process.children(recursive=True):
+            with suppress(psutil.Error):
+                if child.name().startswith("ray::Worker") or child.cmdline()[:1] == ["ray::Worker"]:
+                    found.append(child)
+    return found
+
+
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed (pip install -e .[cluster])")
+@pytest.mark.skipif(usable_cores() < 2, reason="two workers need two cores")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for what Linux shows of processes and shared memory")
+@pytest.mark.parametrize("tries", [2, pytest.param(20, marks=pytest.mark.full_size)])
+def test_a_worker_is_killed_at_random_times_and_the_command_gives_its_result_and_leaves_nothing(
+    checkpoint, talking, tmp_path, tries
+):
+    """The moment is drawn from the time between the first worker's start and the end of a run that is left alone."""
+    sound, folder = make_sound(tmp_path / "sound.wav", seconds=5), tmp_path / "out"
+    folder.mkdir()
+    options = (talking, sound, "--model", checkpoint, "--steps", 2, "--device", "cpu", "-o")
+    alone = run_command("sys.exit(main(ARGUMENTS))", *options, folder / "alone.mp4")
+    assert alone.returncode == 0, alone.stderr
+    expected, random, span, killed = (folder / "alone.mp4").read_bytes(), np.random.default_rng(tries), None, []
+    before = left_over()
+    while len(killed) < tries:
+        command = start_command("sys.exit(main(ARGUMENTS))", *options, folder / "out.mp4", "--gpus", 2)
+        said = threading.Thread(target=lambda command=command: texts.extend(command.communicate(timeout=300)))
+        texts: list[str] = []
+        said.start()
+        driver = psutil.Process(command.pid)
+        while not (victims := painting_processes(driver)) and command.poll() is None:
+            time.sleep(0.02)
+        began = time.monotonic()
+        moment = None if span is None else began + random.uniform(0, span)
+        while moment is not None and command.poll() is None:
+            if time.monotonic() > moment and (victims := painting_processes(driver)):
+                victim = victims[random.integers(len(victims))]
+                with suppress(psutil.NoSuchProcess):
+                    doing = victim.name()
+                    victim.send_signal(signal.SIGKILL)
+                    killed.append((round(time.monotonic() - began, 2), doing))
+                break
+            time.sleep(0.01)
+        said.join()
+        if span is None:
+            span = time.monotonic() - began
+        assert command.returncode == 0, texts
+        assert (folder / "out.mp4").read_bytes() == expected, (killed[-1:], texts)
+        assert sorted(os.listdir(folder)) == ["alone.mp4", "out.mp4"]
+        gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in ray_processes() - before["processes"]], 60)
+        left = {name: found - before[name] for name, found in left_over().items()}
+        assert not alive and not any(left.values()), (killed[-1:], left)
+    print(f"killed within {span:.1f} s: {killed}")
 
 
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed (pip install -e .[cluster])")
