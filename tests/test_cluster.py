@@ -445,8 +445,10 @@ def test_a_worker_is_killed_at_random_times_and_the_command_gives_its_result_and
     before = left_over()
     while len(killed) < tries:
         command = start_command("sys.exit(main(ARGUMENTS))", *options, folder / "out.mp4", "--gpus", 2)
-        said = threading.Thread(target=lambda command=command: texts.extend(command.communicate(timeout=300)))
         texts: list[str] = []
+        said = threading.Thread(
+            target=lambda command, texts: texts.extend(command.communicate()), args=(command, texts)
+        )
         said.start()
         driver = psutil.Process(command.pid)
         while not (victims := painting_processes(driver)) and command.poll() is None:
