@@ -134,8 +134,8 @@ def test_windows_that_have_travelled_are_painted_to_the_same_bits(models, expect
 
 
 def test_a_worker_paints_several_tasks_at_once_in_their_order(checkpoint, expected):
-    worker = Worker(make_order(checkpoint))
-    worker.prepare()
+    worker = Worker()
+    worker.prepare(make_order(checkpoint))
     frames = aligned_frames()
     groups = list(groups_of(frames))
     tasks = [(group, task) for group in groups if (task := pack(group, RESOLUTION, False)) is not None]
@@ -154,8 +154,8 @@ def test_a_worker_paints_several_tasks_at_once_in_their_order(checkpoint, expect
 
 
 def test_a_task_that_fails_ends_with_its_error_and_the_next_is_painted(checkpoint, models):
-    worker = Worker(make_order(checkpoint))
-    worker.prepare()
+    worker = Worker()
+    worker.prepare(make_order(checkpoint))
     (group, *_) = groups_of(aligned_frames())
     good = pack(group, RESOLUTION, own_face=False)
     bad = pack(group, RESOLUTION, own_face=False)
@@ -167,17 +167,17 @@ def test_a_task_that_fails_ends_with_its_error_and_the_next_is_painted(checkpoin
 
 def test_a_worker_with_other_versions_other_files_or_an_open_ray_is_refused(checkpoint, models, monkeypatch):
     hashes = hashes_of(resolve_model(str(checkpoint), CPU))
-    Worker(make_order(checkpoint, hashes=hashes)).prepare()
+    Worker().prepare(make_order(checkpoint, hashes=hashes))
     other = hashes | {"latentsync_unet.safetensors": "0" * 64}
     with pytest.raises(UserError, match=r"another one than here \(latentsync_unet.safetensors\)"):
-        Worker(make_order(checkpoint, hashes=other)).prepare()
+        Worker().prepare(make_order(checkpoint, hashes=other))
     with pytest.raises(UserError, match="torch .* was started with 0.1"):
-        Worker(make_order(checkpoint, versions=versions() | {"torch": "0.1"})).prepare()
+        Worker().prepare(make_order(checkpoint, versions=versions() | {"torch": "0.1"}))
     with pytest.raises(UserError, match=f"On {actor.socket.gethostname()}: There is no model 'elsewhere'"):
-        Worker(make_order(checkpoint, model="elsewhere")).prepare()
+        Worker().prepare(make_order(checkpoint, model="elsewhere"))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(UserError, match="lets in anybody"):
-        Worker(make_order(checkpoint, token_required=True)).prepare()
+        Worker().prepare(make_order(checkpoint, token_required=True))
 
 
 def start_command(code: str, *arguments: object, **variables: str) -> subprocess.Popen:

@@ -267,7 +267,7 @@ def test_cancelling_one_job_leaves_the_other_and_one_that_starts_can_be_cancelle
     assert short.state == "waiting" and worker.store.place(short) == 1
     worker.cancel(long.id, ME)
     assert ended(worker, long).state == CANCELLED and kept.state == RUNNING
-    until(lambda: short.doing.startswith("loading the model"))
+    until(lambda: short.doing.startswith("getting 1 process ready"))
     other = worker.submit(request(talking, sounds["other"]), ME)
     worker.cancel(short.id, ME)
     assert ended(worker, short).state == CANCELLED and short.output is None
@@ -282,8 +282,8 @@ def test_cancelling_one_job_leaves_the_other_and_one_that_starts_can_be_cancelle
 def test_a_worker_that_is_lost_is_replaced_and_the_job_says_so(worker, alone, talking, sounds):
     job = worker.submit(request(talking, sounds["short"]), ME)
     until(lambda: job.doing.startswith("painting"))
-    [victim] = [each for each in ray_workers() if each.is_running()]
-    victim.send_signal(signal.SIGKILL)
+    for victim in ray_workers():  # one that no job uses, too
+        victim.send_signal(signal.SIGKILL)
     assert ended(worker, job).state == DONE, job.error
     assert job.output.read_bytes() == alone["short"] and any("was lost" in line for line in job.messages)
 
@@ -301,6 +301,26 @@ def test_the_level_auto_is_the_smallest_gpu_s(worker, talking, sounds):
     assert at_level(request(talking, sounds["short"]), several).level == "1.0"
     assert at_level(request(talking, sounds["short"], level="0.5"), several).level == "0.5"
     assert at_level(request(talking, sounds["short"]), replace(several, gpus=1)).level == "auto"
+
+
+@needs_workers
+def test_the_next_job_takes_the_workers_of_the_one_before_until_they_have_been_idle_for_long(
+    worker, alone, talking, sounds, monkeypatch
+):
+    before = [ended(worker, worker.submit(request(talking, sounds["short"]), ME)) for _ in range(2)]
+    processes = {process.pid for process in ray_workers()}
+    other = ended(worker, worker.submit(request(talking, sounds["other"], level="1.0", steps=3), ME))
+    assert other.state == DONE and {process.pid for process in ray_workers()} == processes
+    after = ended(worker, worker.submit(request(talking, sounds["other"]), ME))
+    assert {process.pid for process in ray_workers()} == processes and len(processes) <= 2
+    assert {job.output.read_bytes() for job in before} == {alone["short"]}
+    assert after.output.read_bytes() == alone["other"], "nothing of the job between stays"
+    monkeypatch.setattr(worker, "idle_seconds", 0.1)
+    with worker.store.changed:
+        worker.store.changed.notify_all()
+    until(lambda: not ray_workers())
+    monkeypatch.undo()
+    assert ended(worker, worker.submit(request(talking, sounds["short"]), ME)).output.read_bytes() == alone["short"]
 
 
 def ray_workers() -> list[psutil.Process]:

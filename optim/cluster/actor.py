@@ -1,5 +1,6 @@
 """A worker: one process with a device of its own, which holds the models and paints what the driver sends."""
 
+import gc
 import os
 import platform
 import queue
@@ -8,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from latentsync import __version__
 from latentsync.checkpoints.download import sha256_of
 from latentsync.checkpoints.find import Checkpoint, resolve_model
-from latentsync.checkpoints.load import load_models
+from latentsync.checkpoints.load import Models, load_models
 from latentsync.errors import UserError
 from latentsync.options import choose_device
 from latentsync.painting import Group, Painter, paint_groups
@@ -59,6 +60,15 @@ class Order:
 
 
 @dataclass(frozen=True)
+class PreparedRun:
+    """What the painting thread needs for a run. threads: of a processor, None on a GPU."""
+
+    models: Models
+    plan: Plan
+    threads: int | None
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A worker that is ready. name: its machine and device; details: everything that its plan does, in one line."""
 
@@ -76,18 +86,25 @@ class Worker:
     """The class of Ray's actors. Its methods are called in several threads; one thread of its own paints.
 
     So the device has its next group before the one it works on has come back: `paint_groups` finishes a group after it
-    has queued the next, as in a single process.
+    has queued the next, as in a single process. A worker may serve one run after another.
     """
 
-    def __init__(self, order: Order):
-        self._order = order
-        self._tasks: queue.SimpleQueue[tuple[PaintTask, Future[PaintedGroup]]] = queue.SimpleQueue()
+    def __init__(self) -> None:
+        self._models: Models | None = None
+        self._loaded: Checkpoint | None = None  # of `_models`
+        self._tasks: queue.SimpleQueue[tuple[PaintTask, Future[PaintedGroup]] | PreparedRun] = queue.SimpleQueue()
         self._started: deque[tuple[PaintTask, list[Window], Future[PaintedGroup]]] = deque()  # of the painting thread
+        self._next_run: PreparedRun | None = None
         self._messages: list[str] = []
+        # One thread for all runs: what a compiler keeps for a network belongs to the thread that called it first.
+        threading.Thread(target=self._paint_runs, name="painting", daemon=True).start()
 
-    def prepare(self) -> Prepared:
-        """Check this machine, load the models and start to wait for tasks. Raises UserError."""
-        order, name = self._order, socket.gethostname()
+    def prepare(self, order: Order) -> Prepared:
+        """Check this machine, load the models unless they are loaded, and start to wait for a run's tasks.
+
+        Nothing of an earlier run may be waited for. Raises UserError.
+        """
+        name = socket.gethostname()
         if order.token_required and os.environ.get("RAY_AUTH_MODE") != "token":
             raise UserError(
                 f"The Ray of {name} lets in anybody: restart it with RAY_AUTH_MODE=token and the cluster's token."
@@ -111,14 +128,22 @@ class Worker:
                 f"The model '{order.model}' of {name} is another one than here ({', '.join(wrong)}): copy its files "
                 "there."
             )
-        self._models = load_models(checkpoint, device)
-        plan = plan_for_device(
-            device, self._models.resolution, order.settings, order.level, order.batch, **order.overrides
-        )
-        accelerate(self._models, plan, lambda _: None, order.frames)
-        self._plan = plan
-        threading.Thread(target=self._paint_tasks, name="painting", daemon=True).start()
+        models = self._load(checkpoint, device)
+        plan = plan_for_device(device, models.resolution, order.settings, order.level, order.batch, **order.overrides)
+        accelerate(models, plan, lambda _: None, order.frames)
+        self._tasks.put(PreparedRun(models, plan, order.threads if order.kind == "cpu" else None))
         return Prepared(name, plan, details(plan, device))
+
+    def _load(self, checkpoint: Checkpoint, device: torch.device) -> Models:
+        """The models of a checkpoint: the loaded ones, or others in their place."""
+        checkpoint = replace(checkpoint, remark=None)  # the same files under any name
+        if self._models is None or self._loaded != checkpoint:
+            self._models = self._loaded = None  # memory may not hold both
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._models, self._loaded = load_models(checkpoint, device), checkpoint
+        return self._models
 
     def paint(self, task: PaintTask) -> PaintedGroup:
         """Paint a task after those that came before it; several calls wait here at a time."""
@@ -126,11 +151,18 @@ class Worker:
         self._tasks.put((task, future))
         return future.result()
 
-    def _paint_tasks(self) -> None:
-        if self._order.kind == "cpu":
-            torch.set_num_threads(self._order.threads)  # of this thread
-        on_out_of_memory = oom_handler(self._models, self._plan, self._messages.append)
-        settings, own_face = self._plan.settings, self._models.retargets
+    def _paint_runs(self) -> None:
+        first = self._tasks.get()
+        self._next_run = first if isinstance(first, PreparedRun) else None  # it is: tasks come after it
+        while (run := self._next_run) is not None:  # set by `_groups`, too
+            self._paint_tasks(run.models, run.plan, run.threads)
+
+    def _paint_tasks(self, models: Models, plan: Plan, threads: int | None) -> None:
+        """Paint what comes until the next run begins."""
+        if threads is not None:
+            torch.set_num_threads(threads)  # of this thread
+        on_out_of_memory = oom_handler(models, plan, self._messages.append)
+        settings, own_face = plan.settings, models.retargets
 
         def smaller() -> Settings | None:
             nonlocal settings
@@ -141,26 +173,31 @@ class Worker:
         while True:
             try:
                 left = 0
-                painter = Painter(self._models, settings)
-                for _ in paint_groups(self._groups(), painter, smaller):
+                painter = Painter(models, settings)
+                for _ in paint_groups(self._groups(models.resolution), painter, smaller):
                     left = left or self._started[0][0].new_frames
                     left -= 1
                     if not left:
                         _, windows, future = self._started.popleft()
                         messages, self._messages[:] = list(self._messages), []
-                        future.set_result(pack_result(windows, self._models.resolution, own_face, messages))
+                        future.set_result(pack_result(windows, models.resolution, own_face, messages))
+                return
             except Exception as error:
                 while self._started:
                     self._started.popleft()[2].set_exception(error)
 
-    def _groups(self) -> Iterator[Group]:
-        """The groups of the tasks, as they come; an empty one, to get the last back, where none waits."""
+    def _groups(self, resolution: int) -> Iterator[Group]:
+        """The groups of a run's tasks, as they come; an empty one, to get the last back, where none waits."""
         while True:
             try:
-                task, future = self._tasks.get(block=not self._started)
+                item = self._tasks.get(block=not self._started)
             except queue.Empty:
                 yield []
                 continue
-            windows = unpack(task, self._models.resolution)
+            if isinstance(item, PreparedRun):
+                self._next_run = item
+                return
+            task, future = item
+            windows = unpack(task, resolution)
             self._started.append((task, windows, future))
             yield list(windows)

@@ -5,6 +5,7 @@ machine that joins later, and reports when one is lost.
 """
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -72,12 +73,37 @@ class Place:
     losses: int = 0  # workers that were lost while they had it
 
 
+class SpareWorkers:
+    """Workers that have ended a run and are ready for the next one. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._actors: list[tuple[str, Any]] = []  # with the model that it has loaded
+
+    def put(self, model: str, actor: Any) -> None:
+        with self._lock:
+            self._actors.append((model, actor))
+
+    def take(self, model: str) -> Any | None:
+        """One of them, if possible with that model loaded."""
+        with self._lock:
+            self._actors.sort(key=lambda spare: spare[0] == model)  # those with it go to the end
+            return self._actors.pop()[1] if self._actors else None
+
+    def end(self) -> None:
+        """End all of them."""
+        with self._lock:
+            while self._actors:
+                with suppress(RayError):
+                    ray.kill(self._actors.pop()[1])
+
+
 class RayWorkers:
     """Implements `painting.Workers` in the Ray that this process is connected to; use it in a `with` block.
 
     count: workers that are expected, from which follows how many groups are held; limit: of workers at a time;
     resolution, own_face: of the model, see `pack`. on_message: called with a sentence when a worker is lost, refused,
-    or runs short of memory.
+    or runs short of memory. spare: where workers are taken from, and go to after a run without an error.
     """
 
     def __init__(
@@ -88,12 +114,13 @@ class RayWorkers:
         resolution: int,
         own_face: bool,
         on_message: Callable[[str], None],
+        spare: SpareWorkers | None = None,
     ):
         self.kind, self.name = order.kind, f"{count} × {order.kind}"
         self.max_groups = AHEAD * QUEUED[order.kind] * count
         self.members: list[Member] = []
         self._order, self._limit, self._on_message = order, limit, on_message
-        self._resolution, self._own_face = resolution, own_face
+        self._resolution, self._own_face, self._spare = resolution, own_face, spare
         self._waits: dict[Any, tuple[Member, Place | None]] = {}  # by Ray's reference; without a place: it starts
         self._waiting: deque[Place] = deque()  # for a worker
         self._fruitless = 0  # workers that were lost in a row without having painted
@@ -106,8 +133,12 @@ class RayWorkers:
     def __enter__(self) -> "RayWorkers":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         for member in self.members:
+            idle = member.prepared is not None and not member.lost and not self._works(member)
+            if self._spare is not None and error is None and idle:
+                self._spare.put(self._order.model, member.actor)
+                continue
             with suppress(RayError):
                 ray.kill(member.actor)
         self._waits.clear()
@@ -219,12 +250,18 @@ class RayWorkers:
         self._searched = now
         resource = {"cpu": "CPU", "cuda": "GPU"}[self.kind]
         starting = sum(member.prepared is None for member in alive)
+        wanted = self._limit - len(alive)
+        while wanted > 0 and self._spare is not None and (actor := self._spare.take(self._order.model)) is not None:
+            self._prepare(actor)
+            wanted -= 1
         places = int(ray.available_resources().get(resource, 0)) if not starting else 0
-        for _ in range(min(places, self._limit - len(alive))):
+        for _ in range(min(places, wanted)):
             options = {"num_cpus": 1} if self.kind == "cpu" else {"num_cpus": 0, "num_gpus": 1}
-            actor = ray.remote(Worker).options(max_concurrency=QUEUED[self.kind] + 1, **options).remote(self._order)
-            self.members.append(Member(actor))
-            self._waits[actor.prepare.remote()] = self.members[-1], None
+            self._prepare(ray.remote(Worker).options(max_concurrency=QUEUED[self.kind] + 1, **options).remote())
+
+    def _prepare(self, actor: Any) -> None:
+        self.members.append(Member(actor))
+        self._waits[actor.prepare.remote(self._order)] = self.members[-1], None
 
     def _receive(self, timeout: float) -> None:
         """Take what workers return, waiting so many seconds for something."""

@@ -105,8 +105,10 @@ class OnGpus:
     """
 
     def __init__(self, model: str, machine: Machine, monitor: "Monitor", speeds: Speeds, threads: int):
+        from optim.cluster.workers import SpareWorkers
+
         self._model, self._machine, self._monitor, self._speeds = model, machine, monitor, speeds
-        self._threads = threads
+        self._threads, self._spare = threads, SpareWorkers()
 
     def run(self, job: Job, checkpoint: "Checkpoint") -> None:
         import torch
@@ -133,15 +135,17 @@ class OnGpus:
         )
         outline = load_outline(checkpoint, working_dtype(device))
         where = workers_text(count, device.type)
-        job.doing = f"loading the model {checkpoint.name} on {where}"
+        job.doing = f"getting {where} ready"
         messages = job.messages.append
-        with RayWorkers(order, count, count, outline.resolution, outline.retargets, messages) as workers:
+        resolution, own_face = outline.resolution, outline.retargets
+        with RayWorkers(order, count, count, resolution, own_face, messages, self._spare) as workers:
             first = workers.wait_until_ready(on_step=lambda: check_cancel(job))
             messages(first.details)
             run_job(job, outline, first.plan, self._monitor, self._speeds, key, workers, f" on {where}")
 
     def unload(self) -> None:
-        """Nothing is held: workers end with their job."""
+        """End the workers that no job uses."""
+        self._spare.end()
 
 
 def name_elsewhere(checkpoint: "Checkpoint", model: str, machine: Machine) -> str:
