@@ -21,6 +21,7 @@ import pytest
 import torch
 from clips import make_sound
 from conftest import portrait
+from left_over import assert_nothing_is_left, shared_memory
 from tiny import RESOLUTION, WIDTH
 
 from latentsync.checkpoints.find import resolve_model
@@ -37,7 +38,6 @@ from optim.cluster.options import choose_gpus, whole_number
 
 HAS_RAY = importlib.util.find_spec("ray") is not None  # not imported: Ray reads its settings then
 ROOT = Path(__file__).resolve().parent.parent
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 CPU = torch.device("cpu")
 FRAMES = 130  # eight windows and one that is slid back, in two shots
 SETTINGS = Settings(steps=2, frames_per_pass=4)  # as the plan of a processor has it
@@ -399,24 +399,6 @@ main(ARGUMENTS)
 """
 
 
-def ray_processes() -> set[int]:
-    """Those of the sessions of this program on this machine, but Ray's two agents: they end by themselves, and after a
-    SIGKILL of the driver only when they have tried for a minute to report that."""
-    found = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            mine = any("latentsync-ray-" in part for part in process.cmdline()) or process.name().startswith("ray::")
-            if mine and "Agent" not in process.name():
-                found.add(process.pid)
-    return found
-
-
-def left_over() -> dict[str, set]:
-    """What a session of Ray can leave behind: processes, shared memory, folders."""
-    folders = set(Path(tempfile.gettempdir()).glob("latentsync-*")) | set(Path(tempfile.gettempdir()).glob("new-*"))
-    return {"processes": ray_processes(), "memory": set(SHARED_MEMORY.iterdir()), "folders": folders}
-
-
 def painting_processes(process: psutil.Process) -> list[psutil.Process]:
     """The workers of a command that have begun to load their model."""
     found = []
@@ -433,7 +415,7 @@ def painting_processes(process: psutil.Process) -> list[psutil.Process]:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for what Linux shows of processes and shared memory")
 @pytest.mark.parametrize("tries", [2, pytest.param(20, marks=pytest.mark.full_size)])
 def test_a_worker_is_killed_at_random_times_and_the_command_gives_its_result_and_leaves_nothing(
-    checkpoint, talking, tmp_path, tries
+    checkpoint, talking, tmp_path, temporary, tries
 ):
     """The moment is drawn from the time between the first worker's start and the end of a run that is left alone."""
     sound, folder = make_sound(tmp_path / "sound.wav", seconds=5), tmp_path / "out"
@@ -442,7 +424,7 @@ def test_a_worker_is_killed_at_random_times_and_the_command_gives_its_result_and
     alone = run_command("sys.exit(main(ARGUMENTS))", *options, folder / "alone.mp4")
     assert alone.returncode == 0, alone.stderr
     expected, random, span, killed = (folder / "alone.mp4").read_bytes(), np.random.default_rng(tries), None, []
-    before = left_over()
+    shared = shared_memory()
     while len(killed) < tries:
         command = start_command("sys.exit(main(ARGUMENTS))", *options, folder / "out.mp4", "--gpus", 2)
         texts: list[str] = []
@@ -470,32 +452,27 @@ def test_a_worker_is_killed_at_random_times_and_the_command_gives_its_result_and
         assert command.returncode == 0, texts
         assert (folder / "out.mp4").read_bytes() == expected, (killed[-1:], texts)
         assert sorted(os.listdir(folder)) == ["alone.mp4", "out.mp4"]
-        gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in ray_processes() - before["processes"]], 60)
-        left = {name: found - before[name] for name, found in left_over().items()}
-        assert not alive and not any(left.values()), (killed[-1:], left)
+        assert_nothing_is_left(temporary, shared)
     print(f"killed within {span:.1f} s: {killed}")
 
 
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed (pip install -e .[cluster])")
 @pytest.mark.skipif(usable_cores() < 2, reason="two workers need two cores")
-def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(checkpoint, talking, tmp_path):
+def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(checkpoint, talking, tmp_path, temporary):
     sound = make_sound(tmp_path / "sound.wav", seconds=68 / 25)
     options = (talking, sound, "--model", checkpoint, "--steps", 1, "--device", "cpu", "-o")
     alone = run_command(f"{SHORT_SEGMENTS}\nsys.exit(main(ARGUMENTS))", *options, tmp_path / "alone.mp4")
     assert alone.returncode == 0, alone.stderr
-    before, shared = ray_processes(), set(SHARED_MEMORY.glob("*plasma*"))
-    folders = set(Path(tempfile.gettempdir()).glob("latentsync-ray-*"))
+    shared = shared_memory()
     several = (*options, tmp_path / "several.mp4", "--gpus", 2, "--report", tmp_path / "report.json")
     assert run_command(KILLED, *several).returncode == -signal.SIGKILL
-    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in ray_processes() - before], timeout=60)
-    assert not alive and set(SHARED_MEMORY.glob("*plasma*")) <= shared
+    assert_nothing_is_left(temporary, shared, files=False)
     again = run_command(f"{SHORT_SEGMENTS}\nsys.exit(main(ARGUMENTS))", *several)
     assert again.returncode == 0 and "resuming at 0:01" in again.stderr, again.stderr
     assert (tmp_path / "several.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["device"] == "2 × cpu" and report["resumed_from"] == 40 and report["workers"]
-    assert not ray_processes() - before and set(SHARED_MEMORY.glob("*plasma*")) <= shared
-    assert set(Path(tempfile.gettempdir()).glob("latentsync-ray-*")) <= folders
+    assert_nothing_is_left(temporary, shared)  # what the killed one left, too
 
 
 # A cluster

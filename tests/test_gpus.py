@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -17,6 +16,7 @@ import psutil
 import pytest
 import torch
 from clips import make_sound
+from left_over import assert_nothing_is_left, shared_memory
 
 from latentsync.errors import UserError
 from latentsync.machine import usable_cores
@@ -31,7 +31,6 @@ from optim.serving.worker import Worker
 
 ME = "m" * 24
 ROOT = Path(__file__).resolve().parent.parent
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 HAS_RAY = importlib.util.find_spec("ray") is not None  # not imported: Ray reads its settings then
 needs_workers = pytest.mark.skipif(
     not HAS_RAY or usable_cores() < 2, reason="two workers need two cores and Ray (pip install -e .[cluster])"
@@ -242,7 +241,7 @@ def test_two_jobs_run_at_once_and_give_what_each_gives_alone(worker, alone, talk
     view = jobs["short"].view(None)
     assert view["gpus"] == 1 and view["timeline"]["curves"] and json.loads(json.dumps(view))["report"]["workers"]
     line, _ = worker.describe(jobs["short"].request, 10, 25)
-    assert "on 1 process; " in line and " s for this clip." in line, line
+    assert "on 1 process; " in line and line.endswith(" for this clip."), line
     assert "on 2 processes; how long it takes here is not known" in worker.describe(jobs["short"].request, 61)[0]
 
 
@@ -370,18 +369,17 @@ if __name__ == "__main__":
 @needs_workers
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for what Linux shows of processes and shared memory")
 def test_the_next_server_resumes_on_both_what_a_killed_one_had_begun(
-    checkpoint, talking, sounds, tmp_path, home, monkeypatch
+    checkpoint, talking, sounds, tmp_path, temporary, home, monkeypatch
 ):
-    folders = set(Path(tempfile.gettempdir()).glob("latentsync-ray-*"))
-    shared = set(SHARED_MEMORY.glob("*plasma*"))
+    shared = shared_memory()
     killed = run_served(KILLED, tmp_path / "outputs", checkpoint, talking, sounds["other"], 18)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert_nothing_is_left(temporary, shared, files=False)
     [folder] = (tmp_path / "outputs").iterdir()
     assert json.loads((folder / "job.json").read_text())["state"] == RUNNING
     again = run_served(KILLED, tmp_path / "outputs", checkpoint, ".", ".", 10**6)
     assert again.stdout.split()[:3] == ["done", "2", "15"], again.stdout + again.stderr
-    assert set(SHARED_MEMORY.glob("*plasma*")) <= shared
-    assert set(Path(tempfile.gettempdir()).glob("latentsync-ray-*")) <= folders
+    assert_nothing_is_left(temporary, shared)
     monkeypatch.setattr(records, "_is_running", lambda _: False)
     [job] = records.load_jobs(tmp_path / "outputs")
     assert job.gpus == 2 and probe_video(job.output).n_frames == 50
