@@ -28,4 +28,5 @@ def assert_nothing_is_left(folder: Path, shared: set[Path], files: bool = True) 
     """shared: `shared_memory()` of before; files: temporary files, too, which a killed driver cannot remove."""
     gone, alive = psutil.wait_procs(processes_of(folder), timeout=60)
     assert not alive and shared_memory() <= shared
-    assert not files or list(folder.iterdir()) == []
+    if files:
+        assert [str(path) for path in folder.rglob("*")] == []

@@ -16,7 +16,9 @@ import psutil
 import pytest
 import torch
 from clips import make_sound
+from gradio_client import Client, handle_file
 from left_over import assert_nothing_is_left, shared_memory
+from serving import serve
 
 from latentsync.errors import UserError
 from latentsync.machine import usable_cores
@@ -383,3 +385,28 @@ def test_the_next_server_resumes_on_both_what_a_killed_one_had_begun(
     monkeypatch.setattr(records, "_is_running", lambda _: False)
     [job] = records.load_jobs(tmp_path / "outputs")
     assert job.gpus == 2 and probe_video(job.output).n_frames == 50
+
+
+@needs_workers
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for what Linux shows of processes and shared memory")
+def test_a_served_page_says_how_jobs_share_its_gpus_runs_two_and_leaves_nothing(
+    checkpoint, talking, sounds, tmp_path, temporary
+):
+    shared = shared_memory()
+    with serve(tmp_path / "page", "--model", checkpoint, "--device", "cpu", "--gpus", 2) as server:
+        server.wait_until_ready()
+        client = Client(server.url, verbose=False)
+        assert client.predict(api_name="/machine")["gpus"] == 2
+        files = {"video": handle_file(talking), "audio": handle_file(sounds["other"])}
+        first = client.predict(**files, steps=4, api_name="/submit")
+        client.predict(**files, visitor=first["visitor"], steps=4, api_name="/submit")
+        seen = client.predict(first["visitor"], 0, api_name="/watch")
+        assert seen["sharing"].startswith("2 processes: up to 2 jobs at once; a film over a minute")
+        until(lambda: client.predict(first["visitor"], 0, api_name="/watch")["running"] == 2)
+        until(lambda: not client.predict(first["visitor"], 0, api_name="/watch")["running"], seconds=300)
+        jobs = client.predict(first["visitor"], 0, api_name="/watch")["jobs"]
+        assert [(job["state"], job["gpus"]) for job in jobs] == [(DONE, 1), (DONE, 1)], jobs
+        client.predict(**files, visitor=first["visitor"], steps=4, api_name="/submit")
+        until(lambda: client.predict(first["visitor"], 0, api_name="/watch")["jobs"][0]["stages"]["faces"])
+    assert "Traceback" not in server.log.read_text(), "it was ended in the middle of a job"
+    assert_nothing_is_left(temporary, shared)
