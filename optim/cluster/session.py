@@ -5,6 +5,7 @@ it; its dashboard is off. Its files lie in a folder of its own, which goes with 
 goes when the next one starts.
 """
 
+import ctypes
 import logging
 import os
 import secrets
@@ -132,13 +133,22 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Keep the handler of SIGTERM, which `ray.init` replaces."""
+    """Keep the handler of SIGTERM. `ray.init` replaces it by one that ends the process after 3 seconds.
+
+    Only the main thread may set one in Python; in any other the system's, which calls Python's, is set back.
+    """
     handler = signal.getsignal(signal.SIGTERM)
+    get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.c_int]
+    put.restype, put.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    system_handler = get(signal.SIGTERM)
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+        else:
+            put(signal.SIGTERM, system_handler)
 
 
 @contextmanager
