@@ -13,6 +13,16 @@ rem What follows the command, with its quotes, for sync, demo and test. No block
 rem both would change special characters in file names.
 set REST=%*
 set "COMMAND=%~1"
+rem Whether an option asks for several GPUs, which take packages that one does not.
+set "CLUSTER="
+:next_argument
+if [%1]==[] goto dispatch
+if "%~1"=="--" goto dispatch
+if "%~1"=="--gpus" set "CLUSTER=1"
+if "%~1"=="--cluster" set "CLUSTER=1"
+shift /1
+goto next_argument
+:dispatch
 if not defined COMMAND goto app
 if "%COMMAND:~0,1%"=="-" goto app_or_help
 if /i "%COMMAND%"=="help" goto help
@@ -40,6 +50,8 @@ if "%COMMAND%"=="--help" goto help
 :app
 call :install
 if errorlevel 1 goto stop
+call :install_cluster
+if errorlevel 1 goto stop
 call :install_restore
 if errorlevel 1 goto stop
 "%VPY%" "%ROOT%\app.py" %REST%
@@ -52,6 +64,8 @@ exit /b 2
 set REST=%REST:*sync=%
 call :install
 if errorlevel 1 goto stop
+call :install_cluster
+if errorlevel 1 goto stop
 call :install_restore
 if errorlevel 1 goto stop
 "%VENV%\Scripts\latentsync.exe" sync %REST%
@@ -60,6 +74,8 @@ exit /b %ERRORLEVEL%
 :demo
 set REST=%REST:*demo=%
 call :install
+if errorlevel 1 goto stop
+call :install_cluster
 if errorlevel 1 goto stop
 call :install_restore
 if errorlevel 1 goto stop
@@ -160,6 +176,16 @@ rem The command "latentsync", which runs the code in this folder.
 "%VPY%" -m pip install -qq --no-input --disable-pip-version-check --no-deps -e "%ROOT%"
 if errorlevel 1 goto install_failed
 copy /y "%VENV%\wanted" "%VENV%\installed" >nul
+exit /b 0
+
+rem Several GPUs take packages that one does not: installed when an option first asks for them.
+:install_cluster
+if not defined CLUSTER exit /b 0
+fc /b "%ROOT%\requirements.cluster.txt" "%VENV%\installed-cluster" >nul 2>nul && exit /b 0
+echo Installing the packages of requirements.cluster.txt into .venv (only needed once) ...
+"%VPY%" -m pip install --quiet --no-input --disable-pip-version-check -r "%ROOT%\requirements.cluster.txt"
+if errorlevel 1 goto install_failed
+copy /y "%ROOT%\requirements.cluster.txt" "%VENV%\installed-cluster" >nul
 exit /b 0
 
 :install_failed

@@ -12,6 +12,10 @@ class StopEarly(Exception):
     """For a hook of `lipsync` to raise: end the run here, and keep what is finished as a video of its own."""
 
 
+def do_nothing(*_: object) -> None:
+    """A hook that is not needed."""
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What `lipsync` calls while it runs, all in the caller's thread. What they raise stops the run.
@@ -25,12 +29,12 @@ class Hooks:
     the models may be without weights, see `checkpoints.load.load_outline`.
     """
 
-    on_progress: Callable[[str, int, int], None] | None = None
-    on_frame: Callable[[np.ndarray], None] | None = None
-    on_wait: Callable[[], None] | None = None
+    on_progress: Callable[[str, int, int], None] = do_nothing
+    on_frame: Callable[[np.ndarray], None] = do_nothing
+    on_wait: Callable[[], None] = do_nothing
     on_out_of_memory: Callable[[], Settings | None] | None = None
-    on_message: Callable[[str], None] = lambda line: None
-    before_painting: Callable[[], None] = lambda: None
+    on_message: Callable[[str], None] = do_nothing
+    before_painting: Callable[[], None] = do_nothing
 
 
 NO_HOOKS = Hooks()
@@ -45,24 +49,21 @@ class RunHooks:
 
     def silence(self) -> None:
         """Call neither on_progress nor on_wait from now on."""
-        self._hooks = replace(self._hooks, on_progress=None, on_wait=None)
+        self._hooks = replace(self._hooks, on_progress=do_nothing, on_wait=do_nothing)
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        if self._hooks.on_progress:
-            self._hooks.on_progress(stage, done, total)
+        self._hooks.on_progress(stage, done, total)
 
     def before_painting(self) -> None:
         self._hooks.before_painting()
 
     def frame(self, frame: np.ndarray) -> None:
-        if self._hooks.on_frame:
-            self._hooks.on_frame(frame)
+        self._hooks.on_frame(frame)
 
     def wait(self) -> None:
-        if self._hooks.on_wait:
-            try:
-                self._hooks.on_wait()
-            except StopEarly:
-                if not self.frames_complete:
-                    raise
-                self._hooks = replace(self._hooks, on_wait=None)
+        try:
+            self._hooks.on_wait()
+        except StopEarly:
+            if not self.frames_complete:
+                raise
+            self._hooks = replace(self._hooks, on_wait=do_nothing)

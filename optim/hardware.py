@@ -6,7 +6,7 @@ divided by the bytes that a frame takes.
 
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +136,12 @@ def recommended_level(gpu: Gpu | None) -> Level:
     """The default level for a card, by the memory it is sold with; conservative without a card."""
     memory = gpu.memory_total if gpu else 0
     return [level for level in STOPS if memory >= NOMINAL * level.card_gib * GIB][-1]
+
+
+def level_for_all(numbers: Sequence[int]) -> Level:
+    """The default level for a job on several GPUs: that of the smallest. numbers: torch's; none for the processor."""
+    gpus = [gpu for gpu in read_gpus() if gpu.index in numbers] if numbers else [None]
+    return min((recommended_level(gpu) for gpu in gpus), key=lambda level: level.position)
 
 
 SIDE = 512  # px; the resolution for which the memory model and the largest useful batch are stated

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import cv2
@@ -142,6 +143,15 @@ def one_thread(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def temporary(monkeypatch):
+    """A folder for the temporary files of processes that a test starts, short, for the paths of Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="ls-"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def one_person(follow):

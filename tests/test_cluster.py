@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import torch
 from clips import make_sound
 from conftest import portrait
+from left_over import assert_nothing_is_left, shared_memory
 from tiny import RESOLUTION, WIDTH
 
 from latentsync.checkpoints.find import resolve_model
@@ -36,7 +38,6 @@ from optim.cluster.options import choose_gpus, whole_number
 
 HAS_RAY = importlib.util.find_spec("ray") is not None  # not imported: Ray reads its settings then
 ROOT = Path(__file__).resolve().parent.parent
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 CPU = torch.device("cpu")
 FRAMES = 130  # eight windows and one that is slid back, in two shots
 SETTINGS = Settings(steps=2, frames_per_pass=4)  # as the plan of a processor has it
@@ -133,8 +134,8 @@ def test_windows_that_have_travelled_are_painted_to_the_same_bits(models, expect
 
 
 def test_a_worker_paints_several_tasks_at_once_in_their_order(checkpoint, expected):
-    worker = Worker(make_order(checkpoint))
-    worker.prepare()
+    worker = Worker()
+    worker.prepare(make_order(checkpoint))
     frames = aligned_frames()
     groups = list(groups_of(frames))
     tasks = [(group, task) for group in groups if (task := pack(group, RESOLUTION, False)) is not None]
@@ -153,8 +154,8 @@ def test_a_worker_paints_several_tasks_at_once_in_their_order(checkpoint, expect
 
 
 def test_a_task_that_fails_ends_with_its_error_and_the_next_is_painted(checkpoint, models):
-    worker = Worker(make_order(checkpoint))
-    worker.prepare()
+    worker = Worker()
+    worker.prepare(make_order(checkpoint))
     (group, *_) = groups_of(aligned_frames())
     good = pack(group, RESOLUTION, own_face=False)
     bad = pack(group, RESOLUTION, own_face=False)
@@ -166,17 +167,17 @@ def test_a_task_that_fails_ends_with_its_error_and_the_next_is_painted(checkpoin
 
 def test_a_worker_with_other_versions_other_files_or_an_open_ray_is_refused(checkpoint, models, monkeypatch):
     hashes = hashes_of(resolve_model(str(checkpoint), CPU))
-    Worker(make_order(checkpoint, hashes=hashes)).prepare()
+    Worker().prepare(make_order(checkpoint, hashes=hashes))
     other = hashes | {"latentsync_unet.safetensors": "0" * 64}
     with pytest.raises(UserError, match=r"another one than here \(latentsync_unet.safetensors\)"):
-        Worker(make_order(checkpoint, hashes=other)).prepare()
+        Worker().prepare(make_order(checkpoint, hashes=other))
     with pytest.raises(UserError, match="torch .* was started with 0.1"):
-        Worker(make_order(checkpoint, versions=versions() | {"torch": "0.1"})).prepare()
+        Worker().prepare(make_order(checkpoint, versions=versions() | {"torch": "0.1"}))
     with pytest.raises(UserError, match=f"On {actor.socket.gethostname()}: There is no model 'elsewhere'"):
-        Worker(make_order(checkpoint, model="elsewhere")).prepare()
+        Worker().prepare(make_order(checkpoint, model="elsewhere"))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(UserError, match="lets in anybody"):
-        Worker(make_order(checkpoint, token_required=True)).prepare()
+        Worker().prepare(make_order(checkpoint, token_required=True))
 
 
 def start_command(code: str, *arguments: object, **variables: str) -> subprocess.Popen:
@@ -246,6 +247,17 @@ def process_of(member) -> psutil.Process:
     return psutil.Process(ray.get(member.actor.__ray_call__.remote(lambda self: os.getpid())))
 
 
+def painting_processes(process: psutil.Process) -> list[psutil.Process]:
+    """The workers of a driver that have begun to load their model."""
+    found = []
+    with suppress(psutil.Error):
+        for child in process.children(recursive=True):
+            with suppress(psutil.Error):
+                if child.name().startswith("ray::Worker") or child.cmdline()[:1] == ["ray::Worker"]:
+                    found.append(child)
+    return found
+
+
 def paint(workers, on_step=lambda: None, done: int = 0) -> np.ndarray:
     frames = list(workers.paint_groups(groups_of(aligned_frames()), on_step, done))
     assert len(frames) == FRAMES
@@ -261,23 +273,71 @@ def test_two_workers_paint_what_one_process_paints(workers, expected):
     assert np.array_equal(painted[48:], expected[48:]) and not np.array_equal(painted[:48], expected[:48])
 
 
-@pytest.mark.parametrize("tries", [2, pytest.param(20, marks=pytest.mark.full_size)])
-def test_a_worker_that_is_killed_at_any_moment_changes_nothing(workers, expected, tries):
-    random = np.random.default_rng(tries)
-    for attempt in range(1, tries + 1):
-        workers.wait_until_ready(2)
-        alive = [member for member in workers.members if not member.lost]
-        victim = process_of(alive[random.integers(2)])
-        steps, moment = [], random.integers(1, 6)
+@pytest.mark.parametrize("tries", [3, pytest.param(20, marks=pytest.mark.full_size)])
+def test_a_worker_that_is_killed_at_any_moment_changes_nothing(session, checkpoint, expected, tries):
+    """One that paints, waits, or starts in the place of an earlier one, within the time of a run left alone."""
+    from optim.cluster.workers import RayWorkers
 
-        def on_step(victim=victim, steps=steps, moment=moment):
-            steps.append(0)
-            if len(steps) == moment:
-                victim.send_signal(signal.SIGKILL)
-
-        assert np.array_equal(paint(workers, on_step), expected)
+    random, killed, shared = np.random.default_rng(tries), [], shared_memory()
+    with RayWorkers(make_order(checkpoint), 2, 2, RESOLUTION, False, lambda line: None) as workers:
         workers.wait_until_ready(2)
-        assert sum(member.lost for member in workers.members) == attempt
+        began = time.monotonic()
+        assert np.array_equal(paint(workers), expected)
+        span = time.monotonic() - began
+        while len(killed) < tries:
+            workers.wait_until_ready()
+            moment, began, before = random.uniform(0, span), time.monotonic(), len(killed)
+
+            def on_step(moment=moment, began=began, before=before):
+                if len(killed) > before or time.monotonic() - began < moment:
+                    return
+                if victims := painting_processes(psutil.Process()):
+                    victims[random.integers(len(victims))].send_signal(signal.SIGKILL)
+                    killed.append(f"{moment:.1f} s, {len(victims)} alive")
+
+            assert np.array_equal(paint(workers, on_step), expected), killed
+            print(f"killed after {killed[-1:]} of {span:.1f} s; {len(killed)} of {tries}", flush=True)
+        lost = sum(member.lost for member in workers.members)
+    gone, alive = psutil.wait_procs(painting_processes(psutil.Process()), timeout=60)
+    assert not alive and shared_memory() <= shared and tries - 2 <= lost <= tries, (lost, killed)
+
+
+def test_a_worker_that_hangs_counts_as_lost_after_a_time_that_follows_from_the_groups(workers, expected):
+    from optim.cluster.workers import FIRST_GROUP_SECONDS, MIN_GROUP_SECONDS
+
+    assert workers.group_seconds() == FIRST_GROUP_SECONDS["cpu"], "nobody knows yet how long a group takes"
+    workers.wait_until_ready(2)
+    victim = workers.members[0]
+    process = process_of(victim)
+
+    def on_step():
+        if victim.groups and not victim.lost:
+            process.suspend()
+            if workers._slowest and workers._works(victim):
+                victim.working_since -= 2 * workers.group_seconds()  # as if it had stood still for so long
+
+    assert np.array_equal(paint(workers, on_step), expected)
+    assert victim.lost and "has returned nothing for" in workers._problem
+    psutil.wait_procs([process], timeout=60)
+    assert not process.is_running(), "it is killed, and holds no GPU any more"
+    workers._slowest = 100.0
+    assert workers.group_seconds() == 2000.0 > MIN_GROUP_SECONDS
+    workers._slowest = 1.0
+    assert workers.group_seconds() == MIN_GROUP_SECONDS
+
+
+def test_waiting_for_workers_can_be_ended(session, checkpoint):
+    from optim.cluster.workers import RayWorkers
+
+    class Stop(Exception):
+        pass
+
+    def on_step():
+        raise Stop
+
+    with pytest.raises(Stop), RayWorkers(make_order(checkpoint), 2, 2, RESOLUTION, False, print) as workers:
+        workers.wait_until_ready(on_step=on_step)
+    assert not any(member.prepared for member in workers.members)
 
 
 def test_ray_listens_on_the_loopback_address_only(session):
@@ -360,38 +420,69 @@ main(ARGUMENTS)
 """
 
 
-def ray_processes() -> set[int]:
-    """Those of the sessions of this program on this machine, but Ray's two agents: they end by themselves, and after a
-    SIGKILL of the driver only when they have tried for a minute to report that."""
-    found = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            mine = any("latentsync-ray-" in part for part in process.cmdline()) or process.name().startswith("ray::")
-            if mine and "Agent" not in process.name():
-                found.add(process.pid)
-    return found
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed (pip install -e .[cluster])")
+@pytest.mark.skipif(usable_cores() < 2, reason="two workers need two cores")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for what Linux shows of processes and shared memory")
+@pytest.mark.parametrize("tries", [2, pytest.param(20, marks=pytest.mark.full_size)])
+def test_a_worker_is_killed_at_random_times_and_the_command_gives_its_result_and_leaves_nothing(
+    checkpoint, talking, tmp_path, temporary, tries
+):
+    """The moment is drawn from the time between the first worker's start and the end of a run that is left alone."""
+    sound, folder = make_sound(tmp_path / "sound.wav", seconds=5), tmp_path / "out"
+    folder.mkdir()
+    options = (talking, sound, "--model", checkpoint, "--steps", 2, "--device", "cpu", "-o")
+    alone = run_command("sys.exit(main(ARGUMENTS))", *options, folder / "alone.mp4")
+    assert alone.returncode == 0, alone.stderr
+    expected, random, span, killed = (folder / "alone.mp4").read_bytes(), np.random.default_rng(tries), None, []
+    shared = shared_memory()
+    while len(killed) < tries:
+        command = start_command("sys.exit(main(ARGUMENTS))", *options, folder / "out.mp4", "--gpus", 2)
+        texts: list[str] = []
+        said = threading.Thread(
+            target=lambda command, texts: texts.extend(command.communicate()), args=(command, texts)
+        )
+        said.start()
+        driver = psutil.Process(command.pid)
+        while not (victims := painting_processes(driver)) and command.poll() is None:
+            time.sleep(0.02)
+        began = time.monotonic()
+        moment = None if span is None else began + random.uniform(0, span)
+        while moment is not None and command.poll() is None:
+            if time.monotonic() > moment and (victims := painting_processes(driver)):
+                victim = victims[random.integers(len(victims))]
+                with suppress(psutil.NoSuchProcess):
+                    doing = victim.name()
+                    victim.send_signal(signal.SIGKILL)
+                    killed.append((round(time.monotonic() - began, 2), doing))
+                break
+            time.sleep(0.01)
+        said.join()
+        if span is None:
+            span = time.monotonic() - began
+        assert command.returncode == 0, texts
+        assert (folder / "out.mp4").read_bytes() == expected, (killed[-1:], texts)
+        assert sorted(os.listdir(folder)) == ["alone.mp4", "out.mp4"]
+        assert_nothing_is_left(temporary, shared)
+    print(f"killed within {span:.1f} s: {killed}")
 
 
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed (pip install -e .[cluster])")
 @pytest.mark.skipif(usable_cores() < 2, reason="two workers need two cores")
-def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(checkpoint, talking, tmp_path):
+def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(checkpoint, talking, tmp_path, temporary):
     sound = make_sound(tmp_path / "sound.wav", seconds=68 / 25)
     options = (talking, sound, "--model", checkpoint, "--steps", 1, "--device", "cpu", "-o")
     alone = run_command(f"{SHORT_SEGMENTS}\nsys.exit(main(ARGUMENTS))", *options, tmp_path / "alone.mp4")
     assert alone.returncode == 0, alone.stderr
-    before, shared = ray_processes(), set(SHARED_MEMORY.glob("*plasma*"))
-    folders = set(Path(tempfile.gettempdir()).glob("latentsync-ray-*"))
+    shared = shared_memory()
     several = (*options, tmp_path / "several.mp4", "--gpus", 2, "--report", tmp_path / "report.json")
     assert run_command(KILLED, *several).returncode == -signal.SIGKILL
-    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in ray_processes() - before], timeout=60)
-    assert not alive and set(SHARED_MEMORY.glob("*plasma*")) <= shared
+    assert_nothing_is_left(temporary, shared, files=False)
     again = run_command(f"{SHORT_SEGMENTS}\nsys.exit(main(ARGUMENTS))", *several)
     assert again.returncode == 0 and "resuming at 0:01" in again.stderr, again.stderr
     assert (tmp_path / "several.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["device"] == "2 × cpu" and report["resumed_from"] == 40 and report["workers"]
-    assert not ray_processes() - before and set(SHARED_MEMORY.glob("*plasma*")) <= shared
-    assert set(Path(tempfile.gettempdir()).glob("latentsync-ray-*")) <= folders
+    assert_nothing_is_left(temporary, shared)  # what the killed one left, too
 
 
 # A cluster

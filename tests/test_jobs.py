@@ -26,8 +26,7 @@ from latentsync.errors import UserError
 from latentsync.media import COMMENT, VideoWriter, probe_video, read_audio, read_frames, read_frames_looped, segments
 from latentsync.settings import DeepCache, Settings
 from optim.monitor import History
-from optim.serving import comparison, inputs, preview
-from optim.serving import worker as worker_module
+from optim.serving import comparison, execution, inputs, preview
 from optim.serving.job import CANCELLED, DONE, FAILED, Job, Request
 from optim.serving.limits import VisitorLimits
 from optim.serving.records import load_jobs
@@ -77,6 +76,12 @@ def compared(job):
 
 def json_of(value):
     return tuple(value) if isinstance(value, tuple) else json.loads(json.dumps(value))
+
+
+def wake(worker):
+    """Let the threads of a worker look whether there is something to do."""
+    with worker.store.changed:
+        worker.store.changed.notify_all()
 
 
 def until(condition, seconds=60):
@@ -205,7 +210,7 @@ def test_the_first_cancel_decides_what_is_kept_and_is_visible(worker, talking, l
 
 def test_a_pass_on_a_processor_is_interrupted_in_its_middle(worker, talking, voice):
     ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
-    models, asked = worker._models, []
+    models, asked = worker.runner.models, []
 
     def check():
         asked.append(None)
@@ -265,7 +270,7 @@ def test_a_job_out_of_memory_suggests_a_remedy(worker, talking, voice, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr("latentsync.pipeline.lipsync", starved)
             job = ended(worker, worker.submit(Request(talking, voice, **settings), ME))
-        assert job.state == FAILED and "is not enough" in job.error and worker._models is None
+        assert job.state == FAILED and "is not enough" in job.error and worker.runner.models is None
         return job
 
     # No level is offered: a run gives up all that levels can before it fails. Nor is the model that it had.
@@ -276,7 +281,8 @@ def test_a_job_out_of_memory_suggests_a_remedy(worker, talking, voice, monkeypat
     for asked in ("auto", worker.machine.chosen):
         job = run(model=asked)
         assert job.remedy == {"label": "Run again with small", "settings": {"model": "small"}}
-    assert out_of_memory(smaller, replace(worker._checkpoint, resolution=512))[1]["settings"] == {"model": "middle"}
+    large = replace(worker._find_checkpoint(job.request), resolution=512)
+    assert out_of_memory(smaller, large)[1]["settings"] == {"model": "middle"}
     assert ended(worker, worker.again(job.id, ME, steps=1)).state == DONE
 
 
@@ -291,7 +297,7 @@ def test_jobs_on_a_gpu_that_has_failed_say_so(worker, talking, voice, monkeypatc
         for _ in range(2):
             job = worker.submit(Request(talking, voice, steps=1), ME)
             until(lambda job=job: job.state == FAILED)
-            assert job.ended and job.error == worker_module.GPU_FAILED and "start the server again" in job.error
+            assert job.ended and job.error == execution.GPU_FAILED and "start the server again" in job.error
             assert json.loads((job.folder / "job.json").read_text())["state"] == FAILED
     assert ended(worker, worker.again(job.id, ME)).state == DONE
     assert "illegal memory access" in caplog.text
@@ -301,16 +307,16 @@ def test_a_gpu_that_fails_while_nothing_runs_does_not_end_the_worker(checkpoint,
     worker = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=0.5)
     worker.start()
     ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
-    unload, tried = worker._unload, []
+    unload, tried = worker.runner.unload, []
 
     def fault():
         unload()
         tried.append(None)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    worker._unload = fault
+    worker.runner.unload = fault
     until(lambda: tried)
-    worker._unload = unload
+    worker.runner.unload = unload
     assert ended(worker, worker.submit(Request(talking, voice, steps=1), ME)).state == DONE
     worker.close()
 
@@ -722,7 +728,13 @@ def test_invalid_records_are_left_alone_and_old_ones_load(talking, voice, tmp_pa
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
         assert list(load_jobs(tmp_path / "outputs")) == [], text[:300]
         assert job.request.video.is_file()
-    del about["queued"], about["starts"], about["frames_at_start"], about["remarks"]  # of an earlier version
+    del (
+        about["queued"],
+        about["starts"],
+        about["frames_at_start"],
+        about["remarks"],
+        about["gpus"],
+    )  # of earlier versions
     del about["settings"]["video_track"], about["settings"]["audio_track"]
     path.write_text(json.dumps(about))
     if os.name != "nt":
@@ -769,14 +781,14 @@ def test_whatever_ends_one_job_the_next_one_runs(worker, talking, voice, monkeyp
     assert job.state == FAILED and "SystemExit" in job.error
     with monkeypatch.context() as patch:  # in what says why a job has failed
         patch.setattr("latentsync.pipeline.lipsync", fault)
-        patch.setattr(worker_module, "is_out_of_memory", fault)
+        patch.setattr(execution, "is_out_of_memory", fault)
         job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     assert job.state == FAILED and "Something inside the program failed" in job.error
     with monkeypatch.context() as patch:  # between two jobs
         swept = []
         patch.setattr(worker, "keep_hours", 1.0)
         patch.setattr(worker.store, "remove_old", lambda _: swept.append(None) or fault())
-        worker._wake.set()
+        wake(worker)
         until(lambda: swept)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "optim.serving.side_by_side", None)  # its import fails
@@ -792,12 +804,12 @@ def test_the_model_stays_loaded_between_jobs_and_is_unloaded_when_idle(checkpoin
     worker = Worker(tmp_path, model=str(checkpoint), device="cpu", idle_seconds=600)
     worker.start()
     ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
-    models = worker._models
+    models = worker.runner.models
     assert ended(worker, worker.submit(Request(talking, voice, steps=1, level="1"), ME)).state == DONE
-    assert worker._models is models is not None
+    assert worker.runner.models is models is not None
     worker.idle_seconds, worker.keep_hours = 0.1, 1e-9
-    worker._wake.set()
-    until(lambda: worker._models is None)
+    wake(worker)
+    until(lambda: worker.runner.models is None)
     until(lambda: os.listdir(tmp_path) == [])  # old results go, too
     assert worker.store.jobs_of(ME) == []
     worker.close()
@@ -808,14 +820,14 @@ def test_a_worker_that_unloads_at_once_does_not_spin_and_removes_old_jobs_while_
     checkpoint, talking, voice, tmp_path, home, monkeypatch
 ):
     worker, stored, timeouts = Worker(tmp_path, model=str(checkpoint), idle_seconds=0, keep_hours=1e-9), [], []
-    remove_old, wait = worker.store.remove_old, worker._wake.wait
+    remove_old, wait = worker.store.remove_old, worker.store.changed.wait
 
     def remove_and_count(hours):
         remove_old(hours)
         stored.append(len(worker.store.all()))
 
     monkeypatch.setattr(worker.store, "remove_old", remove_and_count)
-    monkeypatch.setattr(worker._wake, "wait", lambda timeout: timeouts.append(timeout) or wait(timeout))
+    monkeypatch.setattr(worker.store.changed, "wait", lambda timeout: timeouts.append(timeout) or wait(timeout))
     jobs = [worker.submit(Request(talking, voice, steps=1), ME) for _ in range(3)]
     worker.start()
     until(lambda: len(timeouts) >= 2)
@@ -827,14 +839,16 @@ def test_a_worker_that_unloads_at_once_does_not_spin_and_removes_old_jobs_while_
 
 def test_a_worker_that_is_closed_just_before_it_waits_ends_at_once(tmp_path, monkeypatch):
     looking, go_on = threading.Event(), threading.Event()
+    worker = Worker(tmp_path)
+    take_next = worker.store.take_next
 
-    def take_next():
+    def delayed(timeout):
         looking.set()
         go_on.wait(60)
+        return take_next(60)
 
-    worker = Worker(tmp_path)
-    monkeypatch.setattr(worker, "_inspect", lambda: None)
-    monkeypatch.setattr(worker.store, "take_next", take_next)
+    monkeypatch.setattr(worker, "_inspect", lambda stack: None)
+    monkeypatch.setattr(worker.store, "take_next", delayed)
     worker.start()
     assert looking.wait(60)
     closing = threading.Thread(target=worker.close)
@@ -857,7 +871,7 @@ def test_the_list_has_all_jobs_that_have_not_ended(talking, voice, tmp_path, mon
 def test_jobs_change_under_the_lock_and_a_sent_timeline_does_not_change(worker, talking, voice, tmp_path):
     job = ended(worker, worker.submit(Request(talking, voice, steps=1), ME))
     shown, before = job.timeline, json.dumps(job.timeline)
-    worker._save_timeline(job)
+    execution.add_curves(job, worker.monitor)
     assert job.timeline is not shown and json.dumps(shown) == before
     with worker.store.lock:  # somebody counts them
         removing = threading.Thread(target=worker.remove, args=(job.id, ME))

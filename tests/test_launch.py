@@ -169,6 +169,31 @@ def test_the_packages_for_several_gpus_are_installed_when_an_option_first_asks_f
     [call] = with_python.installs()
     assert call.endswith("requirements.cluster.txt")
     assert with_python.start("demo", option, "2").returncode == 0 and with_python.installs() == []
+    assert with_python.start(option, "2").returncode == 0 and with_python.calls()[-1].endswith(f"app.py {option} 2")
+
+
+def test_the_page_gets_the_packages_for_several_gpus(with_python):
+    assert with_python.start("--gpus", "all").returncode == 0
+    assert [call.rpartition("/")[2] for call in with_python.installs()] == [
+        "requirements.exact.txt", "requirements.cluster.txt",
+    ]  # fmt: skip
+
+
+def test_on_windows_the_same_options_install_the_same_packages():
+    """By its text: the script runs nowhere else."""
+    text = (ROOT / "launch.bat").read_text(encoding="utf-8")
+    for label, program in (("app", "app.py"), ("sync", "latentsync.exe"), ("demo", "latentsync.exe")):
+        _, found, command = text.partition(f"\n:{label}\n")
+        before, runs, _ = command.partition(program)
+        steps = [line for line in before.splitlines() if line.startswith(("call", "if errorlevel"))]
+        assert found and runs and steps == [
+            "call :install", "if errorlevel 1 goto stop", "call :install_cluster", "if errorlevel 1 goto stop",
+        ]  # fmt: skip
+    arguments = text.partition("\n:next_argument\n")[2].partition("\n:dispatch\n")[0]
+    assert {"--gpus", "--cluster"} <= set(re.findall(r'"%~1"=="(--\w+)" set "CLUSTER=1"', arguments))
+    assert '"%~1"=="--" goto dispatch' in arguments and "shift /1" in arguments
+    install = text.partition("\n:install_cluster\n")[2].partition("\nexit /b 0\n\n")[0]
+    assert install.startswith("if not defined CLUSTER exit /b 0") and '-r "%ROOT%\\requirements.cluster.txt"' in install
 
 
 @pytest.mark.parametrize("option", ["--restore", "--restore=net.pth"])

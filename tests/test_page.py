@@ -751,6 +751,40 @@ def test_the_curves_get_a_point_every_second_and_do_not_flicker(visit):
     assert page.locator("#plot .trace").count() >= 2
 
 
+@pytest.mark.parametrize("count, width", [(2, 390), (8, 1440), (8, 1024)])
+def test_the_curves_of_every_gpu_are_drawn_and_jobs_sharing_them_is_explained(chromium, server, count, width):
+    page = chromium.new_page(viewport={"width": width, "height": 900})
+
+    def with_gpus(route):
+        reply = route.fetch()
+        body = reply.json()
+        live, names = body["data"][0]["live"], [f"GPU {i}{part}" for i in range(count) for part in ("", " memory")]
+        live["curves"] = {name: [10.0 * i + 5] * len(live["time"]) for i, name in enumerate(names[:10])} | {
+            name: [50.0] * len(live["time"]) for name in names[10:]
+        }
+        live["memory"] = {f"GPU {i}": 80 * 2**30 for i in range(count)}
+        body["data"][0]["sharing"] = f"{count} GPUs: up to {count} jobs at once."
+        route.fulfill(response=reply, json=body)
+
+    page.route("**/gradio_api/run/watch", with_gpus)
+    page.goto(server.url)
+    page.wait_for_function(
+        f"document.querySelectorAll('#plot .scatterlayer .trace').length === {2 * count}", timeout=SLOW
+    )
+    styles = page.eval_on_selector_all(
+        "#plot .scatterlayer .js-line", "lines => lines.map((each) => each.getAttribute('style'))"
+    )
+    assert len(styles) == 2 * count == len(set(styles)), "each can be told from the others"
+    height = page.evaluate("document.querySelector('#plot')._fullLayout._size.h")  # of what the curves are drawn in
+    legend, box = (page.locator(selector).bounding_box() for selector in ("#plot .legend", "#plot"))
+    assert height >= 80 and legend["y"] >= box["y"] - 1, (height, legend, box)
+    assert legend["x"] + legend["width"] <= box["x"] + box["width"] + 1
+    assert page.locator("#now").inner_text().count("memory") == count
+    assert page.locator("#sharing").inner_text() == f"{count} GPUs: up to {count} jobs at once."
+    page.unroute_all(behavior="ignoreErrors")
+    page.close()
+
+
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_nothing_scrolls_sideways(visit, clips, width, theme):

@@ -290,7 +290,7 @@ PLACES = {
     "preparing": ("optim.accelerate", "accelerate"),
     "preview": ("optim.serving.preview", "Preview._encode"),
     "speeds": ("optim.serving.speeds", "Speeds.record"),
-    "curves": ("optim.serving.worker", "thinned_curves"),
+    "curves": ("optim.serving.execution", "thinned_curves"),
 }
 
 
@@ -352,7 +352,7 @@ def inject(count: int, worker: Worker, fault: Fault, request: Request) -> None:
         place = list(PLACES)[i % len(PLACES)]
         kind = chance.choice((torch.OutOfMemoryError, MemoryError))
         if place == "loading":
-            worker._models = worker._loaded = None
+            worker.runner.unload()
         fault.arm(place, chance.randint(1, usual[place]), kind("by a test"))
         where = f"{kind.__name__} in call {fault.at} of {place}"
         job = run()
@@ -396,7 +396,7 @@ def test_memory_is_freed_before_the_next_job(start, talking, short_voice, monkey
     """The model is let go when nothing of the failed run holds it any more."""
     worker = start()
     assert worker.wait(worker.submit(Request(talking, short_voice, steps=1), ME), 60)
-    network, freed, collect = weakref.ref(worker._models.unet), [], gc.collect
+    network, freed, collect = weakref.ref(worker.runner.models.unet), [], gc.collect
 
     def starved(*_) -> None:
         raise MemoryError

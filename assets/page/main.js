@@ -30,6 +30,7 @@ async function update() {
   updateCards(news.jobs);
   const busy = news.running + news.waiting;
   setText(find("#load"), busy ? `${news.running} running, ${news.waiting} waiting` : "No job is running");
+  setText(find("#sharing"), news.sharing);
   if (measured !== null && measured !== news.measured) describe();
   measured = news.measured;
   await updateModels(news.models, news.fetching);

@@ -1,6 +1,7 @@
 // Curves of the machine over the last two minutes. Plotly is loaded when they are first drawn.
 
-const COLOURS = ["#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c"];
+// As in optim/serving/timeline.py.
+const COLOURS = ["#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c", "#0e7fa8", "#8553c9"];
 const MAX_POINTS = 120;
 const curves = {}, times = [];
 let since = 0; // the time of the last point, by the server's clock
@@ -30,7 +31,12 @@ function resetCurves() {
 
 const gridColour = () => (isDark() ? "#28323a" : "#e6ebee");
 const axis = (options) => ({ gridcolor: gridColour(), zeroline: false, fixedrange: true, ...options });
-const curve = (name, x, y, i, width) => ({ x, y, name, mode: "lines", line: { width, color: COLOURS[i % COLOURS.length] } });
+/** A curve, the i-th one. Each of several GPUs has a colour; its memory has the same, dotted, and the legend shows one. */
+function curve(name, x, y, i, width) {
+  const [, gpu, memory] = /^GPU (\d+)( memory)?$/.exec(name) ?? [];
+  const line = { width, color: COLOURS[(gpu ?? i) % COLOURS.length], dash: gpu && memory ? "dot" : "solid" };
+  return { x, y, name, mode: "lines", line, showlegend: !memory || gpu === "0" };
+}
 const baseLayout = () => ({
   margin: { l: 42, r: 22, t: 8, b: 24 },
   paper_bgcolor: "rgba(0,0,0,0)",

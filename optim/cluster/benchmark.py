@@ -30,7 +30,7 @@ from latentsync.pipeline import lipsync
 from latentsync.settings import Settings
 from optim.accelerate import accelerate, plan_for_device
 from optim.benchmark.windows import UtilizationMonitor, free_memory
-from optim.cluster.actor import Order, versions
+from optim.cluster.actor import Order
 from optim.cluster.session import local_session
 
 HEAD = "level         workers    wall  frames/s  ratio  busy"
@@ -91,16 +91,12 @@ def rows(args: argparse.Namespace, level: str, device: torch.device) -> Iterator
     numbers = list(range(max(args.workers))) if device.type == "cuda" else []
     order = Order(
         model=args.model if args.model in MODEL_NAMES else str(Path(args.model).resolve()),
-        hashes=None,
-        versions=versions(),
         kind=device.type,
-        threads=torch.get_num_threads(),
         settings=settings,
         level=level,
         batch=None,
         overrides={},
         frames=frames,
-        token_required=False,
     )
     with local_session(max(args.workers), numbers):
         from optim.cluster.workers import RayWorkers  # imports Ray, which reads its settings then

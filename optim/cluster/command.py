@@ -14,12 +14,11 @@ from latentsync.__main__ import PreparedRun
 from latentsync.checkpoints.find import MODEL_NAMES, Checkpoint
 from latentsync.checkpoints.load import load_outline, working_dtype
 from latentsync.errors import UserError
-from latentsync.machine import usable_cores
 from latentsync.settings import Report, Settings
-from optim.cluster.options import choose_gpus, whole_number
+from optim.cluster.options import whole_number, workers_here
 from optim.cluster.session import cluster_session, local_session
 from optim.doctor import advise_report
-from optim.hardware import read_gpus, recommended_level
+from optim.hardware import level_for_all
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +37,14 @@ def prepare_workers(
     device: of this process, for the choice of the model.
     """
     if args.cluster is None:
-        if args.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"--gpus names the GPUs: leave --device {args.device} out.")
-        kind = device.type
-        numbers = choose_gpus(args.gpus, torch.cuda.device_count() if kind == "cuda" else 0, usable_cores())
+        kind, numbers = device.type, workers_here(args.gpus, args.device, device)
         if len(numbers) == 1:
             yield None
             return
         count = limit = len(numbers)
-        gpus = [gpu for gpu in read_gpus() if gpu.index in numbers] if kind == "cuda" else [None]
-        level = args.level
-        if level == "auto":
-            level = min((recommended_level(gpu) for gpu in gpus), key=lambda level: level.position).name
-        session = local_session(count, numbers if kind == "cuda" else ())
+        gpus = numbers if kind == "cuda" else []
+        level = level_for_all(gpus).name if args.level == "auto" else args.level
+        session = local_session(count, gpus)
     else:
         for option, value in (("--model", args.model), ("--level", args.level)):
             if value == "auto":
@@ -61,7 +55,7 @@ def prepare_workers(
         settings = replace(settings, restore=str(Path(settings.restore).expanduser().resolve()))
     with ExitStack() as stack:
         stack.enter_context(session)
-        from optim.cluster.actor import Order, hashes_of, versions
+        from optim.cluster.actor import Order, hashes_of
         from optim.cluster.workers import AHEAD, RayWorkers, places
 
         if args.cluster is not None:
@@ -72,9 +66,7 @@ def prepare_workers(
         order = Order(
             model=checkpoint.name if args.model in MODEL_NAMES else str(Path(args.model).expanduser().resolve()),
             hashes=hashes_of(checkpoint, settings.restore) if args.cluster is not None else None,
-            versions=versions(),
             kind=kind,
-            threads=torch.get_num_threads(),
             settings=settings,
             level=level,
             batch=args.batch,

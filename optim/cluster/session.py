@@ -5,11 +5,13 @@ it; its dashboard is off. Its files lie in a folder of its own, which goes with 
 goes when the next one starts.
 """
 
+import ctypes
 import logging
 import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,7 @@ STORE_BYTES = 512 * 2**20  # of Ray's object store for each worker: a limit, mem
 STORE_SHARE = 0.3  # of the free memory, at most
 MAX_FOLDER = 40  # bytes of a session folder's path: Ray adds 67 for its sockets, whose paths have 107 at most
 MISSING = "Several GPUs need Ray, which is not installed: run `pip install -e .[cluster]`, or start with ./launch.sh."
+NOT_LINUX = "Several GPUs need Ray, with which this program is tested on Linux only: leave --gpus and --cluster out."
 
 
 @contextmanager
@@ -109,7 +112,7 @@ def _import_ray():  # noqa: ANN202
     try:
         import ray
     except ImportError:
-        raise UserError(MISSING) from None
+        raise UserError(MISSING if sys.platform == "linux" else NOT_LINUX) from None
     return ray
 
 
@@ -130,13 +133,22 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Keep the handler of SIGTERM, which `ray.init` replaces."""
+    """Keep the handler of SIGTERM. `ray.init` replaces it by one that ends the process after 3 seconds.
+
+    Only the main thread may set one in Python; in any other the system's, which calls Python's, is set back.
+    """
     handler = signal.getsignal(signal.SIGTERM)
+    get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.c_int]
+    put.restype, put.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    system_handler = get(signal.SIGTERM)
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+        else:
+            put(signal.SIGTERM, system_handler)
 
 
 @contextmanager

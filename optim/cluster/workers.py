@@ -4,6 +4,8 @@ A worker gets its next group when it has returned one, so a slow GPU gets fewer.
 machine that joins later, and reports when one is lost.
 """
 
+import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,12 +22,19 @@ from latentsync.windows import AlignedFrame, Window
 from optim.cluster.actor import QUEUED, Order, Prepared, Worker
 from optim.cluster.messages import PaintedGroup, pack, unpack_result
 
+# Seconds for a group, after which a worker counts as lost: it may hang. Before the first group of a run is painted
+# nobody knows how long one takes; on a slow processor it can be hours.
+FIRST_GROUP_SECONDS = {"cpu": 86400.0, "cuda": 3600.0}
+MIN_GROUP_SECONDS = 600.0
+SLOWEST_FACTOR = 20.0  # of the slowest group that the run's workers have painted
 POLL_SECONDS = 0.1  # between two calls of on_step while workers paint
 SEARCH_SECONDS = 1.0  # between two looks for a place for another worker
 START_SECONDS = 600.0  # that a job waits for a worker while it has none: a large model may come from a slow disk
 REFUSED_SECONDS = 10.0  # the same where a machine was refused
 MAX_LOSSES = 3  # of workers in a row that had painted nothing, or by one group: the job is given up
 AHEAD = 2  # groups held for each that workers have: how far fast workers may get ahead of a slow one
+
+log = logging.getLogger(__name__)
 
 
 def places(kind: str) -> int:
@@ -46,6 +55,7 @@ class Member:
     actor: Any
     prepared: Prepared | None = None
     ready_at: float = 0.0  # seconds of time.monotonic
+    working_since: float = 0.0  # on the group that it must return next
     groups: int = 0  # that it has painted
     lost: bool = False
 
@@ -63,11 +73,37 @@ class Place:
     losses: int = 0  # workers that were lost while they had it
 
 
+class SpareWorkers:
+    """Workers that have ended a run and are ready for the next one. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._actors: list[tuple[str, Any]] = []  # with the model that it has loaded
+
+    def put(self, model: str, actor: Any) -> None:
+        with self._lock:
+            self._actors.append((model, actor))
+
+    def take(self, model: str) -> Any | None:
+        """One of them, if possible with that model loaded."""
+        with self._lock:
+            self._actors.sort(key=lambda spare: spare[0] == model)  # those with it go to the end
+            return self._actors.pop()[1] if self._actors else None
+
+    def end(self) -> None:
+        """End all of them."""
+        with self._lock:
+            while self._actors:
+                with suppress(RayError):
+                    ray.kill(self._actors.pop()[1])
+
+
 class RayWorkers:
     """Implements `painting.Workers` in the Ray that this process is connected to; use it in a `with` block.
 
     count: workers that are expected, from which follows how many groups are held; limit: of workers at a time;
-    resolution, own_face: of the model, see `pack`. on_message: called with a sentence when a worker joins or is lost.
+    resolution, own_face: of the model, see `pack`. on_message: called with a sentence when a worker is lost, refused,
+    or runs short of memory. spare: where workers are taken from, and go to after a run without an error.
     """
 
     def __init__(
@@ -78,12 +114,13 @@ class RayWorkers:
         resolution: int,
         own_face: bool,
         on_message: Callable[[str], None],
+        spare: SpareWorkers | None = None,
     ):
         self.kind, self.name = order.kind, f"{count} × {order.kind}"
         self.max_groups = AHEAD * QUEUED[order.kind] * count
         self.members: list[Member] = []
         self._order, self._limit, self._on_message = order, limit, on_message
-        self._resolution, self._own_face = resolution, own_face
+        self._resolution, self._own_face, self._spare = resolution, own_face, spare
         self._waits: dict[Any, tuple[Member, Place | None]] = {}  # by Ray's reference; without a place: it starts
         self._waiting: deque[Place] = deque()  # for a worker
         self._fruitless = 0  # workers that were lost in a row without having painted
@@ -91,24 +128,33 @@ class RayWorkers:
         self._refusal: UserError | None = None  # of the last machine that cannot take part
         self._searched = -SEARCH_SECONDS
         self._had_worker = time.monotonic()
+        self._slowest: float | None = None  # seconds of a group
 
     def __enter__(self) -> "RayWorkers":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         for member in self.members:
+            idle = member.prepared is not None and not member.lost and not self._works(member)
+            if self._spare is not None and error is None and idle:
+                self._spare.put(self._order.model, member.actor)
+                continue
             with suppress(RayError):
                 ray.kill(member.actor)
         self._waits.clear()
 
-    def wait_until_ready(self, count: int = 1) -> Prepared:
-        """Start the workers; returns one when so many are ready. Raises UserError where none gets ready."""
+    def wait_until_ready(self, count: int = 1, on_step: Callable[[], None] = lambda: None) -> Prepared:
+        """Start the workers; returns one when so many are ready. Raises UserError where none gets ready.
+
+        on_step: called several times a second; what it raises ends the waiting.
+        """
         while True:
             prepared = [member.prepared for member in self._ready() if member.prepared is not None]
             if len(prepared) >= count:
                 return prepared[0]
             self._start_workers()
             self._receive(POLL_SECONDS)
+            on_step()
 
     def paint_groups(self, groups: Iterable[Group], on_step: Callable[[], None], done: int) -> Iterator[AlignedFrame]:
         """Paint every window of every group; yields the finished frames in order, see `painting.paint_groups`.
@@ -134,6 +180,7 @@ class RayWorkers:
                     self._waiting.append(order[-1])
             self._start_workers()
             self._receive(0 if has_room else POLL_SECONDS)
+            self._lose_hanging()
             on_step()
 
     def summary(self) -> list[dict[str, Any]]:
@@ -163,7 +210,29 @@ class RayWorkers:
     def _hand_out(self) -> None:
         while self._waiting and (member := self._least_busy()) is not None:
             place = self._waiting.popleft()
+            if not self._works(member):
+                member.working_since = time.monotonic()
             self._waits[member.actor.paint.remote(place.task)] = member, place
+
+    def _works(self, member: Member) -> bool:
+        """Whether a worker has a group, or something that it has returned has not been taken yet."""
+        return any(other is member for other, _ in self._waits.values())
+
+    def group_seconds(self) -> float:
+        """How long a worker may take for a group until it counts as lost."""
+        if self._slowest is None:
+            return FIRST_GROUP_SECONDS[self.kind]
+        return max(MIN_GROUP_SECONDS, SLOWEST_FACTOR * self._slowest)
+
+    def _lose_hanging(self) -> None:
+        """Let workers go that have returned nothing for too long."""
+        limit, now = self.group_seconds(), time.monotonic()
+        for member in self._ready():
+            if now - member.working_since <= limit or not self._works(member):
+                continue
+            references = [reference for reference, (other, _) in self._waits.items() if other is member]
+            if not ray.wait(references, timeout=0)[0]:  # else it was this process that took its time
+                self._lose(member, f"it has returned nothing for {limit / 60:.0f} minutes")
 
     def _start_workers(self) -> None:
         """Start a worker in every place that Ray has for one, up to the limit. Raises UserError where none is had."""
@@ -181,12 +250,18 @@ class RayWorkers:
         self._searched = now
         resource = {"cpu": "CPU", "cuda": "GPU"}[self.kind]
         starting = sum(member.prepared is None for member in alive)
+        wanted = self._limit - len(alive)
+        while wanted > 0 and self._spare is not None and (actor := self._spare.take(self._order.model)) is not None:
+            self._prepare(actor)
+            wanted -= 1
         places = int(ray.available_resources().get(resource, 0)) if not starting else 0
-        for _ in range(min(places, self._limit - len(alive))):
+        for _ in range(min(places, wanted)):
             options = {"num_cpus": 1} if self.kind == "cpu" else {"num_cpus": 0, "num_gpus": 1}
-            actor = ray.remote(Worker).options(max_concurrency=QUEUED[self.kind] + 1, **options).remote(self._order)
-            self.members.append(Member(actor))
-            self._waits[actor.prepare.remote()] = self.members[-1], None
+            self._prepare(ray.remote(Worker).options(max_concurrency=QUEUED[self.kind] + 1, **options).remote())
+
+    def _prepare(self, actor: Any) -> None:
+        self.members.append(Member(actor))
+        self._waits[actor.prepare.remote(self._order)] = self.members[-1], None
 
     def _receive(self, timeout: float) -> None:
         """Take what workers return, waiting so many seconds for something."""
@@ -208,30 +283,37 @@ class RayWorkers:
     def _on_result(self, result: Any, member: Member, place: Place | None) -> None:
         if place is None:
             member.prepared, member.ready_at = result, time.monotonic()
-            self._on_message(f"worker on {member.name} is ready")
+            log.info(f"worker on {member.name} is ready")
             return
         painted: PaintedGroup = result
         unpack_result(painted, place.group, self._resolution, self._own_face)
         place.task = None
+        now = time.monotonic()
+        self._slowest = max(self._slowest or 0.0, now - member.working_since)
+        member.working_since = now
         member.groups += 1
         self._fruitless = 0
         for message in painted.messages:
             self._on_message(f"{member.name}: {message}")
 
     def _on_error(self, error: RayError, member: Member, place: Place | None) -> None:
-        """Give what a worker had to the others, and let it go; raise what would happen to them, too."""
+        """Let a worker go that has failed; raise what would happen to the others, too."""
         cause = error.cause if isinstance(error, RayTaskError) else None
         if isinstance(cause, UserError) and place is not None:
             raise cause
-        member.lost = True
         if isinstance(cause, UserError):  # it keeps its place, so that Ray starts no other one there
-            self._refusal = cause
+            member.lost, self._refusal = True, cause
             self._on_message(str(cause))
             return
+        self._lose(member, _first_line(cause or error), place)
+
+    def _lose(self, member: Member, reason: str, place: Place | None = None) -> None:
+        """End a worker and give what it had to the others; place: what it had, besides what is waited for."""
+        member.lost = True
         with suppress(RayError):
             ray.kill(member.actor)
         self._fruitless += not member.groups
-        self._problem = f"{member.name} was lost ({_first_line(cause or error)})."
+        self._problem = f"{member.name} was lost ({reason})."
         places = [] if place is None else [place]
         for reference, (other, had) in list(self._waits.items()):
             if other is member:

@@ -292,6 +292,7 @@ class Endpoints:
 
         known: "version" of jobs by "id", from an earlier reply: a job that still has it comes without its other fields.
         server: changes when the server was started again, after which `since` and the addresses of files are void.
+        sharing: how jobs share several GPUs, a sentence, empty on one device.
         models: a number that changes when /models has news; None before the machine was looked at.
         measured: a number that changes when /describe may know better how long a job takes.
         """
@@ -311,6 +312,7 @@ class Endpoints:
             "jobs": jobs,
             "running": running,
             "waiting": waiting,
+            "sharing": self.worker.machine.sharing if self.worker.machine else "",
             "live": self.worker.live(after),
             "models": self.fetcher.version if self.worker.ready.is_set() else None,
             "fetching": self.fetcher.view(),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from latentsync import FPS
 from latentsync.rates import grid_rate, show_rate
 from optim.serving.job import Request
-from optim.serving.machine import Machine
+from optim.serving.machine import LONG_SECONDS, Machine, at_level, workers_text
 from optim.serving.run import make_plan
 from optim.serving.speeds import Speeds, speed_key
 
@@ -37,7 +37,7 @@ def describe_request(
     from optim.accelerate import details, summary
 
     device = torch.device(machine.device)
-    plan = make_plan(request, checkpoint, device, restorer)
+    plan = make_plan(at_level(request, machine), checkpoint, device, restorer)
     line = f"{summary(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
     in_detail = f"{details(plan, device)}{f', faces restored by {request.restore:g}' if request.restore else ''}."
     rate = grid_rate(Fraction(video_fps or FPS).limit_denominator(1001), request.fps)
@@ -47,8 +47,11 @@ def describe_request(
         return f"{line}, on {machine.device_name}.", in_detail
     if seconds is None:
         return f"{line}.", in_detail
+    gpus = machine.gpus if seconds > LONG_SECONDS else 1  # where no other job runs or waits
+    if machine.gpus > 1:
+        line += f", on {workers_text(gpus, device.type)}"
     frames = people * math.ceil(seconds * rate)
-    estimate = speeds.estimate(speed_key(checkpoint.name, machine, request), plan.settings, frames)
+    estimate = speeds.estimate(speed_key(checkpoint.name, machine, request, gpus), plan.settings, frames)
     if estimate is None:
         return f"{line}; how long it takes here is not known before the first job.", in_detail
     return f"{line}; {range_text(estimate.low, estimate.high)} for this clip.", in_detail

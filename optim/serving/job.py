@@ -132,6 +132,7 @@ class Job:
     queued: float = field(default_factory=time.time)  # when it began to wait; the order of the queue
     starts: int = 0  # since a server was closed in order, or a segment was finished
     frames_at_start: int = 0  # that were finished when it was last started
+    gpus: int = 0  # that it runs on, or ran on: 0 until then, 1 on a page that uses one device
     started: float | None = None
     ended: float | None = None
     doing: str = "waiting"  # the current activity, in words
@@ -190,7 +191,7 @@ class Job:
         self.progress, self.partial_frames, self.resumed_from, self.expected_seconds = {}, 0.0, 0, None
         self.messages = self.messages[: self.remarks]
         self.advice, self.report, self.timeline, self.output = [], None, None, None
-        self.picture, self.playable = None, 0
+        self.picture, self.playable, self.gpus = None, 0, 0
         self.cancel_requested, self.keep_finished, self.interrupted = threading.Event(), False, False
 
     def set_error(self, error: str, remedy: dict[str, Any] | None = None) -> None:
@@ -211,7 +212,7 @@ class Job:
     def view(self, place: int | None) -> dict[str, Any]:
         """The job as its owner sees it, ready for JSON; file paths are relative to where the page serves them.
 
-        place: how many jobs run before it while it waits.
+        place: how many jobs must end before it starts, while it waits.
         """
         left, rate = self.seconds_left(), self.frames_per_second()
         stopping = self.state == RUNNING and self.cancel_requested.is_set()
@@ -222,6 +223,7 @@ class Job:
             "doing": stopping_text if stopping else self.doing,
             "ending": stopping,
             "before": place,
+            "gpus": self.gpus,
             "names": self.names[:2],
             "others": [{"face": face, "name": name} for face, name in self._other_names()],
             "sound": self.names[-1] if self.request.sound else None,

@@ -15,6 +15,7 @@ from latentsync import __version__
 from latentsync.checkpoints.releases import RELEASES
 from latentsync.errors import UserError
 from latentsync.options import between
+from optim.cluster.options import gpu_numbers
 from optim.serving.login import parse_accounts, read_accounts
 from optim.serving.policy import as_address, split_host
 
@@ -93,6 +94,12 @@ def make_parser(outputs: Path, prog: str) -> argparse.ArgumentParser:
         "of `pip install -e .[restore]`)",
     )
     add(
+        "--gpus",
+        metavar="all|N|0,2",
+        help="use several GPUs of this machine, each for a job, or all for one: all, so many, or those with these "
+        "numbers; without GPUs, so many processes (needs the packages of `pip install -e .[cluster]`)",
+    )
+    add(
         "--get",
         metavar="NAME",
         default=env("LATENTSYNC_GET"),
@@ -125,6 +132,10 @@ def parse_options(arguments: list[str] | None, outputs: Path, prog: str = "app.p
         from latentsync.restoring import check_restorer  # imports torch
 
         check_restorer(options.restore)
+    if options.gpus is not None:
+        gpu_numbers(options.gpus)
+        if "SPACES_ZERO_GPU" in os.environ:
+            raise UserError("--gpus: ZeroGPU lends a GPU to each job by itself; leave the option out.")
     options.public = options.share or "SPACE_ID" in os.environ
     options.shared = options.public or (options.accounts is None and not on_loopback(options.server_name))
     options.allow_download = options.allow_download or not options.shared

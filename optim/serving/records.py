@@ -45,9 +45,12 @@ FIELDS: dict[str, Any] = {
     "timeline": dict | None,
     "starts": int,
     "frames_at_start": int,
+    "gpus": int,
 }
 # Earlier versions did not save them.
-ADDED_FIELDS: dict[str, Any] = {"queued": 0.0, "starts": 0, "frames_at_start": 0, "remarks": 0, "fps": "25"}
+ADDED_FIELDS: dict[str, Any] = {
+    "queued": 0.0, "starts": 0, "frames_at_start": 0, "remarks": 0, "fps": "25", "gpus": 1,
+}  # fmt: skip
 
 
 def save_job(job: Job, state: str) -> None:

@@ -1,5 +1,7 @@
 """One job through the pipeline: its plan, its progress, how it is cancelled, and what to try when memory runs out.
 
+`runners` decide where that happens.
+
 The functions import torch, not the module, so that the page can be shown before it is loaded.
 """
 
@@ -25,7 +27,9 @@ if TYPE_CHECKING:  # torch takes seconds to load
 
     from latentsync.checkpoints.find import Checkpoint
     from latentsync.checkpoints.load import Models
+    from latentsync.settings import Settings
     from optim.accelerate import Plan
+    from optim.cluster.workers import RayWorkers
     from optim.monitor import Monitor
 
 
@@ -36,12 +40,14 @@ class Cancelled(Exception):
     """Raised inside a run to end it and leave nothing."""
 
 
-def make_plan(
-    request: Request, model: "Checkpoint | Models", device: "torch.device", restorer: Path | None = None
-) -> "Plan":
-    """The plan for a request with a model on a device; restorer: the server's. Raises UserError."""
+def requested_settings(
+    request: Request, model: "Checkpoint | Models", restorer: Path | None = None
+) -> tuple["Settings", dict[str, Any]]:
+    """The settings of a request before its level applies, and the fields of the level that it overrides.
+
+    restorer: the server's. Raises UserError.
+    """
     from latentsync.settings import DeepCache, Settings
-    from optim.accelerate import plan_for_device
 
     if request.restore:
         from latentsync.restoring import check_restorable
@@ -67,32 +73,52 @@ def make_plan(
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if request.cache != "level":
         overrides["cache"] = DeepCache(int(request.cache), 0) if request.cache else None
+    return settings, overrides
+
+
+def make_plan(
+    request: Request, model: "Checkpoint | Models", device: "torch.device", restorer: Path | None = None
+) -> "Plan":
+    """The plan for a request with a model on a device; restorer: the server's. Raises UserError."""
+    from optim.accelerate import plan_for_device
+
+    settings, overrides = requested_settings(request, model, restorer)
     return plan_for_device(device, model.resolution, settings, request.level, request.batch, **overrides)
 
 
-def run_job(
-    job: Job, models: "Models", monitor: "Monitor", speeds: Speeds, speed_key: str, restorer: Path | None = None
-) -> None:
-    """Run a job with loaded models, and set its output, report, advice and messages.
+def expect(job: Job, speeds: Speeds, speed_key: str, settings: "Settings") -> None:
+    """Set the time that a job will take by earlier ones; each of its faces is painted in every frame."""
+    estimate = speeds.estimate(speed_key, settings, job.frames * len(job.request.faces))
+    job.expected_seconds = estimate.seconds if estimate else None
 
-    speeds: gives the expected time and records the job's own, under `speed_key`; restorer: the server's. Raises
-    Cancelled, UserError, `pipeline.StopEarly` where nothing was finished yet, and whatever else goes wrong.
+
+def run_job(
+    job: Job,
+    models: "Models",
+    plan: "Plan",
+    monitor: "Monitor",
+    speeds: Speeds,
+    speed_key: str,
+    workers: "RayWorkers | None" = None,
+    where: str = "",
+) -> None:
+    """Run a job with models that are prepared for its plan, and set its output, report, advice and messages.
+
+    speeds: records the time that it took, under `speed_key`; workers: paint in place of the models, see `lipsync`;
+    where: said after what is painted, as " on 2 GPUs". Raises Cancelled, UserError, `pipeline.StopEarly` where nothing
+    was finished yet, and whatever else goes wrong.
     """
     from latentsync.pipeline import Hooks, lipsync
-    from optim.accelerate import accelerate, oom_handler
+    from optim.accelerate import oom_handler
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
 
     request = job.request
-    plan = make_plan(request, models, models.device, restorer)
-    people = len(request.faces)  # each is painted in every frame
-    estimate = speeds.estimate(speed_key, plan.settings, job.frames * people)
-    job.expected_seconds = estimate.seconds if estimate else None
-    job.doing = "preparing the networks"
-    accelerate(models, plan, job.messages.append, frames=job.frames)
+    people = len(request.faces)
     check_cancel(job)
     job.doing = "looking at the files"
     step_downs: list[str] = []
+    messages = len(job.messages)
 
     def on_step_down(change: str) -> None:
         step_downs.append(change)
@@ -100,10 +126,10 @@ def run_job(
 
     preview = Preview(job)
     hooks = Hooks(
-        on_progress=Progress(job, plan.settings.steps * people, monitor),
+        on_progress=Progress(job, None if workers else plan.settings.steps * people, monitor, where),
         on_frame=preview,
         on_wait=lambda: check_cancel(job),
-        on_out_of_memory=oom_handler(models, plan, job.messages.append, on_step_down),
+        on_out_of_memory=None if workers else oom_handler(models, plan, job.messages.append, on_step_down),
     )
     monitor.mark(plan.level.name)
     began = time.monotonic()
@@ -120,11 +146,13 @@ def run_job(
                 audio_track=request.audio_track,
                 other_voices=[other.audio for other in request.others],
                 sound=request.sound,
+                workers=workers,
             )
     finally:
         preview.close()
     seconds = time.monotonic() - began
-    if not (report.ended_early or step_downs or report.resumed_from or report.turns):
+    undisturbed = not step_downs if workers is None else len(job.messages) == messages  # they say what they lack
+    if undisturbed and not report.ended_early and not report.resumed_from and not report.turns:
         speeds.record(speed_key, plan.settings, report.frames * people, seconds)
     gpu = None
     if models.device.type == "cuda" and (history := last_seconds(monitor.snapshot(), seconds)):
@@ -133,8 +161,10 @@ def run_job(
     job.messages.extend(report.remarks)
     position = {"level": plan.level.name, "position": plan.level.position}
     job.report = report.as_dict() | position | {"step_downs": step_downs}
-    if restorer and request.restore:  # visitors need not know where it lies
-        job.report["settings"]["restore"] = restorer.name
+    if request.restore and plan.settings.restore:  # visitors need not know where it lies
+        job.report["settings"]["restore"] = Path(plan.settings.restore).name
+    if workers is not None:
+        job.report["workers"] = workers.summary()
     job.output = job.planned_output
     monitor.mark("done")
 
@@ -201,10 +231,13 @@ def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]
 
 
 class Progress:
-    """The pipeline's hook on_progress: updates the job, and ends the run when it is cancelled."""
+    """The pipeline's hook on_progress: updates the job, and ends the run when it is cancelled.
 
-    def __init__(self, job: Job, steps: int, monitor: "Monitor"):
-        self._job, self._steps, self._monitor = job, steps, monitor
+    steps: of denoising, None where they are not seen; where: said after what is painted.
+    """
+
+    def __init__(self, job: Job, steps: int | None, monitor: "Monitor", where: str = ""):
+        self._job, self._steps, self._monitor, self._where = job, steps, monitor, where
         self._steps_taken = 0  # since the last finished frame
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -221,11 +254,12 @@ class Progress:
         if stage not in job.progress:
             self._monitor.mark(stage)
         if stage == "mouths":
-            job.doing = "painting mouths"
-            # A call without a new frame is a denoising step. Decoding follows the last one.
-            self._steps_taken = self._steps_taken + 1 if done == job.progress.get(stage, 0) else 0
-            fraction = min(self._steps_taken / (self._steps + 1), 1.0)
-            job.partial_frames = min(fraction * WINDOW, total - done)
+            job.doing = f"painting mouths{self._where}"
+            if self._steps is not None:
+                # A call without a new frame is a denoising step. Decoding follows the last one.
+                self._steps_taken = self._steps_taken + 1 if done == job.progress.get(stage, 0) else 0
+                fraction = min(self._steps_taken / (self._steps + 1), 1.0)
+                job.partial_frames = min(fraction * WINDOW, total - done)
         elif stage == "faces" and "mouths" not in job.progress:
             job.doing = "finding faces"
         job.progress[stage] = done

@@ -56,6 +56,7 @@ def make_worker(options: Namespace) -> Worker:
         lent=lent_gpu(),
         restorer=options.restore and options.restore.absolute(),
         limits=SHARED_LIMITS if options.shared else NO_LIMITS,
+        gpus=options.gpus,
     )
 
 

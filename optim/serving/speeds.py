@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -29,11 +30,15 @@ class Estimate(NamedTuple):
 
 
 class Speeds:
-    """Seconds a frame of the last jobs, by a key for model and device and by the work of a frame, in a JSON file."""
+    """Seconds a frame of the last jobs, by a key for model and device and by the work of a frame, in a JSON file.
+
+    Any thread may use it.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.jobs = 0  # that were recorded by this process
+        self._lock = threading.Lock()
         self._seconds: dict[str, dict[str, list[float]]] = {}
         with suppress(OSError, ValueError, RecursionError):
             self._seconds = _valid_entries(json.loads(path.read_text(encoding="utf-8")))
@@ -49,7 +54,8 @@ class Speeds:
 
     def estimate(self, key: str, settings: Settings, frames: int) -> Estimate | None:
         """The time for a number of frames, scaled by the work from the nearest recorded settings; None without any."""
-        jobs = {float(work): values for work, values in self._seconds.get(key, {}).items()}
+        with self._lock:
+            jobs = {float(work): list(values) for work, values in self._seconds.get(key, {}).items()}
         if not jobs:
             return None
         work = round(self.work(settings), 2)
@@ -60,10 +66,10 @@ class Speeds:
 
     def record(self, key: str, settings: Settings, frames: int, seconds: float) -> None:
         """Record a job; the oldest beyond KEPT of the same work goes. A full disk costs the file, not the job."""
-        self.jobs += 1
-        values = self._seconds.setdefault(key, {}).setdefault(str(round(self.work(settings), 2)), [])
-        values[:] = [*values, seconds / frames][-KEPT:]
-        with suppress(OSError):
+        with self._lock, suppress(OSError):
+            self.jobs += 1
+            values = self._seconds.setdefault(key, {}).setdefault(str(round(self.work(settings), 2)), [])
+            values[:] = [*values, seconds / frames][-KEPT:]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as partial:
                 partial.write_text(json.dumps(self._seconds, indent=1), encoding="utf-8")
@@ -88,6 +94,10 @@ def _is_speed(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
-def speed_key(model: str, machine: "Machine", request: "Request") -> str:
-    """The key in `Speeds` for a model, by name, on a machine; a restorer's work does not depend on the model's."""
-    return f"{model}, {machine.device_name}{', restored' if request.restore else ''}"
+def speed_key(model: str, machine: "Machine", request: "Request", gpus: int = 1) -> str:
+    """The key in `Speeds` for a model, by name, on a machine; gpus: that a job has there.
+
+    A restorer's work does not depend on the model's.
+    """
+    several, restored = f", {gpus} of them" if machine.gpus > 1 else "", ", restored" if request.restore else ""
+    return f"{model}, {machine.device_name}{several}{restored}"

@@ -12,22 +12,26 @@ from latentsync.media.segments import discard
 from optim.serving.inputs import disk_problem, stored_bytes
 from optim.serving.job import CANCELLED, FAILED, RUNNING, WAITING, Job, owner_of
 from optim.serving.limits import NO_LIMITS, VisitorLimits, check_option
+from optim.serving.machine import LONG_SECONDS
 from optim.serving.records import finished_frames, load_jobs, save_job
 
 MAX_LISTED = 50  # ended jobs in a visitor's list
 
 
 class JobStore:
-    """All jobs, the oldest first, and the queue of those that wait. Any thread may use it.
+    """All jobs, the oldest first, the queue of those that wait, and which of them may run. Any thread may use it.
 
     folder: each job gets a folder in it; queue_size: jobs that may wait; limits: of each visitor. Raises UserError for
-    options out of range.
+    options out of range. `changed` is notified when a job may have become able to run.
     """
 
     def __init__(self, folder: Path, queue_size: int, limits: VisitorLimits = NO_LIMITS):
         check_option("The length of the queue", queue_size, 1, whole=True)
         self.folder, self.queue_size, self.limits = folder, queue_size, limits
         self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        self.closed = False
+        self.gpus = 1  # or the one processor, or processes on it: each runs one job at a time
         self.jobs: dict[str, Job] = {}
         self.waiting: deque[Job] = deque()
 
@@ -44,6 +48,7 @@ class JobStore:
             self.jobs = loaded | self.jobs
             waiting = sorted((job for job in loaded.values() if job.state == WAITING), key=lambda job: job.queued)
             self.waiting.extendleft(reversed(waiting))
+            self.changed.notify_all()
 
     # ---- finding
 
@@ -72,11 +77,11 @@ class JobStore:
         return [job for job in self.all() if same_token(job.owner, owner)]
 
     def place(self, job: Job) -> int | None:
-        """How many jobs run before a waiting one; None for one that does not wait."""
+        """How many jobs must end before a waiting one starts; None for one that does not wait."""
         with self.lock:
             if job not in self.waiting:
                 return None
-            return self.waiting.index(job) + any(other.state == RUNNING for other in self.jobs.values())
+            return max(self.waiting.index(job) + 1 - self._free_gpus(), 0)
 
     def load_counts(self) -> tuple[int, int]:
         """The numbers of running and of waiting jobs, of all visitors."""
@@ -92,6 +97,7 @@ class JobStore:
             self.check_room(job.owner)
             self.jobs[job.id] = job
             self.waiting.append(job)
+            self.changed.notify_all()
 
     def retry(self, job: Job) -> bool:
         """Queue a failed job again if it has finished segments to resume after; returns whether it has."""
@@ -104,6 +110,7 @@ class JobStore:
             save_job(job, WAITING)
             job.state = WAITING
             self.waiting.append(job)
+            self.changed.notify_all()
         return True
 
     def cancel(self, job: Job, keep: bool, can_interrupt: bool = True) -> None:
@@ -143,13 +150,37 @@ class JobStore:
             for each in (job, other):
                 save_job(each, WAITING)
 
-    def take_next(self) -> Job | None:
-        """Take the next job from the queue and mark it as running; None if none waits."""
-        with self.lock:
-            job = self.waiting.popleft() if self.waiting else None
-            if job:
-                job.state, job.started = RUNNING, time.time()
+    def _free_gpus(self) -> int:
+        return self.gpus - sum(job.gpus for job in self.jobs.values() if job.state == RUNNING)
+
+    def take_next(self, timeout: float = 0.0) -> Job | None:
+        """Take the next job from the queue, mark it as running, and give it a GPU, or several.
+
+        timeout: seconds to wait for a change where no job can run. None where none can after that.
+        """
+        with self.changed:
+            if not (self.waiting and self._free_gpus()) and not self.closed:
+                self.changed.wait(timeout)
+            free = self._free_gpus()
+            if self.closed or not self.waiting or not free:
+                return None
+            job = self.waiting.popleft()
+            job.gpus = free if job.seconds > LONG_SECONDS and not self.waiting else 1
+            job.state, job.started = RUNNING, time.time()
             return job
+
+    def end(self, job: Job, state: str) -> None:
+        """Set the state of a job that ran, once everything else of it is in place; its GPUs are free from now on."""
+        with self.changed:
+            job.state = state
+            self.changed.notify_all()
+
+    def close(self) -> list[Job]:
+        """Start no job from now on. Returns those that run."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+            return [job for job in self.jobs.values() if job.state == RUNNING]
 
     def remove(self, job: Job) -> None:
         """Forget a job and delete its files."""

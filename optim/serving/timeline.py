@@ -1,6 +1,7 @@
 """The timeline of a finished job: the machine's curves above bars of the stages, as a plotly figure."""
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 from latentsync.errors import UserError
 from optim.serving.job import Job
@@ -8,8 +9,20 @@ from optim.serving.job import Job
 if TYPE_CHECKING:  # plotly takes a while to load
     from plotly.graph_objects import Figure
 
-COLOURS = ("#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c")  # read on light and on dark
+# Read on light and on dark; as in assets/page/plots.js.
+COLOURS = ("#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c", "#0e7fa8", "#8553c9")
 INK, GRID = "#6b7a83", "rgba(128, 140, 148, 0.25)"
+
+
+def looks_of(name: str, i: int) -> dict[str, Any]:
+    """The looks of a curve, the i-th one.
+
+    Each of several GPUs has a colour; its memory has the same, dotted, and the legend shows one of these.
+    """
+    gpu = re.fullmatch(r"GPU (\d+)( memory)?", name)
+    number, memory = (int(gpu[1]), gpu[2] is not None) if gpu else (i, False)
+    line = {"color": COLOURS[number % len(COLOURS)], "width": 1.6, "dash": "dot" if memory else "solid"}
+    return {"line": line, "showlegend": not memory or number == 0}
 
 
 def timeline_figure(job: Job) -> "Figure":
@@ -24,8 +37,8 @@ def timeline_figure(job: Job) -> "Figure":
     stages, curves = job.timeline["stages"], job.timeline.get("curves", {})
     figure = Figure()
     for i, (name, values) in enumerate(curves.items()):
-        line = {"color": COLOURS[i % len(COLOURS)], "width": 1.6}
-        figure.add_trace(Scatter(x=job.timeline["time"], y=values, name=name, mode="lines", line=line))
+        looks = looks_of(name, i)
+        figure.add_trace(Scatter(x=job.timeline["time"], y=values, name=name, mode="lines", **looks))
     for i, (stage, (start, end)) in enumerate(stages.items()):
         figure.add_trace(
             Bar(

@@ -1,45 +1,45 @@
-"""The thread that runs the jobs of the page, one after the other, and what the page can do with them.
+"""The threads that run the jobs of the page, one for each GPU, and what the page can do with the jobs.
 
     worker = Worker(Path("outputs"))
     worker.start()
     job = worker.submit(Request(video, audio), visitor)
     worker.cancel(job.id, visitor, keep=True)
 
-Nothing here knows of a page or a server. The thread imports torch, so that the page can be shown before it is loaded.
-The model stays loaded between jobs and is unloaded after a while without any.
+Nothing here knows of a page or a server. A thread imports torch, so that the page can be shown before it is loaded.
+What a job is run with stays loaded between jobs and is unloaded after a while without any (`runners`).
 """
 
-import gc
 import logging
+import math
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentsync.errors import UserError, is_out_of_memory
+from latentsync.choice import SPEAKING
+from latentsync.errors import UserError
 from latentsync.media import probe_audio, probe_video
-from latentsync.media.segments import discard
 from optim.serving.comparison import start_comparison
-from optim.serving.curves import NO_CURVES, curves_since, last_seconds, thinned_curves
+from optim.serving.curves import NO_CURVES, curves_since
 from optim.serving.estimate import describe_request
+from optim.serving.execution import FAULT, execute, refuse
 from optim.serving.inputs import store_inputs, with_user_names
-from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, WAITING, Job, Request, owner_of
+from optim.serving.job import CANCELLED, FAILED, WAITING, Job, Request, owner_of
 from optim.serving.limits import NO_LIMITS, VisitorLimits, check_option
-from optim.serving.machine import Machine, inspect_machine
+from optim.serving.machine import Machine, inspect_machine, shared_gpus
 from optim.serving.models import find_checkpoint, list_models
-from optim.serving.records import finished_frames, save_job
-from optim.serving.run import NO_RESTORER, Cancelled, check_cancel, out_of_memory, run_job
-from optim.serving.speeds import Speeds, speed_key
+from optim.serving.run import NO_RESTORER
+from optim.serving.runners import InProcess, OnGpus, OnLentGpu, RunAlone, Runner
+from optim.serving.speeds import Speeds
 from optim.serving.store import JobStore
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from latentsync.checkpoints.find import Checkpoint
-    from latentsync.checkpoints.load import Models
     from optim.monitor import History, Monitor
 
 log = logging.getLogger(__name__)
@@ -47,25 +47,18 @@ log = logging.getLogger(__name__)
 IDLE_SECONDS = 600.0  # without a job, until the model is unloaded
 LIVE_SECONDS = 120.0  # of the curves of the machine
 LIVE_INTERVAL = 0.5  # seconds for which a snapshot of the curves serves all visitors
-JOIN_SECONDS = 10.0  # that `close` waits for the thread
-FAULT = (
-    "Something inside the program failed ({}); its console says where. Your files are unharmed: try again, or with "
-    "other settings."
-)
-GPU_FAILED = (
-    "The GPU has failed, and this server cannot use it any more: start the server again. Your files are unharmed, and "
-    "the job can be run again then."
-)
-RunAlone = Callable[[Request, Path, str], dict[str, Any]]  # see `run.run_alone`
+JOIN_SECONDS = 10.0  # that `close` waits for the threads
+SESSION_SECONDS = 20.0  # besides, for the workers of several GPUs
 
 
 class Worker:
-    """The queue of jobs and the thread that works on it.
+    """The queue of jobs and the threads that work on it.
 
     folder, queue_size, limits: see `JobStore`; max_seconds: of sound, None for any length; model, device: what `auto`
     means, as on the command line; idle_seconds: without a job, until the model is unloaded; keep_hours: after which
     ended jobs and their files are removed, None for never; lent: runs a job on a GPU that is lent for it, as
-    `run.run_alone` does; restorer: a face restorer that jobs may use, not on a lent GPU. Raises UserError for options
+    `run.run_alone` does; restorer: a face restorer that jobs may use, not on a lent GPU; gpus: that jobs share, as
+    --gpus names them, None for one device. Raises UserError for options
     out of range.
 
     The worker owns every file in the folders of its jobs: they go with `remove`, or after `keep_hours`. Files that a
@@ -84,30 +77,28 @@ class Worker:
         lent: RunAlone | None = None,
         limits: VisitorLimits = NO_LIMITS,
         restorer: Path | None = None,
+        gpus: str | None = None,
     ):
         check_option("The most seconds of sound", max_seconds, 0.01, optional=True)
         check_option("The seconds until the model is unloaded", idle_seconds, 0)
         check_option("The hours that results are kept", keep_hours, 1e-9, optional=True)
         self.store = JobStore(folder, queue_size, limits)
         self.folder, self.max_seconds = folder, max_seconds
-        self.model, self.device_name = model, device
+        self.model, self.device_name, self.gpus = model, device, gpus
         self.idle_seconds, self.keep_hours, self.lent = idle_seconds, keep_hours, lent
         self.restorer = None if lent else restorer
         self.server = secrets.token_hex(6)  # identifies this server among others at the same address
         self.machine: Machine | None = None
+        self.runner: Runner | None = None
         self.problem: str | None = None  # why there is no machine
         self.ready = threading.Event()  # set when there is a machine or a problem
         self.monitor: Monitor | None = None
         self.speeds: Speeds | None = None
-        self._wake = threading.Event()
         self._closed = threading.Event()
         self._history: tuple[float, History] | None = None  # of the last LIVE_SECONDS, and when it was taken
         self._history_lock = threading.Lock()
-        self._models: Models | None = None
-        self._loaded: Checkpoint | None = None  # of `_models`
-        self._checkpoint: Checkpoint | None = None  # of the running job
         self._idle_since = time.monotonic()
-        self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
+        self._thread = threading.Thread(target=self._prepare_and_run_jobs, name="jobs", daemon=True)
 
     # ---- for every thread
 
@@ -117,23 +108,19 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread. The next server resumes the running job, and runs those that wait."""
+        """End the threads. The next server resumes the running jobs, and runs those that wait."""
         self._closed.set()
+        for job in self.store.close():
+            if not job.cancel_requested.is_set():
+                job.interrupted = True
+                job.cancel_requested.set()
         for job in self.store.all():
-            if job.state == RUNNING:
-                self._interrupt(job)
             if job.comparison:
                 job.comparison.cancel.set()
-        self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(JOIN_SECONDS)
+            self._thread.join(JOIN_SECONDS + (SESSION_SECONDS if self.gpus else 0))
         if self.monitor:
             self.monitor.stop()
-
-    def _interrupt(self, job: Job) -> None:
-        if not job.cancel_requested.is_set():
-            job.interrupted = True
-            job.cancel_requested.set()
 
     def submit(self, request: Request, visitor: str, names: Sequence[str] | None = None) -> Job:
         """Take ownership of the files of a request, probe them, and queue the job.
@@ -144,6 +131,7 @@ class Worker:
         """
         if request.restore and self.restorer is None:
             raise UserError(NO_RESTORER)
+        self._check_faces(request, len(request.faces))
         owner = owner_of(visitor)
         self.store.check_room(owner)
         self.store.check_stored(owner)
@@ -170,7 +158,6 @@ class Worker:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self._wake.set()
         return job
 
     def again(self, job_id: str, visitor: str, **changes: Any) -> Job:
@@ -186,7 +173,6 @@ class Worker:
             )
         request = replace(job.request, **changes)
         if request == job.request and self.store.retry(job):
-            self._wake.set()
             return job
         return self.submit(request, visitor, job.names)
 
@@ -243,11 +229,20 @@ class Worker:
         self.ready.wait()
         if self.machine is None or self.speeds is None:
             raise UserError(self.problem or "")
+        self._check_faces(request, people)
         checkpoint = self._find_checkpoint(request)
         lent = self.lent is not None
         return describe_request(
             request, checkpoint, self.machine, self.speeds, seconds, video_fps, lent, self.restorer, people
         )
+
+    def _check_faces(self, request: Request, people: int) -> None:
+        """Raise UserError for what is painted by one process only."""
+        if self.gpus is not None and (people > 1 or request.face == SPEAKING):
+            raise UserError(
+                "This page shares its GPUs among jobs of one face each: leave the other faces out, and choose a face "
+                "that is not 'speaking'; a page without --gpus takes both."
+            )
 
     def find_models(self) -> None:
         """Update which models are here and what `auto` means, after one was fetched or removed."""
@@ -265,179 +260,98 @@ class Worker:
             time.sleep(0.05)
         return not job.unfinished
 
-    # ---- for the worker's thread
+    # ---- for the threads of the jobs
 
-    def _work(self) -> None:
-        try:
-            self._inspect()
-        except UserError as error:
-            self.problem = str(error)
-        except Exception as error:
-            log.exception("The machine could not be inspected")
-            self.problem = f"The machine could not be looked at ({type(error).__name__}: {error}): see the console."
-        if self.problem:
-            log.error(self.problem)
-        self.ready.set()
-        self._idle_since = time.monotonic()
-        while not self._closed.is_set():
+    def _prepare_and_run_jobs(self) -> None:
+        """Inspect the machine, then run jobs, with a thread for each GPU. A Ray session is this thread's."""
+        with ExitStack() as stack:
             try:
-                self._work_once()
-            except BaseException:  # whatever it is, the next job may do better
-                log.exception("A job ended in an unexpected way")
-                self._closed.wait(1.0)
+                self._inspect(stack)
+            except UserError as error:
+                self.problem = str(error)
+            except Exception as error:
+                log.exception("The machine could not be inspected")
+                self.problem = f"The machine could not be looked at ({type(error).__name__}: {error}): see the console."
+            if self.problem:
+                log.error(self.problem)
+            self.ready.set()
+            self._idle_since = time.monotonic()
+            others = [
+                threading.Thread(target=self._run_jobs, name=f"jobs-{number}", daemon=True)
+                for number in range(1, self.store.gpus)
+            ]
+            for thread in others:
+                thread.start()
+            self._run_jobs()
+            for thread in others:
+                thread.join()
 
-    def _inspect(self) -> None:
-        """Start the monitor and inspect the machine. Raises UserError, and whatever else goes wrong."""
+    def _inspect(self, stack: ExitStack) -> None:
+        """Start the monitor, inspect the machine, and choose where jobs run. Raises UserError, and whatever else goes
+        wrong.
+
+        stack: closed when no job runs any more.
+        """
         from latentsync.checkpoints.releases import home
         from optim.monitor import Monitor
 
         self.speeds = Speeds(home() / "speeds.json")
         self.monitor = Monitor(rate=1.0, seconds=3600).start()
-        self.machine = inspect_machine(self.folder, self.model, self.device_name, self.lent is not None)
+        numbers = shared_gpus(self.gpus, self.device_name)
+        machine = inspect_machine(self.folder, self.model, self.device_name, self.lent is not None, numbers)
+        if self.lent:
+            self.runner = OnLentGpu(self.lent, self.model, machine)
+        elif numbers:
+            import torch
 
-    def _work_once(self) -> None:
-        """Run the next job, or wait for one."""
+            from optim.cluster.session import local_session
+
+            stack.enter_context(local_session(len(numbers), numbers if machine.device != "cpu" else ()))
+            self.runner = OnGpus(self.model, machine, self.monitor, self.speeds, torch.get_num_threads(), self.restorer)
+        else:
+            self.runner = InProcess(machine, self.monitor, self.speeds, self.restorer)
+        self.store.gpus = machine.gpus
+        self.machine = machine
+
+    def _run_jobs(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._run_next_job()
+            except BaseException:  # whatever it is, the next job may do better
+                log.exception("A job ended in an unexpected way")
+                self._closed.wait(1.0)
+
+    def _run_next_job(self) -> None:
+        """Run the next job, or wait for one and unload what is idle."""
         if self.keep_hours is not None:
             self.store.remove_old(self.keep_hours)
-        self._wake.clear()  # before looking for a job, so that no call is missed
-        job = self.store.take_next()
+        job = self.store.take_next(timeout=max(1.0, min(self.idle_seconds, 60.0)))
         if job is None:
-            if not self._closed.is_set():
-                self._wake.wait(timeout=max(1.0, min(self.idle_seconds, 60.0)))
-            if self._models is not None and time.monotonic() - self._idle_since > self.idle_seconds:
-                self._unload()
+            idle = time.monotonic() - self._idle_since > self.idle_seconds
+            if self.runner and idle and self.store.load_counts() == (0, 0):
+                self._idle_since = math.inf  # once is enough
+                self.runner.unload()
             return
-        if self._closed.is_set():  # `close` may not have seen that it runs
-            self._interrupt(job)
+        state = FAILED
         try:
-            self._perform(job)
+            if self.runner and self.machine and self.monitor:
+                state = execute(job, self.machine, self.runner, self._find_checkpoint, self.monitor)
+            else:
+                state = refuse(job, self.problem or "This machine cannot be used.")
+        except BaseException:  # recording its end has failed
+            job.set_error(FAULT.format("see there"))
+            job.ended = time.time()
+            raise
         finally:
-            if job.state == RUNNING:  # recording its end has failed, too
-                job.set_error(FAULT.format("see there"))
-                job.ended, job.state = time.time(), FAILED
             self._idle_since = time.monotonic()
-
-    def _perform(self, job: Job) -> None:
-        """Run a job and record how it ended."""
-        job.starts, job.frames_at_start = job.starts + 1, finished_frames(job)
-        save_job(job, RUNNING)  # the next server finds it so, whatever ends this one
-        job.timeline = {"stages": {}}
-        state = self._run(job)
-        job.ended = time.time()
-        job.playable = 0
-        with suppress(OSError):  # its folder may be gone, or the file be open elsewhere on Windows
-            job.first.unlink()
-        if state == CANCELLED and job.interrupted:
-            job.reset()
-            job.starts, state = 0, WAITING
-        try:
-            self._save_timeline(job)
-        except Exception:  # a result without curves is a result
-            log.exception("The curves of a job could not be stored")
-        try:
-            save_job(job, state)
-        finally:
-            job.state = state  # last: whoever sees it finds everything else in place
-
-    def _run(self, job: Job) -> str:
-        """Run a job and say in it how it ended; returns its final state."""
-        from latentsync.pipeline import StopEarly
-
-        self._checkpoint = None
-        failed = False
-        try:
-            if self.machine is None or self.monitor is None or self.speeds is None:
-                raise UserError(self.problem or "This machine cannot be used.")
-            if self.lent:
-                self._run_lent(job, self.lent)
-            else:
-                self._run_here(job, self.machine, self.monitor, self.speeds)
-            early = bool(job.report and job.report["ended_early"])
-            job.doing = "stopped; the finished part is kept" if early else "done"
-            return CANCELLED if early else DONE
-        except (Cancelled, StopEarly):
-            job.doing = "cancelled"
-            if not job.interrupted:
-                discard(job.planned_output)
-            return CANCELLED
-        except UserError as error:
-            names = dict(zip(job.request.files, job.names, strict=True))
-            remedy = {"label": "Choose another video", "focus": "video"} if "shows no face" in str(error) else None
-            job.set_error(with_user_names(error, names), remedy)
-        except BaseException as error:  # also a SystemExit of a library: it would end the thread without a message
-            failed = True
-            if self.machine is not None and isinstance(error, Exception) and is_out_of_memory(error):
-                job.set_error(*out_of_memory(self.machine, self._checkpoint))
-            else:
-                log.exception("A job failed")
-                job.set_error(FAULT.format(type(error).__name__))
-        if failed and not self.lent:  # after the error is gone, whose traceback holds the run's memory
-            try:
-                self._unload()
-            except RuntimeError:
-                log.exception("The GPU has failed")
-                job.set_error(GPU_FAILED)
-        return FAILED
-
-    @property
-    def _inspected(self) -> Machine:
-        """The machine. Raises UserError if there is none."""
-        if self.machine is None:
-            raise UserError(self.problem or "This machine cannot be used.")
-        return self.machine
-
-    def _run_here(self, job: Job, machine: Machine, monitor: "Monitor", speeds: Speeds) -> None:
-        """Run a job with the model in this process; only this call holds it, so that it can be unloaded after it."""
-        check_cancel(job)
-        models = self._load(job)
-        check_cancel(job)
-        run_job(job, models, monitor, speeds, speed_key(models.name, machine, job.request), self.restorer)
-
-    def _run_lent(self, job: Job, lent: RunAlone) -> None:
-        job.doing = "running on a GPU that is lent for it; how far it is cannot be seen here"
-        self._checkpoint = self._find_checkpoint(job.request)
-        name = self._checkpoint.name
-        model = name if self.model == "auto" or name != self._inspected.chosen else self.model
-        job.report, job.output = lent(job.request, job.planned_output, model), job.planned_output
+            self.store.end(job, state)
 
     def _find_checkpoint(self, request: Request) -> "Checkpoint":
         """The model of a request, as it is on this machine now. Raises UserError."""
         import torch
 
-        configured = request.model in ("auto", self._inspected.chosen) and self.model != "auto"  # maybe a folder
+        if self.machine is None:
+            raise UserError(self.problem or "This machine cannot be used.")
+        configured = request.model in ("auto", self.machine.chosen) and self.model != "auto"  # maybe a folder
         name = self.model if configured else request.model
-        return find_checkpoint(name, torch.device(self._inspected.device), self.lent is not None)
-
-    def _load(self, job: Job) -> "Models":
-        """The models of a job: the loaded ones, or others in their place."""
-        import torch
-
-        from latentsync.checkpoints.load import load_models
-
-        checkpoint = self._checkpoint = self._find_checkpoint(job.request)
-        if checkpoint.remark:
-            job.messages.append(checkpoint.remark)
-            checkpoint = replace(checkpoint, remark=None)  # the same files under any name
-        if self._models is None or self._loaded != checkpoint:
-            self._unload()
-            job.doing = f"loading the model {checkpoint.name}"
-            self._models, self._loaded = load_models(checkpoint, torch.device(self._inspected.device)), checkpoint
-        return self._models
-
-    def _unload(self) -> None:
-        """Unload the model. Raises RuntimeError if the GPU has failed, as CUDA then does at every call."""
-        import torch
-
-        self._models = self._loaded = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _save_timeline(self, job: Job) -> None:
-        """Add the machine's curves during a job to its timeline."""
-        if self.monitor is None or job.report is None or job.started is None:
-            return
-        seconds = time.time() - job.started
-        if history := last_seconds(self.monitor.snapshot(), seconds):
-            # A new dict, since the old one may be being sent.
-            job.timeline = (job.timeline or {}) | thinned_curves(history, seconds)
+        return find_checkpoint(name, torch.device(self.machine.device), self.lent is not None)
