@@ -18,6 +18,7 @@ SHIFT = """window.shift = 0;
 new PerformanceObserver((list) => {
     for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shift += entry.value;
 }).observe({ type: "layout-shift", buffered: true });"""
+BOTTOM = "document.querySelector('#start').getBoundingClientRect().bottom"
 SLOW = 240_000  # milliseconds that something may take on a busy machine
 
 
@@ -36,6 +37,8 @@ def clips(tmp_path_factory):
     ffmpeg(*sounds, "-disposition:a:0", "default", "-disposition:a:1", "0", folder / "two.m4a")
     (folder / "text.mp4").write_text("this is not a video\n" * 50)
     make_video(folder / "faceless.mp4", seconds=0.5)
+    ffmpeg("-i", folder / "talking.mp4", "-vf", "scale=64:64", folder / "small.mp4")
+    ffmpeg("-f", "lavfi", "-i", "anullsrc=r=16000:cl=mono", "-t", 1, folder / "silent.wav")
     return folder
 
 
@@ -365,17 +368,35 @@ def test_what_cannot_be_used_gets_its_sentence_where_it_was_given(visit, clips):
 @pytest.mark.parametrize("size", [(1440, 900), (1024, 768), (390, 844)])
 def test_everything_needed_is_in_view_and_stays_in_its_place(visit, clips, size):
     page = visit(*size)
-    bottom = "document.querySelector('#start').getBoundingClientRect().bottom"
-    assert page.evaluate(bottom) <= size[1]
+    assert page.evaluate(BOTTOM) <= size[1]
     assert page.evaluate("window.shift") <= 0.05, "layout shift"
+    give(page, clips, video="small.mp4", audio="silent.wav")
+    page.wait_for_selector("#video-note .warning")
+    page.wait_for_selector("#audio-note .warning")
+    assert page.evaluate(BOTTOM) <= size[1], "also when the files are there, and warnings"
+    page.click("#video [aria-label='Clear']")
+    page.click("#audio [aria-label='Clear']")
     give(page, clips)
-    assert size[0] < 400 or page.evaluate(bottom) <= size[1], "also when the files are there"
     start(page)
     page.wait_for_function(
         "() => { const box = document.querySelector('.card')?.getBoundingClientRect();"
         " return box && box.top >= -1 && box.top < innerHeight - 100; }"
     )
     state(page, "done")
+
+
+def test_on_a_low_screen_the_button_stays_in_reach_and_hides_nothing_for_good(visit, clips):
+    page = visit(390, 560)
+    give(page, clips, video="small.mp4", audio="silent.wav")
+    page.wait_for_selector("#video-note .warning")
+    place = "document.querySelector('#line-box').getBoundingClientRect().top"
+    assert page.evaluate(BOTTOM) <= 560 < page.evaluate(place), "while its place is below the view"
+    page.focus("#stop-1")
+    page.keyboard.press("Tab")
+    focused = "document.activeElement.getBoundingClientRect().bottom"
+    assert page.evaluate(focused) <= page.evaluate("document.querySelector('#start').getBoundingClientRect().top")
+    page.evaluate("document.querySelector('#line-box').scrollIntoView({ block: 'center' })")
+    assert page.evaluate(BOTTOM) <= page.evaluate(place), "in its place, once that is in view"
 
 
 def test_a_double_click_is_one_job_and_a_start_during_the_upload_is_remembered(visit, clips):
