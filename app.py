@@ -28,6 +28,7 @@ from optim.serving.login import Throttle, password_checker
 from optim.serving.markup import ASSETS, advice_html, asset, audio_note, footer_html, head_html, video_note
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
 from optim.serving.policy import Policy, policy_for
+from optim.serving.preview_endpoint import preview_button, wire_preview
 from optim.serving.routes import guarded, routes
 from optim.serving.setup import make_uploads, make_worker, upload_folder
 from optim.serving.timeline import timeline_figure
@@ -51,7 +52,7 @@ FACE_CLICK = """element.addEventListener("click", ({ target }) => {
   if (face) trigger("select", { face });
 });"""
 # The page's scripts, which share one scope: Gradio runs them as the body of one function.
-SCRIPTS = ("basics", "server", "plots", "result", "cards", "outside", "models", "uploads", "theme", "main")
+SCRIPTS = ("basics", "server", "plots", "result", "cards", "outside", "models", "uploads", "one_frame", "theme", "main")
 
 
 def control(setting: Setting) -> Any:
@@ -93,6 +94,7 @@ class Page:
                     self._build_inputs()
                     self._build_advanced()
                 with gr.Column(scale=7, min_width=320, elem_id="outputs"):
+                    self.one_frame = gr.HTML("", elem_id="preview-box", apply_default_css=False)
                     scripts = "\n".join(asset(f"{name}.js") for name in SCRIPTS)
                     self.live = plain_html("live.html", js_on_load=scripts, elem_id="live")
                     self.timeline = gr.Plot(visible=False, show_label=False, elem_id="timeline")
@@ -123,7 +125,9 @@ class Page:
             buttons=[],
             webcam_options=gr.WebcamOptions(mirror=False),
         )
-        self.video_note = gr.HTML("", elem_id="video-note", js_on_load=FACE_CLICK, apply_default_css=False)
+        with gr.Row(elem_id="video-facts", equal_height=False):
+            self.video_note = gr.HTML("", elem_id="video-note", js_on_load=FACE_CLICK, apply_default_css=False)
+            self.preview = gr.Button("Preview one frame", size="sm", elem_id="preview", visible=False)
         self.video_track = gr.Dropdown([], label="Video track", visible=False, elem_id="video-track")
         # Gradio's own player has times of too little contrast, and a waveform that the keyboard cannot scroll.
         player = gr.WaveformOptions(show_recording_waveform=False)
@@ -212,6 +216,8 @@ class Page:
         self.start.click(press, inputs, self.reply, js=WITH_VISITOR.format(3), api_name="press", **PRIVATE).then(
             None, self.reply, js="(reply) => window.lipsync.onStarted(reply)"
         )
+        inputs = [self.video, self.audio, self.seconds, self.visitor, self.video_track, self.audio_track, *settings]
+        wire_preview(api, self.preview, self.one_frame, inputs, WITH_VISITOR.format(3), PRIVATE)
 
     @property
     def _meaning(self) -> dict[str, Any]:
@@ -219,7 +225,7 @@ class Page:
         return {
             "fn": self.api.when_ready(self.meaning),
             "inputs": [*self.settings, self.seconds, self.video_fps],
-            "outputs": [self.line, self.details],
+            "outputs": [self.line, self.details, self.preview],
             "api_name": "meaning",
             **PRIVATE,
         }
@@ -269,16 +275,17 @@ class Page:
         settings = dict(zip(NAMES, values, strict=True))
         return self.api.submit_all(video, voices, settings, visitor, video_track, audio_track if audio else None)
 
-    def meaning(self, *values: Any) -> tuple[str, str]:
-        """The line under the button and the details for the page's settings and the seconds of its sound."""
+    def meaning(self, *values: Any) -> tuple[str, str, Any]:
+        """The line under the button, the details, and the preview's button, for the settings and the sound's length."""
         try:
             reply, kind = self.api.describe(*values), ""
         except UserError as error:
-            reply, kind = {"line": str(error), "details": ""}, "problem"
+            reply, kind = {"line": str(error), "details": "", "preview": None}, "problem"
         details = reply["details"] and f"In detail: {reply['details']}"
         return (
             f"<p id='line' role='status' class='{kind}'>{html.escape(reply['line'])}</p>",
             f"<p id='details'>{html.escape(details)}</p>",
+            preview_button(reply["preview"]),
         )
 
     def on_load(self, saved: Any) -> tuple:

@@ -92,7 +92,9 @@ function showWhenComplete() {
 }
 showWhenComplete();
 
-window.lipsync = { visitor, onReply, onStarted, markStop, markFace, showPicture, refresh, dropFiles };
+window.lipsync = {
+  visitor, onReply, onStarted, markStop, markFace, showPicture, refresh, dropFiles, playerTime, beginPreview, showPreview,
+};
 let hiddenTurns = 0;
 const refreshIfSeen = () => {
   // A hidden tab still shows progress in its title, but asks less often.

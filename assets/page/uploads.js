@@ -58,7 +58,9 @@ new MutationObserver(() => {
 
 /** Show a look at a video: a browser knows few formats, and shows nothing of others. */
 function showPicture(look) {
-  const player = find("#video video");
+  const field = find("#video"), player = find("video", field);
+  closePreview();
+  field.classList.toggle("still", look?.duration === null);
   if (look?.picture && player) player.poster = look.picture;
 }
 

@@ -340,9 +340,12 @@ class Endpoints:
     # ---- before a job
 
     @takes_settings
-    def describe(self, settings: Any, seconds: float | None = None, video_fps: float | None = None) -> dict[str, str]:
+    def describe(
+        self, settings: Any, seconds: float | None = None, video_fps: float | None = None
+    ) -> dict[str, str | None]:
         """What settings mean on this machine, in one "line", and in "details".
 
+        preview: how long /preview takes, "" if unknown, None where it is not offered.
         seconds, video_fps: of the sound and of the video, where they are known.
         """
         length = form.parse_seconds(seconds, "The length of the sound")
@@ -352,7 +355,7 @@ class Endpoints:
         machine = self.worker.machine
         if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
             line += DEMO_HINT
-        return {"line": line, "details": details}
+        return {"line": line, "details": details, "preview": self.worker.describe_preview(request)}
 
     def measure(self, audio: FileData, audio_track: int | None = None) -> dict[str, Any]:
         """The "seconds" of a sound, "warnings", the "track" that is used, and the "tracks" there are."""

@@ -62,7 +62,7 @@ def video_note(look: dict[str, Any]) -> str:
     found = len(look["faces"])
     facts.append(f"{found} {'face' if found == 1 else 'faces'}" if found else "no face found")
     faces = "".join(map(_face_button, look["faces"])) if found > 1 else ""
-    return f"<p class='quiet'>{' · '.join(facts)}</p><div class='faces'>{faces}</div>{_warnings(look)}"
+    return f"<p class='quiet facts'>{' · '.join(facts)}</p><div class='faces'>{faces}</div>{_warnings(look)}"
 
 
 def _face_button(face: dict[str, Any]) -> str:
@@ -77,7 +77,7 @@ def audio_note(measured: dict[str, Any]) -> str:
     """What a reply of /measure says: the length of a sound and warnings, or an error."""
     if not measured or "error" in measured:
         return _problem(measured)
-    return f"<p class='quiet'>{measured['seconds']:.1f} s</p>{_warnings(measured)}"
+    return f"<p class='quiet facts'>{measured['seconds']:.1f} s</p>{_warnings(measured)}"
 
 
 def _warnings(reply: dict[str, Any]) -> str:

@@ -26,12 +26,13 @@ from latentsync.media import probe_audio, probe_video
 from latentsync.media.segments import discard
 from optim.serving.comparison import start_comparison
 from optim.serving.curves import NO_CURVES, curves_since, last_seconds, thinned_curves
-from optim.serving.estimate import describe_request
+from optim.serving.estimate import describe_preview, describe_request
 from optim.serving.inputs import store_inputs, with_user_names
 from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, WAITING, Job, Request, owner_of
 from optim.serving.limits import NO_LIMITS, VisitorLimits, check_option
 from optim.serving.machine import Machine, inspect_machine
 from optim.serving.models import find_checkpoint, list_models
+from optim.serving.one_frame import Previews
 from optim.serving.records import finished_frames, save_job
 from optim.serving.run import Cancelled, check_cancel, out_of_memory, run_job
 from optim.serving.speeds import Speeds, speed_key
@@ -97,6 +98,7 @@ class Worker:
         self.monitor: Monitor | None = None
         self.speeds: Speeds | None = None
         self._wake = threading.Event()
+        self.previews = Previews(lambda: any(self.store.load_counts()), self._wake.set)
         self._closed = threading.Event()
         self._history: tuple[float, History] | None = None  # of the last LIVE_SECONDS, and when it was taken
         self._history_lock = threading.Lock()
@@ -236,6 +238,12 @@ class Worker:
         lent = self.lent is not None
         return describe_request(request, checkpoint, self.machine, self.speeds, seconds, video_fps, lent)
 
+    def describe_preview(self, request: Request) -> str | None:
+        """How long one frame of a request takes, "" if unknown; None where it is not offered. Raises UserError."""
+        if self.machine is None or self.speeds is None or self.lent:
+            return None
+        return describe_preview(request, self._find_checkpoint(request), self.machine, self.speeds)
+
     def find_models(self) -> None:
         """Update which models are here and what `auto` means, after one was fetched or removed."""
         if self.machine is None:
@@ -287,6 +295,8 @@ class Worker:
         if self.keep_hours is not None:
             self.store.remove_old(self.keep_hours)
         self._wake.clear()  # before looking for a job, so that no call is missed
+        if self.machine and self.speeds and self.previews.paint_all(self._load, self.machine, self.speeds):
+            self._idle_since = time.monotonic()
         job = self.store.take_next()
         if job is None:
             if not self._closed.is_set():
