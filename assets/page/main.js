@@ -66,6 +66,7 @@ function sayUnreachable({ message }) {
   for (const { card } of cards.values()) {
     if (!["running", "waiting"].includes(card.dataset.state)) continue;
     setText(find(".state", card), "No contact");
+    find(".state", card).classList.add("lost");
     setText(find(".doing", card), "What follows was heard last.");
   }
 }
