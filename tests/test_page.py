@@ -454,6 +454,8 @@ def test_several_voices_are_a_job_each_and_waiting_ones_are_moved_and_removed(vi
     page.wait_for_timeout(1100)  # two clicks within a second are one
     page.click("#start")
     page.wait_for_function("document.querySelectorAll('.card[data-state=waiting]').length == 2")
+    tops = "(state) => [...document.querySelectorAll(`.card[data-state=${state}]`)].map((card) => card.offsetTop)"
+    assert max(page.evaluate(tops, "running")) < min(page.evaluate(tops, "waiting")), "as they will run"
     names = page.locator(".card[data-state=waiting] h2")
     waiting = "[...document.querySelectorAll('.card[data-state=waiting]')]"
     seen = f"() => {waiting}.sort((a, b) => a.style.order - b.style.order)"
@@ -484,6 +486,46 @@ def give_faces(page, clips, folder, count):
     ffmpeg(*inputs, "-filter_complex", f"hstack={count}", picture)
     page.set_input_files("#video input[type=file]", str(picture))
     page.wait_for_function(f"document.querySelectorAll('#video-note [data-face]').length == {count}")
+
+
+def test_one_frame_is_painted_before_the_job_where_the_player_stands(visit, clips):
+    page = visit()
+    playwright.expect(page.locator("#preview")).to_be_hidden()
+    give(page, clips)
+    start(page)
+    state(page, "done")  # which has shown how long a frame takes
+    playwright.expect(page.locator("#preview")).to_have_text(re.compile(r"one frame \((about \d+|\d+ to \d+) s\)"))
+    page.click("#preview")
+    page.wait_for_selector("#one-frame img >> nth=1")
+    assert "at 0.4 s, conservative" in page.inner_text("#one-frame"), "the middle"
+    sizes = page.evaluate("[...document.querySelectorAll('#one-frame img')].map((each) => each.naturalWidth)")
+    assert sizes == [SIDE, SIDE] and page.locator(".card").count() == 1
+    page.evaluate("document.querySelector('#audio audio').currentTime = 0.2")
+    page.click("#stop-2")
+    page.wait_for_selector("#stop-2[aria-pressed=true]")
+    page.click("#preview")
+    playwright.expect(page.locator("#one-frame")).to_contain_text("at 0.2 s, aggressive")
+    page.click("text=Close")
+    playwright.expect(page.locator("#preview-box")).to_be_hidden()
+    page.click("#preview")
+    page.wait_for_selector("#one-frame img")
+    page.click("#video [aria-label='Clear']")
+    playwright.expect(page.locator("#preview")).to_be_hidden()
+    playwright.expect(page.locator("#one-frame")).to_be_hidden()
+
+
+def test_a_preview_waits_for_no_job(visit, clips):
+    page, other = visit(), visit()
+    give(page, clips)
+    start(page)
+    state(page, "done")
+    give(other, clips, audio="long.wav")
+    start(other)
+    state(other, "running")
+    page.click("#preview")
+    playwright.expect(page.locator("#one-frame .problem")).to_contain_text("A job runs")
+    other.click("text=Cancel")
+    state(other, "cancelled")
 
 
 def test_several_faces_are_shown_and_a_click_follows_one(visit, clips, tmp_path):
@@ -635,6 +677,21 @@ def test_the_curves_get_a_point_every_second_and_do_not_flicker(visit):
     assert page.evaluate(points) - before <= time.monotonic() - began + 3
     assert page.evaluate("document.querySelector('#plot svg').dataset.kept") == "yes"  # the same drawing, not a new one
     assert page.locator("#plot .trace").count() >= 2
+
+
+def test_the_meters_of_a_gpu_are_read_under_the_curves(visit):
+    page = visit()
+
+    def with_gpu(route):
+        reply = route.fetch()
+        body = reply.json()
+        body["data"][0]["live"]["sensors"] = {"GPU 0": [312, 71, 1980], "GPU 1": [None, 40, None], "GPU 2": [None] * 3}
+        route.fulfill(response=reply, json=body)
+
+    page.route("**/run/watch", with_gpu)
+    playwright.expect(page.locator("#now")).to_contain_text("GPU 0 312 W, 71 °C, 1980 MHz · GPU 1 40 °C")
+    assert "GPU 2" not in page.inner_text("#now")
+    page.unroute_all(behavior="wait")
 
 
 @pytest.mark.parametrize("width", [390, 1440])
