@@ -26,6 +26,7 @@ from optim.serving.fetcher import Fetcher
 from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_values, parse_settings, parse_text
 from optim.serving.login import Throttle, password_checker
 from optim.serving.markup import ASSETS, advice_html, asset, audio_note, footer_html, head_html, video_note
+from optim.serving.mcp_tools import McpTools
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
 from optim.serving.policy import Policy, policy_for
 from optim.serving.preview_endpoint import preview_button, wire_preview
@@ -409,6 +410,7 @@ def main(arguments: list[str] | None = None, prog: str = "app.py") -> int:
 
 def serve(page: Page, options: Namespace, policy: Policy) -> None:
     """Serve the page until a signal ends it. Raises UserError, OSError, and what the signal's handler raises."""
+    tools = McpTools(page.api) if options.mcp else None
     launched = page.blocks.launch(
         share=options.share,
         auth=password_checker(options.accounts) if options.accounts else None,
@@ -419,7 +421,8 @@ def serve(page: Page, options: Namespace, policy: Policy) -> None:
         enable_monitoring=False,
         allowed_paths=[str(path) for *_, path in EXAMPLES],
         blocked_paths=[str(options.outputs.absolute())],
-        app_kwargs={"routes": routes(page.api), "lifespan": guarded(page.api, policy)},
+        app_kwargs={"routes": routes(page.api, tools), "lifespan": guarded(page.api, policy, tools)},
+        mcp_server=False,  # Gradio's own, see mcp_tools
         theme=theme(),
         head=head_html(),
         footer_links=["api"],

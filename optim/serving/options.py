@@ -97,6 +97,11 @@ def make_parser(outputs: Path, prog: str) -> argparse.ArgumentParser:
         help="let visitors fetch and remove models, even with --share, or without a login beyond this machine",
     )
     add("--idle-minutes", type=amount, default=10, metavar="M", help="until the model is unloaded (default 10)")
+    add(
+        "--mcp",
+        action="store_true",
+        help="tools for programs that speak the Model Context Protocol, at /gradio_api/mcp; on this machine only",
+    )
     add("--no-open", action="store_true", help="do not open the page in a browser")
     add("--version", action="version", version=__version__)
     return parser
@@ -116,6 +121,8 @@ def parse_options(arguments: list[str] | None, outputs: Path, prog: str = "app.p
         raise UserError(f"There is no model '{options.get}' to fetch: give --get one of {', '.join(RELEASES)}.")
     options.public = options.share or "SPACE_ID" in os.environ
     options.shared = options.public or (options.accounts is None and not on_loopback(options.server_name))
+    if options.mcp and (options.shared or options.accounts or not on_loopback(options.server_name)):
+        raise UserError("--mcp is for programs of this machine: leave out --share, --server-name and a login.")
     options.allow_download = options.allow_download or not options.shared
     if options.public:
         limits = {"max_seconds": PUBLIC_SECONDS, "max_upload": byte_size(PUBLIC_UPLOAD), "keep_hours": PUBLIC_HOURS}
