@@ -601,12 +601,34 @@ def test_a_picture_is_dropped_or_chosen_where_a_video_goes_and_speaks(visit, cli
         f"data:image/png;base64,{b64encode((clips / 'face.png').read_bytes()).decode()}",
     )
     page.wait_for_selector("#video video[poster^='data:image/jpeg']")
+    playwright.expect(page.locator("#video-note .facts")).to_have_text(f"a picture · {SIDE} × {SIDE} · 1 face")
+    page.hover("#video video")
+    seen = page.locator("#video :is(.controls, .error, [aria-label*='Trim'], [aria-label='Clear']):visible")
+    playwright.expect(seen).to_have_count(1)  # it is to be taken out, and neither played nor cut
     page.set_input_files("#audio input[type=file]", str(clips / "short.wav"))
     start(page)
     state(page, "done")
     page.wait_for_selector(".card figcaption:text-is('Original, a picture')")
     assert page.locator(".card .original[poster$='first-frame']").count() == 1
     assert page.locator(".toast-body, .problem").count() == 0
+
+
+def test_a_picture_that_is_looked_at_is_no_error_meanwhile(visit, clips):
+    page = visit()
+    page.evaluate(
+        """() => { window.errors = 0; const look = () => {
+            errors += [...document.querySelectorAll("#video .error")].some((each) => each.checkVisibility());
+            requestAnimationFrame(look); }; look(); }"""
+    )
+    page.set_input_files("#video input[type=file]", str(clips / "face.png"))
+    page.wait_for_function("document.querySelector('#video video')?.error")
+    page.wait_for_selector("#video-note .facts")
+    assert page.evaluate("errors") == 0
+    page.click("#video [aria-label='Clear']")
+    page.set_input_files("#video input[type=file]", str(clips / "talking.mp4"))
+    page.wait_for_selector("#video-note .facts:has-text('frames/s')")
+    page.hover("#video video")
+    playwright.expect(page.locator("#video .controls").first).to_be_visible()
 
 
 def test_the_page_stays_in_view_when_files_are_given_and_taken_back(visit, clips):

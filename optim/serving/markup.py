@@ -56,9 +56,8 @@ def video_note(look: dict[str, Any]) -> str:
     """What a reply of /check_video says: length, rate and size, the faces to choose from, warnings; or an error."""
     if not look or "error" in look:
         return _problem(look)
-    facts = [f"{look['width']} × {look['height']}"]
-    if look["duration"] is not None:
-        facts = [f"{look['duration']:.1f} s", f"{look['fps']:g} frames/s", *facts]
+    size, still = f"{look['width']} × {look['height']}", look["duration"] is None
+    facts = ["a picture", size] if still else [f"{look['duration']:.1f} s", f"{look['fps']:g} frames/s", size]
     found = len(look["faces"])
     facts.append(f"{found} {'face' if found == 1 else 'faces'}" if found else "no face found")
     faces = "".join(map(_face_button, look["faces"])) if found > 1 else ""
