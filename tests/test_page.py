@@ -701,6 +701,22 @@ def test_the_curves_get_a_point_every_second_and_do_not_flicker(visit):
     assert page.locator("#plot .trace").count() >= 2
 
 
+def test_a_poll_while_a_job_runs_is_less_than_a_kilobyte(visit, clips):
+    page = visit()
+    give(page, clips, audio="long.wav")
+    start(page)
+    page.wait_for_selector(".card .newest:not([hidden])")
+    sizes = []
+    for _ in range(3):
+        with page.expect_request_finished(lambda request: request.url.endswith("/run/watch")) as seen:
+            pass
+        size = seen.value.sizes()
+        sizes.append(size["responseBodySize"] + size["responseHeadersSize"])
+    assert max(sizes) < 1000
+    page.click("text=Cancel")
+    state(page, "cancelled")
+
+
 def test_the_meters_of_a_gpu_are_read_under_the_curves(visit):
     page = visit()
 

@@ -49,8 +49,9 @@ function updateCards(jobs) {
       cards.set(job.id, { card: makeCard(job) });
       find("#cards").prepend(cards.get(job.id).card);
     }
-    updateCard(cards.get(job.id), job);
-    cards.get(job.id).version = job.version;
+    const view = cards.get(job.id);
+    updateCard(view, { ...view.job, ...job }); // what cannot change comes once
+    view.version = job.version;
   }
   setShown(find("#empty"), cards.size === 0);
   markMovable();

@@ -257,7 +257,8 @@ class Endpoints:
     def watch(self, visitor: str, since: float = 0.0, known: dict | None = None) -> dict[str, Any]:
         """A visitor's jobs, the length of the queue, the machine's curves after the time `since`, and what is fetched.
 
-        known: "version" of jobs by "id", from an earlier reply: a job that still has it comes without its other fields.
+        known: "version" of jobs by "id", from an earlier reply: a job that still has it comes without its other fields,
+        and one that has not ended (version None) without its settings.
         server: changes when the server was started again, after which `since` and the addresses of files are void.
         models: a number that changes when /models has news; None before the machine was looked at.
         measured: a number that changes when /describe may know better how long a job takes.
@@ -269,9 +270,10 @@ class Endpoints:
         for job in self.worker.store.jobs_of(visitor_token(visitor)):
             version = job.version()
             unchanged = version is not None and version == versions.get(job.id)
-            jobs.append(
-                {"id": job.id, "version": version} | ({} if unchanged else job.view(self.worker.store.place(job)))
-            )
+            view = {} if unchanged else job.view(self.worker.store.place(job))
+            if version is None and job.id in versions:
+                del view["settings"]
+            jobs.append({"id": job.id, "version": version} | view)
         running, waiting = self.worker.store.load_counts()
         return {
             "server": self.worker.server,

@@ -17,7 +17,7 @@ import anyio
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, request_response
 from starlette.types import Receive, Scope, Send
 
 from latentsync.errors import UserError
@@ -164,7 +164,8 @@ def routes(api: Endpoints, tools: McpTools | None = None) -> list[Route]:
         Route("/gradio_api/file={path:path}", file),
         Route("/gradio_api/file/{path:path}", file),
         Route("/gradio_api/upload", upload, methods=["POST"]),
-        Route("/gradio_api/run/watch", watch, methods=["POST"]),
+        # Gradio's server compresses larger replies only.
+        Route("/gradio_api/run/watch", GZipMiddleware(request_response(watch)), methods=["POST"]),
         *([Route(PATH, tools, methods=["POST"]), Route(f"{PATH}/", tools, methods=["POST"])] if tools else []),
     ]
 
