@@ -2,6 +2,7 @@
 
 import base64
 import threading
+import time
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -89,7 +90,7 @@ def test_the_window_lies_around_the_time_and_within_voice_and_film(film):
     middle = place_window(1.0, 4 * second, info)
     assert (middle.first + middle.shown, middle.count, middle.film) == (25, 16, 17)
     assert middle.samples(info) == slice(17 * 640, 33 * 640 + second)
-    start, end = place_window(0.0, 4 * second, info), place_window(99.0, 4 * second, info)
+    start, end = place_window(0.0, 4 * second, info), place_window(1e308, 4 * second, info)
     assert (start.first, start.shown, start.film) == (0, 0, 0)
     assert (end.first + end.count, end.first + end.shown) == (100, 99)
     back = place_window(3.0, 4 * second, info)  # frame 75, on the way back, shows the film's frame 24
@@ -150,6 +151,18 @@ def test_a_newer_preview_takes_the_place_of_the_visitor_s_own(worker, film, voic
     go_on.set()
     assert all(each.done.wait(120) for each in (first, other, newer))
     assert first.error == NEWER and other.reply and newer.reply
+
+
+def test_the_end_of_the_server_ends_a_preview(tmp_path, checkpoint, film, voice, monkeypatch):
+    monkeypatch.setenv("LATENTSYNC_HOME", str(tmp_path / "home"))
+    worker = Worker(tmp_path / "outputs", model=str(checkpoint), device="cpu")
+    worker.start()
+    assert worker.ready.wait(60)
+    frame = worker.previews.add(Request(film, voice, steps=200), ME)
+    while not worker.previews._painting:
+        time.sleep(0.01)
+    worker.close()
+    assert frame.done.wait(60) and frame.reply is None
 
 
 def test_a_fault_inside_ends_the_preview_alone(worker, film, voice, monkeypatch):

@@ -60,7 +60,7 @@ class OneFrame:
 class Previews:
     """The previews that wait, and those that are painted. Any thread may add one; the threads of the jobs paint.
 
-    are_jobs: whether a job runs or waits, which goes first; wake: wakes the threads.
+    are_jobs: whether a job runs or waits, which goes first, or the server ends; wake: wakes the threads.
     """
 
     def __init__(self, are_jobs: Callable[[], bool], wake: Callable[[], None]):
@@ -77,12 +77,12 @@ class Previews:
         with self._lock:
             if self._are_jobs():
                 raise UserError(JOBS_FIRST)
-            others = [*self._waiting, *self._painting]
-            for other in others:
-                if other.job.owner == owner:
-                    other.cancel()
-            if sum(not other.job.cancel_requested.is_set() for other in others) >= MAX_WAITING:
+            pending = [each for each in (*self._waiting, *self._painting) if not each.job.cancel_requested.is_set()]
+            own = [each for each in pending if each.job.owner == owner]
+            if len(pending) - len(own) >= MAX_WAITING:
                 raise UserError(TOO_MANY)
+            for each in own:
+                each.cancel()
             self._waiting.append(frame)
         self._wake()
         return frame
@@ -225,7 +225,7 @@ def place_window(at: float | None, samples: int, info: VideoInfo) -> Window:
 
     total = frame_count(samples, info.rate)
     count = min(WINDOW, total)
-    middle = total // 2 if at is None else min(int(at * info.rate), total - 1)
+    middle = total // 2 if at is None else min(int(min(at, samples / SAMPLE_RATE) * info.rate), total - 1)
     first = min(max(middle - count // 2, 0), total - count)
     turn = middle % (2 * info.n_frames)
     picture = min(turn, 2 * info.n_frames - 1 - turn)

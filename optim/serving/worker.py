@@ -98,8 +98,8 @@ class Worker:
         self.monitor: Monitor | None = None
         self.speeds: Speeds | None = None
         self._wake = threading.Event()
-        self.previews = Previews(lambda: any(self.store.load_counts()), self._wake.set)
         self._closed = threading.Event()
+        self.previews = Previews(lambda: self._closed.is_set() or any(self.store.load_counts()), self._wake.set)
         self._history: tuple[float, History] | None = None  # of the last LIVE_SECONDS, and when it was taken
         self._history_lock = threading.Lock()
         self._models: Models | None = None
