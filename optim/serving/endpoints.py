@@ -33,6 +33,15 @@ from optim.serving.worker import Worker
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25  # between two looks at a job that a caller waits for
+FIXED = (
+    "settings",
+    "names",
+    "created",
+    "size",
+    "fps",
+    "frames",
+    "compared_seconds",
+)  # fields that never change of a job
 # Files that are probed at once, and requests that may wait for that; everything else goes on meanwhile.
 MAX_PROBES, MAX_WAITING_PROBES = 4, 24
 BUSY = "This server looks at as many files as it can now: try again in a minute."
@@ -258,7 +267,7 @@ class Endpoints:
         """A visitor's jobs, the length of the queue, the machine's curves after the time `since`, and what is fetched.
 
         known: "version" of jobs by "id", from an earlier reply: a job that still has it comes without its other fields,
-        and one that has not ended (version None) without its settings.
+        and one that has not ended (version None) without the FIXED ones.
         server: changes when the server was started again, after which `since` and the addresses of files are void.
         models: a number that changes when /models has news; None before the machine was looked at.
         measured: a number that changes when /describe may know better how long a job takes.
@@ -272,7 +281,7 @@ class Endpoints:
             unchanged = version is not None and version == versions.get(job.id)
             view = {} if unchanged else job.view(self.worker.store.place(job))
             if version is None and job.id in versions:
-                del view["settings"]
+                view = {name: value for name, value in view.items() if name not in FIXED}
             jobs.append({"id": job.id, "version": version} | view)
         running, waiting = self.worker.store.load_counts()
         return {
