@@ -91,7 +91,8 @@ def wire_preview(
 
 def preview_button(time: str | None) -> Any:
     """The page's button; time: see `estimate.describe_preview`."""
-    return gr.Button(f"Preview one frame ({time})" if time else "Preview one frame", visible=time is not None)
+    words = "({})".format(time.replace(" ", "\N{NO-BREAK SPACE}")) if time else ""
+    return gr.Button(f"Preview one frame {words}".strip(), visible=time is not None)
 
 
 def preview_html(reply: dict[str, Any]) -> str:
