@@ -21,14 +21,17 @@ from latentsync.options import interrupt_on_signals, log_to_stderr
 from optim.levels import STOPS
 from optim.serving.calls import CallCheck
 from optim.serving.clients import wire_clients
+from optim.serving.controls import control, track_dropdown
 from optim.serving.endpoints import Endpoints, as_reply, visitor_token
 from optim.serving.fetcher import Fetcher
-from optim.serving.form import NAMES, SETTINGS, Dropdown, Setting, Slider, page_values, parse_settings, parse_text
+from optim.serving.form import NAMES, SETTINGS, page_values, parse_settings, parse_text
 from optim.serving.login import Throttle, password_checker
 from optim.serving.markup import ASSETS, advice_html, asset, audio_note, footer_html, head_html, video_note
+from optim.serving.mcp_tools import McpTools
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
 from optim.serving.other_faces import FACE_CLICK, OtherFaces, spoken
 from optim.serving.policy import Policy, policy_for
+from optim.serving.preview_endpoint import preview_button, wire_preview
 from optim.serving.routes import guarded, routes
 from optim.serving.setup import make_uploads, make_worker, upload_folder
 from optim.serving.timeline import timeline_figure
@@ -48,30 +51,12 @@ WITH_VISITOR = "(...values) => values.with({}, window.lipsync.visitor)"
 LOOKING = """(file, ...faces) => [null, file ? "<p class='quiet'>Looking at this file …</p>" : "",
   ...faces.map((face) => /,/.test(face) ? "largest" : face)]"""
 # The page's scripts, which share one scope: Gradio runs them as the body of one function.
-SCRIPTS = ("basics", "server", "plots", "result", "cards", "outside", "models", "uploads", "theme", "main")
-
-
-def control(setting: Setting) -> Any:
-    """The Gradio component of a setting."""
-    kind = setting.control
-    common = {"value": setting.default, "label": setting.label, "elem_id": setting.name, "info": setting.info or None}
-    if isinstance(kind, Slider):
-        return gr.Slider(kind.low, kind.high, step=kind.step, **common)
-    if isinstance(kind, Dropdown):
-        return gr.Dropdown(list(kind.choices), allow_custom_value=kind.others, **common)
-    return gr.Number(precision=0, minimum=kind.low, maximum=kind.high, **common)
+SCRIPTS = ("basics", "server", "plots", "result", "cards", "outside", "models", "uploads", "one_frame", "theme", "main")
 
 
 def plain_html(name: str, **options: Any) -> gr.HTML:
     """A file of the page's own, without Gradio's looks for text."""
     return gr.HTML(asset(name), apply_default_css=False, **options)
-
-
-def track_dropdown(reply: dict[str, Any]) -> Any:
-    """The choice of a file's track, shown where there are several; reply: of `check_video` or `measure`."""
-    choices = [(each["label"], each["number"]) for each in reply.get("tracks", [])]
-    several = len(choices) > 1
-    return gr.Dropdown(choices, value=reply["track"] if several else None, visible=several)
 
 
 class Page:
@@ -90,6 +75,7 @@ class Page:
                     self._build_inputs()
                     self._build_advanced()
                 with gr.Column(scale=7, min_width=320, elem_id="outputs"):
+                    self.one_frame = gr.HTML("", elem_id="preview-box", apply_default_css=False)
                     scripts = "\n".join(asset(f"{name}.js") for name in SCRIPTS)
                     self.live = plain_html("live.html", js_on_load=scripts, elem_id="live")
                     self.timeline = gr.Plot(visible=False, show_label=False, elem_id="timeline")
@@ -119,7 +105,9 @@ class Page:
             buttons=[],
             webcam_options=gr.WebcamOptions(mirror=False),
         )
-        self.video_note = gr.HTML("", elem_id="video-note", js_on_load=FACE_CLICK, apply_default_css=False)
+        with gr.Row(elem_id="video-facts", equal_height=False):
+            self.video_note = gr.HTML("", elem_id="video-note", js_on_load=FACE_CLICK, apply_default_css=False)
+            self.preview = gr.Button("Preview one frame", size="sm", elem_id="preview", visible=False)
         self.video_track = gr.Dropdown([], label="Video track", visible=False, elem_id="video-track")
         # Gradio's own player has times of too little contrast, and a waveform that the keyboard cannot scroll.
         player = gr.WaveformOptions(show_recording_waveform=False)
@@ -209,6 +197,8 @@ class Page:
         self.start.click(press, inputs, self.reply, js=WITH_VISITOR.format(3), api_name="press", **PRIVATE).then(
             None, self.reply, js="(reply) => window.lipsync.onStarted(reply)"
         )
+        inputs = [self.video, self.audio, self.seconds, self.visitor, self.video_track, self.audio_track, *settings]
+        wire_preview(api, self.preview, self.one_frame, inputs, WITH_VISITOR.format(3), PRIVATE)
 
     @property
     def _meaning(self) -> dict[str, Any]:
@@ -216,7 +206,7 @@ class Page:
         return {
             "fn": self.api.when_ready(self.meaning),
             "inputs": [*self.settings, self.video_fps, self.seconds, *self.others.lengths],
-            "outputs": [self.line, self.details],
+            "outputs": [self.line, self.details, self.preview],
             "api_name": "meaning",
             **PRIVATE,
         }
@@ -269,18 +259,22 @@ class Page:
             video, voices, settings, visitor, video_track, audio_track if audio else None, *others
         )
 
-    def meaning(self, *values: Any) -> tuple[str, str]:
-        """The line under the button and the details for the page's settings, the video's rate and seconds of sound."""
+    def meaning(self, *values: Any) -> tuple[str, str, Any]:
+        """The line under the button, the details, and the preview's button.
+
+        values: the page's settings, the video's rate and the seconds of each sound.
+        """
         settings, rate, seconds = values[: len(NAMES)], values[len(NAMES)], values[len(NAMES) + 1 :]
         try:
             length, people = spoken(*seconds)
             reply, kind = self.api.describe(*settings, length, rate, people), ""
         except UserError as error:
-            reply, kind = {"line": str(error), "details": ""}, "problem"
+            reply, kind = {"line": str(error), "details": "", "preview": None}, "problem"
         details = reply["details"] and f"In detail: {reply['details']}"
         return (
             f"<p id='line' role='status' class='{kind}'>{html.escape(reply['line'])}</p>",
             f"<p id='details'>{html.escape(details)}</p>",
+            preview_button(reply["preview"]),
         )
 
     def on_load(self, saved: Any) -> tuple:
@@ -402,6 +396,7 @@ def main(arguments: list[str] | None = None, prog: str = "app.py") -> int:
 
 def serve(page: Page, options: Namespace, policy: Policy) -> None:
     """Serve the page until a signal ends it. Raises UserError, OSError, and what the signal's handler raises."""
+    tools = McpTools(page.api) if options.mcp else None
     launched = page.blocks.launch(
         share=options.share,
         auth=password_checker(options.accounts) if options.accounts else None,
@@ -412,7 +407,8 @@ def serve(page: Page, options: Namespace, policy: Policy) -> None:
         enable_monitoring=False,
         allowed_paths=[str(path) for *_, path in EXAMPLES],
         blocked_paths=[str(options.outputs.absolute())],
-        app_kwargs={"routes": routes(page.api), "lifespan": guarded(page.api, policy)},
+        app_kwargs={"routes": routes(page.api, tools), "lifespan": guarded(page.api, policy, tools)},
+        mcp_server=False,  # Gradio's own, see mcp_tools
         theme=theme(),
         head=head_html(),
         footer_links=["api"],

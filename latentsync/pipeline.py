@@ -18,13 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from latentsync.aligning import DECODED_FRAMES, TRACKED_FRAMES, FaceQueue, Source, read_aligned, tokens_of
 from latentsync.checkpoints.load import Models
 from latentsync.choice import SPEAKING
+from latentsync.encoding import EncodingThread
 from latentsync.errors import UserError
 from latentsync.faces import lookahead_frames, no_face_error
 from latentsync.following import Person
@@ -47,7 +47,7 @@ from latentsync.media.segments import SEGMENT_FRAMES, SegmentWriter, clean, unfi
 from latentsync.painting import Group, Painter, Workers, paint_groups
 from latentsync.people import MAX_PEOPLE, find_people, unsaid_voices
 from latentsync.placing import Placement, place_voice, whole_film
-from latentsync.prefetch import BackgroundConsumer, prefetch
+from latentsync.prefetch import prefetch
 from latentsync.prepared.film import PreparedFilm
 from latentsync.prepared.recording import Recorder
 from latentsync.restoring import check_restorable, load_restorer
@@ -95,54 +95,6 @@ def fit_memory(settings: Settings, info: VideoInfo, held: int = 0, groups: int =
         f"{frames * size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free. Close other programs, or give "
         "a smaller version of the video."
     )
-
-
-class EncodingThread:
-    """Writes finished frames in a thread of its own, and reports those that are written. Use it in `closing`.
-
-    counts: what is counted of the written frames, updated in place.
-    """
-
-    def __init__(
-        self,
-        writer: VideoWriter | SegmentWriter,
-        depth: int,
-        total: int,
-        counts: dict[str, int],
-        clock: StageClock,
-        hooks: RunHooks,
-    ):
-        self._writer, self._counts, self._clock, self._hooks = writer, counts, clock, hooks
-        self._done, self._reported, self._total = writer.frames, 0, total
-        self._consumer = BackgroundConsumer(self._write, depth, "writing", hooks.wait, writer.abort)
-
-    def _write(self, item: tuple[np.ndarray, bool, bool]) -> None:
-        frame, without_face, recomputed = item
-        with self._clock.charge(self._clock.seconds, "writing"):
-            self._counts["frames_without_face"] += without_face
-            self._counts["frames_computed_again"] += recomputed
-            self._writer.write(frame)
-
-    def submit(self, aligned: AlignedFrame) -> None:
-        """Hand a frame over as soon as there is room. Raises what writing an earlier one raised."""
-        with self._clock.charge(self._clock.waiting, "writing"):
-            without_face = aligned.crop is None and not aligned.outside
-            self._consumer.submit((aligned.frame, without_face, aligned.recomputed))
-
-    def report(self) -> None:
-        """Report the progress of what has been written, and raise what was wrong with it."""
-        self._consumer.check()
-        while self._reported < self._consumer.completed:
-            self._reported += 1
-            self._hooks.progress("writing", self._done + self._reported, self._total)
-
-    def finish(self) -> None:
-        """Wait until all frames are written."""
-        with self._clock.charge(self._clock.waiting, "writing"):
-            self._consumer.finish()
-
-    def close(self) -> None:
-        self._consumer.close()
 
 
 def lipsync(

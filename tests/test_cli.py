@@ -22,9 +22,10 @@ from conftest import SIDE, portrait, save_video
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
 from latentsync import STAGES
-from latentsync.__main__ import ProgressBars, ProgressLines, main
+from latentsync.__main__ import main
 from latentsync.audio import frame_count
 from latentsync.media import probe_audio, probe_video, read_audio, read_frames
+from latentsync.progress import ProgressBars, ProgressLines
 from latentsync.rates import grid_rate
 
 ROOT = Path(__file__).resolve().parent.parent

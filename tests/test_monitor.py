@@ -9,6 +9,7 @@ import pytest
 from fake_nvml import GIB, Card, FakeNvml, card_of
 
 from optim.monitor import SERIES, Monitor, other_processes, read_series
+from optim.serving.curves import curves_since
 
 NO_GPU = FakeNvml(readable=False)
 
@@ -46,6 +47,17 @@ def test_every_gpu_is_sampled_in_its_units():
     last = [first.utilization, first.memory_used, first.power, first.temperature, first.sm_clock, first.slowdowns]
     assert [series[-1] for series in last] == [5, 3 * GIB, 123.4, 61, 2520, 0x40]
     assert nvml.sessions == 0
+
+
+def test_a_page_shows_power_temperature_and_clock_of_the_newest_sample():
+    class NoPowerMeter(FakeNvml):
+        def nvmlDeviceGetPowerUsage(self, card):
+            raise self.NVMLError("Not Supported")
+
+    with Monitor(rate=10, nvml=FakeNvml([Card()])) as monitor, Monitor(nvml=NoPowerMeter([Card()])) as other:
+        wait_for(lambda: len(monitor.snapshot().time) and len(other.snapshot().time))
+    assert curves_since(monitor.snapshot())["sensors"] == {"GPU": [123, 61, 2520]}
+    assert curves_since(other.snapshot())["sensors"] == {"GPU": [None, 61, 2520]}
 
 
 def test_a_gpu_that_is_lost_and_comes_back_leaves_a_gap():

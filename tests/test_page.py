@@ -19,6 +19,12 @@ SHIFT = """window.shift = 0;
 new PerformanceObserver((list) => {
     for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shift += entry.value;
 }).observe({ type: "layout-shift", buffered: true });"""
+BOTTOM = "document.querySelector('#start').getBoundingClientRect().bottom"
+CLEAR = """() => {
+    const words = document.createRange(), button = document.querySelector("#preview").getBoundingClientRect();
+    words.selectNodeContents(document.querySelector("#video-note .facts"));
+    return [...words.getClientRects()].every((box) => box.right < button.left || box.top > button.bottom);
+}"""
 SLOW = 240_000  # milliseconds that something may take on a busy machine
 
 
@@ -39,6 +45,8 @@ def clips(tmp_path_factory):
     make_video(folder / "faceless.mp4", seconds=0.5)
     people = [scene((ONE, (LEFT[0] + t % 4, 10)), (OTHER, (RIGHT[0] - t % 3, 10))) for t in range(12)]
     save_video(folder / "people.mp4", people, *options)
+    ffmpeg("-i", folder / "talking.mp4", "-vf", "scale=64:64", folder / "small.mp4")
+    ffmpeg("-f", "lavfi", "-i", "anullsrc=r=16000:cl=mono", "-t", 1, folder / "silent.wav")
     return folder
 
 
@@ -368,17 +376,35 @@ def test_what_cannot_be_used_gets_its_sentence_where_it_was_given(visit, clips):
 @pytest.mark.parametrize("size", [(1440, 900), (1024, 768), (390, 844)])
 def test_everything_needed_is_in_view_and_stays_in_its_place(visit, clips, size):
     page = visit(*size)
-    bottom = "document.querySelector('#start').getBoundingClientRect().bottom"
-    assert page.evaluate(bottom) <= size[1]
+    assert page.evaluate(BOTTOM) <= size[1]
     assert page.evaluate("window.shift") <= 0.05, "layout shift"
+    give(page, clips, video="small.mp4", audio="silent.wav")
+    page.wait_for_selector("#video-note .warning")
+    page.wait_for_selector("#audio-note .warning")
+    assert page.evaluate(BOTTOM) <= size[1], "also when the files are there, and warnings"
+    page.click("#video [aria-label='Clear']")
+    page.click("#audio [aria-label='Clear']")
     give(page, clips)
-    assert size[0] < 400 or page.evaluate(bottom) <= size[1], "also when the files are there"
     start(page)
     page.wait_for_function(
         "() => { const box = document.querySelector('.card')?.getBoundingClientRect();"
         " return box && box.top >= -1 && box.top < innerHeight - 100; }"
     )
     state(page, "done")
+
+
+def test_on_a_low_screen_the_button_stays_in_reach_and_hides_nothing_for_good(visit, clips):
+    page = visit(390, 560)
+    give(page, clips, video="small.mp4", audio="silent.wav")
+    page.wait_for_selector("#video-note .warning")
+    place = "document.querySelector('#line-box').getBoundingClientRect().top"
+    assert page.evaluate(BOTTOM) <= 560 < page.evaluate(place), "while its place is below the view"
+    page.focus("#stop-1")
+    page.keyboard.press("Tab")
+    focused = "document.activeElement.getBoundingClientRect().bottom"
+    assert page.evaluate(focused) <= page.evaluate("document.querySelector('#start').getBoundingClientRect().top")
+    page.evaluate("document.querySelector('#line-box').scrollIntoView({ block: 'center' })")
+    assert page.evaluate(BOTTOM) <= page.evaluate(place), "in its place, once that is in view"
 
 
 def test_a_double_click_is_one_job_and_a_start_during_the_upload_is_remembered(visit, clips):
@@ -436,6 +462,8 @@ def test_several_voices_are_a_job_each_and_waiting_ones_are_moved_and_removed(vi
     page.wait_for_timeout(1100)  # two clicks within a second are one
     page.click("#start")
     page.wait_for_function("document.querySelectorAll('.card[data-state=waiting]').length == 2")
+    tops = "(state) => [...document.querySelectorAll(`.card[data-state=${state}]`)].map((card) => card.offsetTop)"
+    assert max(page.evaluate(tops, "running")) < min(page.evaluate(tops, "waiting")), "as they will run"
     names = page.locator(".card[data-state=waiting] h2")
     waiting = "[...document.querySelectorAll('.card[data-state=waiting]')]"
     seen = f"() => {waiting}.sort((a, b) => a.style.order - b.style.order)"
@@ -466,6 +494,49 @@ def give_faces(page, clips, folder, count):
     ffmpeg(*inputs, "-filter_complex", f"hstack={count}", picture)
     page.set_input_files("#video input[type=file]", str(picture))
     page.wait_for_function(f"document.querySelectorAll('#video-note [data-face]').length == {count}")
+
+
+def test_one_frame_is_painted_before_the_job_where_the_player_stands(visit, clips):
+    page = visit()
+    playwright.expect(page.locator("#preview")).to_be_hidden()
+    give(page, clips)
+    start(page)
+    state(page, "done")  # which has shown how long a frame takes
+    playwright.expect(page.locator("#preview")).to_have_text(re.compile(r"one frame \((about\s\d+|\d+\sto\s\d+)\ss\)"))
+    for width in (390, 1024, 1440):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate(CLEAR), "no word is under the button"
+    page.click("#preview")
+    page.wait_for_selector("#one-frame img >> nth=1")
+    assert "at 0.4 s, conservative" in page.inner_text("#one-frame"), "the middle"
+    sizes = page.evaluate("[...document.querySelectorAll('#one-frame img')].map((each) => each.naturalWidth)")
+    assert sizes == [SIDE, SIDE] and page.locator(".card").count() == 1
+    page.evaluate("document.querySelector('#audio audio').currentTime = 0.2")
+    page.click("#stop-2")
+    page.wait_for_selector("#stop-2[aria-pressed=true]")
+    page.click("#preview")
+    playwright.expect(page.locator("#one-frame")).to_contain_text("at 0.2 s, aggressive")
+    page.click("text=Close")
+    playwright.expect(page.locator("#preview-box")).to_be_hidden()
+    page.click("#preview")
+    page.wait_for_selector("#one-frame img")
+    page.click("#video [aria-label='Clear']")
+    playwright.expect(page.locator("#preview")).to_be_hidden()
+    playwright.expect(page.locator("#one-frame")).to_be_hidden()
+
+
+def test_a_preview_waits_for_no_job(visit, clips):
+    page, other = visit(), visit()
+    give(page, clips)
+    start(page)
+    state(page, "done")
+    give(other, clips, audio="long.wav")
+    start(other)
+    state(other, "running")
+    page.click("#preview")
+    playwright.expect(page.locator("#one-frame .problem")).to_contain_text("A job runs")
+    other.click("text=Cancel")
+    state(other, "cancelled")
 
 
 def test_several_faces_are_shown_and_a_click_follows_one(visit, clips, tmp_path):
@@ -673,12 +744,34 @@ def test_a_picture_is_dropped_or_chosen_where_a_video_goes_and_speaks(visit, cli
         f"data:image/png;base64,{b64encode((clips / 'face.png').read_bytes()).decode()}",
     )
     page.wait_for_selector("#video video[poster^='data:image/jpeg']")
+    playwright.expect(page.locator("#video-note .facts")).to_have_text(f"a picture · {SIDE} × {SIDE} · 1 face")
+    page.hover("#video video")
+    seen = page.locator("#video :is(.controls, .error, [aria-label*='Trim'], [aria-label='Clear']):visible")
+    playwright.expect(seen).to_have_count(1)  # it is to be taken out, and neither played nor cut
     page.set_input_files("#audio input[type=file]", str(clips / "short.wav"))
     start(page)
     state(page, "done")
     page.wait_for_selector(".card figcaption:text-is('Original, a picture')")
     assert page.locator(".card .original[poster$='first-frame']").count() == 1
     assert page.locator(".toast-body, .problem").count() == 0
+
+
+def test_a_picture_that_is_looked_at_is_no_error_meanwhile(visit, clips):
+    page = visit()
+    page.evaluate(
+        """() => { window.errors = 0; const look = () => {
+            errors += [...document.querySelectorAll("#video .error")].some((each) => each.checkVisibility());
+            requestAnimationFrame(look); }; look(); }"""
+    )
+    page.set_input_files("#video input[type=file]", str(clips / "face.png"))
+    page.wait_for_function("document.querySelector('#video video')?.error")
+    page.wait_for_selector("#video-note .facts")
+    assert page.evaluate("errors") == 0
+    page.click("#video [aria-label='Clear']")
+    page.set_input_files("#video input[type=file]", str(clips / "talking.mp4"))
+    page.wait_for_selector("#video-note .facts:has-text('frames/s')")
+    page.hover("#video video")
+    playwright.expect(page.locator("#video .controls").first).to_be_visible()
 
 
 def test_the_page_stays_in_view_when_files_are_given_and_taken_back(visit, clips):
@@ -783,6 +876,37 @@ def test_the_curves_of_every_gpu_are_drawn_and_jobs_sharing_them_is_explained(ch
     assert page.locator("#sharing").inner_text() == f"{count} GPUs: up to {count} jobs at once."
     page.unroute_all(behavior="ignoreErrors")
     page.close()
+
+
+def test_a_poll_while_a_job_runs_is_less_than_a_kilobyte(visit, clips):
+    page = visit()
+    give(page, clips, audio="long.wav")
+    start(page)
+    page.wait_for_selector(".card .newest:not([hidden])")
+    sizes = []
+    for _ in range(3):
+        with page.expect_request_finished(lambda request: request.url.endswith("/run/watch")) as seen:
+            pass
+        size = seen.value.sizes()
+        sizes.append(size["responseBodySize"] + size["responseHeadersSize"])
+    assert max(sizes) < 1000
+    page.click("text=Cancel")
+    state(page, "cancelled")
+
+
+def test_the_meters_of_a_gpu_are_read_under_the_curves(visit):
+    page = visit()
+
+    def with_gpu(route):
+        reply = route.fetch()
+        body = reply.json()
+        body["data"][0]["live"]["sensors"] = {"GPU 0": [312, 71, 1980], "GPU 1": [None, 40, None], "GPU 2": [None] * 3}
+        route.fulfill(response=reply, json=body)
+
+    page.route("**/run/watch", with_gpu)
+    playwright.expect(page.locator("#now")).to_contain_text("GPU 0 312 W, 71 °C, 1980 MHz · GPU 1 40 °C")
+    assert "GPU 2" not in page.inner_text("#now")
+    page.unroute_all(behavior="wait")
 
 
 @pytest.mark.parametrize("width", [390, 1440])

@@ -90,6 +90,21 @@ def test_the_page_is_there_before_torch_is_and_within_seconds(server):
     assert said.stdout.split() == ["False", "False"], said.stderr
 
 
+def test_a_client_gets_a_preview_of_a_frame_and_what_is_wrong_with_a_request_is_said(server, clips):
+    client = connect(server)
+    files = {"video": handle_file(clips / "talking.mp4"), "audio": handle_file(clips / "short.wav")}
+    seen = client.predict(**files, level=1, steps=4, at=0.2, api_name="/preview")
+    assert (seen["at"], seen["level"]) == (0.2, "aggressive")
+    assert all(seen[name].startswith("data:image/jpeg;base64,") for name in ("painted", "original"))
+    described = client.predict(level=1, steps=4, api_name="/describe")
+    assert re.fullmatch(r"(about \d+|\d+ to \d+) s", described["preview"]), "it has shown how long it takes"
+    with pytest.raises(Exception, match="The time of the preview is"):
+        client.predict(**files, at=-1, api_name="/preview")
+    files["audio"] = handle_file(clips / "too long.wav")
+    with pytest.raises(Exception, match="30 s"):
+        client.predict(**files, api_name="/preview")
+
+
 def test_a_client_runs_a_job_follows_it_and_cancels_another(server, clips, tmp_path):
     client = connect(server)
     parameters = client.view_api(return_format="dict")["named_endpoints"]["/submit"]["parameters"]

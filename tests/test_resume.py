@@ -21,7 +21,7 @@ from conftest import SIDE, one_person, portrait, save_video
 from filelock import FileLock
 
 from latentsync import STAGES, aligning, painting, pipeline
-from latentsync.__main__ import ProgressBars, ProgressLines, main
+from latentsync.__main__ import main
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
@@ -29,6 +29,7 @@ from latentsync.faces import Face, track_faces
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_frames, segments
 from latentsync.painting import Painter
 from latentsync.pipeline import Hooks, StopEarly, lipsync
+from latentsync.progress import ProgressBars, ProgressLines
 from latentsync.settings import Settings
 from latentsync.vae import encode_conditioning
 

@@ -12,7 +12,7 @@ from clips import ffmpeg, make_sound
 from test_people import LEFT, ONE, OTHER, RIGHT, scene
 
 from latentsync import SPEAKERS, turns
-from latentsync.__main__ import ProgressBars, ProgressLines, make_parser
+from latentsync.__main__ import make_parser
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
@@ -23,6 +23,7 @@ from latentsync.media import probe_video, read_audio, read_frames
 from latentsync.people import everyone_in
 from latentsync.pipeline import lipsync
 from latentsync.prepared.making import prepare_film
+from latentsync.progress import ProgressBars, ProgressLines
 from latentsync.settings import Settings
 from latentsync.speaking import decide, on_grid, speech_odds
 from latentsync.turns import find_turns, make_turns

@@ -22,6 +22,8 @@ function asMarkup(value) {
   if (value instanceof Markup || value == null) return value ?? "";
   return String(value).replace(/[&<>"']/g, (letter) => `&#${letter.charCodeAt(0)};`);
 }
+/** Text of the program, in which what is to be typed stands between backticks. */
+const withCode = (text) => html`${text.split("`").map((part, i) => (i % 2 ? html`<code>${part}</code>` : part))}`;
 function asElement(markup) {
   const template = document.createElement("template");
   template.innerHTML = String(markup).trim();

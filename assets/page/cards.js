@@ -61,7 +61,8 @@ function doingText(job) {
   if (job.state === "waiting" && !before) return "It is the next one";
   if (job.state === "waiting") return before === 1 ? "1 job comes before this one" : `${before} jobs come before this one`;
   if (job.state === "running") return `${job.doing} · ${clockText(job.elapsed)} so far`;
-  return job.state === "done" ? `done in ${clockText(job.elapsed)}` : job.doing;
+  if (job.state === "done") return `done in ${clockText(job.elapsed)}`;
+  return job.elapsed === null || job.files.result ? job.doing : `${job.doing} after ${clockText(job.elapsed)}`;
 }
 
 function updateCard(view, job) {
@@ -69,6 +70,7 @@ function updateCard(view, job) {
   if (busy !== isUnfinished(view.job ?? job) && !busy) announceEnd(job);
   view.job = job;
   setText(find(".state", card), stateText(job));
+  find(".state", card).classList.remove("lost");
   setText(find(".made-with", card), `${levelText(job)} · ${dateText(job.created)}`);
   setText(find(".doing", card), doingText(job));
   setShown(find(".busy", card), busy);

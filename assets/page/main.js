@@ -50,8 +50,9 @@ function updateCards(jobs) {
       cards.set(job.id, { card: makeCard(job) });
       find("#cards").prepend(cards.get(job.id).card);
     }
-    updateCard(cards.get(job.id), job);
-    cards.get(job.id).version = job.version;
+    const view = cards.get(job.id);
+    updateCard(view, { ...view.job, ...job }); // what cannot change comes once
+    view.version = job.version;
   }
   setShown(find("#empty"), cards.size === 0);
   markMovable();
@@ -67,6 +68,7 @@ function sayUnreachable({ message }) {
   for (const { card } of cards.values()) {
     if (!["running", "waiting"].includes(card.dataset.state)) continue;
     setText(find(".state", card), "No contact");
+    find(".state", card).classList.add("lost");
     setText(find(".doing", card), "What follows was heard last.");
   }
 }
@@ -94,7 +96,10 @@ function showWhenComplete() {
 showWhenComplete();
 
 const describe = () => trigger("submit", {}); // the line under the slider
-window.lipsync = { visitor, describe, onReply, onStarted, markStop, markFace, markFaces, showPicture, refresh, dropFiles };
+window.lipsync = {
+  visitor, describe, onReply, onStarted, markStop, markFace, markFaces, showPicture, refresh, dropFiles, playerTime,
+  beginPreview, showPreview,
+};
 let hiddenTurns = 0;
 const refreshIfSeen = () => {
   // A hidden tab still shows progress in its title, but asks less often.

@@ -57,7 +57,7 @@ function modelArticle(model) {
       ${model.present
         ? html`<details><summary>Licences</summary>${licenceList(model.notice.slice(1))}</details>`
         : licenceList(model.notice)}
-      ${model.remark ? html`<p class="quiet">${model.remark}</p>` : null}
+      ${model.remark ? html`<p class="quiet">${withCode(model.remark)}</p>` : null}
       ${by_hand ? html`<p class="quiet">HF_HUB_OFFLINE forbids to fetch it: start without that variable, or put its files
         into ${model.folder} (see docs/models.md).</p>` : null}
       ${buttons.length ? html`<div class="buttons">${buttons}</div>` : null}
@@ -76,7 +76,7 @@ function renderModels() {
   if (!models || !box || !hasChanged(box, `${modelsVersion} ${fetching?.id} ${fetching?.state}`)) return;
   const { error, chosen, remark, recommended, why, allowed } = models;
   box.innerHTML = error ? html`<p class="problem">${error}</p>` : html`
-    <p class="why">Auto is ${chosen} here. ${remark} ${chosen === recommended ? "" : "What suits this machine: "}${why}</p>
+    <p class="why">Auto is ${chosen} here. ${withCode(remark ?? "")} ${chosen === recommended ? "" : "What suits this machine: "}${why}</p>
     ${models.models.map(modelArticle)}
     ${allowed ? null : html`<p class="quiet">Visitors of this server cannot fetch models.</p>`}`;
 }

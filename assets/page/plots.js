@@ -72,6 +72,15 @@ function usageText(name, memory) {
   return `${name} ${((value / 100) * gib).toFixed(1)} of ${gib.toFixed(1)} GB`;
 }
 
+/** What the meters of the GPUs show, as "GPU 312 W, 71 °C, 1980 MHz"; nothing of meters that a card has not got. */
+function sensorTexts(sensors) {
+  const units = ["W", "°C", "MHz"];
+  return Object.entries(sensors).map(([name, values]) => {
+    const shown = values.map((value, i) => (value === null ? null : `${value} ${units[i]}`)).filter(Boolean);
+    return shown.length ? `${name} ${shown.join(", ")}` : null;
+  }).filter(Boolean);
+}
+
 /** Add the points that came to the curves of the last two minutes. */
 async function drawLive(live) {
   if (!live.time.length && drawnPlot) return;
@@ -81,7 +90,7 @@ async function drawLive(live) {
   for (const values of [times, ...Object.values(curves)]) values.splice(0, Math.max(0, values.length - MAX_POINTS));
   const names = Object.keys(curves);
   if (!names.length || !times.length) return;
-  setText(find("#now"), names.map((name) => usageText(name, live.memory)).join(" · "));
+  setText(find("#now"), [...names.map((name) => usageText(name, live.memory)), ...sensorTexts(live.sensors)].join(" · "));
   await loadPlotly();
   const plot = find("#plot");
   const xaxis = axis({

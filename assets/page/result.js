@@ -72,7 +72,7 @@ function showResult(view, job) {
         })}
       </div>
       <button type="button" class="soft timeline">Show the timeline</button>
-      ${job.messages.map((message) => html`<p class="message">${message}</p>`)}
+      ${job.messages.map((message) => html`<p class="message">${withCode(message)}</p>`)}
       ${job.advice.length ? html`<ul class="advice">${job.advice.map(adviceItem)}</ul>` : null}
     </details>`;
   const original = find(".original", box), made = find(".made", box);

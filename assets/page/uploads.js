@@ -27,7 +27,9 @@ document.addEventListener("click", ({ target }) => {
 }, true);
 document.addEventListener("change", ({ target }) => {
   const field = target.type === "file" && fieldOf(target);
-  if (field) target.files = asKind(target.files, kindOf(field));
+  if (!field) return;
+  if (field.id === "video") field.classList.toggle("still", /^image\//.test(target.files[0]?.type));
+  target.files = asKind(target.files, kindOf(field));
 }, true);
 
 // Files that are dropped on a field replace what it holds; anywhere else the browser would open them in place of the page.
@@ -58,7 +60,9 @@ new MutationObserver(() => {
 
 /** Show a look at a video: a browser knows few formats, and shows nothing of others. */
 function showPicture(look) {
-  const player = find("#video video");
+  const field = find("#video"), player = find("video", field);
+  closePreview();
+  field.classList.toggle("still", look?.duration === null);
   if (look?.picture && player) player.poster = look.picture;
 }
 

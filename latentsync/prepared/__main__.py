@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 from latentsync import __version__
-from latentsync.__main__ import ProgressBars, ProgressLines, leave, shield_dashes
+from latentsync.__main__ import leave, shield_dashes
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.options import between, choose_device, exit_code, face_name
+from latentsync.progress import ProgressBars, ProgressLines
 from latentsync.rates import RATES
 from latentsync.settings import Settings
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentsync import __main__ as command_line
-from latentsync.__main__ import ProgressLines, leave
+from latentsync.__main__ import leave
+from latentsync.progress import ProgressLines
 from latentsync.settings import WINDOW
 from optim.benchmark.rows import BenchmarkConfig
 

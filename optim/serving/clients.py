@@ -13,6 +13,7 @@ from gradio.context import LocalContext
 
 from latentsync.errors import UserError
 from optim.serving.endpoints import Endpoints
+from optim.serving.preview_endpoint import preview_endpoint
 
 OWN = ("progress", "is_gone")  # parameters of endpoints that clients do not give
 
@@ -24,6 +25,7 @@ def wire_clients(api: Endpoints, blocks: gr.Blocks) -> None:
         "describe": api.when_ready(api.describe),
         "measure": api.probing(api.measure),
         "check_video": api.probing(api.check_video),
+        "preview": preview_endpoint(api),
         "machine": api.when_ready(api.machine),
         "models": api.when_ready(api.models),
     }
@@ -54,6 +56,8 @@ def for_clients(fn: Callable, blocks: gr.Blocks) -> Callable:
                 reply = await fn(*args, **extra)
             else:
                 reply = await anyio.to_thread.run_sync(functools.partial(fn, *args, **extra))
+                if inspect.isawaitable(reply):  # of a function that `takes_settings`
+                    reply = await reply
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
         return FileData(path=str(reply)).model_dump() if isinstance(reply, Path) else reply

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imports NumPy, which takes a while
-    from optim.monitor import History
+    from optim.monitor import GpuHistory, History
 
 TIMELINE_POINTS = 300
-NO_CURVES: dict[str, Any] = {"time": [], "curves": {}, "marks": [], "memory": {}}
+NO_CURVES: dict[str, Any] = {"time": [], "curves": {}, "marks": [], "memory": {}, "sensors": {}}
 
 
 def curves_of(history: "History") -> dict[str, list[float | None]]:
@@ -31,7 +31,10 @@ def gpu_label(history: "History", index: int) -> str:
 
 
 def curves_since(history: "History", since: float = 0.0) -> dict[str, Any]:
-    """The samples after the time `since`, in seconds of the monitor, with all marks."""
+    """The samples after the time `since`, in seconds of the monitor, with all marks.
+
+    sensors: of each GPU now, power in W, temperature in °C and clock in MHz; None where it has no such meter.
+    """
     new = int((history.time.round(2) <= since).sum())  # rounded as the page gets them
     begin = history.time[0] if len(history.time) else 0.0
     sizes = {gpu_label(history, gpu.index): gpu.memory_total for gpu in history.gpus}
@@ -40,7 +43,14 @@ def curves_since(history: "History", since: float = 0.0) -> dict[str, Any]:
         "curves": {name: values[new:] for name, values in curves_of(history).items()},
         "marks": [(round(t, 1), text) for t, text in history.marks if t >= begin],
         "memory": sizes or {"Memory": history.ram_total},
+        "sensors": {gpu_label(history, gpu.index): sensors_of(gpu) for gpu in history.gpus},
     }
+
+
+def sensors_of(gpu: "GpuHistory") -> list[int | None]:
+    """Power in W, temperature in °C and clock in MHz of a GPU's newest sample."""
+    newest = (values[-1] if len(values) else math.nan for values in (gpu.power, gpu.temperature, gpu.sm_clock))
+    return [None if math.isnan(value) else round(float(value)) for value in newest]
 
 
 def last_seconds(history: "History", seconds: float) -> "History | None":

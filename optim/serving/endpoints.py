@@ -33,6 +33,8 @@ from optim.serving.worker import Worker
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25  # between two looks at a job that a caller waits for
+# Fields of a job that never change.
+FIXED = ("settings", "names", "created", "size", "fps", "frames", "compared_seconds")
 # Files that are probed at once, and requests that may wait for that; everything else goes on meanwhile.
 MAX_PROBES, MAX_WAITING_PROBES = 4, 24
 ONE_JOB = (
@@ -290,7 +292,8 @@ class Endpoints:
     def watch(self, visitor: str, since: float = 0.0, known: dict | None = None) -> dict[str, Any]:
         """A visitor's jobs, the length of the queue, the machine's curves after the time `since`, and what is fetched.
 
-        known: "version" of jobs by "id", from an earlier reply: a job that still has it comes without its other fields.
+        known: "version" of jobs by "id", from an earlier reply: a job that still has it comes without its other fields,
+        and one that has not ended (version None) without the FIXED ones.
         server: changes when the server was started again, after which `since` and the addresses of files are void.
         sharing: how jobs share several GPUs, a sentence, empty on one device.
         models: a number that changes when /models has news; None before the machine was looked at.
@@ -303,9 +306,10 @@ class Endpoints:
         for job in self.worker.store.jobs_of(visitor_token(visitor)):
             version = job.version()
             unchanged = version is not None and version == versions.get(job.id)
-            jobs.append(
-                {"id": job.id, "version": version} | ({} if unchanged else job.view(self.worker.store.place(job)))
-            )
+            view = {} if unchanged else job.view(self.worker.store.place(job))
+            if version is None and job.id in versions:
+                view = {name: value for name, value in view.items() if name not in FIXED}
+            jobs.append({"id": job.id, "version": version} | view)
         running, waiting = self.worker.store.load_counts()
         return {
             "server": self.worker.server,
@@ -377,9 +381,10 @@ class Endpoints:
     @takes_settings
     def describe(
         self, settings: Any, seconds: float | None = None, video_fps: float | None = None, people: int = 1
-    ) -> dict[str, str]:
+    ) -> dict[str, str | None]:
         """What settings mean on this machine, in one "line", and in "details".
 
+        preview: how long /preview takes, "" if unknown, None where it is not offered.
         seconds, video_fps: of the sound and of the video, where they are known; people: who say a voice.
         """
         people = form.parse_number(people, "The number of people", 1, MAX_OTHERS + 1)
@@ -390,7 +395,7 @@ class Endpoints:
         machine = self.worker.machine
         if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
             line += DEMO_HINT
-        return {"line": line, "details": details}
+        return {"line": line, "details": details, "preview": self.worker.describe_preview(request)}
 
     def measure(self, audio: FileData, audio_track: int | None = None) -> dict[str, Any]:
         """The "seconds" of a sound, "warnings", the "track" that is used, and the "tracks" there are."""

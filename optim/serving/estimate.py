@@ -9,6 +9,7 @@ from latentsync import FPS
 from latentsync.rates import grid_rate, show_rate
 from optim.serving.job import Request
 from optim.serving.machine import LONG_SECONDS, Machine, at_level, workers_text
+from optim.serving.one_frame import MAX_SECONDS, preview_time
 from optim.serving.run import make_plan
 from optim.serving.speeds import Speeds, speed_key
 
@@ -55,6 +56,22 @@ def describe_request(
     if estimate is None:
         return f"{line}; how long it takes here is not known before the first job.", in_detail
     return f"{line}; {range_text(estimate.low, estimate.high)} for this clip.", in_detail
+
+
+def describe_preview(
+    request: Request, checkpoint: "Checkpoint", machine: Machine, speeds: Speeds, restorer: Path | None = None
+) -> str | None:
+    """How long a preview of one frame takes, as "12 to 18 s", "" if unknown; restorer: the server's.
+
+    None where it is not offered: on a processor that is not known to paint it within MAX_SECONDS. Raises UserError.
+    """
+    import torch
+
+    plan = make_plan(request, checkpoint, torch.device(machine.device), restorer)
+    estimate = preview_time(speed_key(checkpoint.name, machine, request), plan.settings, speeds)
+    if machine.device == "cpu" and (estimate is None or estimate.seconds > MAX_SECONDS):
+        return None
+    return range_text(estimate.low, estimate.high) if estimate else ""
 
 
 def range_text(low: float, high: float) -> str:

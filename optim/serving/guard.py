@@ -44,7 +44,7 @@ READABLE = frozenset(
         "theme.css",
     )
 )
-WRITABLE = frozenset(("run", "api", "call", "queue", "cancel", "reset", "upload"))
+WRITABLE = frozenset(("run", "api", "call", "queue", "cancel", "reset", "upload", "mcp"))
 CALLS = ("run", "api", "call")  # followed by an endpoint's name
 CALL_FIELDS = ("data", "session_hash", "fn_index", "trigger_id", "event_data", "simple_format")  # of a call's body
 MAX_BODY = 2**20  # bytes of a body that is not an upload

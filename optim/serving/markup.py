@@ -57,13 +57,12 @@ def video_note(look: dict[str, Any]) -> str:
     """What a reply of /check_video says: length, rate and size, the faces to choose from, warnings; or an error."""
     if not look or "error" in look:
         return _problem(look)
-    facts = [f"{look['width']} × {look['height']}"]
-    if look["duration"] is not None:
-        facts = [f"{look['duration']:.1f} s", f"{look['fps']:g} frames/s", *facts]
+    size, still = f"{look['width']} × {look['height']}", look["duration"] is None
+    facts = ["a picture", size] if still else [f"{look['duration']:.1f} s", f"{look['fps']:g} frames/s", size]
     found = len(look["faces"])
     facts.append(f"{found} {'face' if found == 1 else 'faces'}" if found else "no face found")
     faces = face_buttons(look["faces"], HINT) if found > 1 else ""
-    return f"<p class='quiet'>{' · '.join(facts)}</p>{faces}{_warnings(look)}"
+    return f"<p class='quiet facts'>{' · '.join(facts)}</p>{faces}{_warnings(look)}"
 
 
 def face_buttons(faces: list[dict[str, Any]], hint: str = "") -> str:
@@ -83,7 +82,7 @@ def audio_note(measured: dict[str, Any]) -> str:
     """What a reply of /measure says: the length of a sound and warnings, or an error."""
     if not measured or "error" in measured:
         return _problem(measured)
-    return f"<p class='quiet'>{measured['seconds']:.1f} s</p>{_warnings(measured)}"
+    return f"<p class='quiet facts'>{measured['seconds']:.1f} s</p>{_warnings(measured)}"
 
 
 def _warnings(reply: dict[str, Any]) -> str:

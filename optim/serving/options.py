@@ -111,6 +111,11 @@ def make_parser(outputs: Path, prog: str) -> argparse.ArgumentParser:
         help="let visitors fetch and remove models, even with --share, or without a login beyond this machine",
     )
     add("--idle-minutes", type=amount, default=10, metavar="M", help="until the model is unloaded (default 10)")
+    add(
+        "--mcp",
+        action="store_true",
+        help="tools for programs that speak the Model Context Protocol, at /gradio_api/mcp; on this machine only",
+    )
     add("--no-open", action="store_true", help="do not open the page in a browser")
     add("--version", action="version", version=__version__)
     return parser
@@ -138,6 +143,8 @@ def parse_options(arguments: list[str] | None, outputs: Path, prog: str = "app.p
             raise UserError("--gpus: ZeroGPU lends a GPU to each job by itself; leave the option out.")
     options.public = options.share or "SPACE_ID" in os.environ
     options.shared = options.public or (options.accounts is None and not on_loopback(options.server_name))
+    if options.mcp and (options.shared or options.accounts or not on_loopback(options.server_name)):
+        raise UserError("--mcp is for programs of this machine: leave out --share, --server-name and a login.")
     options.allow_download = options.allow_download or not options.shared
     if options.public:
         limits = {"max_seconds": PUBLIC_SECONDS, "max_upload": byte_size(PUBLIC_UPLOAD), "keep_hours": PUBLIC_HOURS}

@@ -8,7 +8,7 @@ import mimetypes
 import os
 import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import anyio
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, request_response
 from starlette.types import Receive, Scope, Send
 
 from latentsync.errors import UserError
@@ -25,6 +25,7 @@ from latentsync.media import probe_video
 from optim.serving.endpoints import Endpoints
 from optim.serving.guard import Guard, Refusal, route_path
 from optim.serving.job import Job
+from optim.serving.mcp_tools import PATH, McpTools
 from optim.serving.policy import Policy
 from optim.serving.preview import thumbnail
 
@@ -63,7 +64,7 @@ def logged_in(request: Request) -> bool:
     return app.auth is None or any(app.tokens.get(request.cookies.get(name)) is not None for name in names)
 
 
-def routes(api: Endpoints) -> list[Route]:
+def routes(api: Endpoints, tools: McpTools | None = None) -> list[Route]:
     """The routes for a page with the endpoints `api`, to go before Gradio's own."""
     from gradio.routes import file_upload_statuses
 
@@ -163,11 +164,13 @@ def routes(api: Endpoints) -> list[Route]:
         Route("/gradio_api/file={path:path}", file),
         Route("/gradio_api/file/{path:path}", file),
         Route("/gradio_api/upload", upload, methods=["POST"]),
-        Route("/gradio_api/run/watch", watch, methods=["POST"]),
+        # Gradio's server compresses larger replies only.
+        Route("/gradio_api/run/watch", GZipMiddleware(request_response(watch)), methods=["POST"]),
+        *([Route(PATH, tools, methods=["POST"]), Route(f"{PATH}/", tools, methods=["POST"])] if tools else []),
     ]
 
 
-def guarded(api: Endpoints, policy: Policy) -> Callable:
+def guarded(api: Endpoints, policy: Policy, tools: McpTools | None = None) -> Callable:
     """The server's lifespan: the guard is around all of it, and uploads are cleaned up while it lasts."""
 
     @asynccontextmanager
@@ -193,7 +196,7 @@ def guarded(api: Endpoints, policy: Policy) -> Callable:
                 except OSError as error:
                     log.warning("Old uploads cannot be removed: %s", error)
 
-        async with anyio.create_task_group() as tasks:
+        async with tools.run() if tools else nullcontext(), anyio.create_task_group() as tasks:
             tasks.start_soon(clean)
             yield
             tasks.cancel_scope.cancel()

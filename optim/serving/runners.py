@@ -50,7 +50,7 @@ class InProcess:
         from optim.accelerate import accelerate
 
         check_cancel(job)
-        models = self._load(job, checkpoint)
+        models = self.load(job, checkpoint)
         check_cancel(job)
         plan = make_plan(job.request, models, models.device, self._restorer)
         key = speed_key(models.name, self._machine, job.request)
@@ -59,7 +59,7 @@ class InProcess:
         accelerate(models, plan, job.messages.append, frames=job.frames)
         run_job(job, models, plan, self._monitor, self._speeds, key)
 
-    def _load(self, job: Job, checkpoint: "Checkpoint") -> "Models":
+    def load(self, job: Job, checkpoint: "Checkpoint") -> "Models":
         """The models of a checkpoint: the loaded ones, or others in their place."""
         import torch
 

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from latentsync.errors import UserError
@@ -153,13 +154,14 @@ class JobStore:
     def _free_gpus(self) -> int:
         return self.gpus - sum(job.gpus for job in self.jobs.values() if job.state == RUNNING)
 
-    def take_next(self, timeout: float = 0.0) -> Job | None:
+    def take_next(self, timeout: float = 0.0, is_needed: Callable[[], bool] = lambda: False) -> Job | None:
         """Take the next job from the queue, mark it as running, and give it a GPU, or several.
 
-        timeout: seconds to wait for a change where no job can run. None where none can after that.
+        timeout: seconds to wait for a change where no job can run; is_needed: whether the caller has something else to
+        do, see `wake`. None where no job can run after that.
         """
         with self.changed:
-            if not (self.waiting and self._free_gpus()) and not self.closed:
+            if not (self.waiting and self._free_gpus()) and not self.closed and not is_needed():
                 self.changed.wait(timeout)
             free = self._free_gpus()
             if self.closed or not self.waiting or not free:
@@ -168,6 +170,11 @@ class JobStore:
             job.gpus = free if job.seconds > LONG_SECONDS and not self.waiting else 1
             job.state, job.started = RUNNING, time.time()
             return job
+
+    def wake(self) -> None:
+        """Let those return who wait in `take_next`."""
+        with self.changed:
+            self.changed.notify_all()
 
     def end(self, job: Job, state: str) -> None:
         """Set the state of a job that ran, once everything else of it is in place; its GPUs are free from now on."""

@@ -26,13 +26,14 @@ from latentsync.errors import UserError
 from latentsync.media import probe_audio, probe_video
 from optim.serving.comparison import start_comparison
 from optim.serving.curves import NO_CURVES, curves_since
-from optim.serving.estimate import describe_request
+from optim.serving.estimate import describe_preview, describe_request
 from optim.serving.execution import FAULT, execute, refuse
 from optim.serving.inputs import store_inputs, with_user_names
 from optim.serving.job import CANCELLED, FAILED, WAITING, Job, Request, owner_of
 from optim.serving.limits import NO_LIMITS, VisitorLimits, check_option
 from optim.serving.machine import Machine, inspect_machine, shared_gpus
 from optim.serving.models import find_checkpoint, list_models
+from optim.serving.one_frame import Previews
 from optim.serving.run import NO_RESTORER
 from optim.serving.runners import InProcess, OnGpus, OnLentGpu, RunAlone, Runner
 from optim.serving.speeds import Speeds
@@ -95,6 +96,9 @@ class Worker:
         self.monitor: Monitor | None = None
         self.speeds: Speeds | None = None
         self._closed = threading.Event()
+        self.previews = Previews(
+            lambda: self._closed.is_set() or any(self.store.load_counts()), self.store.wake, self.restorer
+        )
         self._history: tuple[float, History] | None = None  # of the last LIVE_SECONDS, and when it was taken
         self._history_lock = threading.Lock()
         self._idle_since = time.monotonic()
@@ -244,6 +248,12 @@ class Worker:
                 "that is not 'speaking'; a page without --gpus takes both."
             )
 
+    def describe_preview(self, request: Request) -> str | None:
+        """How long one frame of a request takes, "" if unknown; None where it is not offered. Raises UserError."""
+        if self.machine is None or self.speeds is None or self.lent or self.gpus is not None:
+            return None
+        return describe_preview(request, self._find_checkpoint(request), self.machine, self.speeds, self.restorer)
+
     def find_models(self) -> None:
         """Update which models are here and what `auto` means, after one was fetched or removed."""
         if self.machine is None:
@@ -325,7 +335,15 @@ class Worker:
         """Run the next job, or wait for one and unload what is idle."""
         if self.keep_hours is not None:
             self.store.remove_old(self.keep_hours)
-        job = self.store.take_next(timeout=max(1.0, min(self.idle_seconds, 60.0)))
+        runner = self.runner
+        if isinstance(runner, InProcess) and self.machine and self.speeds:
+            find = self._find_checkpoint
+            painted = self.previews.paint_all(
+                lambda job: runner.load(job, find(job.request)), self.machine, self.speeds
+            )
+            if painted:
+                self._idle_since = time.monotonic()
+        job = self.store.take_next(max(1.0, min(self.idle_seconds, 60.0)), self.previews.are_waiting)
         if job is None:
             idle = time.monotonic() - self._idle_since > self.idle_seconds
             if self.runner and idle and self.store.load_counts() == (0, 0):
