@@ -119,14 +119,14 @@ def test_jobs_go_first(worker, film, voice, tmp_path, monkeypatch):
     worker.cancel(job.id, ME)
     assert worker.wait(job, 60)
     began, go_on = threading.Event(), threading.Event()
-    load = worker._load
+    load = worker.runner.load
 
-    def slow(job):
+    def slow(job, checkpoint):
         began.set()
         assert go_on.wait(60)
-        return load(job)
+        return load(job, checkpoint)
 
-    monkeypatch.setattr(worker, "_load", slow)
+    monkeypatch.setattr(worker.runner, "load", slow)
     frame = worker.previews.add(Request(film, voice), ME)
     assert began.wait(60)
     job = worker.submit(Request(film, voice, steps=2), ME)
@@ -137,8 +137,8 @@ def test_jobs_go_first(worker, film, voice, tmp_path, monkeypatch):
 
 def test_a_newer_preview_takes_the_place_of_the_visitor_s_own(worker, film, voice, monkeypatch):
     go_on = threading.Event()
-    load = worker._load
-    monkeypatch.setattr(worker, "_load", lambda job: go_on.wait(60) and load(job))
+    load = worker.runner.load
+    monkeypatch.setattr(worker.runner, "load", lambda *args: go_on.wait(60) and load(*args))
     request = Request(film, voice, steps=2)
     first, other, newer = (worker.previews.add(request, who) for who in (ME, OTHER, ME))
     for i in range(MAX_WAITING - 2):
@@ -177,7 +177,7 @@ def test_a_fault_inside_ends_the_preview_alone(worker, film, voice, monkeypatch)
 def test_it_is_offered_on_a_processor_only_where_it_is_known_to_take_less_than_a_minute(worker, monkeypatch, tmp_path):
     request, speeds = Request(Path(), Path()), Speeds(tmp_path / "speeds.json")
     found, machine = worker._find_checkpoint(request), worker.machine
-    plan, key = make_plan(request, found, torch.device("cpu")), speed_key(found.name, machine)
+    plan, key = make_plan(request, found, torch.device("cpu")), speed_key(found.name, machine, request)
     monkeypatch.setattr(estimate, "make_plan", lambda *_: plan)
     offer = partial(describe_preview, request, found)
     assert offer(machine, speeds) is None and offer(replace(machine, device="cuda:0"), speeds) == ""

@@ -32,7 +32,7 @@ from latentsync.settings import Settings
 from latentsync.timing import StageClock
 from optim.__main__ import build_parser
 from optim.cluster import actor
-from optim.cluster.actor import Order, hashes_of, versions
+from optim.cluster.actor import Order, hashes_of
 from optim.job_list import input_files, read_list
 from optim.serving.endpoints import Endpoints
 from optim.serving.fetcher import Fetcher
@@ -285,21 +285,24 @@ def test_a_strength_is_a_number_from_0_to_1(strength):
 # Workers, lists and the page
 
 
-def test_a_worker_restores_as_the_single_process_does_and_only_with_the_same_file(checkpoint, blurring):
+def test_a_worker_restores_as_the_single_process_does_and_only_with_the_same_file(checkpoint, blurring, monkeypatch):
     hashes = hashes_of(resolve_model(str(checkpoint), CPU), str(blurring))
     settings = Settings(steps=1, restore=str(blurring))
-    order = Order(
-        str(checkpoint), hashes, versions(), "cpu", 1, settings, "conservative", None, {"fused": False}, 16, False
-    )
-    worker = actor.Worker(order)
-    assert worker.prepare().plan.settings.restore == str(blurring)
-    assert worker._models.restorer.name == "GFPGAN"
+    order = Order(str(checkpoint), "cpu", settings, "conservative", None, {"fused": False}, 16, hashes, threads=1)
+    used = []
+    monkeypatch.setattr(actor, "accelerate", lambda models, *_: used.append(models))
+    worker = actor.Worker()
+    assert worker.prepare(order).plan.settings.restore == str(blurring)
+    assert used[0].restorer.name == "GFPGAN"
+    plain = replace(order, settings=Settings(steps=1), hashes=None)
+    worker.prepare(plain)
+    assert used[1].restorer is None, "the next run is asked again"
     save_restorer(blurring, gain=0.5)
     with pytest.raises(UserError, match="restorer blurring.safetensors"):
-        actor.Worker(order).prepare()
+        worker.prepare(order)
     blurring.unlink()
     with pytest.raises(UserError, match="On .*There is no file"):
-        actor.Worker(order).prepare()
+        worker.prepare(order)
 
 
 def test_a_row_of_a_list_names_a_restorer_beside_it(tmp_path):
