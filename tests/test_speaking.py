@@ -26,7 +26,7 @@ from latentsync.prepared.making import prepare_film
 from latentsync.settings import Settings
 from latentsync.speaking import decide, on_grid, speech_odds
 from latentsync.turns import find_turns, make_turns
-from optim.serving.form import SETTINGS, parse_who
+from optim.serving.form import SETTINGS, Dropdown, parse_who
 
 CPU = torch.device("cpu")
 GRID = Path(__file__).resolve().parents[2] / "shared" / "data" / "grid"
@@ -258,7 +258,7 @@ def test_the_command_line_and_the_page_take_the_word(film, voice, tmp_path):
     args = make_parser().parse_args([str(film), str(voice), "-o", str(tmp_path / "out.mp4"), "--face", "speaking"])
     assert args.face == ["speaking"] and parse_who("speaking") == "speaking"
     face = next(setting for setting in SETTINGS if setting.name == "face")
-    assert "speaking" in [value for _, value in face.control.choices]
+    assert isinstance(face.control, Dropdown) and "speaking" in [value for _, value in face.control.choices]
 
 
 def test_progress_shows_the_search_and_then_the_run(capfd):
