@@ -169,6 +169,15 @@ def test_only_who_speaks_is_painted(film, voice, models, speakers, tmp_path):
     assert "for 0.5 s" in report.remarks[-1] and report.turns[0]["face"] in report.remarks[-1]
 
 
+def test_a_model_with_a_face_of_its_own_leaves_who_is_silent_alone(film, voice, speakers, tmp_path):
+    models = load_models(resolve_model("demo", CPU), CPU, torch.float32)
+    speakers((0, 16), (-1, 20), (1, 16), (-1, 8))
+    report = lipsync(film, voice, tmp_path / "out.mp4", models, Settings(steps=1, crf=0, face="speaking"))
+    left, right = differences(film, tmp_path / "out.mp4").T
+    assert report.frames == FRAMES and report.frames_without_face == 0
+    assert left[22:].max() <= 6 < left[:16].max() and right[:30].max() <= 6 < right[36:52].max()
+
+
 def test_one_person_alone_is_painted_only_while_speaking(voice, models, speakers, tmp_path):
     frames = [scene((ONE, (LEFT[0] + t % 4, 10))) for t in range(40)]
     film = say(tmp_path / "one.mp4", frames)
