@@ -27,7 +27,7 @@ from latentsync.progress import ProgressBars, ProgressLines
 from latentsync.settings import Settings
 from latentsync.speaking import decide, on_grid, speech_odds
 from latentsync.turns import find_turns, make_turns
-from optim.serving.form import SETTINGS, parse_who
+from optim.serving.form import SETTINGS, Dropdown, parse_who
 
 CPU = torch.device("cpu")
 GRID = Path(__file__).resolve().parents[2] / "shared" / "data" / "grid"
@@ -170,6 +170,15 @@ def test_only_who_speaks_is_painted(film, voice, models, speakers, tmp_path):
     assert "for 0.5 s" in report.remarks[-1] and report.turns[0]["face"] in report.remarks[-1]
 
 
+def test_a_model_with_a_face_of_its_own_leaves_who_is_silent_alone(film, voice, speakers, tmp_path):
+    models = load_models(resolve_model("demo", CPU), CPU, torch.float32)
+    speakers((0, 16), (-1, 20), (1, 16), (-1, 8))
+    report = lipsync(film, voice, tmp_path / "out.mp4", models, Settings(steps=1, crf=0, face="speaking"))
+    left, right = differences(film, tmp_path / "out.mp4").T
+    assert report.frames == FRAMES and report.frames_without_face == 0
+    assert left[22:].max() <= 6 < left[:16].max() and right[:30].max() <= 6 < right[36:52].max()
+
+
 def test_one_person_alone_is_painted_only_while_speaking(voice, models, speakers, tmp_path):
     frames = [scene((ONE, (LEFT[0] + t % 4, 10))) for t in range(40)]
     film = say(tmp_path / "one.mp4", frames)
@@ -259,7 +268,7 @@ def test_the_command_line_and_the_page_take_the_word(film, voice, tmp_path):
     args = make_parser().parse_args([str(film), str(voice), "-o", str(tmp_path / "out.mp4"), "--face", "speaking"])
     assert args.face == ["speaking"] and parse_who("speaking") == "speaking"
     face = next(setting for setting in SETTINGS if setting.name == "face")
-    assert "speaking" in [value for _, value in face.control.choices]
+    assert isinstance(face.control, Dropdown) and "speaking" in [value for _, value in face.control.choices]
 
 
 def test_progress_shows_the_search_and_then_the_run(capfd):
