@@ -1,6 +1,6 @@
 """The page: `python app.py` opens it. Inputs and buttons are Gradio's; assets/page/*.js draws what moves.
 
-Jobs run in the threads of `optim.serving.worker.Worker`. torch is not imported before the page is shown. Every action is
+Jobs run in threads of `optim.serving.worker.Worker`. torch is not imported before the page is shown. Every action is
 an endpoint with a name (`optim.serving.endpoints`), for `gradio_client` as for the page's own scripts (docs/api.md).
 """
 
