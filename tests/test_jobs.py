@@ -100,7 +100,7 @@ def test_a_finished_job_has_its_result_and_its_report(worker, talking, voice):
     assert view["timeline"]["stages"].keys() == set(STAGES)
     assert sorted(os.listdir(job.folder)) == sorted(["job.json", job.output.name, "video.mp4", "voice.wav"])
     line, details = worker.describe(job.request, 10)
-    assert re.search(r"conservative: 2 steps, model tiny \(64 px\); (about \d+|\d+ to \d+) s for this clip\.", line)
+    assert re.search(r"conservative: 2 steps, model tiny \(64 px\); (about )?\d[\d a-z]* for this clip\.", line)
     line, details = worker.describe(replace(job.request, level="aggressive", steps=20), None)
     assert "aggressive: 12 steps, two of three reuse earlier work, model" in line
     assert "DeepCache every 3 steps" in details
