@@ -301,14 +301,18 @@ class Painter:
             values = values.pin_memory()  # PyTorch keeps it until it has been read
         return values.to(self.models.device, non_blocking=True)
 
+    def queue_paste(self) -> None:
+        """Queue the pasting of the last pass, unless that has been done."""
+        if self.unpasted:
+            self.unpasted.queue_paste()
+            self.unpasted = None
+
     def on_denoising_step(self, _: int) -> None:
         """Queue the pasting of the pass before; wait for the GPU where it is MAX_QUEUED_STEPS behind.
 
         Without that limit a run could not be stopped within a window.
         """
-        if self.unpasted:
-            self.unpasted.queue_paste()
-            self.unpasted = None
+        self.queue_paste()
         if self.on_gpu:
             self.step_events.append(record_event(self.models.device))
             if len(self.step_events) > MAX_QUEUED_STEPS:
@@ -370,6 +374,8 @@ def paint_groups(
             out_of_memory = None
             try:
                 passes = submit(group, painter, skip=frames <= done)
+                if is_first:
+                    painter.queue_paste()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -203,8 +203,8 @@ def summary(done: int, before: int, failed: int, total: int, folder: Path) -> st
 
 def test_rows_share_the_model_and_a_failing_one_does_not_stop_the_rest(work, folder, monkeypatch):
     loaded = []
-    load_models = load.load_models
-    monkeypatch.setattr(load, "load_models", lambda *given: loaded.append(given) or load_models(*given))
+    load_weights = load.load_weights
+    monkeypatch.setattr(load, "load_weights", lambda *given: loaded.append(given) or load_weights(*given))
     make_sound(folder / "b.wav", seconds=0.3)
     code, said = work(
         [

@@ -394,7 +394,7 @@ def test_the_report_says_what_was_done(sync, talking, voice):
     assert (report["model"], report["resolution"], report["device"], report["dtype"]) == ("tiny", 64, "cpu", "float32")
     assert set(report["seconds"]) >= {"sound", "reading", *STAGES}
     assert all(0 < seconds <= report["total_seconds"] for seconds in report["seconds"].values())  # they overlap
-    assert set(report["waiting"]) == {"reading", "faces", "sound", "crops", "writing"}
+    assert set(report["waiting"]) == {"reading", "faces", "sound", "crops", "models", "writing"}
     assert 50e6 < report["peak_memory_bytes"] < 8e9
 
 
@@ -542,7 +542,7 @@ def test_memory_that_does_not_hold_the_model_is_a_sentence(
     def load(*_):
         raise error
 
-    monkeypatch.setattr("latentsync.checkpoints.load.load_models", load)
+    monkeypatch.setattr("latentsync.checkpoints.load.load_weights", load)
     sentence = refuse(capfd, [talking, voice, "-o", tmp_path / "out.mp4", "--model", checkpoint])
     assert "memory" in sentence and "--device cpu" in sentence
 

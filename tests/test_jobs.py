@@ -842,7 +842,7 @@ def test_a_worker_that_is_closed_just_before_it_waits_ends_at_once(tmp_path, mon
     worker = Worker(tmp_path)
     take_next = worker.store.take_next
 
-    def delayed(timeout):
+    def delayed(timeout, is_needed):
         looking.set()
         go_on.wait(60)
         return take_next(60)

@@ -251,6 +251,9 @@ class Slate:
         self.calls.append(f"queue {first}")
         return first
 
+    def queue_paste(self) -> None:
+        pass
+
     def finish(self, first: int) -> list[Window]:
         self.calls.append(f"finish {first}")
         return []
@@ -267,7 +270,8 @@ def test_a_group_is_finished_when_the_device_has_the_next_ones(behind):
     told = [line for line in slate.calls if not line.startswith("out") or int(line[4:]) % WINDOW == 0]
     wanted = {
         0: ["queue 0", "finish 0", "out 0", "queue 16", "finish 16", "out 16", "queue 32", "finish 32", "out 32"],
-        1: ["queue 0", "queue 16", "finish 0", "out 0", "queue 32", "finish 16", "out 16", "finish 32", "out 32"],
+        # The first one at once, to be shown.
+        1: ["queue 0", "finish 0", "out 0", "queue 16", "queue 32", "finish 16", "out 16", "finish 32", "out 32"],
     }
     assert told == [*wanted[behind], "out 48"]
 
@@ -320,8 +324,8 @@ def test_a_delayed_painter_pastes_behind_the_first_step_of_the_next_pass(models,
     monkeypatch.setattr(Painter, "on_denoising_step", lambda self, i: (done.append(i), on_denoising_step(self, i))[1])
     delayed(monkeypatch)
     run(models, wav)
-    first, later = [0, 1], [0, "paste", 1]
-    assert done == [*first, *later * (math.ceil(FRAMES / WINDOW) - 1), "paste"]
+    first, second, later = [0, 1, "paste"], [0, 1], [0, "paste", 1]
+    assert done == [*first, *second, *later * (math.ceil(FRAMES / WINDOW) - 2), "paste"]
 
 
 def test_a_part_of_the_frame_is_pasted_as_the_whole_is(models):
@@ -493,7 +497,7 @@ def test_progress_reaches_the_end_in_every_stage(models, talking, voice, tmp_pat
     assert report.frames == 20 and report.frames_without_face == 0
     assert all(0 < seconds <= report.total_seconds for seconds in report.seconds.values())
     assert all(0 <= seconds < report.total_seconds for seconds in report.waiting.values())
-    assert set(report.waiting) == {"reading", "faces", "sound", "crops", "writing"}
+    assert set(report.waiting) == {"reading", "faces", "sound", "crops", "models", "writing"}
     assert sum(report.seconds.values()) > 0.5 * report.total_seconds
 
 

@@ -233,6 +233,7 @@ def test_other_voices_of_another_form_are_refused(value):
 def test_two_people_are_expected_to_take_twice_as_long(worker, clips, tmp_path, monkeypatch):
     speeds = Speeds(tmp_path / "speeds.json")
     monkeypatch.setattr(worker, "speeds", speeds)
+    monkeypatch.setattr(worker.runner, "_speeds", speeds)
     ended(worker, worker.submit(request(clips), ME))
     assert speeds.jobs == 1
     ((seconds,),) = [values for works in speeds._seconds.values() for values in works.values()]
