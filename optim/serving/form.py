@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentsync.checkpoints.releases import RELEASES
-from latentsync.choice import CHOICES, parse_face
+from latentsync.choice import CHOICES, FACES, parse_face
 from latentsync.errors import UserError
 from latentsync.rates import RATES
 from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED
@@ -29,7 +29,6 @@ FACE_LABELS = {
     "left": "on the left",
     "right": "on the right",
     "centre": "in the centre",
-    "speaking": "at each time who speaks then",
 }
 RATE_LABELS = {"source": "as the video", "25": "25 a second"}
 TRACKS = {"video_track": "video", "audio_track": "sound"}  # fields of `Request` that belong to its files
@@ -164,7 +163,8 @@ def _labels(values: Collection[str]) -> Dropdown:
 
 
 _COMPILE_INFO = "Of use in long jobs where there is neither a GPU nor a second core."
-_FACES = Dropdown(tuple((FACE_LABELS[face], face) for face in CHOICES), others=True)
+# Not `speaking`, which is right too seldom for people filmed otherwise than the judge's training clips; it can be typed.
+_FACES = Dropdown(tuple((FACE_LABELS[face], face) for face in FACES), others=True)
 _QUALITIES = Dropdown(tuple((f"{label} (CRF {crf})", crf) for crf, label in QUALITIES.items()))
 _RATES = Dropdown(tuple((RATE_LABELS[rate], rate) for rate in RATES))
 
