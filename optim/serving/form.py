@@ -163,7 +163,7 @@ def _labels(values: Collection[str]) -> Dropdown:
 
 
 _COMPILE_INFO = "Of use in long jobs where there is neither a GPU nor a second core."
-# Not `speaking`, which is right too seldom for people filmed otherwise than the judge's training clips; it can be typed.
+# Not `speaking`, which can be typed: it is right too seldom for people unlike those of the judge's training clips.
 _FACES = Dropdown(tuple((FACE_LABELS[face], face) for face in FACES), others=True)
 _QUALITIES = Dropdown(tuple((f"{label} (CRF {crf})", crf) for crf, label in QUALITIES.items()))
 _RATES = Dropdown(tuple((RATE_LABELS[rate], rate) for rate in RATES))
