@@ -575,7 +575,7 @@ def test_the_share_link_s_host_is_answered(tmp_path, monkeypatch):
         raise KeyboardInterrupt  # as Ctrl-C once it is served
 
     monkeypatch.setattr(app, "Page", Launched)
-    monkeypatch.setattr(app, "guarded", lambda _, policy: policies.append(policy))
+    monkeypatch.setattr(app, "guarded", lambda _, policy, tools: policies.append(policy))
     monkeypatch.setattr(app, "wait_for_signal", stop)
     monkeypatch.setattr(Worker, "start", lambda _: None)
     assert app.main(["--share", "--outputs", str(tmp_path)]) == 0
