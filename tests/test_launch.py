@@ -188,6 +188,7 @@ def test_on_windows_the_same_options_install_the_same_packages():
         steps = [line for line in before.splitlines() if line.startswith(("call", "if errorlevel"))]
         assert found and runs and steps == [
             "call :install", "if errorlevel 1 goto stop", "call :install_cluster", "if errorlevel 1 goto stop",
+            "call :install_restore", "if errorlevel 1 goto stop",
         ]  # fmt: skip
     arguments = text.partition("\n:next_argument\n")[2].partition("\n:dispatch\n")[0]
     assert {"--gpus", "--cluster"} <= set(re.findall(r'"%~1"=="(--\w+)" set "CLUSTER=1"', arguments))
