@@ -13,13 +13,15 @@ rem What follows the command, with its quotes, for sync, demo and test. No block
 rem both would change special characters in file names.
 set REST=%*
 set "COMMAND=%~1"
-rem Whether an option asks for several GPUs, which take packages that one does not.
+rem Whether an option asks for several GPUs, or for a face restorer, which take packages of their own.
 set "CLUSTER="
+set "RESTORE="
 :next_argument
 if [%1]==[] goto dispatch
 if "%~1"=="--" goto dispatch
 if "%~1"=="--gpus" set "CLUSTER=1"
 if "%~1"=="--cluster" set "CLUSTER=1"
+if "%~1"=="--restore" set "RESTORE=1"
 shift /1
 goto next_argument
 :dispatch
@@ -198,11 +200,9 @@ if not defined PYTHON echo No 64-bit Python 3.10 to 3.13 was found: install one 
 exit /b 2
 
 
-rem Face restorers take packages of their own: installed when --restore first asks for them. Python looks for it in the
-rem variable REST, whose special characters a command of this script would change.
+rem Face restorers take packages of their own: installed when --restore first asks for them.
 :install_restore
-"%VPY%" -c "import os, re, sys; sys.exit(re.search(r'(?:^|\s)--restore[=\s]', os.environ.get('REST', '') + ' ') is None)"
-if errorlevel 1 exit /b 0
+if not defined RESTORE exit /b 0
 fc /b "%ROOT%\requirements.restore.txt" "%VENV%\installed-restore" >nul 2>nul && exit /b 0
 echo Installing the packages of requirements.restore.txt into .venv (only needed once) ...
 if "%BUILD%"=="default" goto restore_packages

@@ -191,7 +191,9 @@ def test_on_windows_the_same_options_install_the_same_packages():
             "call :install_restore", "if errorlevel 1 goto stop",
         ]  # fmt: skip
     arguments = text.partition("\n:next_argument\n")[2].partition("\n:dispatch\n")[0]
-    assert {"--gpus", "--cluster"} <= set(re.findall(r'"%~1"=="(--\w+)" set "CLUSTER=1"', arguments))
+    assert re.findall(r'"%~1"=="(--\w+)" set "(\w+)=1"', arguments) == [
+        ("--gpus", "CLUSTER"), ("--cluster", "CLUSTER"), ("--restore", "RESTORE"),
+    ]  # fmt: skip
     assert '"%~1"=="--" goto dispatch' in arguments and "shift /1" in arguments
     install = text.partition("\n:install_cluster\n")[2].partition("\nexit /b 0\n\n")[0]
     assert install.startswith("if not defined CLUSTER exit /b 0") and '-r "%ROOT%\\requirements.cluster.txt"' in install
