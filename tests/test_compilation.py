@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from latentsync.checkpoints.load import Models
 from latentsync.settings import DeepCache, Settings
 from latentsync.unet import UNet, UNetConfig
+from latentsync.whisper import AudioEncoder, WhisperDims
 from optim import compilation
 from optim.accelerate import make_plan, should_compile
 from optim.compilation import (
@@ -56,7 +57,8 @@ def models() -> Models:
     torch.manual_seed(0)
     unet = UNet(CONFIG).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     vae = SimpleNamespace(config=SimpleNamespace(downscaling=8))
-    return Models("tiny", 8 * SIDE, unet, None, vae)
+    encoder = AudioEncoder(WhisperDims(n_audio_state=64, n_audio_head=1, n_audio_layer=1))
+    return Models("tiny", 8 * SIDE, unet, encoder, vae)
 
 
 def passes(unet: UNet, frames: int) -> list[torch.Tensor]:

@@ -385,7 +385,9 @@ def test_a_job_that_has_ended_is_told_once_unless_there_is_something_new(server,
         (seen,) = client.predict(visitor, 0, known, api_name="/watch")["jobs"]
         return seen
 
-    assert watch({reply["job"]: None})["settings"], "one that runs is told each time"
+    running = watch({reply["job"]: None})
+    assert running["state"] and "settings" not in running, "one that runs is told each time, but for what never changes"
+    assert watch({})["settings"]
     seen = until(client, reply, "done")
     known = {seen["id"]: seen["version"]}
     assert seen["report"] and watch(known) == {"id": seen["id"], "version": seen["version"]}

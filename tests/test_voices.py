@@ -30,8 +30,8 @@ def arguments(checkpoint, talking, tmp_path) -> list[str]:
 @pytest.mark.parametrize("run", [main, fast_main])
 def test_every_voice_gets_a_result_and_the_model_is_loaded_once(arguments, tmp_path, monkeypatch, capsys, run):
     loaded = []
-    load_models = load.load_models
-    monkeypatch.setattr(load, "load_models", lambda *given: loaded.append(given) or load_models(*given))
+    load_weights = load.load_weights
+    monkeypatch.setattr(load, "load_weights", lambda *given: loaded.append(given) or load_weights(*given))
     assert run(arguments) == 0
     results = [tmp_path / "out" / f"talking-{name}.mp4" for name in ("one", "one-2", "two")]
     assert capsys.readouterr().out.split() == [str(path) for path in results]
