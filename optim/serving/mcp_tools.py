@@ -113,7 +113,8 @@ def make_server(api: Endpoints) -> "Server":
         return get_root_url(request, PATH, request.scope.get("root_path"))
 
     described = Tool.from_function(lipsync, description=f"{first_paragraph(api.lipsync)} {HOW_TO_UPLOAD}")
-    tools = {tool.name: tool for tool in (described, *map(Tool.from_function, (check_video, measure, machine)))}
+    reading = [Tool.from_function(check_video), Tool.from_function(measure), Tool.from_function(machine)]
+    tools = {tool.name: tool for tool in (described, *reading)}
 
     @server.list_tools()
     async def list_tools() -> list[types.Tool]:
