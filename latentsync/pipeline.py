@@ -50,7 +50,7 @@ from latentsync.placing import Placement, place_voice, whole_film
 from latentsync.prefetch import prefetch
 from latentsync.prepared.film import PreparedFilm
 from latentsync.prepared.recording import Recorder
-from latentsync.restoring import check_restorable, load_restorer
+from latentsync.restoring import check_restorable, with_restorer
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
 from latentsync.timing import StageClock
@@ -153,8 +153,8 @@ def lipsync(
         check_restorable(models)
     inputs = (video, *voices, *(file for file in (sound, settings.restore) if file), *models.files)
     output = check_output(output, inputs)
-    if settings.restore and workers is None:
-        models = replace(models, restorer=load_restorer(settings.restore, models.device))
+    if workers is None:
+        models = with_restorer(models, settings.restore)
     info = probe_video(video, video_track).at_choice(settings.fps).between(settings.start, settings.end)
     painted = MAX_PEOPLE if speaking else len(voices)
     held = painted * held_frames(info.rate) if models.retargets else 0

@@ -7,6 +7,7 @@ the frames before it. Their weights and licences are the user's; none comes with
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +149,11 @@ def load_restorer(path: str | Path, device: torch.device) -> Restorer:
         raise UserError(f"'{path}' is a network of the kind {name}, no face restorer; give the weights of {NAMES}.")
     network = descriptor.model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
     return Restorer(name, network)
+
+
+def with_restorer(models: "Models", path: str | Path | None) -> "Models":
+    """The models, whose painted faces go through the restorer of a file, unless that is None. Raises UserError."""
+    return models if path is None else replace(models, restorer=load_restorer(path, models.device))
 
 
 def _model_loader() -> Any:

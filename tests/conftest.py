@@ -128,6 +128,26 @@ def originals(checkpoint, tmp_path_factory) -> Path:
     return write_originals(checkpoint, tmp_path_factory.mktemp("originals"))
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """An empty user's folder, for all tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATENTSYNC_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory, checkpoint, home):
+    """The worker of a page on one device, ready for jobs."""
+    from optim.serving.worker import Worker
+
+    worker = Worker(tmp_path_factory.mktemp("outputs"), model=str(checkpoint), device="cpu")
+    worker.start()
+    assert worker.ready.wait(60) and worker.machine, worker.problem
+    yield worker
+    worker.close()
+
+
 @pytest.fixture
 def hub(originals, monkeypatch, tmp_path):
     """A hub with one small release, under a released name; a user's folder and cache, both empty."""

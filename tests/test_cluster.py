@@ -185,7 +185,7 @@ def start_command(code: str, *arguments: object, **variables: str) -> subprocess
     program = f"import sys\nfrom optim.__main__ import main\nARGUMENTS = sys.argv[1:]\n{code}"
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])} | variables,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -326,17 +326,19 @@ def test_a_worker_that_hangs_counts_as_lost_after_a_time_that_follows_from_the_g
     assert workers.group_seconds() == MIN_GROUP_SECONDS
 
 
+class Stop(Exception):
+    """Of a hook that ends a run."""
+
+
+def stop():
+    raise Stop
+
+
 def test_waiting_for_workers_can_be_ended(session, checkpoint):
     from optim.cluster.workers import RayWorkers
 
-    class Stop(Exception):
-        pass
-
-    def on_step():
-        raise Stop
-
     with pytest.raises(Stop), RayWorkers(make_order(checkpoint), 2, 2, RESOLUTION, False, print) as workers:
-        workers.wait_until_ready(on_step=on_step)
+        workers.wait_until_ready(on_step=stop)
     assert not any(member.prepared for member in workers.members)
 
 
@@ -354,16 +356,10 @@ def test_ray_listens_on_the_loopback_address_only(session):
 def test_a_run_that_is_stopped_ends_its_workers(session, checkpoint):
     from optim.cluster.workers import RayWorkers
 
-    class Stop(Exception):
-        pass
-
-    def on_step():
-        raise Stop
-
     with pytest.raises(Stop), RayWorkers(make_order(checkpoint), 2, 2, RESOLUTION, False, print) as workers:
         workers.wait_until_ready()
         processes = [process_of(member) for member in workers.members if member.prepared]
-        paint(workers, on_step)
+        paint(workers, stop)
     gone, alive = psutil.wait_procs(processes, timeout=60)
     assert gone and not alive
 
@@ -405,17 +401,8 @@ from latentsync import pipeline
 pipeline.lipsync = partial(pipeline.lipsync, segment_frames={SEGMENT})
 """
 KILLED = f"""{SHORT_SEGMENTS}
-import os, signal
-from latentsync.media import VideoWriter
-write, written = VideoWriter.write, []
-
-def killing(self, frame):
-    written.append(0)
-    if len(written) == 50:  # in the third segment
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, frame)
-
-VideoWriter.write = killing
+from killing import kill_at
+kill_at(50)  # in the third segment
 main(ARGUMENTS)
 """
 

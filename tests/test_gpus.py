@@ -40,13 +40,6 @@ needs_workers = pytest.mark.skipif(
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LATENTSYNC_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
-
-
 def until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
@@ -172,7 +165,11 @@ if __name__ == "__main__":
 
 
 def run_served(code, *arguments, **variables) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    environment = (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+        | variables
+    )
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
@@ -336,10 +333,9 @@ def ray_workers() -> list[psutil.Process]:
 
 # A server on two processes with segments of five frames, which ends itself in the middle of a job.
 KILLED = """
-import os, signal, sys, time
+import sys
 from pathlib import Path
-from latentsync import pipeline
-from latentsync.media import VideoWriter
+from killing import kill_at, write_in_segments
 from optim.serving import store
 from optim.serving.job import Request
 from optim.serving.worker import Worker
@@ -347,16 +343,8 @@ from optim.serving.worker import Worker
 if __name__ == "__main__":
     outputs, model, video, voice, frames = *map(Path, sys.argv[1:5]), int(sys.argv[5])
     store.LONG_SECONDS = 1.0
-    lipsync, write, written = pipeline.lipsync, VideoWriter.write, []
-    pipeline.lipsync = lambda *args, **options: lipsync(*args, segment_frames=5, **options)
-
-    def killing(self, frame):
-        written.append(0)
-        if len(written) == frames:
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(self, frame)
-
-    VideoWriter.write = killing
+    write_in_segments(5)
+    kill_at(frames)
     worker = Worker(outputs, model=str(model), device="cpu", gpus="2")
     worker.start()
     if str(video) != ".":

@@ -41,26 +41,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    before = os.environ.get("LATENTSYNC_HOME")
-    os.environ["LATENTSYNC_HOME"] = str(tmp_path_factory.mktemp("home"))
-    yield
-    if before is None:
-        del os.environ["LATENTSYNC_HOME"]
-    else:
-        os.environ["LATENTSYNC_HOME"] = before
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory, checkpoint, home):
-    worker = Worker(tmp_path_factory.mktemp("outputs"), model=str(checkpoint), device="cpu")
-    worker.start()
-    assert worker.ready.wait(60) and worker.machine, worker.problem
-    yield worker
-    worker.close()
-
-
-@pytest.fixture(scope="module")
 def long_voice(tmp_path_factory):
     return make_sound(tmp_path_factory.mktemp("voice") / "long.wav", seconds=30)
 
@@ -611,26 +591,17 @@ def test_the_next_server_resumes_jobs_in_their_order(talking, long_voice, voice,
 
 # A server that ends itself in the middle of a job.
 KILLED = """
-import os, signal, sys, threading, time
+import sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from latentsync import pipeline
-from latentsync.media import VideoWriter
+from killing import kill_at, write_in_segments
 from optim.serving.job import Request
 from optim.serving.worker import Worker
 
 outputs, model, video, voice, frames = *map(Path, sys.argv[1:5]), int(sys.argv[5])
-lipsync, write, written = pipeline.lipsync, VideoWriter.write, []
-pipeline.lipsync = lambda *args, **options: lipsync(*args, segment_frames=5, **options)
-
-def killing(self, frame):
-    written.append(0)
-    if len(written) == frames:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, frame)
-
-VideoWriter.write = killing
+write_in_segments(5)
+kill_at(frames)
 worker = Worker(outputs, model=str(model), device="cpu")
 worker.start()
 if str(video) != ".":
@@ -646,7 +617,10 @@ def test_a_job_resumes_after_its_server_was_killed_unless_it_may_be_the_cause(
 ):
     def serve_until_killed(*arguments):
         command = [sys.executable, "-c", KILLED, tmp_path / "outputs", checkpoint, *arguments]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "OMP_NUM_THREADS": "1",
+        }
         ended = subprocess.run([*map(str, command)], env=environment, capture_output=True, timeout=300)
         assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
 

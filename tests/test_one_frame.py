@@ -30,17 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory, checkpoint):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LATENTSYNC_HOME", str(tmp_path_factory.mktemp("home")))
-        worker = Worker(tmp_path_factory.mktemp("outputs"), model=str(checkpoint), device="cpu")
-        worker.start()
-        assert worker.ready.wait(60) and worker.machine, worker.problem
-        yield worker
-        worker.close()
-
-
-@pytest.fixture(scope="module")
 def film(tmp_path_factory):
     """A face for two seconds, which moves."""
     path = tmp_path_factory.mktemp("film") / "film.mp4"

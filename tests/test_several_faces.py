@@ -43,26 +43,6 @@ def clips(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    before = os.environ.get("LATENTSYNC_HOME")
-    os.environ["LATENTSYNC_HOME"] = str(tmp_path_factory.mktemp("home"))
-    yield
-    if before is None:
-        del os.environ["LATENTSYNC_HOME"]
-    else:
-        os.environ["LATENTSYNC_HOME"] = before
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory, checkpoint, home):
-    worker = Worker(tmp_path_factory.mktemp("outputs"), model=str(checkpoint), device="cpu")
-    worker.start()
-    assert worker.ready.wait(120) and worker.machine, worker.problem
-    yield worker
-    worker.close()
-
-
 def request(clips, **changes) -> Request:
     others = (OtherVoice("right", clips / "high.wav"),)
     return Request(clips / "two.mp4", clips / "low.wav", **{"steps": 1, "face": "left", "others": others} | changes)

@@ -1,6 +1,5 @@
 """A worker: one process with a device of its own, which holds the models and paints what the driver sends."""
 
-import gc
 import os
 import platform
 import queue
@@ -18,12 +17,13 @@ import torch
 from latentsync import __version__
 from latentsync.checkpoints.download import sha256_of
 from latentsync.checkpoints.find import Checkpoint, resolve_model
-from latentsync.checkpoints.load import Models, load_models
+from latentsync.checkpoints.load import Models
 from latentsync.errors import UserError
 from latentsync.options import choose_device
 from latentsync.painting import Group, Painter, paint_groups
-from latentsync.restoring import check_restorer, load_restorer
+from latentsync.restoring import check_restorer, with_restorer
 from latentsync.settings import Settings
+from latentsync.several import load_once
 from latentsync.windows import Window
 from optim.accelerate import Plan, accelerate, details, oom_handler, plan_for_device
 from optim.cluster.messages import PaintedGroup, PaintTask, pack_result, unpack
@@ -95,8 +95,7 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._models: Models | None = None
-        self._loaded: Checkpoint | None = None  # of `_models`
+        self._load = load_once()
         self._tasks: queue.SimpleQueue[tuple[PaintTask, Future[PaintedGroup]] | PreparedRun] = queue.SimpleQueue()
         self._started: deque[tuple[PaintTask, list[Window], Future[PaintedGroup]]] = deque()  # of the painting thread
         self._next_run: PreparedRun | None = None
@@ -136,24 +135,13 @@ class Worker:
                 f"The model '{order.model}' of {name} is another one than here ({', '.join(wrong)}): copy its files "
                 "there."
             )
-        models = self._load(checkpoint, device)
-        if restorer:
-            models = replace(models, restorer=load_restorer(restorer, device))
+        models, load_weights = self._load(replace(checkpoint, remark=None), device)  # the same files under any name
+        load_weights()
+        models = with_restorer(models, restorer)
         plan = plan_for_device(device, models.resolution, order.settings, order.level, order.batch, **order.overrides)
         accelerate(models, plan, lambda _: None, order.frames)
         self._tasks.put(PreparedRun(models, plan, order.threads if order.kind == "cpu" else None))
         return Prepared(name, plan, details(plan, device))
-
-    def _load(self, checkpoint: Checkpoint, device: torch.device) -> Models:
-        """The models of a checkpoint: the loaded ones, or others in their place."""
-        checkpoint = replace(checkpoint, remark=None)  # the same files under any name
-        if self._models is None or self._loaded != checkpoint:
-            self._models = self._loaded = None  # memory may not hold both
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._models, self._loaded = load_models(checkpoint, device), checkpoint
-        return self._models
 
     def paint(self, task: PaintTask) -> PaintedGroup:
         """Paint a task after those that came before it; several calls wait here at a time."""

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,15 +155,14 @@ def paint(
     from latentsync.hooks import Hooks, RunHooks
     from latentsync.people import find_people
     from latentsync.pipeline import Source, fit_memory, generate_frames
-    from latentsync.restoring import load_restorer
+    from latentsync.restoring import with_restorer
     from latentsync.timing import StageClock
     from optim.accelerate import accelerate, oom_handler
 
     began, request = time.monotonic(), frame.job.request
     plan = make_plan(request, models, models.device, restorer)
     accelerate(models, plan, lambda _: None, frames=WINDOW)
-    if plan.settings.restore:
-        models = replace(models, restorer=load_restorer(plan.settings.restore, models.device))
+    models = with_restorer(models, plan.settings.restore)
     check()
     info = probe_video(request.video, request.video_track).at_choice(request.fps)
     settings = fit_memory(plan.settings, info)

@@ -59,8 +59,7 @@ class Worker:
     means, as on the command line; idle_seconds: without a job, until the model is unloaded; keep_hours: after which
     ended jobs and their files are removed, None for never; lent: runs a job on a GPU that is lent for it, as
     `run.run_alone` does; restorer: a face restorer that jobs may use, not on a lent GPU; gpus: that jobs share, as
-    --gpus names them, None for one device. Raises UserError for options
-    out of range.
+    --gpus names them, None for one device. Raises UserError for options out of range.
 
     The worker owns every file in the folders of its jobs: they go with `remove`, or after `keep_hours`. Files that a
     job does not need any more go when it ends.
