@@ -236,6 +236,16 @@ def test_a_job_is_measured_at_every_level(checkpoint, talking, voice, monkeypatc
     assert set(row.stages) >= {"faces", "mouths", "writing"} and "mouths" in benchmark.job_line(row)
 
 
+def test_a_films_first_and_second_voice_are_measured(checkpoint, talking, voice, tmp_path):
+    config = BenchmarkConfig(CPU, str(checkpoint), steps=1, levels=(AGGRESSIVE,))
+    (row,) = measuring.voices_rows(talking, voice, 64, config)
+    assert not row.failed and row.frames == 20 and row.megabytes > 0
+    assert min(row.alone, row.first, row.second) > 0 and row.ratio == pytest.approx(row.alone / row.second)
+    assert "20" in benchmark.voices_line(row)
+    (row,) = measuring.voices_rows(tmp_path / "no.mp4", voice, 64, config)
+    assert "no.mp4" in row.failed and "failed" in benchmark.voices_line(row)
+
+
 def test_the_first_window_is_timed_in_a_process_that_ends_there(checkpoint, talking, voice, tmp_path):
     config = BenchmarkConfig(CPU, str(checkpoint), steps=1, repeats=1, levels=(AGGRESSIVE,))
     (row,) = first_rows(talking, voice, config)

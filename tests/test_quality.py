@@ -1,6 +1,7 @@
 """The comparison of levels: figures of known differences, and a table from the command line."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from skimage.metrics import structural_similarity
 
 from optim.quality import main, psnr, ssim
 
+EXAMPLE = Path(__file__).parents[1] / "assets" / "example"
 HIDDEN = np.zeros((32, 32), bool)
 HIDDEN[8:24, 8:24] = True
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,6 +48,15 @@ def test_conservative_equals_the_plain_pipeline_and_other_levels_are_compared_wi
     assert conservative["psnr_conservative"] == float("inf") and aggressive["steps"] == 3
     assert 10 < aggressive["psnr_conservative"] < 60 and aggressive["frames"] == 20
     assert "aggressive" in capsys.readouterr().out
+
+
+def test_of_a_model_with_a_face_of_its_own_the_painted_mouths_are_compared(tmp_path):
+    table = tmp_path / "table.json"
+    example = [str(EXAMPLE / "face.mp4"), str(EXAMPLE / "speech.wav")]
+    short = ["--steps", "5", "--seconds", "0.4", "--levels", "aggressive"]
+    assert main([*example, "--model", "demo", *short, "--json", str(table)]) == 0
+    _, aggressive = json.loads(table.read_text())
+    assert 20 < aggressive["psnr_conservative"] < 80
 
 
 def test_a_video_without_a_face_is_one_sentence(checkpoint, voice, tmp_path, capsys):

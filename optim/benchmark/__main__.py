@@ -4,6 +4,7 @@
     python -m optim.benchmark --start                    from built networks to the first pass, cold and warm
     python -m optim.benchmark --first VIDEO AUDIO        from the command to the first painted window
     python -m optim.benchmark --job VIDEO AUDIO          the whole pipeline, file to file
+    python -m optim.benchmark --voices VIDEO AUDIO       the same with a prepared film, see docs/command-line.md
     python -m optim.benchmark --vram 8 12 24             what fits into smaller cards (GB)
 
 Modes may be combined (--windows adds the first); --json FILE writes all results.
@@ -47,11 +48,13 @@ from optim.benchmark.rows import (
     JobRow,
     MemoryRow,
     StartRow,
+    VoicesRow,
     WindowRow,
     job_rows,
     memory_row,
     start_rows,
     start_seconds,
+    voices_rows,
     window_rows,
 )
 from optim.benchmark.windows import free_memory
@@ -145,6 +148,19 @@ def job_line(row: JobRow) -> str:
     return f"{head}{row.frames:8}{row.wall:8.2f}{row.gpu:8.2f}{row.ratio:7.2f}{_number(row.utilization, 10)}%  {stages}"
 
 
+VOICES_HEAD = "side  level         frames   alone   first  second  ratio     MB"
+
+
+def voices_line(row: VoicesRow) -> str:
+    head = f"{row.resolution:4}  {row.name:12}"
+    if row.failed:
+        return f"{head}  failed: {row.failed}"
+    return (
+        f"{head}{row.frames:8}{row.alone:8.2f}{row.first:8.2f}{row.second:8.2f}{row.ratio:7.2f}"
+        f"{_number(row.megabytes, 7, 1)}"
+    )
+
+
 FIRST_HEAD = "level          median  runs"
 
 
@@ -218,6 +234,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--first", type=Path, nargs=2, metavar=("VIDEO", "AUDIO"), help="measure until the first window"
     )
     parser.add_argument("--job", type=Path, nargs=2, metavar=("VIDEO", "AUDIO"), help="measure the whole pipeline")
+    parser.add_argument(
+        "--voices", type=Path, nargs=2, metavar=("VIDEO", "AUDIO"), help="measure a film's first and second voice"
+    )
     parser.add_argument("--vram", type=float, nargs="+", default=[], metavar="GB", help="smaller cards to try")
     parser.add_argument("--model", metavar="NAME|PATH", help="a model in place of random weights, at its resolution")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
@@ -246,7 +265,7 @@ def measure(
     resolutions = args.resolutions
     if config.model is not None:  # resolved before the long work; a model has one resolution
         resolutions = [resolve_model(config.model, config.device).resolution]
-    if args.windows or not (args.start or args.first or args.job or args.vram):
+    if args.windows or not (args.start or args.first or args.job or args.voices or args.vram):
         throughput = machine["matrix_flops"] = matrix_throughput(config.device, config.dtype)
         rows = window_rows(config.models(resolutions[0]), resolutions, config, throughput)
         title = "Seconds a window of 16 frames, x windows together; memory in GB"
@@ -266,6 +285,13 @@ def measure(
         for resolution in resolutions:
             jobs = job_rows(video, audio, resolution, config)
             table("jobs", "Seconds of a job, file to file", JOB_HEAD, jobs, job_line)
+            free_memory()
+    if args.voices:
+        video, audio = args.voices
+        for resolution in resolutions:
+            voices = voices_rows(video, audio, resolution, config)
+            title = "Seconds of a job, file to file: alone, while it prepares the film, and with the film prepared"
+            table("voices", title, VOICES_HEAD, voices, voices_line)
             free_memory()
     if args.vram and config.device.type != "cuda":
         print("\n--vram needs a GPU; it is left out.")
@@ -293,7 +319,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m optim.benchm
             print(json.dumps(without_nan(run_worker(args.worker))), flush=True)
             return 0
         if args.json:
-            check_writable(args.json, (*(args.first or ()), *(args.job or ())))
+            check_writable(args.json, [*(args.first or ()), *(args.job or ()), *(args.voices or ())])
         levels = tuple(find_level(text) for text in args.levels)
         config = BenchmarkConfig(choose_device(args.device), args.model, args.steps, args.repeats, levels)
         if config.device.type == "cpu" and config.model is None:
@@ -305,6 +331,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m optim.benchm
             "starts": [],
             "firsts": [],
             "jobs": [],
+            "voices": [],
             "memory": [],
         }
 

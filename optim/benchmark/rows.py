@@ -17,7 +17,11 @@ from torch import Tensor
 
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import Models, load_models, working_dtype
+from latentsync.media import probe_video
 from latentsync.pipeline import Hooks, lipsync
+from latentsync.prepared.film import PreparedFilm, film_key
+from latentsync.prepared.making import folder_bytes
+from latentsync.prepared.recording import Recorder
 from latentsync.settings import INFERENCE_STEPS, WINDOW, DeepCache, Settings
 from optim.accelerate import Plan, accelerate, make_plan, oom_handler
 from optim.benchmark.flops import synchronized_time, window_flops
@@ -89,6 +93,21 @@ class JobRow:
     gpu: float | None = None  # of as many windows from pixels to pixels alone
     ratio: float | None = None  # wall over gpu
     utilization: float | None = None  # percent, while painting
+    failed: str = ""
+
+
+@dataclass(frozen=True)
+class VoicesRow:
+    """Seconds of a job from file to file: alone, as a film's first voice, which prepares it, and as its second."""
+
+    name: str
+    resolution: int  # px
+    frames: int = 0
+    alone: float | None = None
+    first: float | None = None
+    second: float | None = None
+    ratio: float | None = None  # of alone to second
+    megabytes: float | None = None  # of the prepared film (10⁶ bytes)
     failed: str = ""
 
 
@@ -284,6 +303,46 @@ def _job_row(row: JobRow, video: Path, audio: Path, models: Models, level: Level
         gpu=gpu,
         ratio=report.total_seconds / gpu,
         utilization=monitor.utilization(painting[0], painting[-1]),
+    )
+
+
+# ---- a film's first and second voice
+
+
+def voices_rows(video: Path, audio: Path, resolution: int, config: BenchmarkConfig) -> Iterator[VoicesRow]:
+    """A row for each level, after a run that is not counted."""
+    models = config.models(resolution)
+    for level in config.levels:
+        row = VoicesRow(level.name, models.resolution)
+        free_memory()
+        try:
+            plan = config.plan(level, models.resolution, config.gpu())
+            accelerate(models, plan)
+            yield _voices_row(row, video, audio, models, plan.settings)
+        except Exception as error:
+            yield replace(row, failed=one_line(error))
+
+
+def _voices_row(row: VoicesRow, video: Path, audio: Path, models: Models, settings: Settings) -> VoicesRow:
+    key = film_key(probe_video(video).at_choice(settings.fps), settings, models)
+    with tempfile.TemporaryDirectory(prefix="latentsync-") as folder:
+        output, prepared = Path(folder, "out.mp4"), Path(folder, "film")
+        run = partial(lipsync, video, audio, output, models, settings)
+        run()
+        alone = run()
+        with Recorder(prepared, key) as recorder:
+            first = run(film=recorder)
+            recorder.finish()
+        second = run(film=PreparedFilm(prepared, key))
+        size = folder_bytes(prepared)
+    return replace(
+        row,
+        frames=alone.frames,
+        alone=alone.total_seconds,
+        first=first.total_seconds,
+        second=second.total_seconds,
+        ratio=alone.total_seconds / second.total_seconds,
+        megabytes=size / 1e6,
     )
 
 

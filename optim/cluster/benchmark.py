@@ -2,9 +2,9 @@
 
     python -m optim.cluster.benchmark VIDEO AUDIO --model latentsync-1.6 --workers 1 2
 
-Every row is the second of two runs, so that loading, graphs and compilers do not count. `busy` is NVML's utilization of
-each GPU from the first to the last sign of painting. VIDEO should be as long as AUDIO: faces of a video that is played
-again are encoded once by each worker.
+Every row comes after a run with the first seconds of AUDIO, so that loading, graphs and compilers do not count. `busy`
+is NVML's utilization of each GPU from the first to the last sign of painting. VIDEO should be as long as AUDIO: faces
+of a video that is played again are encoded once by each worker.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+import wave
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,10 +20,12 @@ from pathlib import Path
 
 import torch
 
+from latentsync import SAMPLE_RATE
 from latentsync.checkpoints.find import MODEL_NAMES, resolve_model
 from latentsync.checkpoints.load import Models, load_models, load_outline
 from latentsync.errors import UserError
 from latentsync.hooks import Hooks
+from latentsync.media import read_audio
 from latentsync.options import choose_device
 from latentsync.painting import Workers
 from latentsync.paths import check_writable, write_text
@@ -33,6 +36,7 @@ from optim.benchmark.windows import UtilizationMonitor, free_memory
 from optim.cluster.actor import Order
 from optim.cluster.session import local_session
 
+WARM_UP = 6.0  # seconds of sound before what is measured: several passes on each of a few workers
 HEAD = "level         workers    wall  frames/s  ratio  busy"
 
 
@@ -54,10 +58,20 @@ class Row:
         return f"{self.level:14}{name:>7}{self.seconds:8.2f}{rate:10.2f}{self.ratio:7.2f}  {busy}"
 
 
+def write_beginning(audio: str, path: Path) -> None:
+    """Write the first seconds of a sound, to warm up with."""
+    sound = read_audio(audio)[: round(WARM_UP * SAMPLE_RATE)]
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes((sound * 32767).astype("<i2").tobytes())
+
+
 def time_job(
     args: argparse.Namespace, models: Models, settings: Settings, workers: Workers | None, device: torch.device
 ) -> tuple[float, int, list[float | None]]:
-    """Seconds and frames of the second of two runs, and how busy each GPU was."""
+    """Seconds and frames of a run after a short one, and how busy each GPU was."""
     painting: list[float] = []
 
     def on_progress(stage: str, done: int, total: int) -> None:
@@ -66,8 +80,9 @@ def time_job(
 
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     with tempfile.TemporaryDirectory(prefix="latentsync-") as folder, ExitStack() as stack:
-        output = Path(folder, "out.mp4")
-        lipsync(args.video, args.audio, output, models, settings, workers=workers)
+        output, beginning = Path(folder, "out.mp4"), Path(folder, "beginning.wav")
+        write_beginning(args.audio, beginning)
+        lipsync(args.video, beginning, output, models, settings, workers=workers)
         gpus = [stack.enter_context(UtilizationMonitor(torch.device("cuda", index))) for index in range(count)]
         report = lipsync(
             args.video, args.audio, output, models, settings, Hooks(on_progress=on_progress), workers=workers
