@@ -8,12 +8,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentsync import __main__ as command_line
 from latentsync.__main__ import leave
 from latentsync.progress import ProgressLines
 from latentsync.settings import WINDOW
-from optim.benchmark.rows import BenchmarkConfig
+
+if TYPE_CHECKING:  # it imports diffusers, which would count as part of the start
+    from optim.benchmark.rows import BenchmarkConfig
 
 PAINTED = "painted"
 
@@ -40,7 +43,7 @@ class UntilPainted(ProgressLines):
             leave(0)
 
 
-def first_rows(video: Path, audio: Path, config: BenchmarkConfig) -> Iterator[FirstRow]:
+def first_rows(video: Path, audio: Path, config: "BenchmarkConfig") -> Iterator[FirstRow]:
     """A row for each level. The first run of a machine also fills the caches."""
     for level in config.levels:
         with tempfile.TemporaryDirectory() as folder:
