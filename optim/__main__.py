@@ -76,10 +76,10 @@ def prepare(
     import torch
 
     from optim.accelerate import accelerate, log_memory, oom_handler, plan_for_device
+    from optim.compilation import start_triton
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
     from optim.monitor import Monitor
-    from optim.warm_up import plan_attention, start_triton
 
     models, load_weights = load(checkpoint, device)
     plan = plan_for_device(device, models.resolution, settings, args.level, args.batch, **overrides)
@@ -97,7 +97,6 @@ def prepare(
     ):
 
         def before_painting() -> None:
-            plan_attention(models, plan.settings)
             wait_for_models()
             if device.type == "cuda":
                 torch.cuda.set_device(models.device)  # of this thread; `accelerate` has run in another one

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,6 +41,21 @@ def configure_compilers() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(usable_cores(), MAX_COMPILE_THREADS)))
+
+
+def start_triton(device: torch.device) -> None:
+    """Import the fused kernels and run a first one, in which Triton starts. Does nothing on a processor.
+
+    It takes a second, in which another thread can load the weights. What goes wrong is met again, and logged, by
+    `optim.fused.fuse`.
+    """
+    if device.type != "cuda":
+        return
+    configure_compilers()
+    with suppress(Exception):
+        from optim import fused, kernels  # noqa: F401  # also what `fused` imports takes its time
+
+        kernels.geglu(torch.zeros(1, 2, device=device))
 
 
 def compile_unet(models: Models, settings: Settings, on_message: Callable[[str], None]) -> bool:

@@ -266,3 +266,9 @@ def test_what_cannot_be_done_is_said(capsys):
     assert "--model demo" in capsys.readouterr().err
     assert benchmark.main(["--levels", "fastest", "--device", "cpu", "--model", "demo"]) == 2
     assert "fastest" in capsys.readouterr().err
+
+
+def test_a_film_is_prepared_only_for_a_model_in_files(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "choose_device", lambda _: torch.device("cuda"))
+    assert benchmark.main(["--voices", "film.mp4", "voice.wav"]) == 2
+    assert "--model" in capsys.readouterr().err

@@ -324,6 +324,8 @@ def main(arguments: list[str] | None = None, prog: str = "python -m optim.benchm
         config = BenchmarkConfig(choose_device(args.device), args.model, args.steps, args.repeats, levels)
         if config.device.type == "cpu" and config.model is None:
             raise UserError("The released architecture is too large for a processor: add --model demo.")
+        if args.voices and config.model is None:
+            raise UserError("A film is prepared for a model that lies in files: add --model to --voices.")
         machine = describe_machine(config)
         results: dict[str, Any] = {
             "machine": machine,
