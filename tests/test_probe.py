@@ -378,3 +378,14 @@ def test_a_file_is_looked_at_once_and_again_when_it_has_changed(tmp_path, monkey
     for _ in range(2):
         with pytest.raises(UserError, match="a.mp4"):
             probe_video(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
+def test_an_ffmpeg_that_is_too_old_is_named_instead_of_the_file(tmp_path, monkeypatch):
+    video, old = make_video(tmp_path / "a.mp4", seconds=0.2), tmp_path / "ffmpeg"
+    old.write_text("#!/bin/sh\necho \"Unrecognized option 'print_graphs_file'.\" >&2\nexit 8\n")
+    old.chmod(0o755)
+    for module in "process", "tracks":
+        monkeypatch.setattr(f"latentsync.media.{module}.get_ffmpeg_exe", lambda: str(old))
+    with pytest.raises(UserError, match="too old.*imageio-ffmpeg"):
+        probe_video(video)

@@ -8,6 +8,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from imageio_ffmpeg import get_ffmpeg_exe
+
 from latentsync.errors import UserError
 from latentsync.media.info import Track
 from latentsync.media.metadata import clean_text, parse_metadata
@@ -68,6 +70,11 @@ def list_tracks(path: Path, kind: str) -> Contents:
         except (OSError, ValueError):
             run, metadata_text = {}, ""
     if not run.get("inputfiles"):
+        if messages.startswith("Unrecognized option 'print_graphs_file'"):  # before it has opened any file
+            raise UserError(
+                f"The ffmpeg in '{get_ffmpeg_exe()}' is too old: version 8 or later is needed. Run `pip install -U "
+                "imageio-ffmpeg`, and unset IMAGEIO_FFMPEG_EXE if you have set it."
+            )
         raise unreadable_error(path, messages, kind)
     sources: dict[int, list[int]] = defaultdict(list)  # output → ffmpeg's indices of its streams
     for link in run["streamlinks"]:
