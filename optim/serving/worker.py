@@ -34,6 +34,7 @@ from optim.serving.limits import NO_LIMITS, VisitorLimits, check_option
 from optim.serving.machine import Machine, inspect_machine, shared_gpus
 from optim.serving.models import find_checkpoint, list_models
 from optim.serving.one_frame import Previews
+from optim.serving.prepared_films import PreparedFilms
 from optim.serving.run import NO_RESTORER
 from optim.serving.runners import InProcess, OnGpus, OnLentGpu, RunAlone, Runner
 from optim.serving.speeds import Speeds
@@ -59,7 +60,8 @@ class Worker:
     means, as on the command line; idle_seconds: without a job, until the model is unloaded; keep_hours: after which
     ended jobs and their files are removed, None for never; lent: runs a job on a GPU that is lent for it, as
     `run.run_alone` does; restorer: a face restorer that jobs may use, not on a lent GPU; gpus: that jobs share, as
-    --gpus names them, None for one device. Raises UserError for options out of range.
+    --gpus names them, None for one device; prepared_bytes, shared: see `PreparedFilms`, 0 keeps none. Raises UserError
+    for options out of range.
 
     The worker owns every file in the folders of its jobs: they go with `remove`, or after `keep_hours`. Files that a
     job does not need any more go when it ends.
@@ -78,11 +80,14 @@ class Worker:
         limits: VisitorLimits = NO_LIMITS,
         restorer: Path | None = None,
         gpus: str | None = None,
+        prepared_bytes: int = 0,
+        shared: bool = False,
     ):
         check_option("The most seconds of sound", max_seconds, 0.01, optional=True)
         check_option("The seconds until the model is unloaded", idle_seconds, 0)
         check_option("The hours that results are kept", keep_hours, 1e-9, optional=True)
         self.store = JobStore(folder, queue_size, limits)
+        self.prepared = PreparedFilms(self.store, prepared_bytes, shared)
         self.folder, self.max_seconds = folder, max_seconds
         self.model, self.device_name, self.gpus = model, device, gpus
         self.idle_seconds, self.keep_hours, self.lent = idle_seconds, keep_hours, lent
@@ -316,10 +321,12 @@ class Worker:
             from optim.cluster.session import local_session
 
             stack.enter_context(local_session(len(numbers), numbers if machine.device != "cpu" else ()))
-            self.runner = OnGpus(self.model, machine, self.monitor, self.speeds, torch.get_num_threads(), self.restorer)
+            threads = torch.get_num_threads()
+            self.runner = OnGpus(self.model, machine, self.monitor, self.speeds, threads, self.restorer, self.prepared)
         else:
-            self.runner = InProcess(machine, self.monitor, self.speeds, self.restorer)
+            self.runner = InProcess(machine, self.monitor, self.speeds, self.restorer, self.prepared)
         self.store.gpus = machine.gpus
+        self.prepared.trim()
         self.machine = machine
 
     def _run_jobs(self) -> None:
