@@ -127,7 +127,7 @@ def run_job(
         step_downs.append(change)
         monitor.mark(change)
 
-    def run(film: Film | None) -> "Report":
+    def run(film: "Film | None") -> "Report":
         preview = Preview(job)
         hooks = Hooks(
             on_progress=Progress(job, None if workers else plan.settings.steps * people, monitor, where),
