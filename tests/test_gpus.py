@@ -16,17 +16,20 @@ import psutil
 import pytest
 import torch
 from clips import make_sound
+from conftest import save_video
 from gradio_client import Client, handle_file
 from left_over import assert_nothing_is_left, shared_memory
 from serving import serve
+from test_people import LEFT, ONE, OTHER, RIGHT, scene
 
 from latentsync.errors import UserError
 from latentsync.machine import usable_cores
 from latentsync.media import probe_video
 from optim.serving import records
-from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, Job, Request
+from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, Job, OtherVoice, Request
 from optim.serving.machine import at_level, device_text, sharing_text
 from optim.serving.options import parse_options
+from optim.serving.prepared_films import KNOWN
 from optim.serving.store import JobStore
 from optim.serving.timeline import timeline_figure
 from optim.serving.worker import Worker
@@ -242,6 +245,33 @@ def test_two_jobs_run_at_once_and_give_what_each_gives_alone(worker, alone, talk
     line, _ = worker.describe(jobs["short"].request, 10, 25)
     assert "on 1 process; " in line and line.endswith(" for this clip."), line
     assert "on 2 processes; how long it takes here is not known" in worker.describe(jobs["short"].request, 61)[0]
+
+
+@needs_workers
+def test_a_job_of_several_faces_gives_what_one_process_gives(worker, checkpoint, sounds, tmp_path):
+    frames = [scene((ONE, (LEFT[0] + t % 4, 10)), (OTHER, (RIGHT[0] - t % 3, 10))) for t in range(20)]
+    film = save_video(tmp_path / "two.mp4", frames, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", 6)
+    two = request(film, sounds["short"], face="left", others=(OtherVoice("right", sounds["other"]),))
+    single = Worker(tmp_path / "single", model=str(checkpoint), device="cpu")
+    single.start()
+    expected = ended(single, single.submit(two, ME))
+    single.close()
+    job = ended(worker, worker.submit(two, ME))
+    assert job.state == DONE == expected.state, (job.error, expected.error)
+    assert job.output.read_bytes() == expected.output.read_bytes()
+    assert not worker.describe(two, 2.0, 25, people=2)[0].startswith("This page")
+
+
+@needs_workers
+def test_several_gpus_start_from_the_faces_that_an_earlier_job_found(worker, alone, talking, sounds, monkeypatch):
+    monkeypatch.setattr(worker.prepared, "_max_bytes", 10**9)
+    first, second = (ended(worker, worker.submit(request(talking, sounds["other"]), ME)) for _ in range(2))
+    assert KNOWN in second.messages and KNOWN not in first.messages
+    assert first.output.read_bytes() == second.output.read_bytes() == alone["other"]
+    for job in (first, second):
+        (entry,) = (job.folder / "prepared").iterdir()
+        assert sorted(os.listdir(entry)) == ["faces-00000.safetensors", "film.json"], "the workers encode"
+        worker.remove(job.id, ME)
 
 
 @needs_workers

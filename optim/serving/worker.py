@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentsync.choice import SPEAKING
 from latentsync.errors import UserError
 from latentsync.media import probe_audio, probe_video
 from optim.serving.comparison import start_comparison
@@ -139,7 +138,6 @@ class Worker:
         """
         if request.restore and self.restorer is None:
             raise UserError(NO_RESTORER)
-        self._check_faces(request, len(request.faces))
         owner = owner_of(visitor)
         self.store.check_room(owner)
         self.store.check_stored(owner)
@@ -237,20 +235,11 @@ class Worker:
         self.ready.wait()
         if self.machine is None or self.speeds is None:
             raise UserError(self.problem or "")
-        self._check_faces(request, people)
         checkpoint = self._find_checkpoint(request)
         lent = self.lent is not None
         return describe_request(
             request, checkpoint, self.machine, self.speeds, seconds, video_fps, lent, self.restorer, people
         )
-
-    def _check_faces(self, request: Request, people: int) -> None:
-        """Raise UserError for what is painted by one process only."""
-        if self.gpus is not None and (people > 1 or request.face == SPEAKING):
-            raise UserError(
-                "This page shares its GPUs among jobs of one face each: leave the other faces out, and choose a face "
-                "that is not 'speaking'; a page without --gpus takes both."
-            )
 
     def describe_preview(self, request: Request) -> str | None:
         """How long one frame of a request takes, "" if unknown; None where it is not offered. Raises UserError."""
