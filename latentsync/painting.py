@@ -327,7 +327,8 @@ Group = list[Window | AlignedFrame]
 class Workers(Protocol):
     """Other processes that paint groups of windows: `paint_groups` on several devices at once.
 
-    kind: of their devices, "cpu" or "cuda"; name: theirs in a report, such as "2 × cpu"; max_groups: held at a time.
+    kind: of their devices, "cpu" or "cuda"; name: theirs in a report, such as "2 × cpu"; max_groups: held at a time, of
+    each call of `paint_groups`. For several people there is a call each, and one takes its frames from another.
     """
 
     kind: str

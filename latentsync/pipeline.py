@@ -147,8 +147,6 @@ def lipsync(
         raise UserError(
             "Who speaks is found for the whole of a voice: leave out --at and --prepared, or choose a face."
         )
-    if (other_voices or speaking) and workers is not None:
-        raise UserError("Several faces are painted by one GPU: leave out --gpus and --cluster.")
     if settings.restore:
         check_restorable(models)
     inputs = (video, *voices, *(file for file in (sound, settings.restore) if file), *models.files)
@@ -159,7 +157,7 @@ def lipsync(
     painted = MAX_PEOPLE if speaking else len(voices)
     held = painted * held_frames(info.rate) if models.retargets else 0
     held += (painted - 1) * 2 * (settings.windows_per_pass + 1) * WINDOW
-    settings = fit_memory(settings, info, held, 0 if workers is None else workers.max_groups)
+    settings = fit_memory(settings, info, held, 0 if workers is None else painted * workers.max_groups)
     device, kind = (str(models.device), models.device.type) if workers is None else (workers.name, workers.kind)
     clock = StageClock()
     with clock.charge(clock.seconds, "sound"):

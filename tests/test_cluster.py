@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from clips import make_sound
-from conftest import portrait
+from clips import ffmpeg, make_sound
+from conftest import portrait, save_video
 from left_over import assert_nothing_is_left, shared_memory
+from test_people import LEFT, ONE, OTHER, RIGHT, scene
+from test_resume import X264, hashes
 from tiny import RESOLUTION, WIDTH
 
 from latentsync.checkpoints.find import resolve_model
@@ -29,6 +32,7 @@ from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.machine import usable_cores
 from latentsync.painting import Painter, paint_groups
+from latentsync.pipeline import lipsync
 from latentsync.settings import Settings
 from latentsync.windows import AlignedFrame, Window, group_windows, split_windows
 from optim.cluster import actor
@@ -271,6 +275,31 @@ def test_two_workers_paint_what_one_process_paints(workers, expected):
     assert sum(entry["groups"] for entry in workers.summary()) == len(with_faces)
     painted = paint(workers, done=50)  # of an earlier run: the groups within the first 50 frames stay as they are
     assert np.array_equal(painted[48:], expected[48:]) and not np.array_equal(painted[:48], expected[:48])
+
+
+@pytest.mark.parametrize("film, speaking", [("crossing", False), ("side by side", False), ("side by side", True)])
+def test_several_faces_are_painted_as_one_process_paints_them(workers, models, tmp_path, monkeypatch, film, speaking):
+    """Also where the mouths of two people overlap, where a film is played again, and where they speak in turn."""
+    crossed = LEFT[0] + (RIGHT[0] - LEFT[0]) * np.linspace(0, 1, 34)
+    places = zip(crossed, crossed[::-1], strict=True) if film == "crossing" else [(LEFT[0], RIGHT[0])] * 34
+    frames = [scene((OTHER, (int(other), 10)), (ONE, (int(one), 10))) for one, other in places]
+    save_video(tmp_path / "film.mp4", frames, *X264)
+    long, short = (make_sound(tmp_path / f"{number}.wav", seconds=number / 25) for number in (70, 50))
+    if speaking:
+        make_sound(tmp_path / "own.wav", seconds=34 / 25)
+        ffmpeg("-i", tmp_path / "film.mp4", "-i", tmp_path / "own.wav", "-c:v", "copy", tmp_path / "talk.mp4")
+        monkeypatch.setattr("latentsync.turns.who_speaks", lambda judge, mouths, wav: np.repeat([0, 1], 17))
+        run = (tmp_path / "talk.mp4", long)
+        settings, voices = replace(SETTINGS, face="speaking"), []
+    else:
+        run = (tmp_path / "film.mp4", long)
+        settings, voices = replace(SETTINGS, face="left", other_faces=("right",)), [short]
+    lipsync(*run, tmp_path / "one.mkv", models, settings, other_voices=voices)
+    workers.wait_until_ready(2)
+    report = lipsync(*run, tmp_path / "many.mkv", models, settings, other_voices=voices, workers=workers)
+    assert report.frames == 70 and report.device == "2 × cpu"
+    assert hashes(tmp_path / "many.mkv") == hashes(tmp_path / "one.mkv")
+    assert all(entry["groups"] for entry in workers.summary())
 
 
 @pytest.mark.parametrize("tries", [3, pytest.param(20, marks=pytest.mark.full_size)])

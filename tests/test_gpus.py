@@ -16,17 +16,21 @@ import psutil
 import pytest
 import torch
 from clips import make_sound
+from conftest import save_video
 from gradio_client import Client, handle_file
 from left_over import assert_nothing_is_left, shared_memory
 from serving import serve
+from test_people import LEFT, ONE, OTHER, RIGHT, scene
+from test_resume import X264
 
 from latentsync.errors import UserError
 from latentsync.machine import usable_cores
 from latentsync.media import probe_video
 from optim.serving import records
-from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, Job, Request
+from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, Job, OtherVoice, Request
 from optim.serving.machine import at_level, device_text, sharing_text
 from optim.serving.options import parse_options
+from optim.serving.prepared_films import KNOWN
 from optim.serving.store import JobStore
 from optim.serving.timeline import timeline_figure
 from optim.serving.worker import Worker
@@ -212,11 +216,18 @@ def sounds(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, checkpoint, home, talking, sounds):
+def two_people(tmp_path_factory) -> Path:
+    frames = [scene((ONE, (LEFT[0] + t % 4, 10)), (OTHER, (RIGHT[0] - t % 3, 10))) for t in range(20)]
+    return save_video(tmp_path_factory.mktemp("people") / "two.mp4", frames, *X264)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, checkpoint, home, talking, two_people, sounds):
     """The results of a page on one device, by the name of their sound."""
     worker = Worker(tmp_path_factory.mktemp("alone"), model=str(checkpoint), device="cpu")
     worker.start()
     jobs = {name: worker.submit(request(talking, sounds[name]), ME) for name in ("short", "other")}
+    jobs["two people"] = worker.submit(of_two(two_people, sounds), ME)
     for job in jobs.values():
         assert ended(worker, job).state == DONE, job.error
     worker.close()
@@ -225,6 +236,10 @@ def alone(tmp_path_factory, checkpoint, home, talking, sounds):
 
 def request(talking, sound, **settings) -> Request:
     return Request(talking, sound, **{"steps": 2} | settings)
+
+
+def of_two(two_people, sounds) -> Request:
+    return request(two_people, sounds["short"], face="left", others=(OtherVoice("right", sounds["other"]),))
 
 
 @needs_workers
@@ -242,6 +257,26 @@ def test_two_jobs_run_at_once_and_give_what_each_gives_alone(worker, alone, talk
     line, _ = worker.describe(jobs["short"].request, 10, 25)
     assert "on 1 process; " in line and line.endswith(" for this clip."), line
     assert "on 2 processes; how long it takes here is not known" in worker.describe(jobs["short"].request, 61)[0]
+
+
+@needs_workers
+def test_a_job_of_several_faces_gives_what_one_process_gives(worker, alone, two_people, sounds):
+    job = ended(worker, worker.submit(of_two(two_people, sounds), ME))
+    assert job.state == DONE and len(job.report["workers"]) == 1, job.error
+    assert job.output.read_bytes() == alone["two people"]
+    assert "on 1 process; " in worker.describe(job.request, 2.0, 25, people=2)[0]
+
+
+@needs_workers
+def test_several_gpus_start_from_the_faces_that_an_earlier_job_found(worker, alone, talking, sounds, monkeypatch):
+    monkeypatch.setattr(worker.prepared, "_max_bytes", 10**9)
+    first, second = (ended(worker, worker.submit(request(talking, sounds["other"]), ME)) for _ in range(2))
+    assert KNOWN in second.messages and KNOWN not in first.messages
+    assert first.output.read_bytes() == second.output.read_bytes() == alone["other"]
+    for job in (first, second):
+        (entry,) = (job.folder / "prepared").iterdir()
+        assert sorted(os.listdir(entry)) == ["faces-00000.safetensors", "film.json"], "the workers encode"
+        worker.remove(job.id, ME)
 
 
 @needs_workers

@@ -1,6 +1,5 @@
 """Only who speaks is painted: who it is, when, and in a whole run."""
 
-import argparse
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -258,8 +257,6 @@ def test_what_does_not_go_with_it_is_refused(film, voice, models, tmp_path):
         Settings(face="left", other_faces=("speaking",))
     with pytest.raises(UserError, match="leave out --at and --prepared"):
         run(Settings(face="speaking", at=0.4))
-    with pytest.raises(UserError, match="leave out --gpus"):
-        run(Settings(face="speaking"), workers=argparse.Namespace(max_groups=1))
     with pytest.raises(UserError, match="prepared for one face"):
         prepare_film(film, tmp_path / "prepared", models, Settings(face="speaking"))
 

@@ -122,12 +122,23 @@ def film_key(
     )
 
 
+def expected_bytes(key: FilmKey, frames: int) -> int:
+    """Bytes that a prepared film of so many frames takes on the disk at most, but for its manifest and headers."""
+    faces = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in face_shapes(1).values())
+    latents = int(np.prod(key.latents)) * key.latent_dtype.itemsize if key.latents else 0
+    return frames * (faces + latents)
+
+
 def faces_file(chunk: int) -> str:
     return f"faces-{chunk:05}.safetensors"
 
 
 def latents_file(chunk: int) -> str:
     return f"latents-{chunk:05}.safetensors"
+
+
+class FilmChanged(UserError):
+    """A prepared film, or the film itself, is not as it was when the prepared film was opened."""
 
 
 class _Damaged(Exception):
@@ -170,25 +181,25 @@ class PreparedFilm:
     def follow(
         self, frames: Iterator[np.ndarray], track: Callable[..., object], total: int
     ) -> Iterator[tuple[np.ndarray, Face | None]]:
-        """The first `total` frames with their faces; nothing is tracked. Raises UserError if the film is longer."""
+        """The first `total` frames with their faces; nothing is tracked. Raises FilmChanged if the film is longer."""
         faces = self.faces()
         for number, frame in enumerate(frames):
             if number == total:
                 return
             if number == self.frames:
-                raise UserError(
+                raise FilmChanged(
                     f"The film has more frames than when '{self.folder}' was prepared: prepare it again with "
                     "`latentsync prepare`."
                 )
             yield frame, next(faces)
 
     def faces(self) -> Iterator[Face | None]:
-        """The face of every frame, None where none is usable. Raises UserError where a file has changed meanwhile."""
+        """The face of every frame, None where none is usable. Raises FilmChanged where a file has changed meanwhile."""
         for chunk in range(self.chunks):
             try:
                 yield from self._read_faces(chunk)
             except _Damaged as problem:
-                raise UserError(
+                raise FilmChanged(
                     f"'{self.folder}' has changed while it was used ({problem}): start the run again."
                 ) from None
 

@@ -159,11 +159,12 @@ class RayWorkers:
     def paint_groups(self, groups: Iterable[Group], on_step: Callable[[], None], done: int) -> Iterator[AlignedFrame]:
         """Paint every window of every group; yields the finished frames in order, see `painting.paint_groups`.
 
-        Raises UserError where no worker is left.
+        Of several people, the iterator of a later one takes its frames from that of an earlier one, in the same thread:
+        whichever runs hands out the groups of both and takes what the workers return. Raises UserError where no worker
+        is left.
         """
         groups, taken, more = iter(groups), 0, True
         order: deque[Place] = deque()  # the groups whose frames have not been yielded
-        self._waiting = deque()
         while more or order:
             while order and order[0].task is None:
                 yield from (frame for part in order.popleft().group for frame in _new_frames(part))

@@ -13,6 +13,8 @@ from optim.serving.job import Job, Request
 
 log = logging.getLogger(__name__)
 
+PREPARED = "prepared"  # in a job's folder, see `prepared_films`
+
 
 def store_inputs(request: Request, names: Sequence[str], folder: Path, jobs: Iterable[Job]) -> Request:
     """Store the files of a request in a new folder, mode 700; returns the request with their paths there.
@@ -71,10 +73,14 @@ def _equal_files(source: Path, stored: Iterable[Path]) -> Iterator[Path]:
 
 
 def stored_bytes(folders: Iterable[Path]) -> int:
-    """Bytes that folders of jobs take on the disk; a file that several of them share counts once."""
+    """Bytes that folders of jobs take on the disk; a file that several of them share counts once.
+
+    Prepared films have a limit of their own.
+    """
     sizes = {}
     for top in folders:
-        for folder, _, names in os.walk(top):
+        for folder, folders_within, names in os.walk(top):
+            folders_within[:] = [name for name in folders_within if name != PREPARED]
             for name in names:
                 try:
                     status = os.lstat(os.path.join(folder, name))

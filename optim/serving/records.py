@@ -13,6 +13,7 @@ from latentsync.errors import UserError
 from latentsync.media.segments import discard, unfinished
 from latentsync.paths import PARTIAL, is_own_file, is_own_folder, replacing
 from latentsync.rates import parse_rate
+from optim.serving.inputs import PREPARED
 from optim.serving.job import CANCELLED, DONE, FAILED, RUNNING, WAITING, Comparison, Job, OtherVoice, Request
 
 RECORD = "job.json"  # in a job's folder
@@ -146,10 +147,12 @@ def _parse_fields(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove_partial_files(job: Job) -> None:
-    """Remove what the end of the server left unfinished: previews, records and videos, but no segments."""
+    """Remove what the end of the server left unfinished: previews, records, videos, prepared films; no segments."""
     partial_files = [path for path in job.folder.glob(f"{PARTIAL}*") if is_own_file(path)]
     for path in (job.first, *job.folder.glob("*.partial*"), *partial_files):
         path.unlink(missing_ok=True)
+    for path in (job.folder / PREPARED).glob(f"{PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _queue_again(job: Job) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from latentsync.settings import WINDOW
 from optim.serving.curves import last_seconds
 from optim.serving.job import Job, Request
 from optim.serving.machine import Machine
+from optim.serving.prepared_films import KNOWN, Film, PreparedFilms
 from optim.serving.preview import Preview
 from optim.serving.speeds import Speeds
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to load
 
     from latentsync.checkpoints.find import Checkpoint
     from latentsync.checkpoints.load import Models
-    from latentsync.settings import Settings
+    from latentsync.settings import Report, Settings
     from optim.accelerate import Plan
     from optim.cluster.workers import RayWorkers
     from optim.monitor import Monitor
@@ -101,12 +103,13 @@ def run_job(
     speed_key: str,
     workers: "RayWorkers | None" = None,
     where: str = "",
+    prepared: PreparedFilms | None = None,
 ) -> None:
     """Run a job with models that are prepared for its plan, and set its output, report, advice and messages.
 
     speeds: records the time that it took, under `speed_key`; workers: paint in place of the models, see `lipsync`;
-    where: said after what is painted, as " on 2 GPUs". Raises Cancelled, UserError, `pipeline.StopEarly` where nothing
-    was finished yet, and whatever else goes wrong.
+    where: said after what is painted, as " on 2 GPUs"; prepared: what earlier jobs have found of their films. Raises
+    Cancelled, UserError, `pipeline.StopEarly` where nothing was finished yet, and whatever else goes wrong.
     """
     from latentsync.pipeline import Hooks, lipsync
     from optim.accelerate import oom_handler
@@ -124,18 +127,16 @@ def run_job(
         step_downs.append(change)
         monitor.mark(change)
 
-    preview = Preview(job)
-    hooks = Hooks(
-        on_progress=Progress(job, None if workers else plan.settings.steps * people, monitor, where),
-        on_frame=preview,
-        on_wait=lambda: check_cancel(job),
-        on_out_of_memory=None if workers else oom_handler(models, plan, job.messages.append, on_step_down),
-    )
-    monitor.mark(plan.level.name)
-    began = time.monotonic()
-    try:
-        with interruptible(models, lambda: check_cancel(job)):
-            report = lipsync(
+    def run(film: "Film | None") -> "Report":
+        preview = Preview(job)
+        hooks = Hooks(
+            on_progress=Progress(job, None if workers else plan.settings.steps * people, monitor, where),
+            on_frame=preview,
+            on_wait=lambda: check_cancel(job),
+            on_out_of_memory=None if workers else oom_handler(models, plan, job.messages.append, on_step_down),
+        )
+        try:
+            return lipsync(
                 request.video,
                 request.audio,
                 job.planned_output,
@@ -147,18 +148,28 @@ def run_job(
                 other_voices=[other.audio for other in request.others],
                 sound=request.sound,
                 workers=workers,
+                film=film,
             )
-    finally:
-        preview.close()
+        finally:
+            preview.close()
+
+    monitor.mark(plan.level.name)
+    began, known = time.monotonic(), False
+    with interruptible(models, lambda: check_cancel(job)):
+        if prepared is None:
+            report = run(None)
+        else:
+            check = partial(check_cancel, job)
+            report, known = prepared.run(job, models, plan.settings, run, encodes=workers is None, on_wait=check)
     seconds = time.monotonic() - began
     undisturbed = not step_downs if workers is None else len(job.messages) == messages  # they say what they lack
-    if undisturbed and not report.ended_early and not report.resumed_from and not report.turns:
+    if undisturbed and not (known or report.ended_early or report.resumed_from or report.turns):
         speeds.record(speed_key, plan.settings, report.frames * people, seconds)
     gpu = None
     if models.device.type == "cuda" and (history := last_seconds(monitor.snapshot(), seconds)):
         gpu = history.gpu(nvml_index(models.device))
     job.advice = [asdict(advice) for advice in advise_report(report, plan, step_downs, gpu)]
-    job.messages.extend(report.remarks)
+    job.messages.extend([*report.remarks, *([KNOWN] if known else [])])
     position = {"level": plan.level.name, "position": plan.level.position}
     job.report = report.as_dict() | position | {"step_downs": step_downs}
     if request.restore and plan.settings.restore:  # visitors need not know where it lies

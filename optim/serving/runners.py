@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optim.serving.job import Job, Request
 from optim.serving.machine import Machine, at_level, workers_text
+from optim.serving.prepared_films import PreparedFilms
 from optim.serving.run import check_cancel, expect, make_plan, requested_settings, run_job
 from optim.serving.speeds import Speeds, speed_key
 
@@ -37,11 +38,19 @@ class Runner(Protocol):
 class InProcess:
     """Runs jobs in this process, whose model stays loaded for the next one. One job at a time.
 
-    restorer: a face restorer that jobs may use.
+    restorer: a face restorer that jobs may use; prepared: what earlier jobs have found of their films.
     """
 
-    def __init__(self, machine: Machine, monitor: "Monitor", speeds: Speeds, restorer: Path | None = None):
+    def __init__(
+        self,
+        machine: Machine,
+        monitor: "Monitor",
+        speeds: Speeds,
+        restorer: Path | None = None,
+        prepared: PreparedFilms | None = None,
+    ):
         self._machine, self._monitor, self._speeds, self._restorer = machine, monitor, speeds, restorer
+        self._prepared = prepared
         self.models: Models | None = None
         self._loaded: Checkpoint | None = None  # of `models`
 
@@ -57,7 +66,7 @@ class InProcess:
         expect(job, self._speeds, key, plan.settings)
         job.doing = "preparing the networks"
         accelerate(models, plan, job.messages.append, frames=job.frames)
-        run_job(job, models, plan, self._monitor, self._speeds, key)
+        run_job(job, models, plan, self._monitor, self._speeds, key, prepared=self._prepared)
 
     def load(self, job: Job, checkpoint: "Checkpoint") -> "Models":
         """The models of a checkpoint: the loaded ones, or others in their place."""
@@ -105,7 +114,7 @@ class OnGpus:
 
     This process decodes, follows the face and encodes; a Ray worker for each GPU paints. Use it within
     `cluster.session.local_session`. model: what the server uses for `auto`; threads: of a worker on a processor;
-    restorer: a face restorer that jobs may use.
+    restorer: a face restorer that jobs may use; prepared: what earlier jobs have found of their films.
     """
 
     def __init__(
@@ -116,11 +125,12 @@ class OnGpus:
         speeds: Speeds,
         threads: int,
         restorer: Path | None = None,
+        prepared: PreparedFilms | None = None,
     ):
         from optim.cluster.workers import SpareWorkers
 
         self._model, self._machine, self._monitor, self._speeds = model, machine, monitor, speeds
-        self._threads, self._restorer, self._spare = threads, restorer, SpareWorkers()
+        self._threads, self._restorer, self._prepared, self._spare = threads, restorer, prepared, SpareWorkers()
 
     def run(self, job: Job, checkpoint: "Checkpoint") -> None:
         import torch
@@ -153,7 +163,8 @@ class OnGpus:
         with RayWorkers(order, count, count, resolution, own_face, messages, self._spare) as workers:
             first = workers.wait_until_ready(on_step=lambda: check_cancel(job))
             messages(first.details)
-            run_job(job, outline, first.plan, self._monitor, self._speeds, key, workers, f" on {where}")
+            place = f" on {where}"
+            run_job(job, outline, first.plan, self._monitor, self._speeds, key, workers, place, self._prepared)
 
     def unload(self) -> None:
         """End the workers that no job uses."""

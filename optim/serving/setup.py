@@ -57,6 +57,9 @@ def make_worker(options: Namespace) -> Worker:
         restorer=options.restore and options.restore.absolute(),
         limits=SHARED_LIMITS if options.shared else NO_LIMITS,
         gpus=options.gpus,
+        prepared_bytes=int(options.prepared_cache * 10**9),
+        # Without strangers and logins all visitors are one person, in several browsers.
+        shared=options.shared or options.accounts is not None,
     )
 
 

@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentsync.choice import SPEAKING
 from latentsync.errors import UserError
 from latentsync.media import probe_audio, probe_video
 from optim.serving.comparison import start_comparison
@@ -34,6 +33,7 @@ from optim.serving.limits import NO_LIMITS, VisitorLimits, check_option
 from optim.serving.machine import Machine, inspect_machine, shared_gpus
 from optim.serving.models import find_checkpoint, list_models
 from optim.serving.one_frame import Previews
+from optim.serving.prepared_films import PreparedFilms
 from optim.serving.run import NO_RESTORER
 from optim.serving.runners import InProcess, OnGpus, OnLentGpu, RunAlone, Runner
 from optim.serving.speeds import Speeds
@@ -59,7 +59,8 @@ class Worker:
     means, as on the command line; idle_seconds: without a job, until the model is unloaded; keep_hours: after which
     ended jobs and their files are removed, None for never; lent: runs a job on a GPU that is lent for it, as
     `run.run_alone` does; restorer: a face restorer that jobs may use, not on a lent GPU; gpus: that jobs share, as
-    --gpus names them, None for one device. Raises UserError for options out of range.
+    --gpus names them, None for one device; prepared_bytes, shared: see `PreparedFilms`, 0 keeps none. Raises UserError
+    for options out of range.
 
     The worker owns every file in the folders of its jobs: they go with `remove`, or after `keep_hours`. Files that a
     job does not need any more go when it ends.
@@ -78,11 +79,14 @@ class Worker:
         limits: VisitorLimits = NO_LIMITS,
         restorer: Path | None = None,
         gpus: str | None = None,
+        prepared_bytes: int = 0,
+        shared: bool = False,
     ):
         check_option("The most seconds of sound", max_seconds, 0.01, optional=True)
         check_option("The seconds until the model is unloaded", idle_seconds, 0)
         check_option("The hours that results are kept", keep_hours, 1e-9, optional=True)
         self.store = JobStore(folder, queue_size, limits)
+        self.prepared = PreparedFilms(self.store, prepared_bytes, shared)
         self.folder, self.max_seconds = folder, max_seconds
         self.model, self.device_name, self.gpus = model, device, gpus
         self.idle_seconds, self.keep_hours, self.lent = idle_seconds, keep_hours, lent
@@ -134,7 +138,6 @@ class Worker:
         """
         if request.restore and self.restorer is None:
             raise UserError(NO_RESTORER)
-        self._check_faces(request, len(request.faces))
         owner = owner_of(visitor)
         self.store.check_room(owner)
         self.store.check_stored(owner)
@@ -232,20 +235,11 @@ class Worker:
         self.ready.wait()
         if self.machine is None or self.speeds is None:
             raise UserError(self.problem or "")
-        self._check_faces(request, people)
         checkpoint = self._find_checkpoint(request)
         lent = self.lent is not None
         return describe_request(
             request, checkpoint, self.machine, self.speeds, seconds, video_fps, lent, self.restorer, people
         )
-
-    def _check_faces(self, request: Request, people: int) -> None:
-        """Raise UserError for what is painted by one process only."""
-        if self.gpus is not None and (people > 1 or request.face == SPEAKING):
-            raise UserError(
-                "This page shares its GPUs among jobs of one face each: leave the other faces out, and choose a face "
-                "that is not 'speaking'; a page without --gpus takes both."
-            )
 
     def describe_preview(self, request: Request) -> str | None:
         """How long one frame of a request takes, "" if unknown; None where it is not offered. Raises UserError."""
@@ -316,10 +310,12 @@ class Worker:
             from optim.cluster.session import local_session
 
             stack.enter_context(local_session(len(numbers), numbers if machine.device != "cpu" else ()))
-            self.runner = OnGpus(self.model, machine, self.monitor, self.speeds, torch.get_num_threads(), self.restorer)
+            threads = torch.get_num_threads()
+            self.runner = OnGpus(self.model, machine, self.monitor, self.speeds, threads, self.restorer, self.prepared)
         else:
-            self.runner = InProcess(machine, self.monitor, self.speeds, self.restorer)
+            self.runner = InProcess(machine, self.monitor, self.speeds, self.restorer, self.prepared)
         self.store.gpus = machine.gpus
+        self.prepared.trim()
         self.machine = machine
 
     def _run_jobs(self) -> None:
