@@ -145,8 +145,11 @@ def read_aligned(
             made = threads.enter_context(closing(prefetch(clock.time(items, stage), depth, stage)))
             return clock.wait(made, stage)
 
+        # The threads end in the opposite order: first the one that follows faces, which takes what is read.
+        numbers_and_frames = in_thread(source.frames, "reading", DECODED_FRAMES)
+
         def numbered() -> Iterator[tuple[int, np.ndarray]]:
-            for number, frame in in_thread(source.frames, "reading", DECODED_FRAMES):
+            for number, frame in numbers_and_frames:
                 for queue in later:
                     queue.numbers.append(number)
                 yield number, frame

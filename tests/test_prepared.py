@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from contextlib import closing
 from dataclasses import replace
 from fractions import Fraction
@@ -17,7 +18,7 @@ from conftest import SIDE, portrait, save_video
 from safetensors.torch import load_file, save
 from test_resume import SEGMENT, X264, hashes, interrupted
 
-from latentsync import aligning, faces, painting
+from latentsync import aligning, faces, painting, pipeline
 from latentsync.__main__ import main as sync
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
@@ -175,6 +176,28 @@ def test_a_run_leaves_what_the_next_one_with_the_film_needs(video, models, tmp_p
     assert film.covers(frames) and film.covers(FRAMES + 100) == (frames >= FRAMES)
     lipsync(video, sound, tmp_path / "second.mkv", models, settings, film=film)
     assert hashes(tmp_path / "first.mkv") == hashes(tmp_path / "second.mkv")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with a prepared film", "while one is recorded"])
+def test_a_run_ends_well_while_a_frame_behind_its_last_one_is_still_read(
+    video, models, prepared, tmp_path, monkeypatch, known
+):
+    """The thread that follows faces waits for that frame, when the one that cuts them out has all of its own."""
+    sound, read, numbers = sound_of(20, tmp_path), pipeline.read_frames_looped, []
+
+    def read_slowly(*arguments, **options):
+        for number, frame in enumerate(read(*arguments, **options), 1):
+            if number > 20:
+                time.sleep(0.5)
+            numbers.append(number)
+            yield frame
+
+    monkeypatch.setattr(pipeline, "read_frames_looped", read_slowly)
+    key = key_of(video, models)
+    with Recorder(tmp_path / "film", key) as recorder:
+        film = PreparedFilm(prepared, key) if known else recorder
+        report = lipsync(video, sound, tmp_path / "out.mp4", models, Settings(steps=1), film=film)
+    assert report.frames == 20 and max(numbers) >= 20
 
 
 def test_one_of_a_part_of_the_film_is_not_used_for_more(video, models, tmp_path):

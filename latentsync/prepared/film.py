@@ -7,6 +7,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,7 @@ class PreparedFilm:
     ) -> Iterator[tuple[np.ndarray, Face | None]]:
         """The first `total` frames with their faces; nothing is tracked. Raises FilmChanged if the film is longer."""
         faces = self.faces()
-        for number, frame in enumerate(frames):
-            if number == total:
-                return
+        for number, frame in enumerate(islice(frames, total)):  # no frame more, for which nobody would wait
             if number == self.frames:
                 raise FilmChanged(
                     f"The film has more frames than when '{self.folder}' was prepared: prepare it again with "
