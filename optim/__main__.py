@@ -75,7 +75,7 @@ def prepare(
                 return
     import torch
 
-    from optim.accelerate import accelerate, log_memory, oom_handler, plan_for_device
+    from optim.accelerate import accelerate, log_memory, oom_handler, plan_for_device, set_precision
     from optim.compilation import start_triton
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
@@ -83,6 +83,7 @@ def prepare(
 
     models, load_weights = load(checkpoint, device)
     plan = plan_for_device(device, models.resolution, settings, args.level, args.batch, **overrides)
+    set_precision(plan.level)
     messages: list[str] = []
     step_downs: list[str] = []
 

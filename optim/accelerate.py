@@ -77,6 +77,15 @@ def plan_for_device(
     return plan
 
 
+def set_precision(level: Level) -> None:
+    """Set how float32 is multiplied: the audio encoder's, and everything on a processor that has another mode.
+
+    Of the whole process: a run that calls `accelerate` in a thread calls this before, as the sound may be first.
+    """
+    torch.set_float32_matmul_precision("high" if level.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = level.tf32
+
+
 def accelerate(
     models: Models, plan: Plan, on_message: Callable[[str], None] = log.info, frames: int | None = None
 ) -> Models:
@@ -86,9 +95,7 @@ def accelerate(
     """
     level, batch, settings, on_gpu = plan.level, plan.batch, plan.settings, models.device.type == "cuda"
     configure_compilers()
-    # For float32: the audio encoder, and everything on a processor that has such a mode.
-    torch.set_float32_matmul_precision("high" if level.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = level.tf32
+    set_precision(level)
     if on_gpu:
         torch.cuda.set_device(models.device)  # of this thread, for Triton's kernels and for captures
         torch.cuda.set_per_process_memory_fraction(level.vram_fraction, models.device.index or 0)

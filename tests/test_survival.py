@@ -286,7 +286,7 @@ PLACES = {
     "compositing": ("latentsync.painting", "paste_face"),
     "opening": (VideoWriter, "_encoding"),
     "writing": (VideoWriter, "write"),
-    "loading": ("latentsync.checkpoints.load", "load_models"),
+    "loading": ("latentsync.checkpoints.load", "load_weights"),
     "preparing": ("optim.accelerate", "accelerate"),
     "preview": ("optim.serving.preview", "Preview._encode"),
     "speeds": ("optim.serving.speeds", "Speeds.record"),

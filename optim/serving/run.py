@@ -6,10 +6,10 @@ The functions import torch, not the module, so that the page can be shown before
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch takes seconds to load
     from optim.cluster.workers import RayWorkers
     from optim.monitor import Monitor
 
-
+NETWORKS = "audio_encoder", "vae", "unet"  # of `Models`; the first has its weights before the others
 NO_RESTORER = "This server has no face restorer: set Restore faces to 0, or start it with --restore FILE."
 
 
@@ -104,12 +104,14 @@ def run_job(
     workers: "RayWorkers | None" = None,
     where: str = "",
     prepared: PreparedFilms | None = None,
+    before_painting: Callable[[], None] = lambda: None,
 ) -> None:
     """Run a job with models that are prepared for its plan, and set its output, report, advice and messages.
 
     speeds: records the time that it took, under `speed_key`; workers: paint in place of the models, see `lipsync`;
-    where: said after what is painted, as " on 2 GPUs"; prepared: what earlier jobs have found of their films. Raises
-    Cancelled, UserError, `pipeline.StopEarly` where nothing was finished yet, and whatever else goes wrong.
+    where: said after what is painted, as " on 2 GPUs"; prepared: what earlier jobs have found of their films;
+    before_painting: waits until the models have their weights and are accelerated. Raises Cancelled, UserError,
+    `pipeline.StopEarly` where nothing was finished yet, and whatever else goes wrong.
     """
     from latentsync.pipeline import Hooks, lipsync
     from optim.accelerate import oom_handler
@@ -134,6 +136,7 @@ def run_job(
             on_frame=preview,
             on_wait=lambda: check_cancel(job),
             on_out_of_memory=None if workers else oom_handler(models, plan, job.messages.append, on_step_down),
+            before_painting=get_ready,
         )
         try:
             return lipsync(
@@ -155,13 +158,20 @@ def run_job(
 
     monitor.mark(plan.level.name)
     began, known = time.monotonic(), False
-    with interruptible(models, lambda: check_cancel(job)):
+    check = partial(check_cancel, job)
+    with ExitStack() as stack:
+        stack.enter_context(interruptible(models, check, NETWORKS[:1]))
+
+        @cache
+        def get_ready() -> None:
+            before_painting()
+            stack.enter_context(interruptible(models, check, NETWORKS[1:]))
+
         if prepared is None:
             report = run(None)
         else:
-            check = partial(check_cancel, job)
             report, known = prepared.run(job, models, plan.settings, run, encodes=workers is None, on_wait=check)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - began - report.waiting.get("models", 0.0)  # as no later job loads them
     undisturbed = not step_downs if workers is None else len(job.messages) == messages  # they say what they lack
     if undisturbed and not (known or report.ended_early or report.resumed_from or report.turns):
         speeds.record(speed_key, plan.settings, report.frames * people, seconds)
@@ -222,18 +232,18 @@ def check_cancel(job: Job) -> None:
 
 
 @contextmanager
-def interruptible(models: "Models", check: Callable[[], None]) -> Iterator[None]:
+def interruptible(models: "Models", check: Callable[[], None], names: Sequence[str] = NETWORKS) -> Iterator[None]:
     """On a processor, call `check` also within passes, which may take many seconds; what it raises ends the pass.
 
-    A GPU does not need that: the pipeline never runs far ahead of it. A compiled network is left alone.
+    names: of the networks. A GPU does not need that: the pipeline never runs far ahead of it. A compiled network is
+    left alone.
     """
     from optim.compilation import is_compiled
 
     hooks = []
-    if models.device.type == "cpu":
-        for network in (models.vae, models.audio_encoder, *(() if is_compiled(models.unet) else (models.unet,))):
-            for module in network.modules():
-                hooks.append(module.register_forward_pre_hook(lambda *_: check()))
+    for network in [getattr(models, name) for name in names] if models.device.type == "cpu" else []:
+        if network is not models.unet or not is_compiled(network):
+            hooks += [module.register_forward_pre_hook(lambda *_: check()) for module in network.modules()]
     try:
         yield
     finally:

@@ -6,9 +6,11 @@ A `Runner` runs a job with a checkpoint and sets its output and report. The func
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from latentsync.prefetch import in_background
 from optim.serving.job import Job, Request
 from optim.serving.machine import Machine, at_level, workers_text
 from optim.serving.prepared_films import PreparedFilms
@@ -53,39 +55,81 @@ class InProcess:
         self._prepared = prepared
         self.models: Models | None = None
         self._loaded: Checkpoint | None = None  # of `models`
+        self._load_weights: Callable[[], None] = lambda: None  # of `models`, once
 
     def run(self, job: Job, checkpoint: "Checkpoint") -> None:
-        """Only this call holds the model, so that it can be unloaded after it."""
-        from optim.accelerate import accelerate
+        """Only this call holds the model, so that it can be unloaded after it.
+
+        The first job of a model loads it while its faces are found.
+        """
+        import torch
+
+        from optim.accelerate import accelerate, set_precision
 
         check_cancel(job)
-        models = self.load(job, checkpoint)
-        check_cancel(job)
+        models = self._outline(job, checkpoint)
         plan = make_plan(job.request, models, models.device, self._restorer)
         key = speed_key(models.name, self._machine, job.request)
         expect(job, self._speeds, key, plan.settings)
-        job.doing = "preparing the networks"
-        accelerate(models, plan, job.messages.append, frames=job.frames)
-        run_job(job, models, plan, self._monitor, self._speeds, key, prepared=self._prepared)
+        set_precision(plan.level)
+        messages: list[str] = []
+
+        def get_ready() -> None:
+            self._load_weights()
+            accelerate(models, plan, messages.append, frames=job.frames)
+
+        with in_background(get_ready, "models") as wait_until_ready:
+
+            def before_painting() -> None:
+                job.doing = f"loading the model {checkpoint.name}"
+                wait_until_ready()
+                if models.device.type == "cuda":
+                    torch.cuda.set_device(models.device)  # of this thread; `accelerate` has run in another one
+                job.messages.extend(messages)
+
+            run_job(
+                job,
+                models,
+                plan,
+                self._monitor,
+                self._speeds,
+                key,
+                prepared=self._prepared,
+                before_painting=before_painting,
+            )
 
     def load(self, job: Job, checkpoint: "Checkpoint") -> "Models":
-        """The models of a checkpoint: the loaded ones, or others in their place."""
+        """The models of a checkpoint with their weights: the loaded ones, or others in their place."""
+        models = self._outline(job, checkpoint)
+        self._load_weights()
+        return models
+
+    def _outline(self, job: Job, checkpoint: "Checkpoint") -> "Models":
+        """The models of a checkpoint, whose weights `_load_weights` loads where they are not there yet."""
         import torch
 
-        from latentsync.checkpoints.load import load_models
+        from latentsync.checkpoints.load import load_outline, load_weights, working_dtype
 
         checkpoint = replace(checkpoint, remark=None)  # the same files under any name
-        if self.models is None or self._loaded != checkpoint:
-            self.unload()
-            job.doing = f"loading the model {checkpoint.name}"
-            self.models, self._loaded = load_models(checkpoint, torch.device(self._machine.device)), checkpoint
-        return self.models
+        if self.models is not None and self._loaded == checkpoint:
+            return self.models
+        self.unload()
+        job.doing = f"loading the model {checkpoint.name}"
+        device = torch.device(self._machine.device)
+        models = load_outline(checkpoint, working_dtype(device), device)
+
+        @cache
+        def load() -> None:
+            load_weights(models, checkpoint)
+
+        self.models, self._loaded, self._load_weights = models, checkpoint, load
+        return models
 
     def unload(self) -> None:
         """Unload the model. CUDA fails at every call where the GPU has failed."""
         import torch
 
-        self.models = self._loaded = None
+        self.models, self._loaded, self._load_weights = None, None, lambda: None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
