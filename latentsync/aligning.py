@@ -146,7 +146,7 @@ def read_aligned(
             return clock.wait(made, stage)
 
         def numbered() -> Iterator[tuple[int, np.ndarray]]:
-            for number, frame in in_thread(source.frames, "reading", DECODED_FRAMES):
+            for number, frame in reading:
                 for queue in later:
                     queue.numbers.append(number)
                 yield number, frame
@@ -159,6 +159,8 @@ def read_aligned(
                     queue.faces.append(other)
                 yield frame, face
 
+        # Entered before the thread that follows the faces, which takes frames from it: that one must end first.
+        reading = in_thread(source.frames, "reading", DECODED_FRAMES)
         tokens = in_thread(tokens_of(source, source.wav, models, settings), "sound", TRACKED_FRAMES)
         frames = numbered()
         yield from pass_by(islice(frames, place.first if place else 0))
