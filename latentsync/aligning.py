@@ -145,11 +145,8 @@ def read_aligned(
             made = threads.enter_context(closing(prefetch(clock.time(items, stage), depth, stage)))
             return clock.wait(made, stage)
 
-        # The threads end in the opposite order: first the one that follows faces, which takes what is read.
-        numbers_and_frames = in_thread(source.frames, "reading", DECODED_FRAMES)
-
         def numbered() -> Iterator[tuple[int, np.ndarray]]:
-            for number, frame in numbers_and_frames:
+            for number, frame in reading:
                 for queue in later:
                     queue.numbers.append(number)
                 yield number, frame
@@ -162,6 +159,8 @@ def read_aligned(
                     queue.faces.append(other)
                 yield frame, face
 
+        # Entered before the thread that follows the faces, which takes frames from it: that one must end first.
+        reading = in_thread(source.frames, "reading", DECODED_FRAMES)
         tokens = in_thread(tokens_of(source, source.wav, models, settings), "sound", TRACKED_FRAMES)
         frames = numbered()
         yield from pass_by(islice(frames, place.first if place else 0))
