@@ -17,7 +17,6 @@ import psutil
 from serving import ROOT, serve
 
 RATE = 8.0  # frames a second of the stand-in
-PICTURE_SECONDS = 2.0  # a processor's time for a window is longer, a GPU's shorter
 SECONDS = 30.0  # of each measurement
 # Where Chromium's work goes: names of trace events.
 EVENTS = ("Paint", "RasterTask", "UpdateLayoutTree", "Layout", "Commit", "DrawFrame", "Animation", "FireAnimationFrame")
@@ -29,6 +28,7 @@ def steady_job(job: Any) -> None:
     import cv2
     from conftest import portrait
 
+    from optim.serving.preview import PICTURE_INTERVAL, as_jpeg
     from optim.serving.run import check_cancel
 
     began, shown = time.monotonic(), 0.0
@@ -38,9 +38,8 @@ def steady_job(job: Any) -> None:
         done = now * RATE
         job.progress = {"faces": min(job.frames, int(2 * done)), "mouths": int(done), "writing": max(0, int(done) - 8)}
         job.partial_frames = done % 1
-        if now - shown >= PICTURE_SECONDS:
-            picture = cv2.resize(portrait(int(done)), (480, 480))[..., ::-1]
-            job.picture, job.pictures, shown = cv2.imencode(".jpg", picture)[1].tobytes(), job.pictures + 1, now
+        if now - shown >= PICTURE_INTERVAL:
+            job.picture, job.pictures, shown = as_jpeg(cv2.resize(portrait(int(done)), (480, 480))), job.pictures + 1, now
         time.sleep(0.1)
 
 
