@@ -5,11 +5,11 @@ tab of the same browser, whose cost is not the page's.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from serving import ROOT, serve
 
 RATE = 8.0  # frames a second of the stand-in
 SECONDS = 30.0  # of each measurement
-# Where Chromium's work goes: names of trace events.
-EVENTS = ("Paint", "RasterTask", "UpdateLayoutTree", "Layout", "Commit", "DrawFrame", "Animation", "FireAnimationFrame")
-HEADER = 4  # bytes of a header beside its name and value: colon, space and the end of the line
+# What a tab draws, by the names of Chromium's trace events.
+EVENTS = ("FireAnimationFrame", "UpdateLayoutTree", "Layout", "Paint", "RasterTask")
 
 
 def steady_job(job: Any) -> None:
@@ -39,7 +38,11 @@ def steady_job(job: Any) -> None:
         job.progress = {"faces": min(job.frames, int(2 * done)), "mouths": int(done), "writing": max(0, int(done) - 8)}
         job.partial_frames = done % 1
         if now - shown >= PICTURE_INTERVAL:
-            job.picture, job.pictures, shown = as_jpeg(cv2.resize(portrait(int(done)), (480, 480))), job.pictures + 1, now
+            job.picture, job.pictures, shown = (
+                as_jpeg(cv2.resize(portrait(int(done)), (480, 480))),
+                job.pictures + 1,
+                now,
+            )
         time.sleep(0.1)
 
 
@@ -98,10 +101,13 @@ def shares(seconds: float, wait: Any) -> dict[str, float]:
     return {kind: round(100 * (after[kind] - before[kind]) / passed, 2) for kind in sorted(after)}
 
 
-def metrics(session: Any) -> dict[str, float]:
-    """Chromium's own counts and times of a tab; session: of the DevTools protocol."""
-    return {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}
-
+def drawing(browser: Any, page: Any, seconds: float) -> Counter:
+    """How many of EVENTS there are in that time, in all tabs of the browser."""
+    browser.start_tracing(page=page, categories=["devtools.timeline"])
+    page.wait_for_timeout(1000 * seconds)
+    return Counter(
+        event["name"] for event in json.loads(browser.stop_tracing())["traceEvents"] if event["name"] in EVENTS
+    )
 
 
 def measure(seconds: float, hidden: list[str]) -> None:
@@ -112,7 +118,9 @@ def measure(seconds: float, hidden: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as name, sync_playwright() as driver:
         folder = Path(name)
-        face = save_video(folder / "face.mp4", [portrait(t) for t in range(24)], "-c:v", "libx264", "-pix_fmt", "yuv420p")
+        face = save_video(
+            folder / "face.mp4", [portrait(t) for t in range(24)], "-c:v", "libx264", "-pix_fmt", "yuv420p"
+        )
         voice = make_sound(folder / "voice.wav", seconds=600)
         with serve(folder / "page", "--model", "demo", program=Path(__file__)) as server:
             server.wait_until_ready()
@@ -130,25 +138,23 @@ def measure(seconds: float, hidden: list[str]) -> None:
             page.wait_for_selector("#audio-note .facts")
             page.click("#start")
             page.wait_for_selector(".card .newest:not([hidden])")
-            session = page.context.new_cdp_session(page)
-            session.send("Performance.enable")
             wait(6)
             for selector in ["", *hidden]:
                 if selector:
                     page.add_style_tag(content=f"{selector} {{ display: none !important; }}")
                     wait(2)
-                before, began = metrics(session), time.monotonic()
-                traffic = Traffic(page)
+                began, traffic = time.monotonic(), Traffic(page)
                 spent = shares(seconds, wait)
-                passed, after = time.monotonic() - began, metrics(session)
-                each = {
-                    name: round((after[name] - before[name]) / passed, 4)
-                    for name in ("LayoutCount", "RecalcStyleCount", "ScriptDuration", "LayoutDuration", "TaskDuration")
-                }
-                print(f"page without {selector or 'nothing'}:", spent, "sum", round(sum(spent.values()), 2))
-                print("  a second:", each)
-                print("  kB/s:", {name: round(count / passed / 1000, 3) for name, count in traffic.bytes.items()},
-                      "requests/s:", {name: round(n / passed, 2) for name, n in traffic.requests.items()})
+                passed = time.monotonic() - began
+                print(f"page{selector and f' without {selector}'}:", spent, "sum", round(sum(spent.values()), 2))
+                print(
+                    "  kB/s:",
+                    {name: round(count / passed / 1000, 3) for name, count in traffic.bytes.items()},
+                    "requests/s:",
+                    {name: round(n / passed, 2) for name, n in traffic.requests.items()},
+                )
+                drawn = drawing(browser, page, seconds / 3)
+                print("  a second:", {name: round(3 * count / seconds, 1) for name, count in drawn.items()})
             browser.close()
 
 
@@ -162,6 +168,8 @@ if __name__ == "__main__":
         sys.exit(app.main(sys.argv[1:]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=SECONDS)
-    parser.add_argument("--hide", nargs="*", default=[], help="CSS selectors of parts to leave out, one after the other")
+    parser.add_argument(
+        "--hide", nargs="*", default=[], help="CSS selectors of parts to leave out, one after the other"
+    )
     options = parser.parse_args()
     measure(options.seconds, options.hide)

@@ -391,11 +391,12 @@ class Endpoints:
         length = form.parse_seconds(seconds, "The length of the sound")
         rate = form.parse_seconds(video_fps, "The video's frame rate")
         request = Request(Path(), Path(), **form.parse_settings(settings, self.models_to_choose))
-        line, details = self.worker.describe(request, length or None, rate if parse_rate(str(rate)) else None, people)
+        rate_or_none = rate if parse_rate(str(rate)) else None
+        line, details, preview = self.worker.describe(request, length or None, rate_or_none, people)
         machine = self.worker.machine
         if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
             line += DEMO_HINT
-        return {"line": line, "details": details, "preview": self.worker.describe_preview(request)}
+        return {"line": line, "details": details, "preview": preview}
 
     def measure(self, audio: FileData, audio_track: int | None = None) -> dict[str, Any]:
         """The "seconds" of a sound, "warnings", the "track" that is used, and the "tracks" there are."""
