@@ -388,11 +388,10 @@ class Endpoints:
         seconds, video_fps: of the sound and of the video, where they are known; people: who say a voice.
         """
         people = form.parse_number(people, "The number of people", 1, MAX_OTHERS + 1)
-        length = form.parse_seconds(seconds, "The length of the sound")
+        length = form.parse_seconds(seconds, "The length of the sound") or None
         rate = form.parse_seconds(video_fps, "The video's frame rate")
         request = Request(Path(), Path(), **form.parse_settings(settings, self.models_to_choose))
-        rate_or_none = rate if parse_rate(str(rate)) else None
-        line, details, preview = self.worker.describe(request, length or None, rate_or_none, people)
+        line, details, preview = self.worker.describe(request, length, rate if parse_rate(str(rate)) else None, people)
         machine = self.worker.machine
         if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
             line += DEMO_HINT
