@@ -36,8 +36,11 @@ class Server:
 
 
 @contextmanager
-def serve(folder: Path, *options: object, port: int | None = None):
-    """Start app.py on a port of the loopback, a free one unless it is given, with its files in `folder`."""
+def serve(folder: Path, *options: object, port: int | None = None, program: Path = ROOT / "app.py"):
+    """Start app.py on a port of the loopback, a free one unless it is given, with its files in `folder`.
+
+    program: what takes the place of app.py.
+    """
     if port is None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -52,7 +55,7 @@ def serve(folder: Path, *options: object, port: int | None = None):
     with open(log, "w") as out:
         began = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py"), *map(str, arguments)],
+            [sys.executable, str(program), *map(str, arguments)],
             stdout=out, stderr=out, env=environment, cwd=folder,
         )  # fmt: skip
     server = Server(process, port, outputs, log, began)

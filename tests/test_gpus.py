@@ -254,7 +254,7 @@ def test_two_jobs_run_at_once_and_give_what_each_gives_alone(worker, alone, talk
     assert max(job.started for job in jobs.values()) < min(job.ended for job in jobs.values())
     view = jobs["short"].view(None)
     assert view["gpus"] == 1 and view["timeline"]["curves"] and json.loads(json.dumps(view))["report"]["workers"]
-    line, _ = worker.describe(jobs["short"].request, 10, 25)
+    line, *_ = worker.describe(jobs["short"].request, 10, 25)
     assert "on 1 process; " in line and line.endswith(" for this clip."), line
     assert "on 2 processes; how long it takes here is not known" in worker.describe(jobs["short"].request, 61)[0]
 

@@ -79,9 +79,9 @@ def test_a_finished_job_has_its_result_and_its_report(worker, talking, voice):
     assert view["report"]["frames"] == 20 and set(view["files"]) == {"original", "result"}
     assert view["timeline"]["stages"].keys() == set(STAGES)
     assert sorted(os.listdir(job.folder)) == sorted(["job.json", job.output.name, "video.mp4", "voice.wav"])
-    line, details = worker.describe(job.request, 10)
+    line, details, _ = worker.describe(job.request, 10)
     assert re.search(r"conservative: 2 steps, model tiny \(64 px\); (about )?\d[\d a-z]* for this clip\.", line)
-    line, details = worker.describe(replace(job.request, level="aggressive", steps=20), None)
+    line, details, _ = worker.describe(replace(job.request, level="aggressive", steps=20), None)
     assert "aggressive: 12 steps, two of three reuse earlier work, model" in line
     assert "DeepCache every 3 steps" in details
 
@@ -954,7 +954,7 @@ def test_auto_is_the_best_model_present_on_a_lent_gpu(hub, talking, voice, tmp_p
     store.get(NAME)
     worker.find_models()
     assert worker.machine.chosen == NAME
-    line, details = worker.describe(Request(talking, voice), 10)
+    line, details, _ = worker.describe(Request(talking, voice), 10)
     assert f"model {NAME} (64 px), on a GPU lent for each job." in line and details == "conservative: 20 steps."
     assert ended(worker, worker.submit(Request(talking, voice), ME)).state == DONE and calls == [NAME]
     assert "demo" in worker.describe(Request(talking, voice, model="demo"), 10)[0]

@@ -17,7 +17,8 @@ from conftest import SIDE, portrait, save_video
 
 from latentsync.errors import UserError
 from latentsync.media import probe_video
-from optim.serving import estimate, one_frame
+from optim.serving import one_frame
+from optim.serving import worker as serving_worker
 from optim.serving.estimate import describe_preview
 from optim.serving.job import DONE, Request
 from optim.serving.one_frame import JOBS_FIRST, MAX_WAITING, NEWER, TOO_MANY, place_window, preview_key
@@ -163,12 +164,11 @@ def test_a_fault_inside_ends_the_preview_alone(worker, film, voice, monkeypatch)
     assert painted(worker, film, voice).reply
 
 
-def test_it_is_offered_on_a_processor_only_where_it_is_known_to_take_less_than_a_minute(worker, monkeypatch, tmp_path):
+def test_it_is_offered_on_a_processor_only_where_it_is_known_to_take_less_than_a_minute(worker, tmp_path):
     request, speeds = Request(Path(), Path()), Speeds(tmp_path / "speeds.json")
     found, machine = worker._find_checkpoint(request), worker.machine
     plan, key = make_plan(request, found, torch.device("cpu")), speed_key(found.name, machine, request)
-    monkeypatch.setattr(estimate, "make_plan", lambda *_: plan)
-    offer = partial(describe_preview, request, found)
+    offer = partial(describe_preview, request, found, plan)
     assert offer(machine, speeds) is None and offer(replace(machine, device="cuda:0"), speeds) == ""
     speeds.record(key, plan.settings, 10, 10)  # a second a frame
     assert offer(machine, speeds) == "12 to 21 s"
@@ -176,3 +176,10 @@ def test_it_is_offered_on_a_processor_only_where_it_is_known_to_take_less_than_a
     assert offer(machine, speeds) is None and offer(replace(machine, device="cuda:0"), speeds) is not None
     speeds.record(preview_key(key), plan.settings, 1, 20)
     assert offer(machine, speeds) == "15 to 26 s", "by previews, once there are some"
+
+
+def test_a_change_of_a_setting_makes_one_plan(worker, monkeypatch):
+    plans = []
+    monkeypatch.setattr(serving_worker, "make_plan", lambda *args: plans.append(args) or make_plan(*args))
+    worker.describe(Request(Path(), Path()), 10)
+    assert len(plans) == 1

@@ -9,6 +9,7 @@ from base64 import b64encode
 import pytest
 from clips import ffmpeg, make_sound, make_video
 from conftest import SIDE, portrait, save_video
+from page_cost import Traffic, drawing
 from serving import serve
 from test_people import LEFT, ONE, OTHER, RIGHT, scene
 
@@ -890,6 +891,26 @@ def test_a_poll_while_a_job_runs_is_less_than_a_kilobyte(visit, clips):
         size = seen.value.sizes()
         sizes.append(size["responseBodySize"] + size["responseHeadersSize"])
     assert max(sizes) < 1000
+    page.click("text=Cancel")
+    state(page, "cancelled")
+
+
+def test_a_tab_draws_little_while_a_job_runs_and_gets_less_than_a_kilobyte_a_second(chromium, visit, clips):
+    """Nothing moves with the screen's frames, as Gradio's clock of its own loading would. Pictures count apart."""
+    page = visit()
+    give(page, clips, audio="long.wav")
+    start(page)
+    page.wait_for_selector(".card .newest:not([hidden])")
+    page.wait_for_selector("#plot .trace", state="attached")
+    traffic, began, seconds = Traffic(page), time.monotonic(), 12
+    drawn = drawing(chromium, page, seconds)
+    passed = time.monotonic() - began
+    assert page.evaluate("document.getAnimations().length") == 0
+    assert drawn["FireAnimationFrame"] <= seconds and drawn["UpdateLayoutTree"] <= 4 * seconds, drawn
+    # Whole polls: one that began before may end in this time, so the first is left out.
+    polls, size = traffic.requests["watch"], traffic.bytes["watch"]
+    assert polls >= 2 and (polls - 1) * size / polls < 1000 * passed, traffic.bytes
+    assert set(traffic.requests) <= {"watch", "picture", "first.mp4"}, traffic.requests
     page.click("text=Cancel")
     state(page, "cancelled")
 

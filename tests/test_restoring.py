@@ -330,9 +330,9 @@ def test_visitors_choose_a_strength_and_only_where_the_server_has_a_restorer(
         assert (settings["restore"], settings["restore_strength"]) == (blurring.name, 0.5)
         assert job.report["restore_seconds"] > 0
         assert str(blurring.parent) not in json.dumps(job.view(None))
-        line, details = worker.describe(request, 10)
+        line, details, _ = worker.describe(request, 10)
         assert details.endswith(", faces restored by 0.5.") and "for this clip" in line
-        line, details = worker.describe(replace(request, restore=0.0), 10)
+        line, details, _ = worker.describe(replace(request, restore=0.0), 10)
         assert "restored" not in details and "not known before the first job" in line
         with pytest.raises(UserError, match="need no restorer"):
             worker.describe(replace(request, model="demo"), 10)

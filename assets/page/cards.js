@@ -94,7 +94,7 @@ function updateProgress(view, job) {
   const speedText = speed ? `${speed.toFixed(speed < 10 ? 2 : 0)} frames/s · ` : "";
   const left = job.seconds_left == null ? null : `${speedText}about ${clockText(job.seconds_left)} left`;
   setText(part(".rate"), left ?? "Time left: known once the first frames are painted");
-  if (job.picture && view.picture !== job.picture) {
+  if (job.picture && view.picture !== job.picture && !document.hidden) {
     view.picture = job.picture;
     part("img").src = `${root}/lipsync/${job.picture}`;
     setShown(part(".newest"), true);

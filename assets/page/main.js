@@ -1,7 +1,6 @@
-// Once a second, while somebody looks, the server is asked what has changed.
+// Every two seconds, while somebody looks, the server is asked what has changed.
 
-let refreshing = null, serverId = null; // of the server that answered last
-let inContact = true;
+let refreshing = null, inContact = true, serverId = null; // of the server that answered last
 let measured = null; // jobs by which the server knows this machine's speed
 
 /** Forget another server: this one has neither the files in the form nor the addresses of results. Settings stay. */
@@ -38,9 +37,8 @@ async function update() {
 }
 
 function updateCards(jobs) {
-  const ids = jobs.map((job) => job.id);
   for (const [id, { card }] of cards) {
-    if (!ids.includes(id)) {
+    if (!jobs.some((job) => job.id === id)) {
       card.remove();
       cards.delete(id);
     }
@@ -106,6 +104,6 @@ const refreshIfSeen = () => {
   if (document.hidden && (!hasUnfinished() || (hiddenTurns += 1) % 5)) return;
   refresh();
 };
-setInterval(refreshIfSeen, SECOND);
+setInterval(refreshIfSeen, 2 * SECOND); // each is 1.5 kB, most of it headers
 document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
 refresh();

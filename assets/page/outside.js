@@ -7,7 +7,7 @@ function showOutside() {
   const running = [...cards.values()].map(({ job }) => job).find((job) => job.state === "running");
   const part = running ? Math.floor((100 * running.mouths) / running.frames) : null;
   const text = running ? `${part} %` : unseen || (hasUnfinished() ? "Waiting" : "");
-  document.title = text ? `${text} · ${TITLE}` : TITLE;
+  setText(find("title"), text ? `${text} · ${TITLE}` : TITLE);
   if (icon && icon.dataset.text !== text) {
     icon.dataset.text = text;
     icon.href = text ? badge(running ? part : 100) : ICON;

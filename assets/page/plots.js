@@ -3,9 +3,10 @@
 // As in optim/serving/timeline.py.
 const COLOURS = ["#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c", "#0e7fa8", "#8553c9"];
 const MAX_POINTS = 120;
+const DRAW_SECONDS = 6; // from one drawing to the next: each takes 30 ms of the processor, and moves them by 5 %
 const curves = {}, times = [];
 let since = 0; // the time of the last point, by the server's clock
-let drawnPlot = null, drawnMarks = "", loadingPlotly = null;
+let drawnPlot = null, drawnAt = 0, drawnMarks = "", loadingPlotly = null;
 
 function loadPlotly() {
   return (loadingPlotly ||= new Promise((resolve, reject) => {
@@ -91,8 +92,10 @@ async function drawLive(live) {
   const names = Object.keys(curves);
   if (!names.length || !times.length) return;
   setText(find("#now"), [...names.map((name) => usageText(name, live.memory)), ...sensorTexts(live.sensors)].join(" · "));
-  await loadPlotly();
   const plot = find("#plot");
+  plot.dataset.points = String((Number(plot.dataset.points) || 0) + live.time.length);
+  if (document.hidden || (drawnPlot && since - drawnAt < DRAW_SECONDS)) return;
+  await loadPlotly();
   const xaxis = axis({
     range: [since - MAX_POINTS, since], tickvals: [since - 120, since - 60, since],
     ticktext: ["2 min ago", "1 min", "now"], ticklabelstandoff: 6,
@@ -108,6 +111,5 @@ async function drawLive(live) {
     const changed = marks === drawnMarks ? {} : { ...baseLayout(), ...markLayout(live.marks) };
     await Plotly.update(plot, points, { ...changed, xaxis });
   }
-  drawnMarks = marks;
-  plot.dataset.points = String((Number(plot.dataset.points) || 0) + live.time.length);
+  [drawnMarks, drawnAt] = [marks, since];
 }

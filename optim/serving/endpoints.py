@@ -388,14 +388,14 @@ class Endpoints:
         seconds, video_fps: of the sound and of the video, where they are known; people: who say a voice.
         """
         people = form.parse_number(people, "The number of people", 1, MAX_OTHERS + 1)
-        length = form.parse_seconds(seconds, "The length of the sound")
+        length = form.parse_seconds(seconds, "The length of the sound") or None
         rate = form.parse_seconds(video_fps, "The video's frame rate")
         request = Request(Path(), Path(), **form.parse_settings(settings, self.models_to_choose))
-        line, details = self.worker.describe(request, length or None, rate if parse_rate(str(rate)) else None, people)
+        line, details, preview = self.worker.describe(request, length, rate if parse_rate(str(rate)) else None, people)
         machine = self.worker.machine
         if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
             line += DEMO_HINT
-        return {"line": line, "details": details, "preview": self.worker.describe_preview(request)}
+        return {"line": line, "details": details, "preview": preview}
 
     def measure(self, audio: FileData, audio_track: int | None = None) -> dict[str, Any]:
         """The "seconds" of a sound, "warnings", the "track" that is used, and the "tracks" there are."""

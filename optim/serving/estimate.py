@@ -2,43 +2,41 @@
 
 import math
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentsync import FPS
 from latentsync.rates import grid_rate, show_rate
 from optim.serving.job import Request
-from optim.serving.machine import LONG_SECONDS, Machine, at_level, workers_text
+from optim.serving.machine import LONG_SECONDS, Machine, workers_text
 from optim.serving.one_frame import MAX_SECONDS, preview_time
-from optim.serving.run import make_plan
 from optim.serving.speeds import Speeds, speed_key
 
 if TYPE_CHECKING:  # torch takes seconds to load
     from latentsync.checkpoints.find import Checkpoint
+    from optim.accelerate import Plan
 
 
 def describe_request(
     request: Request,
     checkpoint: "Checkpoint",
+    plan: "Plan",
     machine: Machine,
     speeds: Speeds,
     seconds: float | None,
     video_fps: float | None,
     lent: bool,
-    restorer: Path | None = None,
     people: int = 1,
 ) -> tuple[str, str]:
     """What a request means, in one line, and its plan in detail.
 
     seconds, video_fps: of the sound and the video, None if unknown; lent: the job will run on a lent GPU;
-    restorer: the server's; people: who are painted in every frame. Raises UserError.
+    people: who are painted in every frame.
     """
     import torch
 
     from optim.accelerate import details, summary
 
     device = torch.device(machine.device)
-    plan = make_plan(at_level(request, machine), checkpoint, device, restorer)
     line = f"{summary(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
     in_detail = f"{details(plan, device)}{f', faces restored by {request.restore:g}' if request.restore else ''}."
     rate = grid_rate(Fraction(video_fps or FPS).limit_denominator(1001), request.fps)
@@ -59,15 +57,12 @@ def describe_request(
 
 
 def describe_preview(
-    request: Request, checkpoint: "Checkpoint", machine: Machine, speeds: Speeds, restorer: Path | None = None
+    request: Request, checkpoint: "Checkpoint", plan: "Plan", machine: Machine, speeds: Speeds
 ) -> str | None:
-    """How long a preview of one frame takes, as "12 to 18 s", "" if unknown; restorer: the server's.
+    """How long a preview of one frame takes, as "12 to 18 s", "" if unknown.
 
-    None where it is not offered: on a processor that is not known to paint it within MAX_SECONDS. Raises UserError.
+    None where it is not offered: on a processor that is not known to paint it within MAX_SECONDS.
     """
-    import torch
-
-    plan = make_plan(request, checkpoint, torch.device(machine.device), restorer)
     estimate = preview_time(speed_key(checkpoint.name, machine, request), plan.settings, speeds)
     if machine.device == "cpu" and (estimate is None or estimate.seconds > MAX_SECONDS):
         return None

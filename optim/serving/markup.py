@@ -62,7 +62,8 @@ def video_note(look: dict[str, Any]) -> str:
     found = len(look["faces"])
     facts.append(f"{found} {'face' if found == 1 else 'faces'}" if found else "no face found")
     faces = face_buttons(look["faces"], HINT) if found > 1 else ""
-    return f"<p class='quiet facts'>{' · '.join(facts)}</p>{faces}{_warnings(look)}"
+    unbroken = (fact.replace(" ", "\N{NO-BREAK SPACE}") for fact in facts)
+    return f"<p class='quiet facts'>{' · '.join(unbroken)}</p>{faces}{_warnings(look)}"
 
 
 def face_buttons(faces: list[dict[str, Any]], hint: str = "") -> str:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 PREVIEW_SECONDS = 10  # length of the preview video
 PREVIEW_SIDE = 480  # maximum of a preview's shorter side, pixels
-PICTURE_INTERVAL = 1.0  # seconds between two preview pictures
+PICTURE_INTERVAL = 4.0  # seconds between two preview pictures: every second poll of the page
 CLOSE_TIMEOUT = 10.0  # seconds to wait for the preview at the end of a run
 
 

@@ -30,11 +30,11 @@ from optim.serving.execution import FAULT, execute, refuse
 from optim.serving.inputs import store_inputs, with_user_names
 from optim.serving.job import CANCELLED, FAILED, WAITING, Job, Request, owner_of
 from optim.serving.limits import NO_LIMITS, VisitorLimits, check_option
-from optim.serving.machine import Machine, inspect_machine, shared_gpus
+from optim.serving.machine import Machine, at_level, inspect_machine, shared_gpus
 from optim.serving.models import find_checkpoint, list_models
 from optim.serving.one_frame import Previews
 from optim.serving.prepared_films import PreparedFilms
-from optim.serving.run import NO_RESTORER
+from optim.serving.run import NO_RESTORER, make_plan
 from optim.serving.runners import InProcess, OnGpus, OnLentGpu, RunAlone, Runner
 from optim.serving.speeds import Speeds
 from optim.serving.store import JobStore
@@ -226,26 +226,23 @@ class Worker:
 
     def describe(
         self, request: Request, seconds: float | None, video_fps: float | None = None, people: int = 1
-    ) -> tuple[str, str]:
-        """What a request means on this machine, in one line, and in detail.
+    ) -> tuple[str, str, str | None]:
+        """What a request means on this machine, in one line, and in detail, and how long one frame of it takes.
 
-        seconds, video_fps: of its sound and its video, None if unknown; people: who say a voice. Waits until the
-        machine has been inspected. Raises UserError.
+        seconds, video_fps: of its sound and its video, None if unknown; people: who say a voice. Of the frame "" is
+        returned if unknown, None where it is not offered. Waits until the machine has been inspected. Raises UserError.
         """
+        import torch
+
         self.ready.wait()
         if self.machine is None or self.speeds is None:
             raise UserError(self.problem or "")
         checkpoint = self._find_checkpoint(request)
         lent = self.lent is not None
-        return describe_request(
-            request, checkpoint, self.machine, self.speeds, seconds, video_fps, lent, self.restorer, people
-        )
-
-    def describe_preview(self, request: Request) -> str | None:
-        """How long one frame of a request takes, "" if unknown; None where it is not offered. Raises UserError."""
-        if self.machine is None or self.speeds is None or self.lent or self.gpus is not None:
-            return None
-        return describe_preview(request, self._find_checkpoint(request), self.machine, self.speeds, self.restorer)
+        plan = make_plan(at_level(request, self.machine), checkpoint, torch.device(self.machine.device), self.restorer)
+        known = request, checkpoint, plan, self.machine, self.speeds
+        preview = None if lent or self.gpus is not None else describe_preview(*known)
+        return *describe_request(*known, seconds, video_fps, lent, people), preview
 
     def find_models(self) -> None:
         """Update which models are here and what `auto` means, after one was fetched or removed."""
