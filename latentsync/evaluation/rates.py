@@ -1,4 +1,4 @@
-"""Frame rates: the same clips at 25, 30 and 60 frames a second, and three ways to paint them at 60.
+"""Frame rates: the same clips at 25, 30 and 60 frames a second, and several ways to paint them at 60.
 
 The films at other rates than the clip's own are motion-compensated from it (ffmpeg's minterpolate).
 """
@@ -6,6 +6,7 @@ The films at other rates than the clip's own are motion-compensated from it (ffm
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from latentsync import FPS
 from latentsync.alignment import crop_face, fixed_mask
 from latentsync.audio import audio_chunks, frame_count, on_side_stream
+from latentsync.between import mean_face, midway_face
 from latentsync.checkpoints.load import Models
 from latentsync.compositing import merge_faces, paste_face, paste_rectangle
 from latentsync.evaluation.appearance import NEAR, mouth_hulls
@@ -30,6 +32,7 @@ from latentsync.settings import Settings
 from latentsync.windows import AlignedFrame, align_frames, group_windows, split_windows
 
 Frames = list[AlignedFrame]
+Mix = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of two faces uint8 (R, R, 3)
 
 
 def paint_every_frame(frames: Frames, painter: Painter) -> None:
@@ -44,25 +47,39 @@ def paint_in_two_sets(frames: Frames, painter: Painter) -> None:
         paint_every_frame(frames[first::2], painter)
 
 
-def paint_every_second_frame(frames: Frames, painter: Painter) -> None:
-    """Windows of 16 even frames; an odd frame gets the mean of the painted faces before and after it."""
+def paint_every_second_frame(frames: Frames, painter: Painter, mix: Mix = mean_face) -> None:
+    """Windows of 16 even frames; an odd frame gets a mixture of the painted faces before and after it."""
     paint_every_frame(frames[::2], painter)
     for i in range(1, len(frames), 2):
-        neighbours = frames[i - 1 : i + 2 : 2]
-        if frames[i].crop is not None and all(each.crop is not None for each in neighbours):
-            show_mean(frames[i], neighbours, painter)
+        faces = [painted_face(each, painter) for each in frames[i - 1 : i + 2 : 2]]
+        if frames[i].crop is not None and all(face is not None for face in faces):
+            show(frames[i], mix(*faces) if len(faces) == 2 else faces[0], painter)
 
 
-def show_mean(frame: AlignedFrame, neighbours: Frames, painter: Painter) -> None:
-    """Give a frame the mean of painted faces."""
+def paint_and_filter(frames: Frames, painter: Painter) -> None:
+    """Every frame, and then the mean of three painted faces, weighted ¼, ½, ¼: as long as a frame at half the rate."""
+    paint_every_frame(frames, painter)
+    faces = [painted_face(frame, painter) for frame in frames]
+    for i in range(1, len(frames) - 1):
+        if all(face is not None for face in faces[i - 1 : i + 2]):
+            before, here, after = (face.astype(np.float32) for face in faces[i - 1 : i + 2])
+            show(frames[i], ((before + 2 * here + after) / 4).round().astype(np.uint8), painter)
+
+
+def painted_face(frame: AlignedFrame, painter: Painter) -> np.ndarray | None:
+    """The face uint8 (R, R, 3) that was painted for a frame, cut out of it again; None where there is none."""
+    if frame.crop is None:
+        return None
+    return crop_face(frame.frame, frame.matrix, painter.models.resolution) if painter.face is None else frame.generated
+
+
+def show(frame: AlignedFrame, face: np.ndarray, painter: Painter) -> None:
+    """Give a frame a face uint8 (R, R, 3)."""
     if painter.face is not None:
-        painted = [each.generated for each in neighbours if each.generated is not None]
-        if painted:
-            frame.generated = np.mean(painted, axis=0).round().astype(np.uint8)
+        frame.generated = face
         return
     side = painter.models.resolution
-    faces = np.mean([crop_face(each.frame, each.matrix, side) for each in neighbours], axis=0, dtype=np.float32)
-    generated = torch.from_numpy(faces).permute(2, 0, 1)[None] / 127.5 - 1
+    generated = torch.from_numpy(face).permute(2, 0, 1)[None] / 127.5 - 1
     merged = merge_faces(generated, torch.from_numpy(frame.crop[None]), torch.from_numpy(fixed_mask(side).copy()))
     x0, y0, x1, y1 = rectangle = paste_rectangle(frame.matrix, side, frame.frame.shape)
     region = torch.from_numpy(frame.frame)[y0:y1, x0:x1]
@@ -76,7 +93,9 @@ CASES: tuple[tuple[int, str, Way, float], ...] = (
     (30, "every frame", paint_every_frame, 1.0),
     (60, "every frame", paint_every_frame, 1.0),
     (60, "two sets of windows", paint_in_two_sets, 1.0),
-    (60, "every second frame", paint_every_second_frame, 0.5),
+    (60, "every second frame, means between", paint_every_second_frame, 0.5),
+    (60, "every second frame, motion between", partial(paint_every_second_frame, mix=midway_face), 0.5),
+    (60, "every frame, filtered", paint_and_filter, 1.0),
 )
 
 
