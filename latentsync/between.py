@@ -115,7 +115,8 @@ def midway_face(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     place = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).astype(np.float32)
     moved = []
     for face, pair in (before, greys), (after, greys[::-1]):
-        flow = cv2.resize(search.calc(*pair, None), (side, side)) * (side / FLOW_SIDE)
+        small = search.calc(*pair, None)  # type: ignore[call-overload]  # its types do not know that flow may be None
+        flow = cv2.resize(small, (side, side)) * (side / FLOW_SIDE)
         # What lies here midway has come from about half the flow before here.
         moved.append(cv2.remap(face, place - 0.5 * flow, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
     return mean_face(*moved)

@@ -51,26 +51,26 @@ def paint_every_second_frame(frames: Frames, painter: Painter, mix: Mix = mean_f
     """Windows of 16 even frames; an odd frame gets a mixture of the painted faces before and after it."""
     paint_every_frame(frames[::2], painter)
     for i in range(1, len(frames), 2):
-        faces = [painted_face(each, painter) for each in frames[i - 1 : i + 2 : 2]]
-        if frames[i].crop is not None and all(face is not None for face in faces):
+        beside = frames[i - 1 : i + 2 : 2]
+        if all(frame.crop is not None for frame in (frames[i], *beside)):
+            faces = [painted_face(frame, painter) for frame in beside]
             show(frames[i], mix(*faces) if len(faces) == 2 else faces[0], painter)
 
 
 def paint_and_filter(frames: Frames, painter: Painter) -> None:
     """Every frame, and then the mean of three painted faces, weighted ¼, ½, ¼: as long as a frame at half the rate."""
     paint_every_frame(frames, painter)
-    faces = [painted_face(frame, painter) for frame in frames]
-    for i in range(1, len(frames) - 1):
-        if all(face is not None for face in faces[i - 1 : i + 2]):
-            before, here, after = (face.astype(np.float32) for face in faces[i - 1 : i + 2])
-            show(frames[i], ((before + 2 * here + after) / 4).round().astype(np.uint8), painter)
+    faces = [None if frame.crop is None else painted_face(frame, painter).astype(np.float32) for frame in frames]
+    for frame, before, here, after in zip(frames[1:], faces, faces[1:], faces[2:], strict=False):
+        if before is not None and here is not None and after is not None:
+            show(frame, ((before + 2 * here + after) / 4).round().astype(np.uint8), painter)
 
 
-def painted_face(frame: AlignedFrame, painter: Painter) -> np.ndarray | None:
-    """The face uint8 (R, R, 3) that was painted for a frame, cut out of it again; None where there is none."""
-    if frame.crop is None:
-        return None
-    return crop_face(frame.frame, frame.matrix, painter.models.resolution) if painter.face is None else frame.generated
+def painted_face(frame: AlignedFrame, painter: Painter) -> np.ndarray:
+    """The face uint8 (R, R, 3) that was painted for a frame, cut out of it again if it was pasted."""
+    if frame.generated is not None:
+        return frame.generated
+    return crop_face(frame.frame, frame.matrix, painter.models.resolution)
 
 
 def show(frame: AlignedFrame, face: np.ndarray, painter: Painter) -> None:

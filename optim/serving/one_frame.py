@@ -216,8 +216,8 @@ def paint(
 class Window:
     """Frames of a voice that are painted.
 
-    first: the first of them; count: at most WINDOW painted ones; shown: the one among them that is shown; film: the film's frame at
-    which they begin.
+    first: the first of them; count: a window's at most; shown: the one among them that is shown; film: the film's frame
+    at which they begin.
     """
 
     first: int

@@ -89,7 +89,7 @@ def make_plan(
 
 
 def expect(job: Job, speeds: Speeds, speed_key: str, settings: "Settings") -> None:
-    """Set the time that a job will take by earlier ones; each of its faces is painted in every frame that is painted."""
+    """Set the time that a job will take by earlier ones; each of its faces takes as long."""
     painted = job.frames // painted_step(job.rate, settings.paint)
     estimate = speeds.estimate(speed_key, settings, painted * len(job.request.faces))
     job.expected_seconds = estimate.seconds if estimate else None
