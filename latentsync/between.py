@@ -6,6 +6,7 @@ finished = between.put_back(paint_groups(group_windows(split_windows(between.lea
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import cv2
 import numpy as np
@@ -53,18 +54,15 @@ class FramesBetween:
     def put_back(self, frames: Iterable[AlignedFrame]) -> Iterator[AlignedFrame]:
         """All frames in order; frames: what `leave_out` has yielded, painted."""
         before: AlignedFrame | None = None
-        waiting: AlignedFrame | None = None  # lies after `before`
-        for frame in frames:
-            if before is not None and waiting is not None:
-                self._compose(waiting, before, frame if continues(waiting, frame) else None)
-                yield waiting
-                before = waiting = None
-            if self._left_out and self._left_out[0][0] is frame:
-                before, waiting = self._left_out.popleft()
-            yield frame
-        if before is not None and waiting is not None:
-            self._compose(waiting, before, None)
-            yield waiting
+        for frame in chain(frames, [None]):
+            # Only now has `leave_out` surely read what follows the frame before.
+            if self._left_out and self._left_out[0][0] is before:
+                before, between = self._left_out.popleft()
+                self._compose(between, before, frame if frame is not None and continues(between, frame) else None)
+                yield between
+            if frame is not None:
+                yield frame
+            before = frame
 
     def _compose(self, frame: AlignedFrame, before: AlignedFrame, after: AlignedFrame | None) -> None:
         """Give a frame its face; none where an earlier run has finished those beside it."""
