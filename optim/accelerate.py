@@ -152,7 +152,7 @@ def details(plan: Plan, device: torch.device) -> str:
         guidance = "" if cache.guided or settings.guidance_scale <= 1 else ", guidance in full passes only"
         parts.append(f"DeepCache every {cache.interval} steps (branch {cache.branch}{guidance})")
     if settings.paint == "second":
-        parts.append(f"every second frame painted from {2 * MIN_PAINTED:.0f} a second on")
+        parts.append(f"every second frame painted from {round(2 * MIN_PAINTED)} a second on")
     if device.type == "cuda":
         from optim import kernels
 
