@@ -31,7 +31,12 @@ from latentsync.prepared.recording import Recorder
 from latentsync.rates import describe_painting, painted_step
 from latentsync.settings import WINDOW, Settings
 from latentsync.windows import AlignedFrame
+from optim.__main__ import build_parser
 from optim.cluster.messages import pack, pack_result, unpack, unpack_result
+from optim.serving import form, run
+from optim.serving.job import DONE, Request
+from optim.serving.one_frame import place_window
+from optim.serving.speeds import Speeds
 
 CPU = torch.device("cpu")
 MATRIX = np.array([[0.4, 0.02, -8.0], [-0.02, 0.4, -10.0]], np.float32)
@@ -287,3 +292,51 @@ def test_workers_paint_the_same(models, film, tmp_path, own_face, monkeypatch):
     report = lipsync(film, voice, tmp_path / "workers.mkv", models, SECOND, workers=TravellingWorkers(models))
     assert report.frames == 64 and report.painted_fps == 30
     assert hashes(tmp_path / "workers.mkv") == hashes(tmp_path / "one.mkv")
+
+
+# ---- the choice
+
+
+def test_what_is_painted_can_be_chosen_on_the_command_line_and_on_the_page():
+    parse = build_parser().parse_args
+    assert [parse(["a.mp4", "b.wav", "-o", "c.mp4", *o]).paint for o in ([], ["--paint", "every"])] == [None, "every"]
+    setting = next(each for each in form.SETTINGS if each.name == "paint")
+    assert [setting.parse(value) for value in (None, "as the level says", "second frame")] == [None, None, "second"]
+    assert setting.show("every") == "every frame"
+    with pytest.raises(UserError, match="give one of as the level says, every frame, second frame"):
+        setting.parse("third frame")
+
+
+def test_a_job_of_the_page_says_what_is_painted_and_is_expected_to_take_half_as_long(
+    worker, film, tmp_path, monkeypatch
+):
+    speeds, doing = Speeds(tmp_path / "speeds.json"), set()
+    monkeypatch.setattr(worker, "speeds", speeds)
+    monkeypatch.setattr(worker.runner, "_speeds", speeds)
+    progress = run.Progress.__call__
+
+    def watched(self, *arguments):
+        progress(self, *arguments)
+        doing.add(self._job.doing)
+
+    monkeypatch.setattr(run.Progress, "__call__", watched)
+    request = Request(film, voice_of(45, tmp_path), level="aggressive", steps=1)
+    job = worker.submit(request, "m" * 24)
+    assert worker.wait(job, 300)
+    assert job.state == DONE, job.error
+    assert "painting mouths, 30 of 60 frames a second" in doing
+    assert (job.report["fps"], job.report["painted_fps"], job.report["frames"]) == (60, 30, 45)
+    assert sum("painted at 30 of 60 frames a second" in message for message in job.messages) == 1
+    ((seconds,),) = [values for works in speeds._seconds.values() for values in works.values()]
+    half, whole = (
+        worker.describe(replace(request, paint=paint), 100_000 / seconds / 60, 60)[0] for paint in (None, "every")
+    )
+    assert ", painted at 30 of 60 frames a second;" in half and ", 60 frames a second;" in whole
+    hours = [[float(word) for word in line.split() if word.replace(".", "").isdigit()][-1] for line in (half, whole)]
+    assert hours[1] == pytest.approx(2 * hours[0], rel=0.02) and hours[0] > 10
+    assert ", 25 frames a second;" in worker.describe(request, 10, 25)[0]
+
+
+def test_a_preview_has_a_whole_window_of_painted_frames(film):
+    info = at_source_rate(film)
+    assert [place_window(0.5, 16_000, info, step).count for step in (1, 2)] == [WINDOW, 2 * WINDOW]
