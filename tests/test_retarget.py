@@ -344,7 +344,7 @@ def test_jumps_are_faded_over_the_same_time_at_every_rate(still, rate, steps):
     assert weights == [[1], [1], *faded, *[[1]] * (4 - len(steps))]
 
 
-@pytest.mark.parametrize("rate", [48, 60])
+@pytest.mark.parametrize("rate", [30, 48, 60])
 def test_a_mouth_of_a_film_with_many_frames_a_second_does_not_tremble(rate):
     """Neighbours are nearly equal: one is shown on, though two in turn would move more."""
     features = np.array([0.2, 0.5, 0, 0, 100, 5]) + 0.002 * np.arange(30)[:, None] * (1, 1, 1, 1, 0, 0)
