@@ -6,7 +6,6 @@ The films at other rates than the clip's own are motion-compensated from it (ffm
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from latentsync import FPS
 from latentsync.alignment import crop_face, fixed_mask
 from latentsync.audio import audio_chunks, frame_count, on_side_stream
-from latentsync.between import mean_face, midway_face
+from latentsync.between import FramesBetween
 from latentsync.checkpoints.load import Models
 from latentsync.compositing import merge_faces, paste_face, paste_rectangle
 from latentsync.evaluation.appearance import NEAR, mouth_hulls
@@ -32,7 +31,6 @@ from latentsync.settings import Settings
 from latentsync.windows import AlignedFrame, align_frames, group_windows, split_windows
 
 Frames = list[AlignedFrame]
-Mix = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of two faces uint8 (R, R, 3)
 
 
 def paint_every_frame(frames: Frames, painter: Painter) -> None:
@@ -47,14 +45,12 @@ def paint_in_two_sets(frames: Frames, painter: Painter) -> None:
         paint_every_frame(frames[first::2], painter)
 
 
-def paint_every_second_frame(frames: Frames, painter: Painter, mix: Mix = mean_face) -> None:
-    """Windows of 16 even frames; an odd frame gets a mixture of the painted faces before and after it."""
-    paint_every_frame(frames[::2], painter)
-    for i in range(1, len(frames), 2):
-        beside = frames[i - 1 : i + 2 : 2]
-        if all(frame.crop is not None for frame in (frames[i], *beside)):
-            faces = [painted_face(frame, painter) for frame in beside]
-            show(frames[i], mix(*faces) if len(faces) == 2 else faces[0], painter)
+def paint_every_second_frame(frames: Frames, painter: Painter) -> None:
+    """Windows of 16 even frames; an odd frame is composed of those beside it, see `between`."""
+    between = FramesBetween(painter.face is not None, painter.models.resolution, painter.models.device)
+    windows = split_windows(between.leave_out(frames))
+    for _ in between.put_back(paint_groups(group_windows(windows, painter.settings.windows_per_pass), painter)):
+        pass
 
 
 def paint_and_filter(frames: Frames, painter: Painter) -> None:
@@ -93,8 +89,7 @@ CASES: tuple[tuple[int, str, Way, float], ...] = (
     (30, "every frame", paint_every_frame, 1.0),
     (60, "every frame", paint_every_frame, 1.0),
     (60, "two sets of windows", paint_in_two_sets, 1.0),
-    (60, "every second frame, means between", paint_every_second_frame, 0.5),
-    (60, "every second frame, motion between", partial(paint_every_second_frame, mix=midway_face), 0.5),
+    (60, "every second frame", paint_every_second_frame, 0.5),
     (60, "every frame, filtered", paint_and_filter, 1.0),
 )
 
