@@ -6,7 +6,8 @@ const LEVELS = ["conservative", "balanced", "aggressive"]; // optim/levels.py
 const inSeconds = (seconds) => `${seconds.toFixed(2)} s`;
 
 function settingsUsed(job) {
-  const { settings, level, model, resolution, device, frames, frames_without_face: faceless, fps, painted_fps: painted } = job.report;
+  const { settings, level, model, resolution, device, frames, frames_without_face: faceless } = job.report;
+  const { fps, painted_fps: painted } = job.report;
   const said = [job.names[1], ...job.others.map(({ name }) => name)];
   const faces = [settings.face, ...(settings.other_faces ?? [])].map((face, i) => `${face}: ${said[i]}`);
   return {
