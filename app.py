@@ -146,7 +146,7 @@ class Page:
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             self.model = self._add("model")
             pairs = ("steps", "guidance"), ("face", "crf"), ("seed", "batch"), ("deepcache", "compile")
-            for names in (*pairs, ("fps", "silence_gate"), ("match_colours", "vram_fraction")):
+            for names in (*pairs, ("fps", "paint", "silence_gate"), ("match_colours", "vram_fraction")):
                 with gr.Row():
                     for name in names:
                         self._add(name)

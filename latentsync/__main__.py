@@ -27,7 +27,7 @@ from latentsync.options import (
 from latentsync.paths import check_writable, write_text
 from latentsync.prefetch import in_background
 from latentsync.progress import ProgressBars, ProgressLines
-from latentsync.rates import RATES
+from latentsync.rates import PAINTED, RATES
 from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED, SOUNDS, TRAIN_STEPS, Report, Settings
 from latentsync.several import LoadModels, faces_and_voices, job_for_each_voice, load_once
 
@@ -98,6 +98,12 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
         default=Settings.fps,
         help="frames a second of the result: those of the video, or the 25 that the model was trained on "
         "(default %(default)s)",
+    )
+    parser.add_argument(
+        "--paint",
+        choices=PAINTED,
+        help="frames of a film of 48 a second or more that are painted: every one, or every second one, between which "
+        "the others are composed, at half the work (default: what suits the level)",
     )
     for option, what in (("--from", "begins"), ("--to", "ends")):
         help_text = (
@@ -268,6 +274,7 @@ def run(args: argparse.Namespace, prepare: Prepare = prepare_plain, load: LoadMo
         other_faces=tuple(faces[1:]),
         crf=args.crf,
         fps=args.fps,
+        paint=args.paint,
         silence_gate=args.silence_gate == "on",
         start=start,
         end=end,

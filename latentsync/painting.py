@@ -65,27 +65,29 @@ class PendingPass:
     def queue_paste(self) -> HostCopy:
         """Queue what follows denoising on the device, once: pasting the faces, and the copy to the host."""
         if self._copy is None:
-            result = generated_pixels(self._faces) if self._own_face else self._pasted_regions()
-            self._copy = HostCopy([result, self._broken])
+            handed_on = self._own_face or any(frame.lends for frame in self._frames)
+            faces = [generated_pixels(self._faces)] if handed_on else []
+            pasted = [] if self._own_face else [self._pasted_regions()]
+            self._copy = HostCopy([self._broken, *faces, *pasted])
         return self._copy
 
     def finish(self) -> list[Window]:
         """Wait for the device and put the faces into their frames, in place; to be called once.
 
-        A frame of a model with a face of its own gets it as `generated` instead, for `retarget`. Returns the windows
-        with a broken face, whose frames stay as they were.
+        A frame of a model with a face of its own gets it as `generated` instead, for `retarget`; one that lends its
+        face gets both. Returns the windows with a broken face, whose frames stay as they were.
         """
-        result, flags = self.queue_paste().wait()
+        flags, *results = self.queue_paste().wait()
         broken = flags.tolist()
-        if self._own_face:
-            for frame, face, is_broken in zip(self._frames, result, broken, strict=True):
-                if not is_broken:
-                    frame.generated = face.numpy().copy()
-        else:
+        if not self._own_face:
             regions = self._regions()
-            for region, part, is_broken in zip(regions, split_like(result, regions), broken, strict=True):
+            for region, part, is_broken in zip(regions, split_like(results.pop(), regions), broken, strict=True):
                 if not is_broken:
                     region[...] = part.numpy()
+        for faces in results:
+            for frame, face, is_broken in zip(self._frames, faces, broken, strict=True):
+                if not is_broken and (self._own_face or frame.lends):
+                    frame.generated = face.numpy().copy()
         flags_left = iter(broken)
         return [window for window in self._windows if [next(flags_left) for _ in window.new][0]]
 
@@ -352,9 +354,9 @@ def paint_groups(
     frames stay as they are.
 
     A group is finished after the device has been given the work of the painter's `max_pending` next ones, but the first
-    that is painted at once, so that there is something to see. Where memory
-    runs out, on_out_of_memory() returns settings that need less, until they suffice or it returns None. Windows with
-    broken faces are painted again in a wider dtype. Raises UserError where that does not help.
+    that is painted at once, so that there is something to see. Where memory runs out, on_out_of_memory() returns
+    settings that need less, until they suffice or it returns None. Windows with broken faces are painted again in a
+    wider dtype. Raises UserError where that does not help.
     """
     pending: deque[tuple[Group, list[PendingPass]]] = deque()
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from latentsync.aligning import DECODED_FRAMES, TRACKED_FRAMES, FaceQueue, Source, read_aligned, tokens_of
+from latentsync.between import FramesBetween
 from latentsync.checkpoints.load import Models
 from latentsync.choice import SPEAKING
 from latentsync.encoding import EncodingThread
@@ -50,6 +51,7 @@ from latentsync.placing import Placement, place_voice, whole_film
 from latentsync.prefetch import prefetch
 from latentsync.prepared.film import PreparedFilm
 from latentsync.prepared.recording import Recorder
+from latentsync.rates import describe_painting, painted_step
 from latentsync.restoring import check_restorable, with_restorer
 from latentsync.retarget import MouthBank, context_frames, held_frames, retarget
 from latentsync.settings import WINDOW, Report, Settings
@@ -60,21 +62,21 @@ from latentsync.windows import AlignedFrame, group_windows, split_windows
 MEMORY_SHARE = 0.8  # of the free main memory, for the frames that are held at a time
 
 
-def buffered_crops(settings: Settings) -> int:
-    """Aligned frames that wait for the device: those of one pass, and a window more."""
-    return (settings.windows_per_pass + 1) * WINDOW
+def buffered_crops(settings: Settings, step: int = 1) -> int:
+    """Aligned frames that wait for the device: those of one pass, and a window more; step: of `rates.painted_step`."""
+    return (settings.windows_per_pass + 1) * WINDOW * step
 
 
-def buffered_results(settings: Settings) -> int:
+def buffered_results(settings: Settings, step: int = 1) -> int:
     """Finished frames that wait for the encoder: all that a pass gives at once."""
-    return settings.windows_per_pass * WINDOW
+    return settings.windows_per_pass * WINDOW * step
 
 
-def max_frames(settings: Settings) -> int:
+def max_frames(settings: Settings, step: int = 1) -> int:
     """Frames in memory at most, whatever the clip's length, besides what decoder, tracker and encoder hold."""
-    on_device = 2 * (settings.windows_per_pass + 1) * WINDOW  # a group, the one before it, and their context
+    on_device = 2 * (settings.windows_per_pass + 1) * WINDOW * step  # a group, the one before it, and their context
     in_transit = 8  # one a thread, on its way from queue to queue
-    buffers = DECODED_FRAMES + TRACKED_FRAMES + buffered_crops(settings) + buffered_results(settings)
+    buffers = DECODED_FRAMES + TRACKED_FRAMES + buffered_crops(settings, step) + buffered_results(settings, step)
     return buffers + on_device + in_transit
 
 
@@ -84,10 +86,11 @@ def fit_memory(settings: Settings, info: VideoInfo, held: int = 0, groups: int =
     held, groups: frames and groups of windows that are held besides `max_frames`. A frame of 4K is 25 MB, of 8K 100 MB.
     Raises UserError where not even those of one window a pass fit.
     """
+    step = painted_step(info.rate, settings.paint)
     size, free = 3 * info.width * info.height, MEMORY_SHARE * available_memory()
     for windows in range(settings.windows_per_pass, 0, -1):
         fewer = replace(settings, windows_per_pass=windows)
-        frames = max_frames(fewer) + held + groups * windows * WINDOW
+        frames = max_frames(fewer, step) + held + groups * windows * WINDOW * step
         if frames * size <= free:
             return fewer
     raise UserError(
@@ -156,7 +159,8 @@ def lipsync(
     info = probe_video(video, video_track).at_choice(settings.fps).between(settings.start, settings.end)
     painted = MAX_PEOPLE if speaking else len(voices)
     held = painted * held_frames(info.rate) if models.retargets else 0
-    held += (painted - 1) * 2 * (settings.windows_per_pass + 1) * WINDOW
+    step = painted_step(info.rate, settings.paint)
+    held += (painted - 1) * 2 * (settings.windows_per_pass + 1) * WINDOW * step
     settings = fit_memory(settings, info, held, 0 if workers is None else painted * workers.max_groups)
     device, kind = (str(models.device), models.device.type) if workers is None else (workers.name, workers.kind)
     clock = StageClock()
@@ -166,7 +170,10 @@ def lipsync(
     place = place_voice(info, samples, settings.at)
     wavs, total = [fit_length(wav, place.samples) for wav in wavs], place.total
     dtype = str(models.dtype).removeprefix("torch.")
-    report = Report(settings, models.name, models.resolution, device, dtype, round(float(info.rate), 3))
+    fps, painted_fps = (round(float(rate), 3) for rate in (info.rate, info.rate / step))
+    report = Report(settings, models.name, models.resolution, device, dtype, fps, painted_fps)
+    if step > 1:
+        hooks.on_message(f"{describe_painting(info.rate, step)}, those between are composed (--paint every paints all)")
     cancel = threading.Event()
     ahead = lookahead_frames(info.rate)  # so that no face depends on where the sound ends
     if film is not None and not film.covers(total):
@@ -223,7 +230,7 @@ def lipsync(
     with (
         heard_sound(info, voices, sound, audio_track, place, settings, output, run_hooks.wait) as (heard, track),
         make_writer(heard, track) as writer,
-        closing(EncodingThread(writer, buffered_results(settings), total, counts, clock, run_hooks)) as encoding,
+        closing(EncodingThread(writer, buffered_results(settings, step), total, counts, clock, run_hooks)) as encoding,
         closing(
             generate_frames(
                 source,
@@ -359,7 +366,8 @@ def generate_frames(
     tracker's at most.
     """
     hooks = hooks or RunHooks(Hooks())
-    painted = 0
+    painted, step = 0, painted_step(source.rate, settings.paint)
+    pasting_device = models.device if workers is None else torch.device("cpu")
 
     def count(frames: Iterable[AlignedFrame], stage: str, after: int = 0) -> Iterator[AlignedFrame]:
         for number, aligned in enumerate(frames, 1):
@@ -388,18 +396,22 @@ def generate_frames(
         read_face = stack.enter_context(face_reader()) if banks else None
         aligned_frames = read_aligned(source, people, models, settings, banks, later, clock, film)
         crops = stack.enter_context(
-            closing(prefetch(aligned_frames, buffered_crops(settings), "crops", hooks.wait, source.cancel))
+            closing(prefetch(aligned_frames, buffered_crops(settings, step), "crops", hooks.wait, source.cancel))
         )
 
         def paint(aligned: Iterable[AlignedFrame], index: int) -> Iterator[AlignedFrame]:
             """Give the person of that index the mouth that says the voice."""
-            groups = prepared(group_windows(split_windows(aligned), settings.windows_per_pass))
+            between = FramesBetween(models.retargets, models.resolution, pasting_device) if step > 1 else None
+            to_paint = aligned if between is None else between.leave_out(aligned)
+            groups = prepared(group_windows(split_windows(to_paint), settings.windows_per_pass))
             # The faces of later people are cut out of frames with the mouths of earlier ones, those of context too.
-            skipped = max(done - context - (len(later) - index) * (context + 2 * WINDOW), 0)
+            skipped = max(done - context - (len(later) - index) * (context + 2 * WINDOW * step), 0) // step
             if workers is None:
                 frames = paint_groups(groups, Painter(models, settings, on_step, film), on_out_of_memory, skipped)
             else:
                 frames = workers.paint_groups(groups, on_step, skipped)
+            if between is not None:
+                frames = between.put_back(frames)
             frames = clock.time(frames, "mouths")
             if read_face is not None:
                 frames = clock.time(retarget(frames, banks[index], read_face, source.rate), "retarget")

@@ -12,6 +12,7 @@ import numpy as np
 from latentsync import FPS
 
 RATES = ("source", "25")  # of --fps: the video's own rate; what LatentSync was trained on
+PAINTED = ("every", "second")  # of --paint: frames of a film with many a second that go through the networks
 NTSC = Fraction(1000, 1001)
 STANDARD_RATES = (
     *map(Fraction, (10, 12, 15, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120, 240)),
@@ -24,6 +25,7 @@ MAX_MULTIPLE = 4  # of the usual rate of a variable file, for those whose frames
 ABSURD = Fraction(1, 10), Fraction(1000)  # rates outside are errors of the file
 # Of a run. Fewer frames than the first would make a mouth jump; the second leaves room for inexact clocks at 60.
 MIN_RATE, MAX_RATE = 20, 61
+MIN_PAINTED = 24 * NTSC  # frames a second that are left where every second one is painted
 
 
 def nominal_rate(pts: np.ndarray, time_base: Fraction) -> Fraction:
@@ -92,6 +94,19 @@ def grid_rate(nominal: Fraction, choice: str) -> Fraction:
 def scale_frames(frames: int, rate: Fraction) -> int:
     """How many frames at `rate` last as long as `frames` at 25 a second, at least one."""
     return max(1, round(frames * rate / FPS))
+
+
+def painted_step(rate: Fraction, paint: str | None) -> int:
+    """Every how manieth frame of a run at `rate` is painted, 1 or 2; paint: one of PAINTED, None for every frame.
+
+    Of films of fewer than 2 · MIN_PAINTED frames a second every frame is painted, whatever is chosen.
+    """
+    return 2 if paint == "second" and rate >= 2 * MIN_PAINTED else 1
+
+
+def describe_painting(rate: Fraction, step: int) -> str:
+    """What is painted, in words: "painted at 30 of 60 frames a second"; "" where that is every frame."""
+    return f"painted at {show_rate(rate / step)} of {show_rate(rate)} frames a second" if step > 1 else ""
 
 
 def parse_rate(text: object) -> Fraction | None:

@@ -52,6 +52,10 @@ class Restorer:
         self._seconds = 0.0
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
+    def for_another_run(self) -> "Restorer":
+        """The same network, with faces and seconds counted anew."""
+        return Restorer(self.name, self._network)
+
     @torch.inference_mode()
     def restore(
         self,
@@ -152,8 +156,19 @@ def load_restorer(path: str | Path, device: torch.device) -> Restorer:
 
 
 def with_restorer(models: "Models", path: str | Path | None) -> "Models":
-    """The models, whose painted faces go through the restorer of a file, unless that is None. Raises UserError."""
-    return models if path is None else replace(models, restorer=load_restorer(path, models.device))
+    """The models, whose painted faces go through the restorer of a file, unless that is None. Raises UserError.
+
+    Its network stays with the models, for the next job, until another file is asked for or this one has changed.
+    """
+    if path is None:
+        return models
+    check_restorer(path)
+    file = Path(path).resolve()
+    key = file, file.stat().st_size, file.stat().st_mtime_ns
+    if key not in models.restorers:
+        models.restorers.clear()  # before another one is loaded
+        models.restorers[key] = load_restorer(path, models.device)
+    return replace(models, restorer=models.restorers[key].for_another_run())
 
 
 def _model_loader() -> Any:

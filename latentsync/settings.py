@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from latentsync.choice import FACES, SPEAKING, parse_face
 from latentsync.errors import UserError
-from latentsync.rates import RATES
+from latentsync.rates import PAINTED, RATES
 
 TRAIN_STEPS = 1000  # of the diffusion process (LatentSync)
 WINDOW = 16  # frames that the network was trained to see together (LatentSync)
@@ -58,6 +58,7 @@ class Settings:
     face: str = FACES[0]  # see `choice.parse_face`
     other_faces: tuple[str, ...] = ()  # further ones, each with a voice of its own
     fps: str = "source"  # one of RATES, the frame rate of the result
+    paint: str | None = None  # one of `rates.PAINTED`, see `rates.painted_step`; None: every frame
     silence_gate: bool = True  # between words the model hears silence, see `latentsync.silence`
     start: float = 0.0  # seconds of the film at which the part begins that is used ...
     end: float | None = None  # ... and at which it ends; None: with the film
@@ -74,6 +75,8 @@ class Settings:
             raise UserError(f"'{SPEAKING}' is for one voice: leave the other faces out.")
         if self.fps not in RATES:
             raise UserError(f"There is no frame rate '{self.fps}' to choose: give one of {', '.join(RATES)}.")
+        if self.paint is not None and self.paint not in PAINTED:
+            raise UserError(f"There is no '{self.paint}' frame to paint: give one of {', '.join(PAINTED)}.")
         if self.at_sound not in SOUNDS:
             raise UserError(f"There is no '{self.at_sound}' for sounds: give one of {', '.join(SOUNDS)}.")
         for time in (self.start, self.end, self.at):
@@ -101,7 +104,8 @@ class Report:
     resolution: int  # pixels, the side of the aligned face
     device: str
     dtype: str
-    fps: float = 0.0  # frames a second of the result, each with a mouth painted for it
+    fps: float = 0.0  # frames a second of the result
+    painted_fps: float = 0.0  # of which so many went through the networks; the others lie between two of them
     frames: int = 0
     resumed_from: int = 0  # frames that earlier runs of the same job had finished
     frames_without_face: int = 0

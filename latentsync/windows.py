@@ -23,9 +23,10 @@ class AlignedFrame:
     crop: uint8 (R, R, 3), None without a usable face; matrix (2, 3) and opacity: how it is pasted back;
     source: the frame's number in a video that is played more than once, else None; recomputed: painted in a wider
     dtype; shot: `Face.shot`, the number of the stretch between two cuts that the frame lies in; position: the frame's
-    number; points: `mouth_points` of the face; generated: uint8 (R, R, 3), the model's own face as it was painted;
-    outside: the frame lies outside of the voice, and no face was looked for, or nobody speaks in it; number: of the
-    frame in the film, also where the film is played again.
+    number; points: `mouth_points` of the face; generated: uint8 (R, R, 3), the face as it was painted,
+    if that is the model's own or the frame lends it; outside: the frame lies outside of the voice, and no face was
+    looked for, or nobody speaks in it; number: of the frame in the film, also where the film is played again; lends:
+    the face of the next frame is composed of this one's, see `between`.
     """
 
     frame: np.ndarray
@@ -42,6 +43,7 @@ class AlignedFrame:
     generated: np.ndarray | None = None
     outside: bool = False
     number: int = 0
+    lends: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from latentsync.checkpoints.load import Models
+from latentsync.rates import MIN_PAINTED
 from latentsync.settings import WINDOW, Settings
 from optim.compilation import LONG_JOB, compile_unet, configure_compilers, restore_eager
 from optim.graphs import capture, captures_for, release
@@ -40,8 +41,8 @@ class Plan:
 def make_plan(level: Level, settings: Settings, resolution: int, gpu: Gpu | None) -> Plan:
     """The plan for a level on a GPU, or on the processor (None).
 
-    Steps, cache and batch sizes come from the level and the GPU, and so does the matching of colours where the settings
-    leave it open; all else comes from the settings for the plain pipeline.
+    Steps, cache and batch sizes come from the level and the GPU, and so do the matching of colours and which frames
+    are painted where the settings leave them open; all else comes from the settings for the plain pipeline.
     """
     batch = batch_sizes(gpu, resolution, level) if gpu else PROCESSOR_BATCH
     settings = replace(
@@ -50,6 +51,7 @@ def make_plan(level: Level, settings: Settings, resolution: int, gpu: Gpu | None
         cache=level.cache,
         windows_per_pass=batch.windows,
         frames_per_pass=batch.frames,
+        paint=level.paint if settings.paint is None else settings.paint,
         match_colours=(level.match_colours or None) if settings.match_colours is None else settings.match_colours,
     )
     return Plan(level, batch, settings)
@@ -156,6 +158,8 @@ def details(plan: Plan, device: torch.device) -> str:
     if cache and cache.interval > 1:
         guidance = "" if cache.guided or settings.guidance_scale <= 1 else ", guidance in full passes only"
         parts.append(f"DeepCache every {cache.interval} steps (branch {cache.branch}{guidance})")
+    if settings.paint == "second":
+        parts.append(f"every second frame painted from {round(2 * MIN_PAINTED)} a second on")
     if device.type == "cuda":
         from optim import kernels
 

@@ -9,6 +9,7 @@
     torch.compile     off            off            for long jobs without fused kernels
     kernels, graphs   on             on             on
     match colours     as the model   on             on
+    painted           every frame    every frame    every second one of 48 frames a second and more
     batch             standard       larger         the largest that is useful and fits
 
 Conservative gives the same result as the plain pipeline: it has every optimization that costs no quality, and no other.
@@ -27,6 +28,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from latentsync.errors import UserError
+from latentsync.rates import PAINTED
 from latentsync.settings import DeepCache
 
 VRAM_FRACTION = 0.85  # of a card's memory, for this process; the rest is the desktop's and the driver's
@@ -49,6 +51,7 @@ class Level:
     fused: bool  # hand-written kernels for norms and activations
     vae_tiling: bool  # a frame that does not fit into memory goes through the VAE in tiles
     match_colours: bool  # `Settings.match_colours` where the request leaves it open; False: left to the model
+    paint: str  # `Settings.paint` where the request leaves it open
     batch_share: float  # share of the largest useful batch, 0.01 to 1
     vram_fraction: float = VRAM_FRACTION  # of the card's memory, 0.1 to 1
 
@@ -61,6 +64,8 @@ class Level:
         for name in (*SWITCHES, "match_colours"):
             if not isinstance(getattr(self, name), bool) and not (name == "compile" and self.compile is None):
                 raise UserError(f"The setting {name} is {getattr(self, name)!r}: it is either True or False.")
+        if self.paint not in PAINTED:
+            raise UserError(f"The setting paint is {self.paint!r}: give one of {', '.join(PAINTED)}.")
         cache = self.cache
         if cache is not None and not (isinstance(cache, DeepCache) and cache.branch < BRANCHES):
             raise UserError(
@@ -71,15 +76,18 @@ class Level:
 STOPS = (  # by position and by memory
     Level(
         "conservative", position=0.0, card_gib=0, step_share=1.0, cache=None, tf32=False,
-        compile=False, graphs=True, fused=True, vae_tiling=True, match_colours=False, batch_share=0.5,
+        compile=False, graphs=True, fused=True, vae_tiling=True, match_colours=False, paint="every",
+        batch_share=0.5,
     ),
     Level(
         "balanced", position=0.5, card_gib=12, step_share=0.8, cache=DeepCache(2, 0), tf32=True,
-        compile=False, graphs=True, fused=True, vae_tiling=True, match_colours=True, batch_share=0.8,
+        compile=False, graphs=True, fused=True, vae_tiling=True, match_colours=True, paint="every",
+        batch_share=0.8,
     ),
     Level(
         "aggressive", position=1.0, card_gib=24, step_share=0.6, cache=DeepCache(3, 0, guided=False), tf32=True,
-        compile=None, graphs=True, fused=True, vae_tiling=True, match_colours=True, batch_share=1.0,
+        compile=None, graphs=True, fused=True, vae_tiling=True, match_colours=True, paint="second",
+        batch_share=1.0,
     ),
 )  # fmt: skip
 CONSERVATIVE = STOPS[0]  # the level whose result is the plain pipeline's

@@ -11,12 +11,14 @@ from test_hardware import read
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import load_models
 from latentsync.layers import FeedForward
+from latentsync.rates import PAINTED
 from latentsync.settings import Settings
 from optim import __main__ as command_line
 from optim.accelerate import (
     PROCESSOR_BATCH,
     SAFE_VRAM_FRACTION,
     accelerate,
+    details,
     make_plan,
     oom_handler,
     step_down,
@@ -44,12 +46,22 @@ def plan_for(gib: int, level=None, resolution: int = 512):
 
 
 def test_the_plan_takes_steps_and_cache_from_the_level_and_the_rest_from_what_is_asked():
-    asked = Settings(steps=30, guidance_scale=2.0, seed=7, crf=20, match_colours=False)
+    asked = Settings(steps=30, guidance_scale=2.0, seed=7, crf=20, match_colours=False, paint="every")
     for level, steps in ((CONSERVATIVE, 30), (BALANCED, 24), (AGGRESSIVE, 18)):
         settings = make_plan(level, asked, 512, None).settings
         assert (settings.steps, settings.cache) == (steps, level.cache)
         assert settings.frames_per_pass == PROCESSOR_BATCH.frames
         assert replace(settings, steps=30, cache=None, frames_per_pass=16) == asked
+
+
+def test_aggressive_paints_every_second_frame_of_fast_films_unless_it_is_told_otherwise_and_says_so():
+    for level in STOPS:
+        plan = make_plan(level, Settings(), 512, None)
+        assert plan.settings.paint == ("second" if level is AGGRESSIVE else "every")
+        words = "every second frame painted from 48 a second on"
+        assert (words in details(plan, CPU)) == (level is AGGRESSIVE)
+        for paint in PAINTED:
+            assert make_plan(level, Settings(paint=paint), 512, None).settings.paint == paint
 
 
 @pytest.mark.parametrize("gib", CARDS)

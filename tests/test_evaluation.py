@@ -38,9 +38,8 @@ from latentsync.evaluation.rates import (
     RateMeasures,
     at_25,
     paint,
+    paint_and_filter,
     paint_every_frame,
-    paint_every_second_frame,
-    paint_in_two_sets,
     rates_table,
 )
 from latentsync.evaluation.report import Result, pause_variance, summarise, table
@@ -442,7 +441,7 @@ def rated_frames(count: int) -> list[AlignedFrame]:
     return frames
 
 
-@pytest.mark.parametrize("way", [paint_every_frame, paint_in_two_sets, paint_every_second_frame])
+@pytest.mark.parametrize("way", [way for _, _, way, _ in CASES[2:]])
 @pytest.mark.parametrize("own_face", [False, True])
 def test_every_way_paints_every_frame(checkpoint, way, own_face):
     models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
@@ -461,13 +460,14 @@ def test_every_way_paints_every_frame(checkpoint, way, own_face):
         assert second.generated is None if number == 3 else np.array_equal(first.generated, second.generated)
 
 
-def test_the_mean_of_two_faces_lies_between_them(checkpoint):
+def test_filtered_faces_are_means_of_three_in_a_row(checkpoint):
     models = load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
     models = replace(models, face=np.full((64, 64, 3), 90, np.uint8))
-    frames = rated_frames(33)
-    paint_every_second_frame(frames, Painter(models, Settings(steps=1)))
-    before, between, after = (frame.generated.astype(int) for frame in frames[4:7])
-    assert np.abs(between - (before + after) / 2).max() <= 0.5
+    plain, filtered = rated_frames(33), rated_frames(33)
+    paint_every_frame(plain, Painter(models, Settings(steps=1)))
+    paint_and_filter(filtered, Painter(models, Settings(steps=1)))
+    before, here, after = (frame.generated.astype(int) for frame in plain[4:7])
+    assert np.abs(filtered[5].generated - (before + 2 * here + after) / 4).max() <= 0.5
 
 
 def test_an_opening_at_60_is_compared_at_25():

@@ -71,7 +71,7 @@ def test_levels_that_do_not_exist_are_refused(text):
 
 OTHER_VALUES = {
     "step_share": 0.3, "cache": DeepCache(2, 1), "tf32": True, "compile": True, "graphs": False, "fused": False,
-    "vae_tiling": False, "match_colours": True, "batch_share": 0.1, "vram_fraction": 0.75,
+    "vae_tiling": False, "match_colours": True, "paint": "second", "batch_share": 0.1, "vram_fraction": 0.75,
 }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_every_setting_can_be_overridden_alone(setting):
     [
         ("match_colours", None), ("step_share", 0), ("step_share", 1.1), ("batch_share", True),
         ("vram_fraction", float("nan")), ("vram_fraction", "0.8"), ("tf32", 1), ("cache", (3, 0)),
-        ("cache", DeepCache(3, 12)), ("name", "mine"), ("turbo", True),
+        ("cache", DeepCache(3, 12)), ("paint", "third"), ("name", "mine"), ("turbo", True),
     ],
 )  # fmt: skip
 def test_overrides_out_of_range_are_refused_by_name(setting, value):

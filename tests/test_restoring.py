@@ -27,7 +27,7 @@ from latentsync.checkpoints.load import load_models
 from latentsync.compositing import merge_faces
 from latentsync.errors import UserError
 from latentsync.pipeline import Hooks, Source, generate_frames, lipsync
-from latentsync.restoring import SIDE, load_restorer
+from latentsync.restoring import SIDE, load_restorer, with_restorer
 from latentsync.settings import Settings
 from latentsync.timing import StageClock
 from optim.__main__ import build_parser
@@ -222,6 +222,16 @@ def test_a_film_without_a_restorer_stays_as_it_is_and_one_with_it_changes(models
     plain, restored = run(), run(replace(models, restorer=load_restorer(blurring, CPU)))
     assert np.array_equal(plain, run())
     assert not np.array_equal(plain, restored)
+
+
+def test_a_restorer_is_read_once_for_the_jobs_of_loaded_models_and_again_when_its_file_has_changed(models, tmp_path):
+    path = save_restorer(tmp_path / "net.safetensors")
+    first, second = (with_restorer(models, path).restorer for _ in range(2))
+    assert first._network is second._network and first is not second, "each run counts its own faces"
+    save_restorer(tmp_path / "other.safetensors", blur=True).replace(path)
+    third = with_restorer(models, path).restorer
+    assert third._network is not first._network and len(models.restorers) == 1
+    assert with_restorer(models, None).restorer is None
 
 
 def test_the_command_line_restores_and_reports_what_it_costs(checkpoint, talking, voice, blurring, tmp_path):

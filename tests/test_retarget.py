@@ -335,20 +335,22 @@ def test_a_frame_without_a_generated_face_or_with_an_unreadable_one_stays_as_it_
     assert all(np.array_equal(one, frame) for one, (frame, _) in zip(none, frames, strict=True))
 
 
-def test_jumps_are_faded(still):
-    """A film of two pictures, between which the target mouth changes: no frame changes by all of it."""
-    frame, landmarks = still
-    frames = [
-        (np.clip(frame.astype(int) + 30 * (i >= 30), 0, 255).astype(np.uint8), face(moved(landmarks, o), first=i == 0))
-        for i, o in enumerate([0.01] * 30 + [0.12] * 30)
-    ]
-    mouths = [cut_mouth(f, mouth_points(seen.landmarks), i) for i, (f, seen) in enumerate(frames)]
-    last = None
-    weights = []
-    for mouth in [mouths[0], mouths[1], *mouths[40:44]]:
-        weights.append([weight for _, weight in stage.cross_fade(last, mouth)])
-        last = mouth
-    assert weights == [[1], [1], [0.5, 0.5], [1], [1], [1]]
+@pytest.mark.parametrize("rate, steps", [(25, [0.5]), (30, [0.5]), (60, [2 / 3, 1 / 3])])
+def test_jumps_are_faded_over_the_same_time_at_every_rate(still, rate, steps):
+    run = stage._Run(MouthBank(), stage.Horizon.at(Fraction(rate)))
+    mouths = [cut_mouth(f, mouth_points(seen.landmarks), i) for i, (f, seen) in enumerate(film(still, 44))]
+    weights = [[weight for _, weight in run.blend(mouth)] for mouth in [mouths[0], mouths[1], *mouths[40:44]]]
+    faded = [pytest.approx([share, 1 - share]) for share in steps]
+    assert weights == [[1], [1], *faded, *[[1]] * (4 - len(steps))]
+
+
+@pytest.mark.parametrize("rate", [30, 48, 60])
+def test_a_mouth_of_a_film_with_many_frames_a_second_does_not_tremble(rate):
+    """Neighbours are nearly equal: one is shown on, though two in turn would move more."""
+    features = np.array([0.2, 0.5, 0, 0, 100, 5]) + 0.002 * np.arange(30)[:, None] * (1, 1, 1, 1, 0, 0)
+    mouths = [SimpleNamespace(position=i, features=row) for i, row in enumerate(features)]
+    path = choose_mouths(mouths, np.stack([features[10]] * 60), Fraction(rate))
+    assert path.tolist() == [10] * 60
 
 
 def test_covered_mouths_are_not_taken_and_stay_as_they_are(still):

@@ -7,6 +7,7 @@ const inSeconds = (seconds) => `${seconds.toFixed(2)} s`;
 
 function settingsUsed(job) {
   const { settings, level, model, resolution, device, frames, frames_without_face: faceless } = job.report;
+  const { fps, painted_fps: painted } = job.report;
   const said = [job.names[1], ...job.others.map(({ name }) => name)];
   const faces = [settings.face, ...(settings.other_faces ?? [])].map((face, i) => `${face}: ${said[i]}`);
   return {
@@ -19,6 +20,7 @@ function settingsUsed(job) {
     ...(job.others.length ? { "faces and voices": faces.join(", ") } : { face: settings.face }),
     ...(job.sound && { "heard in their place": job.sound }),
     "silence gate": settings.silence_gate ? "on" : "off",
+    ...(painted < fps && { painted: `${painted} of ${fps} frames a second` }),
     "match colours": settings.match_colours === null ? "as the model has it" : settings.match_colours ? "on" : "off",
     "faces restored": settings.restore ? `by ${settings.restore_strength}` : "no",
     "output quality": `CRF ${settings.crf}`,

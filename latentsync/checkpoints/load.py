@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import compress
 from pathlib import Path
 
@@ -39,6 +39,8 @@ class Models(Traits):
     face: np.ndarray | None = None  # uint8 (R, R, 3), aligned: what it paints instead of the film's; see `retarget`
     files: tuple[Path, ...] = ()  # that it was loaded from
     restorer: Restorer | None = None  # that painted faces go through
+    # Restorers that were loaded for them, by file, kept as long as the models are.
+    restorers: dict[tuple[Path, int, int], Restorer] = field(default_factory=dict)
     vae_files: tuple[Path, ...] = ()  # of these, the autoencoder's weights and configuration
 
     @property

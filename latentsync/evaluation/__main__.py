@@ -65,11 +65,12 @@ def build_parser(prog: str, add_options: AddOptions | None = None) -> argparse.A
     people.add_argument("voices", type=Path, help="folder of SPEAKER/CLIP.mp4, with sound")
     people.add_argument("out", type=Path, help="folder for people.md and people.png")
     people.add_argument("--speakers", nargs="+", metavar="NAME", help="folders of VOICES (default: all held out)")
-    rates = commands.add_parser("rates", help="dub clips at 25, 30 and 60 frames a second, the last in three ways")
+    rates = commands.add_parser("rates", help="dub clips at 25, 30 and 60 frames a second, the last in several ways")
     rates.add_argument("clips", type=Path, help="folder of SPEAKER/CLIP.mp4, with sound")
     rates.add_argument("out", type=Path, help="folder for the films at other rates and for rates.md")
     rates.add_argument("--speakers", nargs="+", metavar="NAME", help="folders of CLIPS (default: all held out)")
     rates.add_argument("--limit", type=between(int, 1, 1000), default=1, help="clips of every speaker (default 1)")
+    rates.add_argument("--all", action="store_true", help="every clip of CLIPS, for a folder of held-out ones alone")
     colours = commands.add_parser("colours", help="damage faces as a network may do it, and match their colours")
     colours.add_argument("films", type=Path, help="folder of PERSON.mp4")
     colours.add_argument("--model", default="demo", metavar="NAME|PATH", help="whose autoencoder is tried, too")
@@ -215,7 +216,7 @@ def evaluate_people(args: argparse.Namespace, prepare: Prepare) -> None:
 
 def evaluate_rates(args: argparse.Namespace, prepare: Prepare) -> None:
     """Dub clips at several frame rates, two with each of the voices of held-out clips, and write rates.md."""
-    files = held_out_clips(args.clips, args.speakers)
+    files = held_out_clips(args.clips, args.speakers, args.all)
     models, settings = load_and_make_folder(args, prepare)
     clips = [(speaker, path) for speaker, paths in files.items() for path in paths[: args.limit]]
     # Of the first person, whom the demo model knows best, since the film is not to say its own words.

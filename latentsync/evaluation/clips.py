@@ -87,8 +87,8 @@ def read_clip(speaker: str, path: Path) -> Clip:
     return Clip(speaker, path.stem, track, wav)
 
 
-def held_out_clips(folder: Path, speakers: list[str] | None) -> dict[str, list[Path]]:
-    """The clips of FOLDER/SPEAKER/CLIP.mp4 that training holds out, by speaker.
+def held_out_clips(folder: Path, speakers: list[str] | None, every: bool = False) -> dict[str, list[Path]]:
+    """The clips of FOLDER/SPEAKER/CLIP.mp4 that training holds out, by speaker; every: all clips of the folder.
 
     Numbered as by `latentsync.training prepare` if it skips none. Raises UserError if there are fewer than two.
     """
@@ -98,7 +98,7 @@ def held_out_clips(folder: Path, speakers: list[str] | None) -> dict[str, list[P
     if unknown := sorted(set(speakers or ()) - set(files)):
         raise UserError(f"'{folder}' has no clips of {', '.join(unknown)}: give names of its folders.")
     held_out = {
-        speaker: [path for i, path in enumerate(paths) if is_held_out(speaker, i, len(paths))]
+        speaker: [path for i, path in enumerate(paths) if every or is_held_out(speaker, i, len(paths))]
         for speaker, paths in files.items()
         if not speakers or speaker in speakers
     }

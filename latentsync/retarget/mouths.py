@@ -31,7 +31,9 @@ OPENING_UNIT = 0.35  # of the logarithm
 OPENING_OFFSET = 0.03  # added to openings before the logarithm, as small ones all look closed
 WIDTH_UNIT, POSE_UNIT, LIGHT_UNIT = 0.08, 0.06, 20.0
 DETAIL_UNIT = 0.25  # of the logarithm
-STAY_COST = 0.03  # to use the same mouth again
+# To use the same mouth again. Not in films of more than 25 a second: neighbours are so alike there that two of them
+# would be shown in turn, and the mouth would tremble.
+STAY_COST = 0.03
 # Those of jumps are for films of 25 a second: at other rates there are as many jumps a second.
 JUMP_COST = 0.7  # to leave the film's order
 LEAP_WEIGHT, MAX_LEAP = 0.5, 4.0  # further cost of a jump per squared difference of the two mouths, up to MAX_LEAP
@@ -132,7 +134,7 @@ def choose_mouths(mouths: Sequence[Mouth], targets: np.ndarray, rate: Fraction =
     step = float(rate / FPS) * (JUMP_COST + LEAP_WEIGHT * np.minimum(squared_distances(scaled, scaled), MAX_LEAP))
     positions = np.array([mouth.position for mouth in mouths])
     step[np.abs(positions[:, None] - positions[None]) == 1] = 0
-    np.fill_diagonal(step, STAY_COST)
+    np.fill_diagonal(step, STAY_COST if rate <= FPS else 0.0)
     best = costs[0]
     predecessors = []
     for cost in costs[1:]:

@@ -69,12 +69,14 @@ class Horizon:
     lookahead: int
     lookback: int
     sigma: float  # see SMOOTHING_SIGMA
+    fade: int  # frames in which a jump shows both mouths
     kernel: np.ndarray  # that smooths generated shapes
 
     @classmethod
     def at(cls, rate: Fraction) -> "Horizon":
         block, lookahead, lookback = (scale_frames(frames, rate) for frames in (BLOCK, LOOKAHEAD, LOOKBACK))
-        return cls(rate, block, lookahead, lookback, SMOOTHING_SIGMA * float(rate / FPS), shape_kernel(rate))
+        sigma, fade = SMOOTHING_SIGMA * float(rate / FPS), scale_frames(1, rate)
+        return cls(rate, block, lookahead, lookback, sigma, fade, shape_kernel(rate))
 
     @property
     def held(self) -> int:
@@ -162,6 +164,7 @@ class _Run(Generic[Frame]):
         self.waiting: deque[Frame] = deque()
         self.measured: list[_Measured] = []  # of the waiting frames, after those of frames that lend context
         self.last_mouth: Mouth | None = None  # chosen for the frame before
+        self.fading: tuple[Mouth, int] | None = None  # a mouth that is left by a jump, and for how many frames yet
 
     def append(self, frame: Frame, measured: _Measured) -> None:
         self.waiting.append(frame)
@@ -191,24 +194,31 @@ class _Run(Generic[Frame]):
         if any(measured.target is not None for measured in self.measured[first:last]):
             mouths = self.bank.mouths_for(self.waiting[count - 1].position)
         if not mouths:
-            self.last_mouth = None
+            self.last_mouth = self.fading = None
             return
         targets = _target_features(self.measured, first, last, horizon)
         path = choose_mouths(mouths, targets, horizon.rate)
         anchors = np.stack([measured.anchor for measured in self.measured])
         for index, frame in zip(range(start, start + count), self.waiting, strict=False):
             mouth = mouths[path[index - first]]
-            blend = cross_fade(self.last_mouth, mouth)
+            blend = self.blend(mouth)
             anchor = gaussian_mean(anchors, index, horizon.sigma)
             _draw_frame(frame, self.measured[index], blend, anchor, targets[index - first])
-            self.last_mouth = mouth
 
+    def blend(self, mouth: Mouth) -> list[tuple[Mouth, float]]:
+        """Mouths to draw for the next frame, and their weights; mouth: the one that was chosen.
 
-def cross_fade(last: Mouth | None, mouth: Mouth) -> list[tuple[Mouth, float]]:
-    """Mouths to draw and their weights: a jump in the film is halved by one frame of both; more frames would blur."""
-    if last is None or abs(last.position - mouth.position) <= 1:
-        return [(mouth, 1.0)]
-    return [(last, 0.5), (mouth, 0.5)]
+        A jump in the film is softened by frames of both mouths, one at 25 a second; more would blur.
+        """
+        if self.last_mouth is not None and abs(self.last_mouth.position - mouth.position) > 1:
+            self.fading = self.last_mouth, self.horizon.fade
+        self.last_mouth = mouth
+        if self.fading is None:
+            return [(mouth, 1.0)]
+        last, left = self.fading
+        self.fading = (last, left - 1) if left > 1 else None
+        weight = left / (self.horizon.fade + 1)
+        return [(last, weight), (mouth, 1 - weight)]
 
 
 def _draw_frame(

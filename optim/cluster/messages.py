@@ -19,14 +19,15 @@ class PaintTask:
     """The windows of one group.
 
     windows: the number of frames and of context frames of each; the n frames of all windows, one after the other, have
-    tokens (n, 50, d) float32, source, crops (n, R, R, 3) uint8, matrices (n, 2, 3), opacities. regions: uint8, the
-    parts of the m new frames that pasting may change, flat, one after the other; shape: of those frames.
-    A model with a face of its own needs neither crops nor regions, which are then empty.
+    tokens (n, 50, d) float32, source, lends, crops (n, R, R, 3) uint8, matrices (n, 2, 3), opacities. regions: uint8,
+    the parts of the m new frames that pasting may change, flat, one after the other; shape: of those frames. A model
+    with a face of its own needs neither crops nor regions, which are then empty.
     """
 
     windows: list[tuple[int, int]]
     tokens: np.ndarray
     sources: list[int | None]
+    lends: list[bool]
     crops: np.ndarray
     matrices: np.ndarray
     opacities: list[float]
@@ -42,11 +43,13 @@ class PaintTask:
 class PaintedGroup:
     """The new frames of a `PaintTask`, painted.
 
-    pixels: uint8, the regions as in the task, or, of a model with a face of its own, faces (m, R, R, 3). recomputed:
-    which frames were painted in a wider dtype. messages: what the user should know, such as that memory ran short.
+    pixels: uint8, the regions as in the task; faces: uint8 (k, R, R, 3), of the frames that lend theirs, or, of a model
+    with a face of its own, of all m: then pixels is empty. recomputed: which frames were painted in a wider dtype.
+    messages: what the user should know, such as that memory ran short.
     """
 
     pixels: np.ndarray
+    faces: np.ndarray
     recomputed: list[bool]
     messages: list[str]
 
@@ -62,6 +65,7 @@ def pack(group: Group, resolution: int, own_face: bool) -> PaintTask | None:
         windows=[(len(window.frames), window.context) for window in windows],
         tokens=torch.stack([frame.tokens for frame in frames]).numpy(),
         sources=[frame.source for frame in frames],
+        lends=[frame.lends for frame in frames],
         crops=EMPTY if own_face else np.stack([frame.crop for frame in frames]),
         matrices=np.stack([frame.matrix for frame in frames]),
         opacities=[frame.opacity for frame in frames],
@@ -85,6 +89,7 @@ def unpack(task: PaintTask, resolution: int) -> list[Window]:
                 task.matrices[index],
                 task.opacities[index],
                 task.sources[index],
+                lends=task.lends[index],
             )
             if index >= number + context and not own_face:
                 x0, y0, x1, y1 = paste_rectangle(frame.matrix, resolution, task.shape)
@@ -101,11 +106,11 @@ def unpack(task: PaintTask, resolution: int) -> list[Window]:
 def pack_result(windows: list[Window], resolution: int, own_face: bool, messages: list[str]) -> PaintedGroup:
     """The pixels of painted windows."""
     frames = [frame for window in windows for frame in window.new]
-    if own_face:
-        pixels = np.stack([frame.generated for frame in frames if frame.generated is not None])
-    else:
-        pixels = np.concatenate([region.ravel() for region in _regions(list(windows), resolution)])
-    return PaintedGroup(pixels, [frame.recomputed for frame in frames], messages)
+    generated = [frame.generated for frame in frames if frame.generated is not None]
+    faces = np.stack(generated) if generated else EMPTY
+    regions = [] if own_face else [region.ravel() for region in _regions(list(windows), resolution)]
+    pixels = np.concatenate(regions) if regions else EMPTY
+    return PaintedGroup(pixels, faces, [frame.recomputed for frame in frames], messages)
 
 
 def unpack_result(painted: PaintedGroup, group: Group, resolution: int, own_face: bool) -> None:
@@ -113,9 +118,9 @@ def unpack_result(painted: PaintedGroup, group: Group, resolution: int, own_face
     frames = [frame for part in group if isinstance(part, Window) for frame in part.new]
     for frame, recomputed in zip(frames, painted.recomputed, strict=True):
         frame.recomputed = recomputed
+    for frame, face in zip((frame for frame in frames if own_face or frame.lends), painted.faces, strict=True):
+        frame.generated = face.copy()
     if own_face:
-        for frame, face in zip(frames, painted.pixels, strict=True):
-            frame.generated = face.copy()
         return
     offset = 0
     for region in _regions(group, resolution):

@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from latentsync import FPS
-from latentsync.rates import grid_rate, show_rate
+from latentsync.rates import describe_painting, grid_rate, painted_step, show_rate
 from optim.serving.job import Request
 from optim.serving.machine import LONG_SECONDS, Machine, workers_text
 from optim.serving.one_frame import MAX_SECONDS, preview_time
@@ -40,8 +40,9 @@ def describe_request(
     line = f"{summary(plan, device)}, model {checkpoint.name} ({checkpoint.resolution} px)"
     in_detail = f"{details(plan, device)}{f', faces restored by {request.restore:g}' if request.restore else ''}."
     rate = grid_rate(Fraction(video_fps or FPS).limit_denominator(1001), request.fps)
+    step = painted_step(rate, plan.settings.paint)
     if video_fps is not None:
-        line += f", {show_rate(rate)} frames a second"
+        line += f", {describe_painting(rate, step) or f'{show_rate(rate)} frames a second'}"
     if lent:  # the plan is for the processor that is here; only its level and steps hold on the lent GPU
         return f"{line}, on {machine.device_name}.", in_detail
     if seconds is None:
@@ -49,7 +50,7 @@ def describe_request(
     gpus = machine.gpus if seconds > LONG_SECONDS else 1  # where no other job runs or waits
     if machine.gpus > 1:
         line += f", on {workers_text(gpus, device.type)}"
-    frames = people * math.ceil(seconds * rate)
+    frames = people * math.ceil(seconds * rate / step)
     estimate = speeds.estimate(speed_key(checkpoint.name, machine, request, gpus), plan.settings, frames)
     if estimate is None:
         return f"{line}; how long it takes here is not known before the first job.", in_detail

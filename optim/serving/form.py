@@ -9,7 +9,7 @@ from typing import Any
 from latentsync.checkpoints.releases import RELEASES
 from latentsync.choice import CHOICES, FACES, parse_face
 from latentsync.errors import UserError
-from latentsync.rates import RATES
+from latentsync.rates import PAINTED, RATES
 from latentsync.settings import CRF, GUIDANCE_SCALE, INFERENCE_STEPS, SEED
 from optim.levels import STOPS, VRAM_FRACTION
 from optim.serving.guard import is_text, shorten
@@ -22,6 +22,7 @@ CACHES = {AS_LEVEL: "level", "off": None} | {
     f"every {words} step": n for n, words in ((2, "2nd"), (3, "3rd"), (4, "4th"))
 }
 SWITCHES = {AS_LEVEL: None, "on": True, "off": False}
+PAINT = {AS_LEVEL: None} | {f"{which} frame": which for which in PAINTED}
 ON_OFF = {"on": True, "off": False}
 MAX_FACE = 40  # characters of what names a face
 FACE_LABELS = {
@@ -205,6 +206,9 @@ SETTINGS = (
             lambda value: 0.0 if value is None else parse_number(value, "The strength of restoring", 0, 1, float),
             Slider(0, 1, 0.1), "How much of this server's face restorer is used on the painted part; 0: nothing.",
             hint=float | None, optional=True),
+    Setting("paint", "Paint", AS_LEVEL, lambda value: None if value is None else _word("frames to paint", PAINT)(value),
+            _labels(PAINT), "Of 48 frames a second and more; those between two painted ones are composed.",
+            show=_word_for(PAINT), hint=str | None, optional=True),
 )  # fmt: skip
 NAMES = tuple(setting.name for setting in SETTINGS)
 

@@ -54,6 +54,7 @@ class Request:
     silence_gate: bool = True
     fps: str = "source"  # one of `rates.RATES`
     match_colours: bool | None = None
+    paint: str | None = None  # one of `rates.PAINTED`; None: as the level says
     restore: float = 0.0  # strength, 0 to 1, of the server's face restorer
     video_track: int | None = None  # from 1; None: the file's own choice
     audio_track: int | None = None

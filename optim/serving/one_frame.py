@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from latentsync import SAMPLE_RATE
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.media import VideoInfo, probe_video, read_audio, read_frames, read_frames_looped
+from latentsync.rates import painted_step
 from latentsync.settings import WINDOW, Settings
 from optim.serving.inputs import with_user_names
 from optim.serving.job import Job, Request, owner_of
@@ -168,7 +169,7 @@ def paint(
     settings = fit_memory(plan.settings, info)
     wav = read_audio(request.audio, track=request.audio_track)
     check()
-    place = place_window(frame.at, len(wav), info)
+    place = place_window(frame.at, len(wav), info, painted_step(info.rate, settings.paint))
     part = info.between(float(place.film / info.rate))
     cancel, ahead = threading.Event(), lookahead_frames(info.rate)
     originals: list[np.ndarray] = []
@@ -215,8 +216,8 @@ def paint(
 class Window:
     """Frames of a voice that are painted.
 
-    first: the first of them; count: at most WINDOW; shown: the one among them that is shown; film: the film's frame at
-    which they begin.
+    first: the first of them; count: a window's at most; shown: the one among them that is shown; film: the film's frame
+    at which they begin.
     """
 
     first: int
@@ -230,16 +231,17 @@ class Window:
         return slice(round(self.first * frame), round((self.first + self.count) * frame) + SAMPLE_RATE)
 
 
-def place_window(at: float | None, samples: int, info: VideoInfo) -> Window:
+def place_window(at: float | None, samples: int, info: VideoInfo, step: int = 1) -> Window:
     """The window around a time of a voice of so many samples at 16 kHz, and where the film is then.
 
     at: seconds, None for the middle; one behind the end is the end. A film that is shorter than the voice is played
-    forward and backward; a window of its way back is painted forward around the same picture.
+    forward and backward; a window of its way back is painted forward around the same picture. step: of
+    `rates.painted_step`; a window has as many times more frames.
     """
     from latentsync.audio import frame_count
 
     total = frame_count(samples, info.rate)
-    count = min(WINDOW, total)
+    count = min(WINDOW * step, total)
     middle = total // 2 if at is None else min(int(min(at, samples / SAMPLE_RATE) * info.rate), total - 1)
     first = min(max(middle - count // 2, 0), total - count)
     turn = middle % (2 * info.n_frames)

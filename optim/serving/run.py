@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from latentsync import SPEAKERS
 from latentsync.errors import UserError
 from latentsync.media.segments import clock
+from latentsync.rates import describe_painting, painted_step
 from latentsync.settings import WINDOW
 from optim.serving.curves import last_seconds
 from optim.serving.job import Job, Request
@@ -67,6 +68,7 @@ def requested_settings(
         other_faces=request.faces[1:],
         silence_gate=request.silence_gate,
         fps=request.fps,
+        paint=request.paint,
         match_colours=request.match_colours,
         restore=str(restorer) if request.restore else None,
         restore_strength=request.restore,
@@ -89,8 +91,9 @@ def make_plan(
 
 
 def expect(job: Job, speeds: Speeds, speed_key: str, settings: "Settings") -> None:
-    """Set the time that a job will take by earlier ones; each of its faces is painted in every frame."""
-    estimate = speeds.estimate(speed_key, settings, job.frames * len(job.request.faces))
+    """Set the time that a job will take by earlier ones; each of its faces takes as long."""
+    painted = job.frames // painted_step(job.rate, settings.paint)
+    estimate = speeds.estimate(speed_key, settings, painted * len(job.request.faces))
     job.expected_seconds = estimate.seconds if estimate else None
 
 
@@ -123,6 +126,11 @@ def run_job(
     check_cancel(job)
     job.doing = "looking at the files"
     step_downs: list[str] = []
+    step = painted_step(job.rate, plan.settings.paint)
+    if painting := describe_painting(job.rate, step):
+        where += f", {painting.removeprefix('painted at ')}"
+        sentence = f"The film is {painting}; those between are composed."
+        job.messages += [sentence] if sentence not in job.messages else []  # a resumed job has it
     messages = len(job.messages)
 
     def on_step_down(change: str) -> None:
@@ -174,7 +182,7 @@ def run_job(
     seconds = time.monotonic() - began - report.waiting.get("models", 0.0)  # as no later job loads them
     undisturbed = not step_downs if workers is None else len(job.messages) == messages  # they say what they lack
     if undisturbed and not (known or report.ended_early or report.resumed_from or report.turns):
-        speeds.record(speed_key, plan.settings, report.frames * people, seconds)
+        speeds.record(speed_key, plan.settings, report.frames // step * people, seconds)
     gpu = None
     if models.device.type == "cuda" and (history := last_seconds(monitor.snapshot(), seconds)):
         gpu = history.gpu(nvml_index(models.device))
