@@ -97,9 +97,9 @@ def scale_frames(frames: int, rate: Fraction) -> int:
 
 
 def painted_step(rate: Fraction, paint: str | None) -> int:
-    """Every how manieth frame of a run at `rate` is painted, 1 or 2; paint: one of PAINTED, None for every frame.
+    """1 where every frame of a run at `rate` is painted, 2 where every second one is; paint: one of PAINTED, or None.
 
-    Of films of fewer than 2 · MIN_PAINTED frames a second every frame is painted, whatever is chosen.
+    Every frame is painted without a choice, and of films of fewer than 2 · MIN_PAINTED frames a second.
     """
     return 2 if paint == "second" and rate >= 2 * MIN_PAINTED else 1
 
