@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -26,6 +27,13 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_s
 from latentsync.checkpoints.releases import RELEASES, Part, folder_of, gigabytes, released_as
 from latentsync.errors import UserError
 from latentsync.paths import replacing
+
+if issubclass(HTTPError, OSError):  # before huggingface_hub 1.0, which went from requests to httpx
+    from requests import RequestException
+
+    ConnectionFailure: type[Exception] = RequestException
+else:
+    ConnectionFailure = HTTPError
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
@@ -190,7 +198,7 @@ def _download_part(part: Part, partial: Path, transfer: _Transfer) -> None:
             if status < 500 and status not in (408, 429):
                 raise UserError(_refusal(part, error, status)) from error
             reason = f"the server answers with error {status}"
-        except HTTPError as error:
+        except ConnectionFailure as error:
             reason = f"the connection fails ({str(error) or type(error).__name__})"
         except OSError as error:
             raise UserError(
@@ -224,20 +232,36 @@ def _receive(part: Part, url: str, partial: Path, transfer: _Transfer) -> None:
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if transfer.done:
         headers["Range"] = f"bytes={transfer.done}-"
-    with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+    with _open_stream(url, headers) as (response, chunks):
         hf_raise_for_status(response)
         same_begin = response.headers.get("Content-Range", "").startswith(f"bytes {transfer.done}-")
         continues = response.status_code == 206 and same_begin
         if not continues:  # a server that does not support ranges sends everything
             transfer.done = 0
         with partial.open("ab" if continues else "wb") as file:
-            for chunk in response.iter_bytes(CHUNK):
+            for chunk in chunks:
                 if transfer.stop.is_set():
                     return
                 if transfer.done + len(chunk) > part.size:
                     raise UserError(f"{constants.ENDPOINT} sends more than '{part.file}' has; fetch it again.")
                 file.write(chunk)
                 transfer.done += len(chunk)
+
+
+@contextmanager
+def _open_stream(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[bytes]]]:
+    """Send a GET request; gives the response, whose body is not read yet, and its body in chunks.
+
+    The response is one of httpx, and one of requests before huggingface_hub 1.0, which transformers before 5 needs.
+    """
+    session: Any = get_session()
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    if ConnectionFailure is HTTPError:
+        with session.stream("GET", url, headers=headers, timeout=timeout) as response:
+            yield response, response.iter_bytes(CHUNK)
+    else:
+        with session.get(url, headers=headers, timeout=timeout, stream=True) as response:
+            yield response, response.iter_content(CHUNK)
 
 
 def _refusal(part: Part, error: HfHubHTTPError, status: int) -> str:
@@ -321,7 +345,7 @@ def save_model_cards(name: str, folder: Path) -> None:
         path = folder / "licences" / f"{repository.replace('/', '--')}.md"
         if path.exists():
             continue
-        with suppress(HTTPError, OSError):
+        with suppress(ConnectionFailure, OSError):
             url = hf_hub_url(repository, "README.md", revision=revision)
             response = get_session().get(url, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
             hf_raise_for_status(response)

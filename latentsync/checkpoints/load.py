@@ -188,12 +188,12 @@ def _vae_reader(path: Path) -> ReadTensors:
 def load_face(path: Path, resolution: int) -> np.ndarray:
     """The picture of an aligned face, uint8 RGB (R, R, 3). Raises UserError where it is not of that size."""
     try:
-        picture = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB)
+        picture = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
     except (OSError, cv2.error):
         picture = None
     if picture is None or picture.shape != (resolution, resolution, 3):
         raise UserError(f"'{path}' is no picture of {resolution} × {resolution} pixels; fetch the checkpoint again.")
-    return picture
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)  # OpenCV reads RGB by itself only since 4.11
 
 
 @contextmanager
