@@ -906,7 +906,7 @@ def test_a_tab_draws_little_while_a_job_runs_and_gets_less_than_a_kilobyte_a_sec
     drawn = drawing(chromium, page, seconds)
     passed = time.monotonic() - began
     assert page.evaluate("document.getAnimations().length") == 0
-    assert drawn["FireAnimationFrame"] <= seconds and drawn["UpdateLayoutTree"] <= 4 * seconds, drawn
+    assert drawn["FireAnimationFrame"] <= seconds and drawn["UpdateLayoutTree"] <= 10 * seconds, drawn
     # Whole polls: one that began before may end in this time, so the first is left out.
     polls, size = traffic.requests["watch"], traffic.bytes["watch"]
     assert polls >= 2 and (polls - 1) * size / polls < 1000 * passed, traffic.bytes

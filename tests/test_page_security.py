@@ -371,7 +371,7 @@ def test_an_upload_can_be_used_twice_and_is_stored_once(server, quiet, clips):
     paths = [upload(server, name, (clips / name).read_bytes()) for name in ("talking.mp4", "short.wav")]
     files = [{"path": path, "meta": META} for path in paths]
     as_level = "as the level says"
-    rest = [0, "auto", 4, 1, 0.85, 0, as_level, as_level, "largest", 16, None, "on", "source", as_level, 0]
+    rest = [0, "auto", 4, 1, 0.85, 0, as_level, as_level, "largest", 16, None, "on", "source", as_level, 0, as_level]
     visitor = secrets.token_urlsafe(24)
     jobs = [call(server, "submit", *files, *rest, visitor).json()["data"][0] for _ in range(2)]
     client = client_of(server)
