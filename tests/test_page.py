@@ -173,14 +173,14 @@ def test_own_files_give_a_result_beside_the_original(visit, clips, server):
     box = "document.querySelector('.original').getBoundingClientRect()"
     page.fill(".wipe-at input", "20")
     assert page.evaluate(f"{box}.left === {box.replace('original', 'made')}.left"), "one over the other"
-    clip = page.evaluate("getComputedStyle(document.querySelector('.pair.over .other')).clipPath")
+    clip = page.evaluate("getComputedStyle(document.querySelector('.pair.over .other video')).clipPath")
     assert "80%" in clip or "20%" in clip
     assert page.evaluate("document.querySelector('.original').muted"), "one sound"
     page.click(".wipe")
     with page.expect_download() as download:
         page.click("text='Download'")
     assert download.value.suggested_filename == "talking-synced.mp4" and os.path.getsize(download.value.path()) > 1000
-    page.click("text=Side by side")
+    page.click("text=Make a side-by-side video")
     with page.expect_download() as download:
         page.click("a:text-is('Download side by side')")
     assert download.value.suggested_filename == "talking-side-by-side.mp4"
@@ -189,7 +189,7 @@ def test_own_files_give_a_result_beside_the_original(visit, clips, server):
     page.once("dialog", lambda box: (asked.append(box.message), box.dismiss()))
     page.click("text=Remove >> visible=true")
     page.evaluate("window.lipsync.refresh().then(window.lipsync.refresh)")  # the second begins when the box is gone
-    assert page.locator(".card").count() == 1 and "Remove talking-synced.mp4" in asked[0]
+    assert page.locator(".card").count() == 1 and "Delete talking-synced.mp4" in asked[0]
     page.once("dialog", lambda box: box.accept())
     page.click("text=Remove >> visible=true")
     page.wait_for_selector(".card", state="detached")
@@ -300,7 +300,7 @@ def test_a_tab_goes_on_with_the_server_that_comes_after(chromium, clips, checkpo
         page.evaluate("window.unchanged = true")
     with serve(tmp_path, "--model", checkpoint, port=before.port) as after:
         after.wait_until_ready()
-        page.wait_for_function("document.querySelector('#start-note').textContent.includes('give them again')")
+        page.wait_for_function("document.querySelector('#start-note').textContent.includes('add them again')")
         state(page, "done")
         page.wait_for_function("document.querySelector('.made').readyState > 0")  # by its new address
         points = page.evaluate("Number(document.querySelector('#plot').dataset.points)")
@@ -791,7 +791,7 @@ def test_the_page_stays_in_view_when_files_are_given_and_taken_back(visit, clips
 
 @pytest.mark.parametrize("field, name, words", [
     ("video", "IMG_2041.MOV", "1 face"), ("video", "clip", "1 face"), ("video", "short.wav", "holds no picture"),
-    ("audio", "IMG_2041.MOV", "2.0 s"), ("audio", "note.caf", "Nothing is heard"), ("audio", "text.mp4", "text.mp4"),
+    ("audio", "IMG_2041.MOV", "2.0 s"), ("audio", "note.caf", "is silent"), ("audio", "text.mp4", "text.mp4"),
 ])  # fmt: skip
 def test_a_file_of_any_type_is_looked_at_whatever_the_browser_takes_it_for(visit, clips, tmp_path, field, name, words):
     """A phone's IMG_2041.MOV has no type in some browsers, and Gradio's fields ignore what has none that they know."""

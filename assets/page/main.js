@@ -67,7 +67,7 @@ function sayUnreachable({ message }) {
     if (!["running", "waiting"].includes(card.dataset.state)) continue;
     setText(find(".state", card), "No contact");
     find(".state", card).classList.add("lost");
-    setText(find(".doing", card), "What follows was heard last.");
+    setText(find(".doing", card), "This is the last known state.");
   }
 }
 function refresh() {

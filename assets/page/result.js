@@ -37,7 +37,7 @@ function showResult(view, job) {
   const box = find(".result", view.card), name = fileName(job.files.result), ratio = ratioOf(job);
   const url = (file) => `${root}/lipsync/${job.files[file]}`;
   const seconds = Object.entries(job.report.seconds).map(([stage, time]) => [stage, inSeconds(time)]);
-  const question = `Remove ${name} and all else of this job from the machine that made it?`;
+  const question = `Delete ${name} and all other files of this job?`;
   box.innerHTML = html`
     <div class="pair">
       <figure class="other">
@@ -51,11 +51,11 @@ function showResult(view, job) {
         <figcaption>Result</figcaption>
       </figure>
     </div>
-    <label class="wipe-at" hidden>Seam between the two<input type="range" min="0" max="100" value="50"></label>
+    <label class="wipe-at" hidden>Divider<input type="range" min="0" max="100" value="50"></label>
     <div class="buttons">
       <a class="button main" href="${url("result")}" download="${name}">Download</a>
-      <label class="choice">Beside it<select class="with"></select></label>
-      <button type="button" class="soft wipe" aria-pressed="false" title="Lay one over the other, with a seam to move">One over the other</button>
+      <label class="choice">Compare with<select class="with"></select></label>
+      <button type="button" class="soft wipe" aria-pressed="false" title="Lay one over the other, with a divider to move; again: side by side">One over the other</button>
       <span class="beside"></span>
       ${callButton("Remove", ["remove", job.id], "soft", question)}
     </div>
@@ -104,12 +104,16 @@ function compareWith(view, job, box, player) {
     const shown = other ? `${root}/lipsync/${other.files.result}` : original;
     player.poster = `${root}/lipsync/${(other ?? job).files.result.split("/")[0]}/first-frame`;
     if (player.src !== shown) player.src = shown;
-    setText(caption, other ? `${levelText(other)}, without sound` : "Original, in step, without sound");
+    setText(caption, other ? `${levelText(other)}, muted` : "Original, in sync, muted");
     setShown(find(".other", box), !none);
-    if (!other) explainUnknown(player, caption);
-    const over = wipe.getAttribute("aria-pressed") === "true" && !none;
-    pair.classList.toggle("over", over);
-    setShown(seam, over);
+    const over = (known = true) => {
+      const laid = known && !none && wipe.getAttribute("aria-pressed") === "true";
+      setShown(wipe, known);
+      pair.classList.toggle("over", laid);
+      setShown(seam, laid);
+    };
+    over();
+    if (!other) explainUnknown(player, caption, () => over(false));
   };
   player.muted = true; // the attribute has no effect in markup
   select.onfocus = select.onpointerdown = fill;
@@ -121,10 +125,10 @@ function compareWith(view, job, box, player) {
 }
 
 /** A picture, or a video that this browser does not know, is shown by its first frame. */
-function explainUnknown(player, caption) {
+function explainUnknown(player, caption, onUnknown) {
   const still = (text) => { player.removeAttribute("src"); player.load(); setText(caption, text); };
   if (/\.(png|jpe?g|webp|bmp|gif|avif)$/i.test(player.src)) return still("Original, a picture");
-  const unknown = () => still("First frame of the original: this browser cannot play its format");
+  const unknown = () => { still("First frame of the original: this browser cannot play its format"); onUnknown(); };
   player.onerror = () => player.getAttribute("src") && unknown();
   player.onloadedmetadata = () => player.videoWidth || unknown(); // it may know the sound alone
 }
@@ -160,12 +164,12 @@ function updateComparison(view, job) {
   const length = part ? `, of the first ${Math.round(job.compared_seconds / 60)} minutes` : "";
   box.title = `A video of original and result next to each other, with the new sound${length}`;
   const progress = state === "waiting" ? "waits for another" : `${total ? Math.floor((100 * done) / total) : 0} %`;
-  const label = `Side by side: ${progress} · stop`, stop = find(".making", box);
+  const label = `Stop making the side-by-side video: ${progress}`, stop = find(".making", box);
   if (state === "done") {
     const file = job.files.compared;
     box.innerHTML = html`<a class="button" href="${root}/lipsync/${file}" download="${fileName(file)}">Download side by side</a>`;
   } else if (state !== "running" && state !== "waiting") {
-    box.innerHTML = callButton("Side by side", ["compare", job.id]);
+    box.innerHTML = callButton("Make a side-by-side video", ["compare", job.id]);
   } else if (stop) {
     setText(stop, label);
   } else {

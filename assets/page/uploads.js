@@ -81,7 +81,7 @@ function markFaces() {
 
 /** Say that the files in the form went with the server before; returns none for each of them. */
 function dropFiles(files) {
-  const lost = "The server was started again and has not got your files any more: give them again.";
+  const lost = "The server was started again and no longer has your files: add them again.";
   if (files.some(Boolean)) startNote(lost, true);
   return files.map(() => null);
 }

@@ -118,7 +118,7 @@ def recommend(fits: Callable[[int], bool]) -> tuple[str, str]:
     """
     large, small = RELEASES["latentsync-1.6"].resolution, RELEASES["latentsync-1.5"].resolution
     if not fits(small):
-        return "demo", "The demo model, because the released ones need a GPU with more memory than there is."
+        return "demo", "The demo model, because the released ones need a GPU with more memory than this machine has."
     if not fits(large):
         return "latentsync-1.5", f"LatentSync 1.5, because the GPU's memory does not hold the {large} px of 1.6."
     return "latentsync-1.6", f"LatentSync 1.6, because the GPU's memory holds its {large} px, the finest there is."

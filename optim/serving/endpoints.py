@@ -42,10 +42,8 @@ ONE_JOB = (
     "them."
 )
 BUSY = "This server looks at as many files as it can now: try again in a minute."
-DEMO_HINT = (
-    " Demo model: it shows mouth shapes with the video's own pixels. For a newly painted mouth fetch LatentSync 1.6, "
-    "under Advanced."
-)
+DEMO_HINT = " Demo model: it moves the mouth with pictures of the mouth that are in the video."
+FETCH_HINT = " For a newly painted mouth fetch {}, under Advanced."
 
 
 class OtherFace(TypedDict):
@@ -394,7 +392,7 @@ class Endpoints:
         line, details, preview = self.worker.describe(request, length, rate if parse_rate(str(rate)) else None, people)
         machine = self.worker.machine
         if machine and "demo" == (machine.chosen if request.model == "auto" else request.model):
-            line += DEMO_HINT
+            line += DEMO_HINT + (FETCH_HINT.format(machine.best) if machine.best != "demo" else "")
         return {"line": line, "details": details, "preview": preview}
 
     def measure(self, audio: FileData, audio_track: int | None = None) -> dict[str, Any]:

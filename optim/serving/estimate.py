@@ -73,6 +73,8 @@ def describe_preview(
 def range_text(low: float, high: float) -> str:
     """A range of durations, or one where both ends read alike."""
     first, last = duration_text(low), duration_text(high)
+    if last.endswith(" min") and 45 <= low < 90:  # as duration_text has seconds
+        first = "1 min"
     if first == last:
         return f"about {last}"
     number, unit = first.split()

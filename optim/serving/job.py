@@ -14,7 +14,7 @@ from typing import Any
 from latentsync import STAGES
 from latentsync.choice import SAME_FACE, parse_face
 from latentsync.errors import UserError
-from latentsync.settings import CRF, INFERENCE_STEPS, SEED
+from latentsync.settings import CRF, INFERENCE_STEPS, SEED, WINDOW
 from optim.serving.limits import check_option
 
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
@@ -273,10 +273,10 @@ class Job:
         return self.progress.get("mouths", 0) + self.partial_frames
 
     def frames_per_second(self) -> float | None:
-        """Speed since the first mouth of this run; None before."""
+        """Speed since the first mouth of this run; None before its first window is done, whose parts say little."""
         span = self.timeline and self.timeline["stages"].get("mouths")
         done = self.finished_mouths() - self.resumed_from
-        if not span or done <= 0 or self.started is None:
+        if not span or done < min(WINDOW, self.frames - self.resumed_from) or done <= 0 or self.started is None:
             return None
         now = self.ended or time.time()
         return done / max(now - self.started - span[0], 1e-3)

@@ -26,7 +26,7 @@ SMALL = "The face is only {size} pixels high: a video from nearer, or of more pi
 
 LISTEN_SECONDS = 1800.0  # of sound, at most, that is decoded to see whether anything is heard in it
 SILENCE = 0.001  # of full scale, −60 dB: a microphone that is switched off is quieter, a whisper louder
-SILENT = "Nothing is heard in this sound, so the mouth will stay shut. Choose another one, or check the microphone."
+SILENT = "This recording is silent, so the mouth will stay shut. Choose another one, or check the microphone."
 
 
 def listen_to(info: AudioInfo) -> list[str]:
