@@ -31,7 +31,7 @@ class FramesBetween:
     """
 
     def __init__(self, own_face: bool, resolution: int, device: torch.device):
-        self._own_face, self._resolution, self._device = own_face, resolution, device
+        self._own_face = own_face
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._mask = torch.from_numpy(fixed_mask(resolution).copy()).to(device)
         self._left_out: deque[tuple[AlignedFrame, AlignedFrame]] = deque()  # the painted frame before, and the frame
@@ -74,19 +74,20 @@ class FramesBetween:
             frame.generated = face
         else:
             with torch.cuda.stream(self._stream):  # None: no change
-                self._paste(frame, face)
+                show_face(frame, face, self._mask)
 
-    @torch.inference_mode()
-    def _paste(self, frame: AlignedFrame, face: np.ndarray) -> None:
-        generated = (torch.from_numpy(face).to(self._device).permute(2, 0, 1)[None].float()) / 127.5 - 1
-        crop = torch.from_numpy(frame.crop[None]).to(self._device)
-        merged = merge_faces(generated, crop, self._mask)
-        x0, y0, x1, y1 = rectangle = paste_rectangle(frame.matrix, self._resolution, frame.frame.shape)
-        pixels = frame.frame[y0:y1, x0:x1]
-        if pixels.size:
-            region = torch.from_numpy(pixels).to(self._device)
-            paste_face(region, merged[0], frame.matrix, rectangle, frame.frame.shape, frame.opacity)
-            pixels[...] = region.cpu().numpy()
+
+@torch.inference_mode()
+def show_face(frame: AlignedFrame, face: np.ndarray, mask: torch.Tensor) -> None:
+    """Lay a face uint8 (R, R, 3) over a frame's own crop, and paste that; mask: `fixed_mask`, on the device to use."""
+    generated = torch.from_numpy(face).to(mask.device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    merged = merge_faces(generated, torch.from_numpy(frame.crop[None]).to(mask.device), mask)
+    x0, y0, x1, y1 = rectangle = paste_rectangle(frame.matrix, len(mask), frame.frame.shape)
+    pixels = frame.frame[y0:y1, x0:x1]
+    if pixels.size:
+        region = torch.from_numpy(pixels).to(mask.device)
+        paste_face(region, merged[0], frame.matrix, rectangle, frame.frame.shape, frame.opacity)
+        pixels[...] = region.cpu().numpy()
 
 
 def continues(before: AlignedFrame, after: AlignedFrame) -> bool:

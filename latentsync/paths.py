@@ -135,6 +135,11 @@ def _not_writable(path: str | os.PathLike, what: str, error: Exception) -> UserE
     return UserError(f"{what} '{path}' cannot be written ({reason}); choose another name for it.")
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in a folder that holds no others. Raises OSError."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
 def hash_files(paths: Iterable[str | os.PathLike], on_wait: Callable[[], None] = lambda: None) -> str:
     """SHA-256 of the contents of files, one after the other; on_wait: called between blocks.
 

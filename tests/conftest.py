@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import cv2
@@ -122,6 +123,16 @@ def checkpoint(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def models(checkpoint):
+    """The networks of the checkpoint on the processor, for tests that leave them as they are."""
+    from latentsync.checkpoints.find import resolve_model
+    from latentsync.checkpoints.load import load_models
+
+    device = torch.device("cpu")
+    return load_models(resolve_model(str(checkpoint), device), device, torch.float32)
+
+
 @pytest.fixture(scope="session")
 def originals(checkpoint, tmp_path_factory) -> Path:
     """The checkpoint with the names and in the formats of a release."""
@@ -139,13 +150,29 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory, checkpoint, home):
     """The worker of a page on one device, ready for jobs."""
+    with ready_worker(tmp_path_factory.mktemp("outputs"), checkpoint) as worker:
+        yield worker
+
+
+@contextmanager
+def ready_worker(folder: Path, checkpoint: Path, **options):
+    """A worker of a page that is ready for jobs, and is closed at the end."""
     from optim.serving.worker import Worker
 
-    worker = Worker(tmp_path_factory.mktemp("outputs"), model=str(checkpoint), device="cpu")
-    worker.start()
-    assert worker.ready.wait(60) and worker.machine, worker.problem
-    yield worker
-    worker.close()
+    worker = Worker(folder, model=str(checkpoint), device="cpu", **options)
+    with closing(worker):
+        worker.start()
+        assert worker.ready.wait(60) and worker.machine, worker.problem
+        yield worker
+
+
+@pytest.fixture
+def start_worker(tmp_path, checkpoint):
+    """Starts workers, by default all on the same outputs: start_worker(folder, **options)."""
+    with ExitStack() as stack:
+        yield lambda folder="outputs", **options: stack.enter_context(
+            ready_worker(tmp_path / folder, checkpoint, **options)
+        )
 
 
 @pytest.fixture

@@ -19,8 +19,6 @@ from tiny import RESOLUTION
 from latentsync import painting
 from latentsync.alignment import crop_face, fixed_mask
 from latentsync.between import FramesBetween, mean_face, midway_face
-from latentsync.checkpoints.find import resolve_model
-from latentsync.checkpoints.load import load_models
 from latentsync.compositing import paste_rectangle
 from latentsync.errors import UserError
 from latentsync.media import read_frames
@@ -42,11 +40,6 @@ CPU = torch.device("cpu")
 MATRIX = np.array([[0.4, 0.02, -8.0], [-0.02, 0.4, -10.0]], np.float32)
 SECOND = Settings(steps=1, crf=4, paint="second")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def models(checkpoint):
-    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ from test_resume import X264, hashes
 from tiny import RESOLUTION, WIDTH
 
 from latentsync.checkpoints.find import resolve_model
-from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.machine import usable_cores
 from latentsync.painting import Painter, paint_groups
@@ -47,11 +46,6 @@ FRAMES = 130  # eight windows and one that is slid back, in two shots
 SETTINGS = Settings(steps=2, frames_per_pass=4)  # as the plan of a processor has it
 MATRIX = np.array([[0.4, 0.02, -8.0], [-0.02, 0.4, -10.0]])
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def models(checkpoint):
-    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 def aligned_frames(count: int = FRAMES) -> list[AlignedFrame]:

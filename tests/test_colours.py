@@ -11,8 +11,6 @@ from conftest import portrait
 
 from latentsync.__main__ import make_parser
 from latentsync.alignment import fixed_mask
-from latentsync.checkpoints.find import resolve_model
-from latentsync.checkpoints.load import load_models
 from latentsync.compositing import MATCHED_AREAS, match_colours, merge_faces
 from latentsync.errors import UserError
 from latentsync.evaluation.appearance import ciede2000
@@ -27,11 +25,6 @@ from optim.serving import form
 CPU = torch.device("cpu")
 FRAMES, SIDE = 16, 64
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def models(checkpoint):
-    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")

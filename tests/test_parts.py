@@ -32,11 +32,6 @@ FLASH = 5  # frames
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def models(checkpoint):
-    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
-
-
 @pytest.fixture(scope="module", params=RATES)
 def film(request, tmp_path_factory) -> tuple[Path, Fraction]:
     """Four seconds of a face with its frames numbered along the top; at every second a corner flashes, and a beep of

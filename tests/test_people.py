@@ -9,8 +9,6 @@ from conftest import save_video
 from skimage.data import astronaut
 from test_cli import refuse
 
-from latentsync.checkpoints.find import resolve_model
-from latentsync.checkpoints.load import load_models
 from latentsync.choice import FacePoint, parse_face
 from latentsync.errors import UserError
 from latentsync.faces import track_people
@@ -62,11 +60,6 @@ def film(tmp_path_factory):
     return save_video(
         tmp_path_factory.mktemp("people") / "two.mp4", frames, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", 6
     )
-
-
-@pytest.fixture(scope="module")
-def models(checkpoint):
-    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,6 @@ from skimage.metrics import peak_signal_noise_ratio as psnr
 from latentsync import STAGES, aligning, painting, pipeline
 from latentsync.alignment import frame_rectangle
 from latentsync.audio import audio_chunks, frame_count
-from latentsync.checkpoints.find import resolve_model
-from latentsync.checkpoints.load import load_models
 from latentsync.compositing import match_colours
 from latentsync.errors import UserError
 from latentsync.faces import track_faces
@@ -50,11 +48,6 @@ CPU = torch.device("cpu")
 CROP = np.zeros((1, 1, 3), np.uint8)
 FRAMES = 40  # two split_windows and a slid-back third
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def models(checkpoint):
-    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -36,26 +36,11 @@ def sounds(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def start(tmp_path, checkpoint):
-    started = []
+def start(start_worker):
+    def start_one(prepared_bytes: int = ROOM, **options) -> Worker:
+        return start_worker(prepared_bytes=prepared_bytes, **options)
 
-    def start_one(prepared_bytes: int = ROOM, shared: bool = False, folder: str = "outputs", **options) -> Worker:
-        worker = Worker(
-            tmp_path / folder,
-            model=str(checkpoint),
-            device="cpu",
-            prepared_bytes=prepared_bytes,
-            shared=shared,
-            **options,
-        )
-        started.append(worker)
-        worker.start()
-        assert worker.ready.wait(60) and worker.machine, worker.problem
-        return worker
-
-    yield start_one
-    for worker in started:
-        worker.close()
+    return start_one
 
 
 def run(worker: Worker, video: Path, sound: Path, visitor: str = ME, **settings) -> Job:

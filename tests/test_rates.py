@@ -14,8 +14,6 @@ from test_resume import hashes
 from latentsync import aligning, audio, faces, following, pipeline
 from latentsync.__main__ import make_parser
 from latentsync.audio import audio_chunks, frame_count
-from latentsync.checkpoints.find import resolve_model
-from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.media import VideoWriter, probe_video, read_audio, read_frames, read_frames_looped
 from latentsync.pipeline import Hooks, lipsync
@@ -217,11 +215,6 @@ def test_shapes_are_smoothed_over_the_same_time(rate):
 
 
 # ---- the whole run
-
-
-@pytest.fixture(scope="module")
-def models(checkpoint):
-    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 def talking_film(path: Path, rate: str, count: int) -> Path:

@@ -23,7 +23,6 @@ from app import Page
 from latentsync.__main__ import main, make_parser
 from latentsync.alignment import fixed_mask
 from latentsync.checkpoints.find import resolve_model
-from latentsync.checkpoints.load import load_models
 from latentsync.compositing import merge_faces
 from latentsync.errors import UserError
 from latentsync.pipeline import Hooks, Source, generate_frames, lipsync
@@ -94,11 +93,6 @@ def save_restorer(path: Path, **change: float) -> Path:
 def blurring(tmp_path) -> Path:
     """A restorer that nobody would want."""
     return save_restorer(tmp_path / "blurring.safetensors", blur=True)
-
-
-@pytest.fixture(scope="module")
-def models(checkpoint):
-    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 def faces_and_crops(side: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,8 +22,6 @@ from filelock import FileLock
 
 from latentsync import STAGES, aligning, painting, pipeline
 from latentsync.__main__ import main
-from latentsync.checkpoints.find import resolve_model
-from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.faces import Face, track_faces
 from latentsync.media import VideoWriter, probe_audio, probe_video, read_frames, segments
@@ -39,11 +37,6 @@ SEGMENT = 20  # frames, in place of a minute's
 FRAMES = 68  # three segments, and a fourth that is shorter; five windows
 X264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", 12)
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def models(checkpoint):
-    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")

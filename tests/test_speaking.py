@@ -49,11 +49,6 @@ def film(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models(checkpoint):
-    return load_models(resolve_model(str(checkpoint), CPU), CPU, torch.float32)
-
-
-@pytest.fixture(scope="module")
 def voice(tmp_path_factory):
     return make_sound(tmp_path_factory.mktemp("voice") / "voice.wav", seconds=FRAMES / 25, source="sine=f=440:r=16000")
 

@@ -11,11 +11,8 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
-import torch
 from clips import make_sound, make_video
 
-from latentsync.checkpoints.find import resolve_model
-from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.media import (
     VideoWriter,
@@ -58,12 +55,6 @@ def nothing_stays():
     assert time.monotonic() - began < 3 * SOON, "it was waited for until the end"
     assert threading.enumerate() == threads
     assert psutil.Process().children(recursive=True) == children
-
-
-@pytest.fixture(scope="module")
-def models(checkpoint):
-    cpu = torch.device("cpu")
-    return load_models(resolve_model(str(checkpoint), cpu), cpu, torch.float32)
 
 
 @pytest.fixture

@@ -22,8 +22,6 @@ import torch
 from clips import ffmpeg, make_sound, make_video
 from conftest import FACE_FRAMES, portrait, save_video
 
-from latentsync.checkpoints.find import resolve_model
-from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.media import VideoWriter, probe_video, process, read_frames, reading, writing
 from latentsync.paths import replacing
@@ -42,34 +40,17 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def models(checkpoint):
-    cpu = torch.device("cpu")
-    return load_models(resolve_model(str(checkpoint), cpu), cpu, torch.float32)
-
-
-@pytest.fixture(scope="module")
 def short_voice(tmp_path_factory):
     return make_sound(tmp_path_factory.mktemp("voice") / "short.wav", seconds=0.2)
 
 
 @pytest.fixture
-def start(tmp_path, checkpoint, monkeypatch):
+def start(tmp_path, start_worker, monkeypatch):
     """Starts a worker with nothing of other tests around it: home, outputs and temporary files."""
     monkeypatch.setenv("LATENTSYNC_HOME", str(tmp_path / "home"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    started = []
-
-    def start_one(**options) -> Worker:
-        worker = Worker(tmp_path / "outputs", model=str(checkpoint), device="cpu", **options)
-        started.append(worker)
-        worker.start()
-        assert worker.ready.wait(60) and worker.machine, worker.problem
-        return worker
-
-    yield start_one
-    for worker in started:
-        worker.close()
+    return start_worker
 
 
 def children(words: str = "ffmpeg") -> list[psutil.Process]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from latentsync.checkpoints.description import MAX_SIZE, Traits, check_sizes, po
 from latentsync.checkpoints.find import Checkpoint
 from latentsync.checkpoints.tensors import DAMAGED, ReadTensors, load_exactly, read_tensors, reader, unet_reader
 from latentsync.errors import UserError
+from latentsync.paths import hash_files
 from latentsync.restoring import Restorer
 from latentsync.settings import WINDOW
 from latentsync.unet import UNet
@@ -42,6 +44,11 @@ class Models(Traits):
     # Restorers that were loaded for them, by file, kept as long as the models are.
     restorers: dict[tuple[Path, int, int], Restorer] = field(default_factory=dict)
     vae_files: tuple[Path, ...] = ()  # of these, the autoencoder's weights and configuration
+
+    @cached_property
+    def vae_sha256(self) -> str:
+        """SHA-256 of the autoencoder's files, which are read once. Raises OSError with the file's name."""
+        return hash_files(self.vae_files)
 
     @property
     def retargets(self) -> bool:

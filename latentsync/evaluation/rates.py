@@ -14,9 +14,8 @@ import torch
 from latentsync import FPS
 from latentsync.alignment import crop_face, fixed_mask
 from latentsync.audio import audio_chunks, frame_count, on_side_stream
-from latentsync.between import FramesBetween
+from latentsync.between import FramesBetween, show_face
 from latentsync.checkpoints.load import Models
-from latentsync.compositing import merge_faces, paste_face, paste_rectangle
 from latentsync.evaluation.appearance import NEAR, mouth_hulls
 from latentsync.evaluation.clips import Clip, FaceTrack, track_clip
 from latentsync.evaluation.measures import correlation, flicker, peak
@@ -73,13 +72,8 @@ def show(frame: AlignedFrame, face: np.ndarray, painter: Painter) -> None:
     """Give a frame a face uint8 (R, R, 3)."""
     if painter.face is not None:
         frame.generated = face
-        return
-    side = painter.models.resolution
-    generated = torch.from_numpy(face).permute(2, 0, 1)[None] / 127.5 - 1
-    merged = merge_faces(generated, torch.from_numpy(frame.crop[None]), torch.from_numpy(fixed_mask(side).copy()))
-    x0, y0, x1, y1 = rectangle = paste_rectangle(frame.matrix, side, frame.frame.shape)
-    region = torch.from_numpy(frame.frame)[y0:y1, x0:x1]
-    paste_face(region, merged[0], frame.matrix, rectangle, frame.frame.shape, frame.opacity)
+    else:
+        show_face(frame, face, torch.from_numpy(fixed_mask(painter.models.resolution).copy()))
 
 
 Way = Callable[[Frames, Painter], None]

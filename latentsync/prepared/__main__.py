@@ -8,6 +8,7 @@ from latentsync import __version__
 from latentsync.__main__ import leave, shield_dashes
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.options import between, choose_device, exit_code, face_name
+from latentsync.paths import folder_bytes
 from latentsync.progress import ProgressBars, ProgressLines
 from latentsync.rates import RATES
 from latentsync.settings import Settings
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from latentsync.checkpoints.load import load_models
     from latentsync.hooks import Hooks
     from latentsync.media import probe_video
-    from latentsync.prepared.making import folder_bytes, prepare_film
+    from latentsync.prepared.making import prepare_film
 
     info = probe_video(args.film, args.video_track).at_choice(args.fps)
     for remark in info.remarks:

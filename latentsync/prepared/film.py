@@ -102,7 +102,7 @@ def film_key(
         latents = 2 * config.latent_channels, side, side
     try:
         film = hash_files([info.path], on_wait)
-        autoencoder = hash_files(models.vae_files, on_wait) if latents else ""
+        autoencoder = models.vae_sha256 if latents else ""
     except OSError as error:
         raise UserError(
             f"'{error.filename}' cannot be read ({error.strerror}): check its rights, or get it again."

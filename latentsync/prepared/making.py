@@ -5,7 +5,6 @@ import sys
 from contextlib import closing
 from functools import partial
 from itertools import repeat
-from pathlib import Path
 
 import torch
 
@@ -71,8 +70,3 @@ def prepare_film(
             raise UserError(f"'{video}' has changed while it was prepared: start again when nothing writes it.")
         recorder.finish()
     return done, faces
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of a prepared film on the disk."""
-    return sum(path.stat().st_size for path in folder.iterdir())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from torch import Tensor
 from latentsync.checkpoints.find import resolve_model
 from latentsync.checkpoints.load import Models, load_models, working_dtype
 from latentsync.media import probe_video
+from latentsync.paths import folder_bytes
 from latentsync.pipeline import Hooks, lipsync
 from latentsync.prepared.film import PreparedFilm, film_key
-from latentsync.prepared.making import folder_bytes
 from latentsync.prepared.recording import Recorder
 from latentsync.settings import INFERENCE_STEPS, WINDOW, DeepCache, Settings
 from optim.accelerate import Plan, accelerate, make_plan, oom_handler
@@ -43,6 +44,7 @@ from optim.trial import one_line, relative_error
 
 REFERENCES = {"reference": None, "reference + DeepCache (3, 0)": DeepCache(3, 0)}  # names, and their caches
 REFERENCE, CACHED_REFERENCE = REFERENCES
+Row = TypeVar("Row", "JobRow", "VoicesRow")
 CACHE_FOLDERS = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -266,20 +268,27 @@ def start_rows(
 
 def job_rows(video: Path, audio: Path, resolution: int, config: BenchmarkConfig) -> Iterator[JobRow]:
     """The whole pipeline at every level. The first of two runs is a cold start and is not counted."""
+    return _level_rows(JobRow, partial(_job_row, video, audio, config), resolution, config)
+
+
+def _level_rows(
+    kind: type[Row], measure: Callable[[Row, Models, Settings], Row], resolution: int, config: BenchmarkConfig
+) -> Iterator[Row]:
+    """A row of a kind for each level, which `measure` fills in with the models accelerated."""
     models = config.models(resolution)
     for level in config.levels:
-        row = JobRow(level.name, models.resolution)
+        row = kind(level.name, models.resolution)
         free_memory()
         try:
-            yield _job_row(row, video, audio, models, level, config)
+            plan = config.plan(level, models.resolution, config.gpu())
+            yield measure(row, accelerate(models, plan), plan.settings)
         except Exception as error:
             yield replace(row, failed=one_line(error))
 
 
-def _job_row(row: JobRow, video: Path, audio: Path, models: Models, level: Level, config: BenchmarkConfig) -> JobRow:
-    plan = config.plan(level, models.resolution, config.gpu())
-    settings = plan.settings
-    accelerate(models, plan)
+def _job_row(
+    video: Path, audio: Path, config: BenchmarkConfig, row: JobRow, models: Models, settings: Settings
+) -> JobRow:
     painting: list[float] = []  # times of progress, by time.monotonic()
 
     def on_progress(stage: str, done: int, total: int) -> None:
@@ -310,20 +319,11 @@ def _job_row(row: JobRow, video: Path, audio: Path, models: Models, level: Level
 
 
 def voices_rows(video: Path, audio: Path, resolution: int, config: BenchmarkConfig) -> Iterator[VoicesRow]:
-    """A row for each level, after a run that is not counted."""
-    models = config.models(resolution)
-    for level in config.levels:
-        row = VoicesRow(level.name, models.resolution)
-        free_memory()
-        try:
-            plan = config.plan(level, models.resolution, config.gpu())
-            accelerate(models, plan)
-            yield _voices_row(row, video, audio, models, plan.settings)
-        except Exception as error:
-            yield replace(row, failed=one_line(error))
+    """A film's first and second voice at every level, after a run that is not counted."""
+    return _level_rows(VoicesRow, partial(_voices_row, video, audio), resolution, config)
 
 
-def _voices_row(row: VoicesRow, video: Path, audio: Path, models: Models, settings: Settings) -> VoicesRow:
+def _voices_row(video: Path, audio: Path, row: VoicesRow, models: Models, settings: Settings) -> VoicesRow:
     key = film_key(probe_video(video).at_choice(settings.fps), settings, models)
     with tempfile.TemporaryDirectory(prefix="latentsync-") as folder:
         output, prepared = Path(folder, "out.mp4"), Path(folder, "film")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from latentsync.choice import SPEAKING
 from latentsync.errors import UserError
 from latentsync.media import probe_video
-from latentsync.paths import PARTIAL
+from latentsync.paths import PARTIAL, folder_bytes
 from optim.serving.inputs import PREPARED
 from optim.serving.job import RUNNING, Job
 from optim.serving.limits import check_option
@@ -174,13 +174,14 @@ class PreparedFilms:
         """Finish what a job has recorded, also in place of what other jobs have of fewer frames."""
         try:
             recorder.finish()
-        except UserError as error:
+            size = folder_bytes(recorder.folder)
+        except (OSError, UserError) as error:
             log.warning("What a job has found of its film is not kept: %s", error)
             return
         for other in self._visible_jobs(job):
             shorter = other.folder / PREPARED / recorder.folder.name
             with self._lock, suppress(OSError):  # most have none
-                if other is not job and other.state != RUNNING and _bytes(shorter) < _bytes(recorder.folder):
+                if other is not job and other.state != RUNNING and folder_bytes(shorter) < size:
                     shutil.rmtree(shorter, ignore_errors=True)
                     _share(recorder.folder, shorter, move=False)
 
@@ -214,7 +215,7 @@ class PreparedFilms:
             for folder in _folders(job.folder / PREPARED):
                 try:
                     status = os.stat(folder / MANIFEST)
-                    size = _bytes(folder)
+                    size = folder_bytes(folder)
                 except OSError:  # one that is removed with its job at this moment, or a damaged one
                     shutil.rmtree(folder, ignore_errors=True)
                     continue
@@ -268,11 +269,6 @@ def _share(entry: Path, target: Path, move: bool) -> bool:
         except OSError:  # it is gone, or lies on another file system
             return False
     return True
-
-
-def _bytes(entry: Path) -> int:
-    """What an entry takes on the disk. Raises OSError."""
-    return sum(path.stat().st_size for path in entry.iterdir())
 
 
 def _status(path: Path) -> tuple[int, int] | None:

@@ -6,11 +6,11 @@ A `Runner` runs a job with a checkpoint and sets its output and report. The func
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from latentsync.prefetch import in_background
+from latentsync.several import load_once
 from optim.serving.job import Job, Request
 from optim.serving.machine import Machine, at_level, workers_text
 from optim.serving.prepared_films import PreparedFilms
@@ -54,8 +54,7 @@ class InProcess:
         self._machine, self._monitor, self._speeds, self._restorer = machine, monitor, speeds, restorer
         self._prepared = prepared
         self.models: Models | None = None
-        self._loaded: Checkpoint | None = None  # of `models`
-        self._load_weights: Callable[[], None] = lambda: None  # of `models`, once
+        self._load = load_once()
 
     def run(self, job: Job, checkpoint: "Checkpoint") -> None:
         """Only this call holds the model, so that it can be unloaded after it.
@@ -67,7 +66,7 @@ class InProcess:
         from optim.accelerate import accelerate, set_precision
 
         check_cancel(job)
-        models = self._outline(job, checkpoint)
+        models, load_weights = self._outline(job, checkpoint)
         plan = make_plan(job.request, models, models.device, self._restorer)
         key = speed_key(models.name, self._machine, job.request)
         expect(job, self._speeds, key, plan.settings)
@@ -75,7 +74,7 @@ class InProcess:
         messages: list[str] = []
 
         def get_ready() -> None:
-            self._load_weights()
+            load_weights()
             accelerate(models, plan, messages.append, frames=job.frames)
 
         with in_background(get_ready, "models") as wait_until_ready:
@@ -100,36 +99,25 @@ class InProcess:
 
     def load(self, job: Job, checkpoint: "Checkpoint") -> "Models":
         """The models of a checkpoint with their weights: the loaded ones, or others in their place."""
-        models = self._outline(job, checkpoint)
-        self._load_weights()
+        models, load_weights = self._outline(job, checkpoint)
+        load_weights()
         return models
 
-    def _outline(self, job: Job, checkpoint: "Checkpoint") -> "Models":
-        """The models of a checkpoint, whose weights `_load_weights` loads where they are not there yet."""
+    def _outline(self, job: Job, checkpoint: "Checkpoint") -> "tuple[Models, Callable[[], None]]":
+        """The models of a checkpoint, and what loads their weights where they are not there yet."""
         import torch
 
-        from latentsync.checkpoints.load import load_outline, load_weights, working_dtype
-
-        checkpoint = replace(checkpoint, remark=None)  # the same files under any name
-        if self.models is not None and self._loaded == checkpoint:
-            return self.models
-        self.unload()
         job.doing = f"loading the model {checkpoint.name}"
-        device = torch.device(self._machine.device)
-        models = load_outline(checkpoint, working_dtype(device), device)
-
-        @cache
-        def load() -> None:
-            load_weights(models, checkpoint)
-
-        self.models, self._loaded, self._load_weights = models, checkpoint, load
-        return models
+        self.models = None  # memory may not hold both
+        checkpoint = replace(checkpoint, remark=None)  # the same files under any name
+        self.models, load_weights = self._load(checkpoint, torch.device(self._machine.device))
+        return self.models, load_weights
 
     def unload(self) -> None:
         """Unload the model. CUDA fails at every call where the GPU has failed."""
         import torch
 
-        self.models, self._loaded, self._load_weights = None, None, lambda: None
+        self.models, self._load = None, load_once()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
