@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from latentsync.alignment import fixed_mask
-from latentsync.compositing import merge_faces, paste_face, paste_rectangle
+from latentsync.compositing import merge_faces, paste_faces, paste_rectangle
 from latentsync.windows import AlignedFrame
 
 FLOW_SIDE = 256  # pixels of the faces in which motion is looked for
@@ -85,9 +85,9 @@ def show_face(frame: AlignedFrame, face: np.ndarray, mask: torch.Tensor) -> None
     x0, y0, x1, y1 = rectangle = paste_rectangle(frame.matrix, len(mask), frame.frame.shape)
     pixels = frame.frame[y0:y1, x0:x1]
     if pixels.size:
-        region = torch.from_numpy(pixels).to(mask.device)
-        paste_face(region, merged[0], frame.matrix, rectangle, frame.frame.shape, frame.opacity)
-        pixels[...] = region.cpu().numpy()
+        region = torch.from_numpy(pixels).to(mask.device)[None]
+        paste_faces(region, merged, [frame.matrix], [rectangle], frame.frame.shape, [frame.opacity])
+        pixels[...] = region[0].cpu().numpy()
 
 
 def continues(before: AlignedFrame, after: AlignedFrame) -> bool:

@@ -4,7 +4,8 @@ All of it runs on the device of the tensors, without synchronising with it: matr
 the width of the soft edge stays a tensor.
 """
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from latentsync.alignment import crop_size, frame_rectangle
 EDGE_SHARE = 20  # width of the soft edge: square root of the face's area over this (LatentSync)
 MATCHED_AREAS = 32  # along the side of a crop, whose mean colours `match_colours` compares in a film
 ALL_VISIBLE = 0.999  # mean of the mask over an area that is visible, with room for rounding
+PASTED_TOGETHER = 3 * 2**22  # numbers of their regions; 0.2 GB at the peak
 SMALL_FACE = 256  # pixels of the frame; for smaller faces the closed form of the edge is coarse and a kernel is cheap
+
+Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1, the last two exclusive
 
 
 def merge_faces(generated: torch.Tensor, crops: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -60,61 +64,117 @@ def _with_ones(pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).flatten(2)
 
 
-def paste_rectangle(matrix: np.ndarray, resolution: int, frame_shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """The part of a frame that `paste_face` may change: x0 <= x1, y0 <= y1, as of `alignment.frame_rectangle`."""
+def paste_rectangle(matrix: np.ndarray, resolution: int, frame_shape: tuple[int, ...]) -> Rectangle:
+    """The part of a frame that `paste_faces` may change: x0 <= x1, y0 <= y1, as of `alignment.frame_rectangle`."""
     x0, y0, x1, y1 = frame_rectangle(matrix, resolution, frame_shape, margin=2)
     return x0, y0, max(x0, x1), max(y0, y1)
 
 
-def paste_face(
-    region: torch.Tensor,
-    face: torch.Tensor,
-    matrix: np.ndarray,
-    rectangle: tuple[int, int, int, int],
+def paste_faces(
+    regions: torch.Tensor,
+    faces: torch.Tensor,
+    matrices: Sequence[np.ndarray],
+    rectangles: Sequence[Rectangle],
     frame_shape: tuple[int, ...],
-    opacity: float = 1.0,
+    opacities: Sequence[float],
 ) -> None:
-    """Blend a face crop into its part of the frame, with a soft edge. Changes `region` in place.
+    """Blend face crops into their parts of frames, with a soft edge. Changes `regions` in place.
 
-    region: (y1 - y0, x1 - x0, 3) uint8 RGB, the pixels in `rectangle` of a frame of `frame_shape` (H, W, ...);
-    face: (3, R, R) float in [-1, 1], on the same device; matrix: (2, 3), of `alignment.estimate_matrix`;
-    rectangle: of `paste_rectangle`, not empty; opacity: 0 (no change) to 1.
-    Only the pixels that the face covers are changed.
+    regions: (n, h, w, 3) uint8 RGB, the top left of each the pixels in a rectangle of a frame of `frame_shape` (H, W,
+    ...); faces: (n, 3, R, R) float in [-1, 1], on the same device; matrices: (2, 3) each, of
+    `alignment.estimate_matrix`; rectangles: of `paste_rectangle`; opacities: 0 (no change) to 1.
+    Only the pixels that the faces cover are changed.
     """
-    if opacity <= 0:
-        return
-    x0, y0, x1, y1 = rectangle
-    width, height = crop_size(face.shape[-1])
-    u, v = _crop_coordinates(matrix, rectangle, region.device)
+    height, width = frame_shape[:2]
+    first = 0
+    while first < len(faces):
+        last, kernel = first + 1, _needs_kernel(rectangles[first], width, height)
+        # On a GPU together, as a face alone is hundreds of kernels that take no time; on a processor alone, so that a
+        # face does not depend on those beside it.
+        most = PASTED_TOGETHER // max(regions[0].numel(), 1) if regions.is_cuda and not kernel else 1
+        while last < min(first + most, len(faces)) and not _needs_kernel(rectangles[last], width, height):
+            last += 1
+        part = slice(first, last)
+        x0, y0, x1, y1 = rectangles[first]
+        used = regions[part] if last - first > 1 else regions[part, : y1 - y0, : x1 - x0]
+        if used.numel() and max(opacities[part]) > 0:
+            _paste(used, faces[part], matrices[part], rectangles[part], opacities[part], kernel)
+        first = last
 
-    face = F.interpolate(
-        face[None].float() * 0.5 + 0.5, (height, width), mode="bicubic", antialias=True, align_corners=False
+
+def _needs_kernel(rectangle: Rectangle, width: int, height: int) -> bool:
+    """Whether the soft edge of a face in a frame of that size is that of `_soft_edge_by_kernel`."""
+    x0, y0, x1, y1 = rectangle
+    at_border = x0 == 0 or y0 == 0 or x1 == width or y1 == height
+    return at_border or (x1 - x0) * (y1 - y0) < SMALL_FACE**2
+
+
+def _paste(
+    regions: torch.Tensor,
+    faces: torch.Tensor,
+    matrices: Sequence[np.ndarray],
+    rectangles: Sequence[Rectangle],
+    opacities: Sequence[float],
+    by_kernel: bool,
+) -> None:
+    """Paste faces that have the same kind of edge; by_kernel: one face, whose region is its whole rectangle."""
+    width, height = crop_size(faces.shape[-1])
+    warp = Warp.of(matrices, rectangles, regions.device)
+    u, v = warp.coordinates(*regions.shape[1:3])
+
+    pictures = F.interpolate(
+        faces.float() * 0.5 + 0.5, (height, width), mode="bicubic", antialias=True, align_corners=False
     )
     grid = torch.stack([u * (2 / (width - 1)) - 1, v * (2 / (height - 1)) - 1], dim=-1)
-    pasted = F.grid_sample(face, grid[None], padding_mode="border", align_corners=True)[0]
+    pasted = F.grid_sample(pictures, grid, padding_mode="border", align_corners=True)
     pasted = pasted.clamp_(0, 1) * 255
 
-    at_border = x0 == 0 or y0 == 0 or x1 == frame_shape[1] or y1 == frame_shape[0]
-    small = (x1 - x0) * (y1 - y0) < SMALL_FACE**2
-    soft_edge = _soft_edge_by_kernel if at_border or small else _soft_edge
-    soft = soft_edge(u, v, matrix, width, height) * opacity
-    region = region.permute(2, 0, 1)
+    soft = (_soft_edge_by_kernel if by_kernel else _soft_edge)(u, v, warp, width, height)
+    soft = soft * _to_device(np.array(opacities), regions.device)[:, None, None]
+    regions = regions.permute(0, 3, 1, 2)
     # Truncated as in the reference. `lerp`, since a·(1 − s) + b·s may fall just short of a whole number.
-    region.copy_(torch.lerp(region.float(), pasted, soft).to(torch.uint8))
+    regions.copy_(torch.lerp(regions.float(), pasted, soft[:, None]).to(torch.uint8))
 
 
-def _crop_coordinates(
-    matrix: np.ndarray, rectangle: tuple[int, int, int, int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinates in the warped face of the frame's pixels in a rectangle: u and v, each (y1 - y0, x1 - x0)."""
-    x0, y0, x1, y1 = rectangle
-    matrix = np.asarray(matrix, np.float64)
-    u0, v0 = matrix[:, :2] @ (x0, y0) + matrix[:, 2]  # in double, for frames of any size
-    x = torch.arange(x1 - x0, dtype=torch.float32, device=device)
-    y = torch.arange(y1 - y0, dtype=torch.float32, device=device)[:, None]
-    u = float(matrix[0, 0]) * x + (float(matrix[0, 1]) * y + float(u0))
-    v = float(matrix[1, 0]) * x + (float(matrix[1, 1]) * y + float(v0))
-    return u, v
+@dataclass(frozen=True)
+class Warp:
+    """From pixels of n rectangles to coordinates in the warped faces: u = u_x · x + u_y · y + u_0, and so v.
+
+    Each (n,) float32, on the device; scale: of the warp, spread: |cos| + |sin| times it.
+    """
+
+    u_x: torch.Tensor
+    u_y: torch.Tensor
+    u_0: torch.Tensor
+    v_x: torch.Tensor
+    v_y: torch.Tensor
+    v_0: torch.Tensor
+    scale: torch.Tensor
+    spread: torch.Tensor
+
+    @classmethod
+    def of(cls, matrices: Sequence[np.ndarray], rectangles: Sequence[Rectangle], device: torch.device) -> "Warp":
+        """The warp of matrices, counted from the top left of their rectangles; in double until here, for any frame."""
+        rows = np.array(matrices, np.float64)
+        origin = np.array([rectangle[:2] for rectangle in rectangles])
+        rows[:, :, 2] += (rows[:, :, :2] @ origin[:, :, None])[:, :, 0]
+        cos, sin = rows[:, 0, 0], rows[:, 1, 0]  # times the scale
+        numbers = np.column_stack([rows.reshape(-1, 6), np.hypot(cos, sin), np.abs(cos) + np.abs(sin)])
+        return cls(*_to_device(numbers, device).unbind(1))
+
+    def coordinates(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """u and v of the pixels of such rectangles, each (n, height, width)."""
+        x = torch.arange(width, dtype=torch.float32, device=self.u_x.device)
+        y = torch.arange(height, dtype=torch.float32, device=self.u_x.device)[:, None]
+        rows = ((self.u_x, self.u_y, self.u_0), (self.v_x, self.v_y, self.v_0))
+        u, v = (a[:, None, None] * x + (b[:, None, None] * y + c[:, None, None]) for a, b, c in rows)
+        return u, v
+
+
+def _to_device(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Numbers of the host as float32 on the device, without waiting for it."""
+    values = torch.from_numpy(numbers.astype(np.float32))
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 # The soft edge. The reference warps an all-ones face into the frame, erodes it (minima over squares of the frame) and
@@ -122,54 +182,52 @@ def _crop_coordinates(
 # linear in x and y, so their extremes over a square lie at its corners.
 
 
-def _edge(u: torch.Tensor, v: torch.Tensor, matrix: np.ndarray, width: int, height: int) -> torch.Tensor:
-    """Width of the soft edge in pixels of the frame, from the area of the face inside it: a 0-d tensor."""
-    area = _eroded(u, v, matrix, width, height, 0).sum()
+def _edge(u: torch.Tensor, v: torch.Tensor, warp: Warp, width: int, height: int) -> torch.Tensor:
+    """Width of the soft edges in pixels of the frame, from the areas of the faces inside it: (n,)."""
+    area = _eroded(u, v, warp, width, height, torch.zeros_like(warp.scale)).sum((1, 2))
     return (area.sqrt().floor() / EDGE_SHARE).floor()
 
 
-def _eroded(
-    u: torch.Tensor, v: torch.Tensor, matrix: np.ndarray, width: int, height: int, edge: torch.Tensor | int
-) -> torch.Tensor:
-    """The warped ones after the reference's two erosions, by a 2 x 2 square and one of side 2 * `edge`: (h, w).
+def _eroded(u: torch.Tensor, v: torch.Tensor, warp: Warp, width: int, height: int, edge: torch.Tensor) -> torch.Tensor:
+    """The warped ones after the reference's two erosions, by a 2 x 2 square and one of side 2 * `edge`: (n, h, w).
 
-    Together they cover -edge - 1 to edge - 1 pixels along x and y (0 for edge 0), inside the rectangle.
+    Together they cover -edge - 1 to edge - 1 pixels along x and y (0 for edge 0), inside the rectangle. edge: (n,).
     """
-    rows, columns = (torch.arange(n, dtype=torch.float32, device=u.device) for n in u.shape)
-    inside = 1.0
-    for coordinate, (slope_x, slope_y), length in ((u, matrix[0, :2], width), (v, matrix[1, :2], height)):
-        low_x, high_x = _extremes(columns, float(slope_x), edge)
-        low_y, high_y = _extremes(rows, float(slope_y), edge)
-        first_row, first_column = coordinate[0], coordinate[:, :1] - coordinate[0, 0]
-        low = (first_row + low_x) + (first_column + low_y[:, None])
-        high = (first_row + high_x) + (first_column + high_y[:, None])
+    rows, columns = (torch.arange(n, dtype=torch.float32, device=u.device) for n in u.shape[1:])
+    inside: torch.Tensor | float = 1.0
+    for coordinate, slope_x, slope_y, length in ((u, warp.u_x, warp.u_y, width), (v, warp.v_x, warp.v_y, height)):
+        low_x, high_x = _extremes(columns, slope_x, edge)
+        low_y, high_y = _extremes(rows, slope_y, edge)
+        first_row, first_column = coordinate[:, 0], coordinate[:, :, 0] - coordinate[:, :1, 0]
+        low = (first_row + low_x)[:, None] + (first_column + low_y)[:, :, None]
+        high = (first_row + high_x)[:, None] + (first_column + high_y)[:, :, None]
         inside = inside * torch.minimum(low + 1, length - high).clamp_(0, 1)  # bilinear samples of ones
     return inside
 
 
-def _extremes(index: torch.Tensor, slope: float, edge: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minimal and maximal change of a coordinate over the erosion window at every index of a row: (n,) each."""
+def _extremes(index: torch.Tensor, slope: torch.Tensor, edge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Minimal and maximal change of a coordinate over the erosion window at every index of a row: (n, length) each."""
+    slope, edge = slope[:, None], edge[:, None]
     backward = ((index - edge - 1).clamp(min=0) - index) * slope
     forward = ((index + edge - 1).clamp(max=len(index) - 1) - index).clamp(min=0) * slope
     return torch.minimum(backward, forward), torch.maximum(backward, forward)
 
 
-def _soft_edge(u: torch.Tensor, v: torch.Tensor, matrix: np.ndarray, width: int, height: int) -> torch.Tensor:
-    """Opacity mask of a large face that lies wholly in the picture: (h, w), 0 to 1, 0 outside the face.
+def _soft_edge(u: torch.Tensor, v: torch.Tensor, warp: Warp, width: int, height: int) -> torch.Tensor:
+    """Opacity masks of large faces that lie wholly in the picture: (n, h, w), 0 to 1, 0 outside the face.
 
-    u, v: (h, w), the rectangle's coordinates in the warped face of `width` x `height`.
+    u, v: (n, h, w), the rectangles' coordinates in the warped faces of `width` x `height`, and maybe more beyond them.
     A closed form without a kernel: a rectangle eroded by a square is a smaller rectangle, and a blurred rectangle is a
     product of differences of normal distribution functions.
     """
-    cos, sin = float(matrix[0, 0]), float(matrix[1, 0])  # times the scale
-    scale, spread = math.hypot(cos, sin), abs(cos) + abs(sin)
-    edge = _edge(u, v, matrix, width, height)
-    sigma = _sigma(edge) * scale
-    tail = torch.special.ndtr(-(edge + 0.5) * scale / sigma)  # the reference's kernel ends there
-    inset = edge * spread
-    soft = 1.0
-    for coordinate, row, length in ((u, matrix[0], width), (v, matrix[1], height)):
-        shift = float(row[0] + row[1])  # one pixel of the frame in x and in y
+    edge = _edge(u, v, warp, width, height)
+    sigma = _sigma(edge) * warp.scale
+    tail = torch.special.ndtr(-(edge + 0.5) * warp.scale / sigma)  # the reference's kernel ends there
+    inset = edge * warp.spread
+    inset, sigma, tail = (each[:, None, None] for each in (inset, sigma, tail))
+    soft: torch.Tensor | float = 1.0
+    for coordinate, shift, length in ((u, warp.u_x + warp.u_y, width), (v, warp.v_x + warp.v_y, height)):
+        shift = shift[:, None, None]  # one pixel of the frame in x and in y
         rise, fall = (
             ((torch.special.ndtr((coordinate - side - shift) / sigma) - tail) / (1 - 2 * tail)).clamp(0, 1)
             for side in (inset - 0.5, length - 0.5 - inset)
@@ -178,11 +236,11 @@ def _soft_edge(u: torch.Tensor, v: torch.Tensor, matrix: np.ndarray, width: int,
     return soft
 
 
-def _soft_edge_by_kernel(u: torch.Tensor, v: torch.Tensor, matrix: np.ndarray, width: int, height: int) -> torch.Tensor:
-    """`_soft_edge` for any face; pixels beyond the picture's border take no part in erosion and blur."""
-    edge = _edge(u, v, matrix, width, height)
-    eroded = _eroded(u, v, matrix, width, height, edge)
-    rows, columns = (_blur_matrix(n, edge, u.device) for n in eroded.shape)
+def _soft_edge_by_kernel(u: torch.Tensor, v: torch.Tensor, warp: Warp, width: int, height: int) -> torch.Tensor:
+    """`_soft_edge` for one face of any kind; pixels beyond the picture's border take no part in erosion and blur."""
+    edge = _edge(u, v, warp, width, height)
+    eroded = _eroded(u, v, warp, width, height, edge)
+    rows, columns = (_blur_matrix(n, edge[0], u.device) for n in eroded.shape[1:])
     return rows @ eroded @ columns.T
 
 

@@ -137,15 +137,17 @@ def tile_starts(length: int, side: int) -> list[int]:
 
 
 class LandmarkerPool:
-    """A landmarker for the caller's thread, and one for each of `workers` threads; see `open_pool`."""
+    """A landmarker for the caller's thread, and one for each of `workers` threads; see `open_pool`.
 
-    def __init__(self, landmarker: "FaceLandmarker", others: list["FaceLandmarker"]):
-        self.workers = len(others)
+    Those of the threads are opened at their first search, which saves a job 0.04 s for each before its first frame.
+    """
+
+    def __init__(self, landmarker: "FaceLandmarker", workers: int):
+        self.workers = workers
         self._landmarker = landmarker
         self._idle: queue.SimpleQueue[FaceLandmarker] = queue.SimpleQueue()
-        for other in others:
-            self._idle.put(other)
-        self._executor = ThreadPoolExecutor(self.workers, "faces") if others else None
+        self._opened = ExitStack()  # those of the threads
+        self._executor = ThreadPoolExecutor(workers, "faces") if workers else None
 
     def detect(self, frame: np.ndarray, box: Box, max_side: int = CROP_PIXELS) -> list[Detection]:
         """Detect faces in the caller's thread; arguments as of the function `detect`."""
@@ -165,9 +167,13 @@ class LandmarkerPool:
     def close(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
+        self._opened.close()
 
     def _detect_in_worker(self, frame: np.ndarray, box: Box, max_side: int) -> list[Detection]:
-        landmarker = self._idle.get()
+        try:
+            landmarker = self._idle.get_nowait()
+        except queue.Empty:  # so fewer are open than there are threads
+            landmarker = self._opened.enter_context(_open_landmarker())
         try:
             return detect(landmarker, frame, box, max_side)
         finally:
@@ -184,8 +190,7 @@ def open_pool(landmarkers: int | None = None) -> Iterator[LandmarkerPool]:
         landmarkers = min(max(usable_cores() // CORES_PER_LANDMARKER, 1), MAX_LANDMARKERS)
     with ExitStack() as stack:
         landmarker = stack.enter_context(_open_landmarker())
-        others = [stack.enter_context(_open_landmarker()) for _ in range(landmarkers if landmarkers > 1 else 0)]
-        pool = LandmarkerPool(landmarker, others)
+        pool = LandmarkerPool(landmarker, landmarkers if landmarkers > 1 else 0)
         stack.callback(pool.close)
         yield pool
 

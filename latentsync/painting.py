@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentsync.alignment import fixed_mask
 from latentsync.checkpoints.load import Models
-from latentsync.compositing import MATCHED_AREAS, match_colours, merge_faces, paste_face, paste_rectangle
+from latentsync.compositing import MATCHED_AREAS, match_colours, merge_faces, paste_faces, paste_rectangle
 from latentsync.errors import UserError, is_out_of_memory
 from latentsync.sampling import Schedule, ddim_schedule, denoise, initial_noise, interpolate_ends
 from latentsync.settings import Settings
@@ -80,10 +80,9 @@ class PendingPass:
         flags, *results = self.queue_paste().wait()
         broken = flags.tolist()
         if not self._own_face:
-            regions = self._regions()
-            for region, part, is_broken in zip(regions, split_like(results.pop(), regions), broken, strict=True):
+            for region, part, is_broken in zip(self._regions(), results.pop(), broken, strict=True):
                 if not is_broken:
-                    region[...] = part.numpy()
+                    region[...] = top_left(part, region).numpy()
         for faces in results:
             for frame, face, is_broken in zip(self._frames, faces, broken, strict=True):
                 if not is_broken and (self._own_face or frame.lends):
@@ -101,23 +100,21 @@ class PendingPass:
         return [frame.frame[y0:y1, x0:x1] for frame, (x0, y0, x1, y1) in rectangles]
 
     def _pasted_regions(self) -> Tensor:
-        """Those parts with the faces blended in, flat in one tensor on the device: one copy each way."""
+        """Those parts with the faces blended in, (n, h, w, 3) on the device, each at the top left: a copy each way."""
         regions = self._regions()
-        packed = torch.empty(sum(r.size for r in regions), dtype=torch.uint8, pin_memory=self._faces.is_cuda)
-        for part, region in zip(split_like(packed, regions), regions, strict=True):
-            part.numpy()[...] = region
+        height, width = (max(region.shape[axis] for region in regions) for axis in (0, 1))
+        packed = torch.empty(len(regions), height, width, 3, dtype=torch.uint8, pin_memory=self._faces.is_cuda)
+        for part, region in zip(packed, regions, strict=True):
+            top_left(part, region).numpy()[...] = region
         on_device = packed.to(self._faces.device, non_blocking=True)
-        parts = zip(split_like(on_device, regions), self._faces, self._frames, self._rectangles(), strict=True)
-        for part, face, frame, rectangle in parts:
-            if part.numel():
-                paste_face(part, face, frame.matrix, rectangle, frame.frame.shape, frame.opacity)
+        matrices, opacities = zip(*((frame.matrix, frame.opacity) for frame in self._frames), strict=True)
+        paste_faces(on_device, self._faces, matrices, self._rectangles(), self._frames[0].frame.shape, opacities)
         return on_device
 
 
-def split_like(packed: Tensor, regions: list[np.ndarray]) -> list[Tensor]:
-    """A flat tensor as views in the shapes of arrays that it holds one after the other."""
-    parts = packed.split([region.size for region in regions])
-    return [part.view(region.shape) for part, region in zip(parts, regions, strict=True)]
+def top_left(part: Tensor, region: np.ndarray) -> Tensor:
+    """The part's first rows and columns, as many as a region has."""
+    return part[: region.shape[0], : region.shape[1]]
 
 
 def generated_pixels(faces: Tensor) -> Tensor:

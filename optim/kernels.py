@@ -4,6 +4,9 @@ Every kernel reads its input once (a group norm twice), writes its output once, 
 except for the rounding of half precision, so it suits every level. No kernel is tuned at run time: block sizes are the
 constants below, and the kernels compile in seconds and stay in Triton's cache. None synchronises with the host, so
 captured graphs may contain them. `optim.fused` uses them in the networks.
+
+What a kernel may leave out is a number, and no constant: each constant is another kernel to compile, and Python's lock
+lets hardly more than one be compiled at a time.
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ def _channel_statistics(
     tl.store(partial + channels, deviation, mask=inside)
 
 
-@jit(do_not_specialize=["rows", "chunks", "groups", "offset_stride", "chunk_rows"])
+@jit(do_not_specialize=["rows", "chunks", "groups", "offset_stride", "chunk_rows", "has_bias", "has_offset"])
 def _group_scale(
     partial,
     weight,
@@ -96,27 +99,25 @@ def _group_scale(
     groups,
     offset_stride,
     chunk_rows,
+    has_bias,
+    has_offset,
     eps,
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
 ):
     """Factor and summand of every channel that turn an input into its normalised output.
 
     partial (windows, chunks, 2, channels) → scale (windows, 2, channels), float32. The input is x + conv_bias + offset
-    per channel, where these exist; the partial statistics are of x alone. One program merges one group of one window.
+    per channel, where has_bias and has_offset are 1; the partial statistics are of x alone. One program merges one
+    group of one window.
     """
     window = tl.program_id(0) // groups
     width = channels // groups
     c = tl.arange(0, WIDTH)
     inside = c < width
     c += tl.program_id(0) % groups * width
-    move = tl.zeros((WIDTH,), tl.float32)
-    if HAS_BIAS:
-        move += tl.load(conv_bias + c, mask=inside, other=0.0).to(tl.float32)
-    if HAS_OFFSET:
-        move += tl.load(offset + window * offset_stride + c, mask=inside, other=0.0).to(tl.float32)
+    move = tl.load(conv_bias + c, mask=inside & (has_bias != 0), other=0.0).to(tl.float32)
+    move += tl.load(offset + window * offset_stride + c, mask=inside & (has_offset != 0), other=0.0).to(tl.float32)
     partial += window.to(tl.int64) * chunks * 2 * channels
     k = tl.arange(0, CHUNKS)
     # Means are summed as distances from the first, for the same reason as in `_channel_statistics`.
@@ -186,7 +187,12 @@ def _add_bias(
     tl.store(x + at, y.to(x.dtype.element_ty), mask=live)
 
 
-@jit(do_not_specialize=["rows", "pixels", "frames"])
+@jit(
+    do_not_specialize=[
+        *("rows", "pixels", "frames"),
+        *("has_branch", "has_shift", "has_positions", "has_total_bias", "has_total"),
+    ]
+)
 def _layer_norm(
     x,
     branch,
@@ -201,16 +207,17 @@ def _layer_norm(
     channels,
     pixels,
     frames,
+    has_branch,
+    has_shift,
+    has_positions,
+    has_total_bias,
+    has_total,
     eps,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    HAS_BRANCH: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr,
-    HAS_TOTAL_BIAS: tl.constexpr,
-    HAS_TOTAL: tl.constexpr,
 ):
-    """s = x + branch + shift; out = norm(s) + position of the row's frame; total = s + total_bias.
+    """s = x + branch + shift; out = norm(s) + position of the row's frame; total = s + total_bias. A summand whose
+    flag is 0 is not read, and total not written.
 
     x, branch, total, out (rows, channels), rows ordered (window, frame, pixel); shift, total_bias (channels);
     positions (≥ frames, channels). total may be x or branch. CHANNELS ≥ channels: a program holds whole rows, so it
@@ -222,23 +229,20 @@ def _layer_norm(
     live = (r < rows)[:, None] & inside[None, :]
     at = r.to(tl.int64)[:, None] * channels + c[None, :]
     y = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
-    if HAS_BRANCH:
+    if has_branch:  # whole rows, unlike the vectors below, which a mask leaves out at no cost
         y += tl.load(branch + at, mask=live, other=0.0).to(tl.float32)
-    if HAS_SHIFT:
-        y += tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if HAS_TOTAL:
-        s = y
-        if HAS_TOTAL_BIAS:
-            s = y + tl.load(total_bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    y += tl.load(shift + c, mask=inside & (has_shift != 0), other=0.0).to(tl.float32)[None, :]
+    if has_total:
+        s = y + tl.load(total_bias + c, mask=inside & (has_total_bias != 0), other=0.0).to(tl.float32)[None, :]
         tl.store(total + at, s.to(total.dtype.element_ty), mask=live)
-        y = y.to(total.dtype.element_ty).to(tl.float32)  # the norm sees the rounded sum, as it does in eager
+    y = y.to(total.dtype.element_ty).to(tl.float32)  # the norm sees the rounded sum, as it does in eager
     mean = tl.sum(y, 1) / channels
     y = tl.where(live, y - mean[:, None], 0.0)
     variance = tl.sum(y * y, 1) / channels
     y = y / tl.sqrt(variance + eps)[:, None]
     y = y * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)[None, :]
     y = y + tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if HAS_POSITIONS:
+    if has_positions:
         frame = r // pixels % frames
         y += tl.load(positions + frame[:, None] * channels + c[None, :], mask=live, other=0.0).to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=live)
@@ -327,9 +331,13 @@ def launch(kernel, programs: int, x: Tensor, *args, **constants) -> None:
 
         def compile_it() -> None:
             with torch.cuda.device_of(x):
-                kernel.warmup(x, *args, grid=(1,), **constants)
+                compiled = kernel.warmup(x, *args, grid=(1,), **constants)
+                _ = compiled.run  # loads it, and makes its launcher, for which some versions call the C compiler
 
-        _to_compile[kernel, tuple(map(_specialisation, (x, *args))), tuple(constants.items())] = compile_it
+        general = kernel.do_not_specialize or ()
+        arguments = zip(kernel.arg_names, (x, *args), strict=False)
+        special = tuple(type(one) if name in general else _specialisation(one) for name, one in arguments)
+        _to_compile[kernel, special, tuple(constants.items())] = compile_it
         return
     with torch.cuda.device_of(x):
         kernel[(programs,)](x, *args, **constants)
@@ -400,8 +408,8 @@ def group_norm(
         partial,
         norm.weight,
         norm.bias,
-        partial if offset is None else offset,  # any pointer: not read
-        partial if conv_bias is None else conv_bias,
+        norm.weight if offset is None else offset,  # any pointer of that kind: not read
+        norm.weight if conv_bias is None else conv_bias,
         scale,
         rows,
         channels,
@@ -409,11 +417,11 @@ def group_norm(
         norm.num_groups,
         offset_stride,
         chunk_rows,
+        int(conv_bias is not None),
+        int(offset is not None),
         norm.eps,
         CHUNKS=max(1, MERGE_TILE // width),
         WIDTH=width,
-        HAS_BIAS=conv_bias is not None,
-        HAS_OFFSET=offset is not None,
     )
     programs = windows * triton.cdiv(rows, ROWS) * blocks
     launch(_scale_channels, programs, x, scale, out, rows, channels, **tile, SILU=silu)
@@ -474,14 +482,10 @@ def layer_norm(
         channels,
         pixels,
         frames,
+        *(int(one is not None) for one in (branch, shift, positions, total_bias, total)),
         norm.eps,
         ROWS=tile_rows,
         CHANNELS=width,
-        HAS_BRANCH=branch is not None,
-        HAS_SHIFT=shift is not None,
-        HAS_POSITIONS=positions is not None,
-        HAS_TOTAL_BIAS=total_bias is not None,
-        HAS_TOTAL=total is not None,
     )
     return x if total is None else total, out
 

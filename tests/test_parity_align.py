@@ -11,7 +11,7 @@ from pasting import paste
 
 from latentsync import compositing
 from latentsync.alignment import crop_face, crop_size, estimate_matrix, fixed_mask, invert, template
-from latentsync.compositing import merge_faces
+from latentsync.compositing import merge_faces, paste_rectangle
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 FILES = sorted(PARITY_DIR.glob("align_*.npz"))
@@ -120,9 +120,10 @@ def similarity(size: float, degrees: float, centre: tuple, resolution: int) -> n
 def test_both_soft_edges_agree():
     matrix = similarity(300, 15, (480, 360), 256)
     size = crop_size(256)
-    where = compositing._crop_coordinates(matrix, (200, 60, 760, 660), torch.device("cpu"))
-    closed = compositing._soft_edge(*where, matrix, *size)
-    kernel = compositing._soft_edge_by_kernel(*where, matrix, *size)
+    warp = compositing.Warp.of([matrix], [(200, 60, 760, 660)], torch.device("cpu"))
+    where = warp.coordinates(600, 560)
+    closed = compositing._soft_edge(*where, warp, *size)
+    kernel = compositing._soft_edge_by_kernel(*where, warp, *size)
     assert (closed - kernel).abs().max() < 0.01
     assert closed.max() == 1 and closed.min() == 0
 
@@ -157,6 +158,30 @@ def test_merging_keeps_what_the_mask_shows():
     original = crops.permute(0, 3, 1, 2) / 127.5 - 1
     torch.testing.assert_close(merged[shown], original[shown])
     torch.testing.assert_close(merged[~shown], generated[~shown])
+
+
+def test_faces_that_are_pasted_together_come_out_as_alone():
+    """As on a GPU: regions of different sizes lie at the top left of equally large ones."""
+    random = np.random.default_rng(0)
+    picture = random.integers(0, 256, (720, 960, 3), dtype=np.uint8)
+    faces = torch.rand(3, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    opacities = [1.0, 0.0, 0.6]
+    matrices = [similarity(300, 10, (480, 360), 256), similarity(260, -20, (300, 300), 256)]
+    matrices.append(similarity(340, 0, (600, 400), 256))
+    rectangles = [paste_rectangle(matrix, 256, picture.shape) for matrix in matrices]
+    parts = [picture[y0:y1, x0:x1] for x0, y0, x1, y1 in rectangles]
+    height, width = (max(part.shape[axis] for part in parts) for axis in (0, 1))
+    together = torch.zeros(3, height, width, 3, dtype=torch.uint8)
+    for region, part in zip(together, parts, strict=True):
+        region[: len(part), : part.shape[1]] = torch.from_numpy(part)
+    compositing._paste(together, faces, matrices, rectangles, opacities, by_kernel=False)
+    for region, part, face, matrix, opacity in zip(together, parts, faces, matrices, opacities, strict=True):
+        frame = torch.from_numpy(picture.copy())
+        paste(frame, face, matrix, opacity)
+        x0, y0, x1, y1 = paste_rectangle(matrix, 256, picture.shape)
+        difference = (region[: len(part), : part.shape[1]].int() - frame[y0:y1, x0:x1].int()).abs()
+        assert difference.max() <= 1
+        assert opacity == 0 or not np.array_equal(part, frame[y0:y1, x0:x1].numpy())
 
 
 @pytest.mark.parametrize("centre", [(480, 360), (20, 360)])

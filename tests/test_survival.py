@@ -264,7 +264,7 @@ PLACES = {
     "VAE decoder": ("latentsync.painting", "decode"),
     "validation": ("latentsync.painting", "broken_faces"),
     "merging": ("latentsync.painting", "merge_faces"),
-    "compositing": ("latentsync.painting", "paste_face"),
+    "compositing": ("latentsync.painting", "paste_faces"),
     "opening": (VideoWriter, "_encoding"),
     "writing": (VideoWriter, "write"),
     "loading": ("latentsync.checkpoints.load", "load_weights"),

@@ -117,12 +117,15 @@ def load_weights(models: Models, checkpoint: Checkpoint) -> None:
     """
     device, dtype = models.device, models.dtype
     read = unet_reader(checkpoint.unet)
-    if any(checkpoint.unet_config.temporal) and not any("motion_modules" in name for name in read()):
-        raise UserError(
-            f"'{checkpoint.unet}' has no temporal layers, as the U-Net of LatentSync 1.0; this program runs 1.5 and "
-            "1.6: fetch one of them with `python -m latentsync.checkpoints get`."
-        )
-    load_exactly(models.unet, read, checkpoint.unet, device, dtype)
+    try:
+        load_exactly(models.unet, read, checkpoint.unet, device, dtype)
+    except UserError:
+        if any(checkpoint.unet_config.temporal) and not any("motion_modules" in name for name in read()):
+            raise UserError(
+                f"'{checkpoint.unet}' has no temporal layers, as the U-Net of LatentSync 1.0; this program runs 1.5 "
+                "and 1.6: fetch one of them with `python -m latentsync.checkpoints get`."
+            ) from None
+        raise
     load_exactly(models.vae, _vae_reader(checkpoint.vae), checkpoint.vae, device, dtype)
 
 

@@ -74,14 +74,17 @@ def unet_reader(path: Path) -> ReadTensors:
 
 
 def in_groups(
-    read: Callable[[], Mapping[str, Tensor]], max_bytes: float = GROUP_BYTES
+    read: Callable[[], Mapping[str, Tensor]],
+    max_bytes: float = GROUP_BYTES,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield (bytes so far, tensors) of a file, about `max_bytes` of them at a time.
+    """Yield (bytes so far, tensors) of a file, about `max_bytes` of them at a time; tensors: a mapping that is there.
 
-    Every group is mapped anew by `read`: pages that were read from a mapping count as this process's memory until the
-    mapping is closed. The tensors of a group must not outlive it.
+    Every further group is mapped anew by `read`: pages that were read from a mapping count as this process's memory
+    until the mapping is closed. The tensors of a group must not outlive it.
     """
-    tensors = read()
+    tensors = read() if tensors is None else tensors
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     done, names, size = 0, [], 0
     for position, name in enumerate(sizes, 1):
@@ -107,9 +110,12 @@ def load_exactly(
     They go to the device, there channels-last and in `dtype` (None: that of the file), a group at a time. Raises
     UserError naming the first tensor that is missing, extra, misshaped or not finite.
     """
-    _check_names_and_shapes(module, read(), path)
+    tensors = read()
+    _check_names_and_shapes(module, tensors, path)
+    groups = in_groups(read, tensors=tensors)
+    del tensors
     loaded: dict[str, Tensor] = {}
-    for _, group in in_groups(read):
+    for _, group in groups:
         moved = {name: _to_device(tensor, device, dtype) for name, tensor in group.items()}
         _check_finite(moved, path)
         loaded |= moved
