@@ -5,8 +5,9 @@ except for the rounding of half precision, so it suits every level. No kernel is
 constants below, and the kernels compile in seconds and stay in Triton's cache. None synchronises with the host, so
 captured graphs may contain them. `optim.fused` uses them in the networks.
 
-What a kernel may leave out is a number, and no constant: each constant is another kernel to compile, and Python's lock
-lets hardly more than one be compiled at a time.
+A vector that a kernel may leave out is masked by a number, and no constant: each constant is another kernel to compile,
+and Python's lock lets hardly more than one be compiled at a time. Whole rows are constants, as a test of a number costs
+0.5 % of a pass.
 """
 
 from __future__ import annotations
@@ -187,12 +188,7 @@ def _add_bias(
     tl.store(x + at, y.to(x.dtype.element_ty), mask=live)
 
 
-@jit(
-    do_not_specialize=[
-        *("rows", "pixels", "frames"),
-        *("has_branch", "has_shift", "has_positions", "has_total_bias", "has_total"),
-    ]
-)
+@jit(do_not_specialize=["rows", "pixels", "frames", "has_shift", "has_total_bias"])
 def _layer_norm(
     x,
     branch,
@@ -207,17 +203,17 @@ def _layer_norm(
     channels,
     pixels,
     frames,
-    has_branch,
     has_shift,
-    has_positions,
     has_total_bias,
-    has_total,
     eps,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
 ):
     """s = x + branch + shift; out = norm(s) + position of the row's frame; total = s + total_bias. A summand whose
-    flag is 0 is not read, and total not written.
+    flag is false is not read, and total not written.
 
     x, branch, total, out (rows, channels), rows ordered (window, frame, pixel); shift, total_bias (channels);
     positions (≥ frames, channels). total may be x or branch. CHANNELS ≥ channels: a program holds whole rows, so it
@@ -229,10 +225,10 @@ def _layer_norm(
     live = (r < rows)[:, None] & inside[None, :]
     at = r.to(tl.int64)[:, None] * channels + c[None, :]
     y = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
-    if has_branch:  # whole rows, unlike the vectors below, which a mask leaves out at no cost
+    if HAS_BRANCH:
         y += tl.load(branch + at, mask=live, other=0.0).to(tl.float32)
     y += tl.load(shift + c, mask=inside & (has_shift != 0), other=0.0).to(tl.float32)[None, :]
-    if has_total:
+    if HAS_TOTAL:
         s = y + tl.load(total_bias + c, mask=inside & (has_total_bias != 0), other=0.0).to(tl.float32)[None, :]
         tl.store(total + at, s.to(total.dtype.element_ty), mask=live)
     y = y.to(total.dtype.element_ty).to(tl.float32)  # the norm sees the rounded sum, as it does in eager
@@ -242,7 +238,7 @@ def _layer_norm(
     y = y / tl.sqrt(variance + eps)[:, None]
     y = y * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)[None, :]
     y = y + tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if has_positions:
+    if HAS_POSITIONS:
         frame = r // pixels % frames
         y += tl.load(positions + frame[:, None] * channels + c[None, :], mask=live, other=0.0).to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=live)
@@ -482,10 +478,14 @@ def layer_norm(
         channels,
         pixels,
         frames,
-        *(int(one is not None) for one in (branch, shift, positions, total_bias, total)),
+        int(shift is not None),
+        int(total_bias is not None),
         norm.eps,
         ROWS=tile_rows,
         CHANNELS=width,
+        HAS_BRANCH=branch is not None,
+        HAS_POSITIONS=positions is not None,
+        HAS_TOTAL=total is not None,
     )
     return x if total is None else total, out
 
