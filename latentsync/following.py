@@ -128,6 +128,7 @@ class FaceFollower:
         self.index = index  # of the person's region among those of `frames`
         self.others: Sequence[FaceFollower] = ()  # of the other people of the film
         self.waiting: deque[Slot] = deque()
+        self.recent: dict[int, Detection | None] = {}  # by the frame's number, as long as another's frames may wait
         self.shot = -1
         self.start_shot()
 
@@ -144,6 +145,8 @@ class FaceFollower:
         slot = Slot(frame, number, self.shot)
         self.find_face(slot)
         self.waiting.append(slot)
+        self.recent[number] = slot.detection
+        self.recent.pop(number - SEARCH_INTERVAL - 1, None)
         if slot.detection is not None and self.not_usable <= self.timing.patience:
             self.follow_back()
             return self.settle()
@@ -200,22 +203,40 @@ class FaceFollower:
 
     def own(self, frame: np.ndarray, faces: list[Detection]) -> list[Detection]:
         """Those faces of a frame that may be this person's: nobody else of the film is nearer or more like them."""
+        others = [(other, other.face, NEAR + other.missing * self.timing.drift) for other in self.others]
+        return self._own_among(others, frame, faces, self.face)
+
+    def _own_among(
+        self,
+        others: "Sequence[tuple[FaceFollower, Detection | None, float]]",
+        frame: np.ndarray,
+        faces: list[Detection],
+        last: Detection | None,
+    ) -> list[Detection]:
+        """See `own`. others: the other people, where each was seen, and how far away they may be by now; last: the
+        person's face in the neighbouring frame."""
         if not self.person.recognised:
             return faces
-        return [face for face in faces if self._is_own(face, look_of(frame, face.landmarks))]
+        return [face for face in faces if self._is_own(face, look_of(frame, face.landmarks), last, others)]
 
-    def _is_own(self, face: Detection, look: np.ndarray) -> bool:
+    def _is_own(
+        self,
+        face: Detection,
+        look: np.ndarray,
+        last: Detection | None,
+        others: "Sequence[tuple[FaceFollower, Detection | None, float]]",
+    ) -> bool:
         price = self.unlikeness(look)
-        if self.person.look is not None and price > (1.0 if self.face is None else MAX_CHANGE):
+        if self.person.look is not None and price > (1.0 if last is None else MAX_CHANGE):
             return False
-        if self.face is not None:
-            price += self.face.distance(face) / NEAR
-        for other in self.others:
-            if other.face is None:
-                if self.face is None and other.person.look is not None and other.unlikeness(look) < price:
+        if last is not None:
+            price += last.distance(face) / NEAR
+        for other, seen, reach in others:
+            if seen is None:
+                if last is None and other.person.look is not None and other.unlikeness(look) < price:
                     return False
-            elif resembles(face, other.face, NEAR + other.missing * self.timing.drift) and (
-                self.face is None or other.unlikeness(look) + other.face.distance(face) / NEAR < price
+            elif resembles(face, seen, reach) and (
+                last is None or other.unlikeness(look) + seen.distance(face) / NEAR < price
             ):
                 return False
         return True
@@ -280,7 +301,7 @@ class FaceFollower:
             if detection is not None and not candidate.usable:  # nor are those that follow
                 break
             region = region_around(candidate)
-            confirmed = nearest(self.pool.detect(frame, region_box(region)), candidate)
+            confirmed = nearest(self.own(frame, self.pool.detect(frame, region_box(region))), candidate)
             if confirmed is not None and (confirmed.usable or detection is None):
                 detection, self.region = confirmed, region
             if confirmed is not None and confirmed.usable:
@@ -293,7 +314,9 @@ class FaceFollower:
         for slot in list(self.waiting)[-2::-1]:
             if face is None or slot.shot != self.shot:
                 return
-            face = nearest(self.pool.detect(slot.frame, region_box(region_around(face))), face)
+            detected = self.pool.detect(slot.frame, region_box(region_around(face)))
+            others = [(other, other.recent.get(slot.number), NEAR) for other in self.others]
+            face = nearest(self._own_among(others, slot.frame, detected, face), face)
             slot.detection = face or slot.detection
 
 

@@ -101,6 +101,28 @@ def test_people_who_cross_keep_their_owner():
     assert (back[:10] > WIDTH / 2).all() and (back[-5:] < WIDTH / 2).all()
 
 
+def passing(front: np.ndarray, back: np.ndarray, walk: np.ndarray) -> list[np.ndarray]:
+    """Frames in which the head of `front` passes before `back` from left to right; walk: 0 to 1, the share of the way.
+
+    Only the head covers what is behind it, so both faces are seen side by side, half, and not at all.
+    """
+    head = cv2.ellipse(np.zeros(front.shape[:2], np.uint8), (110, 123), (55, 68), 0, 0, 360, 1, -1)[..., None]
+    frames = []
+    for share in walk:
+        x, way = int(LEFT[0] + share * (RIGHT[0] - LEFT[0])), int(share * (RIGHT[0] - LEFT[0]))
+        picture = scene((back, (RIGHT[0] - way, 10)))
+        part = picture[10 : 10 + len(front), x : x + front.shape[1]]
+        part[:] = np.where(head, front, part)
+        frames.append(picture)
+    return frames
+
+
+def test_a_person_who_is_found_again_was_never_the_one_who_passed_before_them():
+    front, back = middles(passing(OTHER, ONE, np.linspace(0, 1, 36)), *pair()).T
+    assert np.isfinite(front).all() and np.isfinite(back).sum() > 20
+    assert np.nanmin(np.abs(front - back)) > 25, "faces are 92 pixels wide"
+
+
 def test_people_are_recognised_after_a_cut():
     before = [scene((ONE, LEFT), (OTHER, RIGHT))] * 14
     after = [scene((ONE, RIGHT), (OTHER, LEFT), shade=180)] * 14
