@@ -11,7 +11,7 @@ place. The only person of a film is not: there the face that `which` names is fo
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import inf
 
@@ -39,6 +39,8 @@ SMOOTHING_SIGMA = 2.0  # frames
 JUMP = 0.3  # face sizes from one frame to the next: no smoothing across
 LOOK_MEMORY = 0.05  # weight of the newest frame in a person's look
 MAX_CHANGE = 2.0  # in units of ALIKE: of the followed face from one frame to the next, as by a flash
+SOMEBODY_ELSE = 0.3, 0.5  # a face so unlike the person, in units of ALIKE, that has at most this share to another one
+MAX_PASSERS = 4  # people beside the followed ones whose looks are kept
 APART = 1.5  # face sizes between two faces that do not show in each other's looks
 
 
@@ -94,13 +96,24 @@ class Person:
 
     which: one of `choice.FACES`, the face to take where several are detected and the look does not decide; look: see
     `looks.look_of`, None until it has been seen; recognised: nobody else takes this person's place, see the module;
-    seen: whether any frame has shown a usable face of theirs.
+    seen: whether any frame has shown a usable face of theirs; passers: looks of people beside them whom nobody follows.
     """
 
     which: str = "largest"
     look: np.ndarray | None = None
     recognised: bool = False
     seen: bool = False
+    passers: list[np.ndarray] = field(default_factory=list)
+
+    def add_passer(self, look: np.ndarray) -> None:
+        """Keep the look of somebody else, unless it is known."""
+        if all(look_difference(look, known) > ALIKE / 2 for known in self.passers):
+            self.passers = [*self.passers, look][-MAX_PASSERS:]
+
+    def forget(self) -> None:
+        """Forget the looks, if another person may take the place."""
+        if not self.recognised:
+            self.look, self.passers = None, []
 
 
 class FaceFollower:
@@ -128,22 +141,27 @@ class FaceFollower:
         self.index = index  # of the person's region among those of `frames`
         self.others: Sequence[FaceFollower] = ()  # of the other people of the film
         self.waiting: deque[Slot] = deque()
+        self.recent: dict[int, Detection | None] = {}  # by the frame's number, as long as another's frames may wait
         self.shot = -1
         self.start_shot()
 
     def start_shot(self) -> None:
         self.shot += 1
+        self.person.forget()
         self.face: Detection | None = None  # the followed one when it was last detected
         self.region: Region | None = None  # where that was
         self.missing = 0  # frames since then
         self.not_usable = self.timing.patience  # frames since it was usable; at first there is none to wait for
         self.schedule = SearchSchedule(self.timing.search_waits)
+        self.detected: list[Detection] = []  # faces of the newest frame, some of them more than once
 
     def add(self, number: int, frame: np.ndarray) -> list[Slot]:
         """Take the newest frame; returns the slots that are settled by then: all frames, in order."""
         slot = Slot(frame, number, self.shot)
         self.find_face(slot)
         self.waiting.append(slot)
+        self.recent[number] = slot.detection
+        self.recent.pop(number - SEARCH_INTERVAL - 1, None)
         if slot.detection is not None and self.not_usable <= self.timing.patience:
             self.follow_back()
             return self.settle()
@@ -157,10 +175,11 @@ class FaceFollower:
 
     def find_face(self, slot: Slot) -> None:
         """Detect the followed face in the newest frame, or another one to follow."""
+        self.detected = []
         if self.face is not None and self.missing == 0:
             self.region = region_around(self.face, self.region)
-            detected = self.own(slot.frame, self.frames.detect(self.index, self.region))
-            slot.detection = nearest(detected, self.face)
+            self.detected = self.frames.detect(self.index, self.region)
+            slot.detection = nearest(self.own(slot.frame, self.detected), self.face)
         self.missing = self.missing + 1 if slot.detection is None else 0
         self.not_usable = 0 if slot.usable else self.not_usable + 1
         candidates: Iterable[Detection] = ()
@@ -174,6 +193,7 @@ class FaceFollower:
             self.face, self.missing = slot.detection, 0
         elif self.not_usable > self.timing.patience:
             self.face = None
+            self.person.forget()
         if slot.usable:
             self.person.seen = True
             self.not_usable, self.schedule = 0, SearchSchedule(self.timing.search_waits)
@@ -182,11 +202,16 @@ class FaceFollower:
         self.frames.regions[self.index] = self.region if slot.detection is not None else None
 
     def remember(self, slot: Slot) -> None:
-        """Learn the look of the followed person from a frame in which nobody else is near."""
+        """Learn the look of the followed person from a frame in which nobody else is near, else those of the others."""
         face = slot.usable
-        if not self.person.recognised or face is None:
+        if face is None:
             return
         if any(other.face is not None and face.distance(other.face) < APART for other in self.others):
+            return
+        beside = [one for one in self.detected if one.usable and min(face.distance(one), one.distance(face)) > NEAR]
+        for one in beside:
+            self.person.add_passer(look_of(slot.frame, one.landmarks))
+        if beside:
             return
         look, known = look_of(slot.frame, face.landmarks), self.person.look
         if known is not None:
@@ -200,22 +225,51 @@ class FaceFollower:
 
     def own(self, frame: np.ndarray, faces: list[Detection]) -> list[Detection]:
         """Those faces of a frame that may be this person's: nobody else of the film is nearer or more like them."""
-        if not self.person.recognised:
-            return faces
-        return [face for face in faces if self._is_own(face, look_of(frame, face.landmarks))]
+        others = [(other, other.face, NEAR + other.missing * self.timing.drift) for other in self.others]
+        return self._own_among(others, frame, faces, self.face)
 
-    def _is_own(self, face: Detection, look: np.ndarray) -> bool:
-        price = self.unlikeness(look)
-        if self.person.look is not None and price > (1.0 if self.face is None else MAX_CHANGE):
+    def _own_among(
+        self,
+        others: "Sequence[tuple[FaceFollower, Detection | None, float]]",
+        frame: np.ndarray,
+        faces: list[Detection],
+        last: Detection | None,
+    ) -> list[Detection]:
+        """See `own`. others: the other people, where each was seen, and how far away they may be by now; last: the
+        person's face in the neighbouring frame."""
+        if not self.person.recognised and not self.person.passers:
+            return faces
+        return [face for face in faces if self._is_own(face, look_of(frame, face.landmarks), last, others)]
+
+    def is_passer(self, look: np.ndarray, continued: bool) -> bool:
+        """Whether a look is rather that of somebody who was seen beside this person; continued: not after a gap."""
+        unlike, (least, share) = self.unlikeness(look), SOMEBODY_ELSE if continued else (0.0, 1.0)
+        if self.person.look is None or unlike < least:
             return False
-        if self.face is not None:
-            price += self.face.distance(face) / NEAR
-        for other in self.others:
-            if other.face is None:
-                if self.face is None and other.person.look is not None and other.unlikeness(look) < price:
+        return any(look_difference(passer, look) / ALIKE < share * unlike for passer in self.person.passers)
+
+    def _is_own(
+        self,
+        face: Detection,
+        look: np.ndarray,
+        last: Detection | None,
+        others: "Sequence[tuple[FaceFollower, Detection | None, float]]",
+    ) -> bool:
+        if self.is_passer(look, last is not None):
+            return False
+        if not self.person.recognised:
+            return True
+        price = self.unlikeness(look)
+        if self.person.look is not None and price > (1.0 if last is None else MAX_CHANGE):
+            return False
+        if last is not None:
+            price += last.distance(face) / NEAR
+        for other, seen, reach in others:
+            if seen is None:
+                if last is None and other.person.look is not None and other.unlikeness(look) < price:
                     return False
-            elif resembles(face, other.face, NEAR + other.missing * self.timing.drift) and (
-                self.face is None or other.unlikeness(look) + other.face.distance(face) / NEAR < price
+            elif resembles(face, seen, reach) and (
+                last is None or other.unlikeness(look) + seen.distance(face) / NEAR < price
             ):
                 return False
         return True
@@ -229,6 +283,7 @@ class FaceFollower:
         rest: list[Detection] = []
         for boxes, _ in tiles(frame, thorough):
             faces = self.pool.detect_all(frame, boxes)
+            self.detected += faces
             if self.person.which == "largest" and not self.person.recognised:
                 yield from ranked([face for face in faces if face.usable], self.person.which, frame.shape[1])
                 faces = [face for face in faces if not face.usable]
@@ -280,7 +335,7 @@ class FaceFollower:
             if detection is not None and not candidate.usable:  # nor are those that follow
                 break
             region = region_around(candidate)
-            confirmed = nearest(self.pool.detect(frame, region_box(region)), candidate)
+            confirmed = nearest(self.own(frame, self.pool.detect(frame, region_box(region))), candidate)
             if confirmed is not None and (confirmed.usable or detection is None):
                 detection, self.region = confirmed, region
             if confirmed is not None and confirmed.usable:
@@ -293,7 +348,9 @@ class FaceFollower:
         for slot in list(self.waiting)[-2::-1]:
             if face is None or slot.shot != self.shot:
                 return
-            face = nearest(self.pool.detect(slot.frame, region_box(region_around(face))), face)
+            detected = self.pool.detect(slot.frame, region_box(region_around(face)))
+            others = [(other, other.recent.get(slot.number), NEAR) for other in self.others]
+            face = nearest(self._own_among(others, slot.frame, detected, face), face)
             slot.detection = face or slot.detection
 
 

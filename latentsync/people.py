@@ -10,7 +10,7 @@ import numpy as np
 
 from latentsync.choice import SAME_FACE, FacePoint, parse_face
 from latentsync.errors import UserError
-from latentsync.following import LOOK_MEMORY, MAX_CHANGE, NEAR, Person
+from latentsync.following import APART, LOOK_MEMORY, MAX_CHANGE, NEAR, Person
 from latentsync.landmarks import Detection, LandmarkerPool, open_pool, tiles
 from latentsync.looks import ALIKE, look_difference, look_of
 from latentsync.media import VideoInfo, read_frames
@@ -40,7 +40,8 @@ def find_people(info: VideoInfo, settings: Settings, cancel: threading.Event | N
             people.append(Person(choice, recognised=several))
             continue
         frame = _frame_at(info, choice, cancel)
-        face = face_at(frame, choice)
+        faces = _faces_in(frame)
+        face = _nearest(faces, choice)
         if face is None:
             raise UserError(
                 f"'{info.path}' shows no face near {choice.x:g},{choice.y:g} at {choice.seconds:g} s; its pictures are "
@@ -50,6 +51,9 @@ def find_people(info: VideoInfo, settings: Settings, cancel: threading.Event | N
             raise UserError("Two of the points lie on the same face: give each voice a face of its own.")
         found.append((choice.seconds, face))
         people.append(Person(look=look_of(frame, face.landmarks), recognised=True))
+        for other in faces:
+            if other.usable and face.distance(other) > APART:
+                people[-1].add_passer(look_of(frame, other.landmarks))
     return people
 
 
@@ -75,11 +79,16 @@ def _frame_at(info: VideoInfo, point: FacePoint, cancel: threading.Event | None)
 
 def face_at(frame: np.ndarray, point: FacePoint) -> Detection | None:
     """The face of a frame uint8 RGB (H, W, 3) whose middle is the nearest to a point; None if none is near."""
-    faces: list[Detection] = []
-    with open_pool(1) as pool:
-        for boxes, _ in tiles(frame, thorough=True):
-            faces += pool.detect_all(frame, boxes)
+    return _nearest(_faces_in(frame), point)
 
+
+def _faces_in(frame: np.ndarray) -> list[Detection]:
+    """The faces in all tiles of a frame, some of them more than once."""
+    with open_pool(1) as pool:
+        return [face for boxes, _ in tiles(frame, thorough=True) for face in pool.detect_all(frame, boxes)]
+
+
+def _nearest(faces: list[Detection], point: FacePoint) -> Detection | None:
     def distance(face: Detection) -> float:
         return float(np.linalg.norm(face.centre - (point.x, point.y))) / face.size
 

@@ -27,6 +27,7 @@ WIDTH, HEIGHT = 480, 240
 LEFT, RIGHT = (20, 10), (260, 10)  # upper left corners of the two people
 ONE = np.ascontiguousarray(astronaut()[0:230, 115:315])  # public domain, from scikit-image
 OTHER = np.ascontiguousarray(np.clip(cv2.flip(ONE, 1)[..., ::-1] * 0.55 + 10, 0, 255).astype(np.uint8))
+RELATIVE = np.clip(cv2.flip(ONE, 1) * np.array([0.75, 0.85, 1.0]), 0, 255).astype(np.uint8)  # looks much like ONE
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -99,6 +100,47 @@ def test_people_who_cross_keep_their_owner():
     assert np.isfinite(front).all() and (np.diff(front) > -5).all()
     assert np.isfinite(back[:10]).all() and np.isfinite(back[-5:]).all(), "found again behind the other"
     assert (back[:10] > WIDTH / 2).all() and (back[-5:] < WIDTH / 2).all()
+
+
+def passing(front: np.ndarray, back: np.ndarray, walk: np.ndarray) -> list[np.ndarray]:
+    """Frames in which the head of `front` passes before `back` from left to right; walk: 0 to 1, the share of the way.
+
+    Only the head covers what is behind it, so both faces are seen side by side, half, and not at all.
+    """
+    head = cv2.ellipse(np.zeros(front.shape[:2], np.uint8), (110, 123), (55, 68), 0, 0, 360, 1, -1)[..., None]
+    frames = []
+    for share in walk:
+        x, way = int(LEFT[0] + share * (RIGHT[0] - LEFT[0])), int(share * (RIGHT[0] - LEFT[0]))
+        picture = scene((back, (RIGHT[0] - way, 10)))
+        part = picture[10 : 10 + len(front), x : x + front.shape[1]]
+        part[:] = np.where(head, front, part)
+        frames.append(picture)
+    return frames
+
+
+def test_a_person_who_is_found_again_was_never_the_one_who_passed_before_them():
+    front, back = middles(passing(OTHER, ONE, np.linspace(0, 1, 36)), *pair()).T
+    assert np.isfinite(front).all() and np.isfinite(back).sum() > 20
+    assert np.nanmin(np.abs(front - back)) > 25, "faces are 92 pixels wide"
+
+
+@pytest.mark.parametrize("recognised", [False, True])
+@pytest.mark.parametrize("passer", [OTHER, RELATIVE], ids=["unlike", "alike"])
+def test_one_face_alone_is_not_lost_to_somebody_who_passes_before_it(passer, recognised):
+    way = (np.linspace(0, 1, 36) * (RIGHT[0] - LEFT[0])).astype(int)
+    frames = [scene((ONE, (RIGHT[0] - x, 10)), (passer, (LEFT[0] + x, 10))) for x in way]
+    (places,) = middles(frames, Person("right", recognised=recognised)).T
+    assert np.isfinite(places[:8]).all() and np.isfinite(places[-5:]).all()
+    assert np.nanmax(np.abs(places - (RIGHT[0] + 110 - way))) < 30, "faces are 92 pixels wide"
+
+
+def test_nobody_takes_the_place_of_a_person_who_was_pointed_at_and_leaves(tmp_path):
+    both, alone = scene((RELATIVE, LEFT), (ONE, RIGHT)), scene((RELATIVE, LEFT))
+    film = save_video(tmp_path / "film.mp4", [both] * 10 + [alone] * 45, "-c:v", "libx264", "-crf", 6)
+    info = probe_video(film).at_choice("source")
+    people = find_people(info, Settings(face=f"{RIGHT[0] + 110},123"))
+    places = middles(list(read_frames(info)), *people)[:, 0]
+    assert np.isfinite(places[:8]).all() and np.isnan(places[12:]).all()
 
 
 def test_people_are_recognised_after_a_cut():
