@@ -16,7 +16,7 @@ from latentsync.alignment import crop_size, frame_rectangle
 EDGE_SHARE = 20  # width of the soft edge: square root of the face's area over this (LatentSync)
 MATCHED_AREAS = 32  # along the side of a crop, whose mean colours `match_colours` compares in a film
 ALL_VISIBLE = 0.999  # mean of the mask over an area that is visible, with room for rounding
-PASTED_TOGETHER = 3 * 2**22  # numbers of their regions; 0.2 GB at the peak
+PASTED_TOGETHER = 3 * 2**22  # numbers of their regions: about 15 float32 values a pixel at a time, 0.25 GB
 SMALL_FACE = 256  # pixels of the frame; for smaller faces the closed form of the edge is coarse and a kernel is cheap
 
 Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1, the last two exclusive
