@@ -157,7 +157,7 @@ def test_a_long_job_that_is_cancelled_leaves_no_segments(worker, talking, long_v
 
 def test_a_cancelled_job_can_keep_its_finished_frames(worker, talking, long_voice):
     job = worker.submit(Request(talking, long_voice, steps=4), ME)
-    until(lambda: job.progress.get("writing", 0) > 20 and job.picture)
+    until(lambda: job.progress.get("writing", 0) > 20 and job.picture is not None)
     worker.cancel(job.id, ME, keep=True)
     ended(worker, job)
     assert job.state == CANCELLED and 20 < probe_video(job.output).n_frames == job.report["frames"] < 750

@@ -34,19 +34,19 @@ function adviceItem({ severity, problem, remedy }) {
 }
 
 function showResult(view, job) {
-  const box = find(".result", view.card), name = fileName(job.files.result), ratio = ratioOf(job);
+  const box = find(".result", view.card), name = fileName(job.files.result);
   const url = (file) => `${root}/lipsync/${job.files[file]}`;
   const seconds = Object.entries(job.report.seconds).map(([stage, time]) => [stage, inSeconds(time)]);
   const question = `Delete ${name} and all other files of this job?`;
   box.innerHTML = html`
     <div class="pair">
       <figure class="other">
-        <video class="original" muted playsinline preload="metadata" src="${url("original")}" style="${ratio}"
+        <video class="original" muted playsinline preload="metadata" src="${url("original")}"
           poster="${root}/lipsync/${job.files.result.split("/")[0]}/first-frame" aria-label="Original, without sound"></video>
         <figcaption></figcaption>
       </figure>
       <figure class="own">
-        <video class="made" controls playsinline preload="metadata" src="${url("result")}" style="${ratio}"
+        <video class="made" controls playsinline preload="metadata" src="${url("result")}"
           aria-label="Result"></video>
         <figcaption>Result</figcaption>
       </figure>

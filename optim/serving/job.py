@@ -9,13 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentsync import STAGES
 from latentsync.choice import SAME_FACE, parse_face
 from latentsync.errors import UserError
 from latentsync.settings import CRF, INFERENCE_STEPS, SEED, WINDOW
 from optim.serving.limits import check_option
+
+if TYPE_CHECKING:  # takes a while to load
+    import numpy as np
 
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 COMPARED_SECONDS = 300  # of a result that are put beside the original
@@ -148,7 +151,7 @@ class Job:
     report: dict[str, Any] | None = None
     timeline: dict[str, Any] | None = None
     output: Path | None = None  # once it exists
-    picture: bytes | None = None  # JPEG, of a finished frame
+    picture: "np.ndarray | None" = None  # a finished frame, scaled down, uint8 (h, w, 3) RGB
     pictures: int = 0  # that there have been
     playable: int = 0  # seconds of `first` that can be played
     cancel_requested: threading.Event = field(default_factory=threading.Event)
@@ -237,7 +240,9 @@ class Job:
             "mouths": round(self.finished_mouths(), 1),
             "frames_per_second": rate and round(rate, 2),
             "seconds_left": None if left is None else round(left),
-            "picture": f"{self.key}/picture?{self.pictures}" if self.picture and self.state == RUNNING else None,
+            "picture": f"{self.key}/picture?{self.pictures}"
+            if self.picture is not None and self.state == RUNNING
+            else None,
             "playable": self.playable,
             "files": {name: f"{self.key}/{name}/{path.name}" for name, path in self.files().items()},
             "messages": self.messages,

@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 PREVIEW_SECONDS = 10  # length of the preview video
 PREVIEW_SIDE = 480  # maximum of a preview's shorter side, pixels
-PICTURE_INTERVAL = 4.0  # seconds between two preview pictures: every second poll of the page
+PICTURE_SIDE = 640  # of a preview picture's longer side, pixels, at most
+PICTURE_INTERVAL = 4.0  # seconds between two preview pictures, of which the page shows some
 CLOSE_TIMEOUT = 10.0  # seconds to wait for the preview at the end of a run
 
 
@@ -40,6 +41,13 @@ def as_jpeg(frame: "np.ndarray") -> bytes:
     import cv2
 
     return cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
+
+
+def as_webp(frame: "np.ndarray") -> bytes:
+    """Encode a frame, uint8 (h, w, 3) RGB, as a WebP file: half as large as a JPEG file, in ten times the time."""
+    import cv2
+
+    return cv2.imencode(".webp", frame[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, 80])[1].tobytes()
 
 
 def resized(frame: "np.ndarray", max_side: int = PREVIEW_SIDE) -> "np.ndarray":
@@ -177,4 +185,5 @@ class Preview:
                     if complete:
                         writer.close()
                 if as_picture:
-                    job.picture, job.pictures = as_jpeg(small), job.pictures + 1
+                    job.picture = resized(small, PICTURE_SIDE * min(size) // max(size))
+                    job.pictures += 1
