@@ -26,6 +26,7 @@ CLEAR = """() => {
     words.selectNodeContents(document.querySelector("#video-note .facts"));
     return [...words.getClientRects()].every((box) => box.right < button.left || box.top > button.bottom);
 }"""
+EXPECTED = "/clip|first job/.test(document.querySelector('#line').textContent)"
 SLOW = 240_000  # milliseconds that something may take on a busy machine
 
 
@@ -95,14 +96,15 @@ def visit(chromium, server):
     assert errors == []
 
 
-def give(page, clips, video="talking.mp4", audio="short.wav"):
-    """Drop a video and, where `audio` names one, a recording."""
+def give(page, clips, video="talking.mp4", audio="short.wav", expected=True):
+    """Drop a video and, where `audio` names one, a recording; wait for the expected time, unless there will be none."""
     page.set_input_files("#video input[type=file]", str(clips / video))
     page.wait_for_selector("#video video")
     if audio:
         page.set_input_files("#audio input[type=file]", str(clips / audio))
-    page.wait_for_function("/clip|first job/.test(document.querySelector('#line').textContent)")
-    page.wait_for_selector("#video-note p")
+    page.wait_for_selector("#video-note .facts")
+    if audio and expected:
+        page.wait_for_function(EXPECTED)
 
 
 def start(page):
@@ -152,7 +154,7 @@ def test_from_the_first_visit_to_the_result_of_the_example(visit):
     page.wait_for_selector("#timeline .js-plotly-plot .bars")
     # The page can be set to them again.
     page.click("#stop-0")
-    page.click("text=Use these settings")
+    page.click("text=Set the page to its settings")
     page.wait_for_function("document.querySelector('#level input[type=number]').value == '1'")
 
 
@@ -307,7 +309,7 @@ def test_a_tab_goes_on_with_the_server_that_comes_after(chromium, clips, checkpo
         page.wait_for_function(f"Number(document.querySelector('#plot').dataset.points) > {points}")
         assert page.input_value("#level input[type=number]") == "0.5" and page.evaluate("window.unchanged")
         assert page.locator("#video video").count() == 0
-        page.wait_for_function("!/clip|first job/.test(document.querySelector('#line').textContent)")
+        page.wait_for_function(f"!{EXPECTED}")
         give(page, clips)
         page.click("#start")
         page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 2")
@@ -340,8 +342,12 @@ def test_what_cannot_be_used_gets_its_sentence_where_it_was_given(visit, clips):
     page = visit()
     page.click("#start")
     page.wait_for_function("document.querySelector('#start-note').textContent.includes('There is no video yet')")
-    give(page, clips, video="faceless.mp4")
+    give(page, clips, video="faceless.mp4", expected=False)
     playwright.expect(page.locator("#video-note")).to_contain_text("No face was found")
+    playwright.expect(page.locator("#audio-note .facts")).to_be_visible()
+    page.evaluate("window.lipsync.describe()")
+    page.wait_for_timeout(1000)
+    assert not page.evaluate(EXPECTED), "how long a job takes that will fail"
     start(page)
     state(page, "failed")
     assert "'faceless.mp4' shows no face" in page.inner_text(".card .error")
@@ -360,7 +366,7 @@ def test_everything_needed_is_in_view_and_stays_in_its_place(visit, clips, size)
     page = visit(*size)
     assert page.evaluate(BOTTOM) <= size[1]
     assert page.evaluate("window.shift") <= 0.05, "layout shift"
-    give(page, clips, video="small.mp4", audio="silent.wav")
+    give(page, clips, video="small.mp4", audio="silent.wav", expected=False)
     page.wait_for_selector("#video-note .warning")
     page.wait_for_selector("#audio-note .warning")
     assert page.evaluate(BOTTOM) <= size[1], "also when the files are there, and warnings"
@@ -377,7 +383,7 @@ def test_everything_needed_is_in_view_and_stays_in_its_place(visit, clips, size)
 
 def test_on_a_low_screen_the_button_stays_in_reach_and_hides_nothing_for_good(visit, clips):
     page = visit(390, 560)
-    give(page, clips, video="small.mp4", audio="silent.wav")
+    give(page, clips, video="small.mp4", audio="silent.wav", expected=False)
     page.wait_for_selector("#video-note .warning")
     place = "document.querySelector('#line-box').getBoundingClientRect().top"
     assert page.evaluate(BOTTOM) <= 560 < page.evaluate(place), "while its place is below the view"
@@ -418,6 +424,7 @@ def test_a_result_is_run_again_at_another_level_and_laid_over_the_first(visit, c
     page.click(".again button:text-is('aggressive')")
     page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 2")
     assert page.locator(".card .made-with").first.inner_text().startswith("aggressive · ")
+    assert page.locator(".card .doing").first.inner_text().endswith("with the faces found before")
     page.click("#advanced > button")
     page.fill("#steps input[type=number]", "10")
     page.press("#steps input[type=number]", "Tab")
@@ -468,6 +475,38 @@ def test_settings_are_kept_by_the_browser(visit):
     page.reload()
     page.wait_for_function("document.querySelector('#line')?.textContent.includes('6 steps')")
     page.wait_for_selector("#stop-2[aria-pressed=true]")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_settings_that_are_changed_while_the_page_loads_stay(chromium, server, kept):
+    page, held = chromium.new_page(), []
+    page.set_default_timeout(SLOW)
+    page.goto(server.url)
+    page.wait_for_function("document.querySelector('#line')?.textContent.includes('20 steps')")
+    if kept:
+        page.click("#stop-1")
+        page.click("#advanced > button")
+        page.fill("#steps input[type=number]", "10")
+        page.press("#steps input[type=number]", "Tab")
+        page.wait_for_function("document.querySelector('#line').textContent.includes(': 8 steps')")
+
+    def hold(route):  # what asks for the settings to begin with, by those that were kept
+        asks = (route.request.post_data or "").startswith(('{"data":[null],', '{"data":[['))
+        held.append(route) if asks else route.continue_()
+
+    page.route("**/run/predict", hold)
+    page.reload()
+    page.wait_for_selector("html[data-complete]")
+    while not held:
+        page.wait_for_timeout(50)
+    page.click("#stop-2")
+    page.wait_for_function("document.querySelector('#level input[type=number]').value == '1'")
+    held[0].continue_()
+    wanted = "6 steps" if kept else "12 steps"  # what was not changed is as it was kept
+    page.wait_for_selector("#stop-0.best")  # of the reply
+    page.wait_for_function(f"document.querySelector('#line').textContent.includes('{wanted}')")
+    assert page.input_value("#level input[type=number]") == "1"
+    page.close()
 
 
 def give_faces(page, clips, folder, count):
@@ -653,7 +692,7 @@ def test_a_sound_is_heard_in_place_of_the_voices_of_two_people(visit, clips):
     page.wait_for_function("document.querySelector('.made').readyState > 0")
     assert page.evaluate("Math.round(document.querySelector('.made').duration * 25)") == 10, "as long as the sound"
     page.click(".card summary")
-    assert re.search(r"heard in their place\s+other.wav", page.inner_text(".card .tables"))
+    assert re.search(r"sound of the result\s+other.wav", page.inner_text(".card .tables"))
 
 
 @pytest.mark.parametrize("width", [390, 1440])
@@ -709,6 +748,30 @@ def test_a_video_that_the_browser_cannot_show_is_seen_by_its_first_frame_and_is_
     state(page, "done")
     page.wait_for_selector(".card figcaption:has-text('First frame of the original')")
     assert page.locator(".card .original[poster$='first-frame']:not([src])").count() == 1
+
+
+COLOURS = """async () => {
+    const video = document.querySelector("#video video"), poster = new Image();
+    poster.src = video.poster;
+    await poster.decode();
+    const context = document.createElement("canvas").getContext("2d");
+    return [poster, video].map((each) => {
+        context.drawImage(each, 0, 0, 8, 8);
+        return [...context.getImageData(4, 4, 1, 1).data.slice(0, 3)];
+    });
+}"""
+
+
+@pytest.mark.parametrize("size", ["480x854", "1024x600", "320x240"])
+def test_the_picture_of_a_video_without_a_colour_matrix_has_the_colours_with_which_it_plays(visit, tmp_path, size):
+    page = visit()
+    plane = ("-f", "lavfi", "-i", f"color=0xc83c28:s={size}:d=1", "-vf", "format=yuv420p,setparams=colorspace=unknown")
+    ffmpeg(*plane, "-c:v", "libx264", "-crf", 8, tmp_path / "plane.mp4")
+    page.set_input_files("#video input[type=file]", str(tmp_path / "plane.mp4"))
+    page.wait_for_selector("#video video[poster^='data:image/jpeg']")
+    page.wait_for_function("document.querySelector('#video video').readyState >= 2")
+    pictured, played = page.evaluate(COLOURS)
+    assert max(abs(a - b) for a, b in zip(pictured, played, strict=True)) <= 6, (pictured, played)
 
 
 def test_a_picture_is_dropped_or_chosen_where_a_video_goes_and_speaks(visit, clips):

@@ -63,7 +63,7 @@ function doingText(job) {
   if (job.state === "waiting" && !before) return "It is the next one";
   if (job.state === "waiting") return before === 1 ? "1 job comes before this one" : `${before} jobs come before this one`;
   if (job.state === "running") return `${job.doing} · ${clockText(job.elapsed)} so far`;
-  if (job.state === "done") return `done in ${clockText(job.elapsed)}`;
+  if (job.state === "done") return `done in ${clockText(job.elapsed)}${job.faces_known ? ", with the faces found before" : ""}`;
   return job.elapsed === null || job.files.result ? job.doing : `${job.doing} after ${clockText(job.elapsed)}`;
 }
 
@@ -88,9 +88,9 @@ function updateCard(view, job) {
 function updateProgress(view, job) {
   const { card } = view, part = (selector) => find(selector, card);
   for (const stage of Object.keys(STAGES)) {
-    const done = stage === "mouths" ? job.mouths : job.stages[stage];
-    part(`[data-stage=${stage}] progress`).value = done;
-    setText(part(`[data-stage=${stage}] output`), `${Math.floor(done)} / ${job.frames}`);
+    const known = stage === "faces" && job.faces_known, done = stage === "mouths" ? job.mouths : job.stages[stage];
+    part(`[data-stage=${stage}] progress`).value = known ? job.frames : done;
+    setText(part(`[data-stage=${stage}] output`), known ? "found before" : `${Math.floor(done)} / ${job.frames}`);
   }
   const speed = job.frames_per_second;
   const speedText = speed ? `${speed.toFixed(speed < 10 ? 2 : 0)} frames/s · ` : "";

@@ -93,9 +93,16 @@ function showWhenComplete() {
 }
 showWhenComplete();
 
+// What the visitor changes while the page loads stays, whatever the server then says to begin with.
+const touched = new Set();
+for (const kind of ["click", "input"]) {
+  document.addEventListener(kind, ({ target }) => touched.add(target.closest("#stops") ? "level" : target.closest("#inputs .block[id]")?.id), true);
+}
+const settle = (names, begin, values) => values.map((value, i) => (touched.has(names[i]) ? value : begin[i] ?? value));
+
 const describe = () => trigger("submit", {}); // the line under the slider
 window.lipsync = {
-  visitor, describe, onReply, onStarted, markStop, markFace, markFaces, showPicture, refresh, dropFiles, playerTime,
+  visitor, describe, settle, onReply, onStarted, markStop, markFace, markFaces, showPicture, refresh, dropFiles, playerTime,
   beginPreview, showPreview,
 };
 let turn = 0;

@@ -18,7 +18,7 @@ function settingsUsed(job) {
     seed: settings.seed,
     DeepCache: settings.cache ? `every ${settings.cache.interval} steps` : "off",
     ...(job.others.length ? { "faces and voices": faces.join(", ") } : { face: settings.face }),
-    ...(job.sound && { "heard in their place": job.sound }),
+    ...(job.sound && { "sound of the result": job.sound }),
     "silence gate": settings.silence_gate ? "on" : "off",
     ...(painted < fps && { painted: `${painted} of ${fps} frames a second` }),
     "match colours": settings.match_colours === null ? "as the model has it" : settings.match_colours ? "on" : "off",
@@ -61,8 +61,8 @@ function showResult(view, job) {
     </div>
     <div class="buttons again"><span class="quiet">Run again:</span>
       ${LEVELS.filter((level) => level !== job.report.level).map((level) => callButton(level, ["again", job.id, { level }]))}
-      <button type="button" class="soft rerun" title="With the settings that the page shows now">with my settings</button>
-      <button type="button" class="soft reuse" title="Set the page to the settings of this job">Use these settings</button>
+      <button type="button" class="soft rerun" title="With the settings that the page has now">with the page's settings</button>
+      <button type="button" class="soft reuse" title="The page gets the settings of this job">Set the page to its settings</button>
     </div>
     <p class="error comparison" role="alert" hidden></p>
     <details>

@@ -142,6 +142,7 @@ class Job:
     doing: str = "waiting"  # the current activity, in words
     progress: dict[str, int] = field(default_factory=dict)  # finished frames by stage
     resumed_from: int = 0  # frames that earlier runs had finished
+    faces_known: bool = False  # from an earlier job with the same film
     partial_frames: float = 0.0  # the share of the current pass that is computed, in frames
     messages: list[str] = field(default_factory=list)
     remarks: int = 0  # number of the first messages that are about the files
@@ -195,7 +196,7 @@ class Job:
         self.progress, self.partial_frames, self.resumed_from, self.expected_seconds = {}, 0.0, 0, None
         self.messages = self.messages[: self.remarks]
         self.advice, self.report, self.timeline, self.output = [], None, None, None
-        self.picture, self.playable, self.gpus = None, 0, 0
+        self.picture, self.playable, self.gpus, self.faces_known = None, 0, 0, False
         self.cancel_requested, self.keep_finished, self.interrupted = threading.Event(), False, False
 
     def set_error(self, error: str, remedy: dict[str, Any] | None = None) -> None:
@@ -237,6 +238,7 @@ class Job:
             "size": self.size,
             "fps": round(float(self.rate), 3),
             "stages": {stage: self.progress.get(stage, 0) for stage in STAGES},
+            "faces_known": self.faces_known,
             "mouths": round(self.finished_mouths(), 1),
             "frames_per_second": rate and round(rate, 2),
             "seconds_left": None if left is None else round(left),
