@@ -357,6 +357,9 @@ def test_what_cannot_be_used_gets_its_sentence_where_it_was_given(visit, clips):
     page.set_input_files("#video input[type=file]", str(clips / "text.mp4"))
     playwright.expect(page.locator("#video-note .problem")).to_contain_text("text.mp4", timeout=SLOW)
     assert "is not a video that ffmpeg can read" in page.inner_text("#video-note")
+    page.click("#start")
+    playwright.expect(page.locator("#start-note")).to_contain_text("see the note at the file", timeout=SLOW)
+    assert page.locator("#inputs :text('that ffmpeg can read')").count() == 1, "said once"
     page.click("#video [aria-label='Clear']")
     playwright.expect(page.locator("#video-note")).to_be_hidden(timeout=SLOW)
 

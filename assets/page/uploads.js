@@ -115,7 +115,8 @@ function afterUpload() {
 }
 function onStarted(reply) {
   starting = false;
-  const note = [...document.querySelectorAll("#inputs .problem")].find(({ textContent }) => textContent === reply?.error);
+  const notes = [...document.querySelectorAll(":is(#video-note, #audio-note) .problem")];
+  const note = notes.find(({ textContent }) => textContent === reply?.error);
   note?.scrollIntoView({ behavior: "smooth", block: "nearest" });
   startNote(note ? "Not started: see the note at the file." : reply?.error ?? "", true);
   if (reply && !reply.error) onReply(reply);
