@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 
+from latentsync import FPS
 from latentsync.errors import UserError
 from latentsync.options import interrupt_on_signals, log_to_stderr
 from optim.levels import STOPS
@@ -145,10 +146,10 @@ class Page:
     def _build_advanced(self) -> None:
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             self.model = self._add("model")
-            pairs = ("steps", "guidance"), ("face", "crf"), ("seed", "batch"), ("deepcache", "compile")
-            for names in (*pairs, ("fps", "paint", "silence_gate"), ("match_colours", "vram_fraction")):
+            pairs = "steps guidance", "face crf", "seed batch", "deepcache compile", "fps paint"
+            for names in (*pairs, "silence_gate match_colours", "vram_fraction"):
                 with gr.Row():
-                    for name in names:
+                    for name in names.split():
                         self._add(name)
             self._add("restore").visible = self.worker.restorer is not None
             self.details = gr.HTML("<p id='details'></p>", elem_id="details-box", apply_default_css=False)
@@ -171,7 +172,8 @@ class Page:
 
         async def look_at_video(video: Any, track: Any = None) -> tuple:
             reply = await check_video(video, track) if video else {}
-            return reply.get("fps"), reply, video_note(reply), track_dropdown(reply), *self.others.look(reply)
+            rate = (reply["fps"] or FPS) if reply.get("faces") else None  # with no face no time is expected
+            return rate, reply, video_note(reply), track_dropdown(reply), *self.others.look(reply)
 
         # A new file has tracks and faces of its own: an old one's must not be sent with it.
         face = self._controls["face"]
@@ -224,9 +226,11 @@ class Page:
         for button, stop in zip(self.stops, STOPS, strict=True):
             button.click(None, None, self.level, js=f"() => {stop.position}")
         self.model.input(self.guidance_of, self.model, self._controls["guidance"], **PRIVATE)
-        loaded = [*self.stops, *self.settings, self.advice, self.footer]
+        begin = gr.JSON(visible=False, label="settings to begin with")
+        loaded = [*self.stops, begin, self.model, self.advice, self.footer]
         load = self.blocks.load(self.api.when_ready(self.on_load), self.saved, loaded, **PRIVATE)
-        load.then(**mark_stop).then(**self._meaning)
+        settle = f"(begin, ...values) => window.lipsync.settle({list(NAMES)}, begin, values)"
+        load.then(None, [begin, *self.settings], self.settings, js=settle).then(**mark_stop).then(**self._meaning)
 
     def _wire_live(self, uploads_stay: bool) -> None:
         """Events of the page's scripts."""
@@ -266,7 +270,7 @@ class Page:
         """
         settings, rate, seconds = values[: len(NAMES)], values[len(NAMES)], values[len(NAMES) + 1 :]
         try:
-            length, people = spoken(*seconds)
+            length, people = spoken(*seconds) if rate else (None, 1)
             reply, kind = self.api.describe(*settings, length, rate, people), ""
         except UserError as error:
             reply, kind = {"line": str(error), "details": "", "preview": None}, "problem"
@@ -284,19 +288,18 @@ class Page:
         machine = self.worker.machine
         if machine is None:
             problem = f"<p class='problem'>{html.escape(self.worker.problem or '')}</p>"
-            return (*[gr.skip()] * (len(STOPS) + len(NAMES)), problem, footer_html(None))
+            return (*[gr.skip()] * len(STOPS), [], gr.skip(), problem, footer_html(None))
         best = machine.recommended
         stops = [gr.Button(elem_classes=["best"]) if stop.position == best else gr.skip() for stop in STOPS]
         values: dict[str, Any] = {"level": best, "guidance": self.guidance_of("auto")}
         with suppress(UserError, TypeError, ValueError, KeyError):  # of another version, or of a model that is gone
             fields = parse_settings(dict(zip(NAMES, saved, strict=True)), self.api.models_to_choose)
             values = page_values(fields, best)
-        shown = [values.get(name, gr.skip()) for name in NAMES]
-        shown[NAMES.index("model")] = self.model_dropdown(values.get("model"))
-        return (*stops, *shown, advice_html(machine.advice), footer_html(machine))
+        begin = [value if isinstance(value := values.get(name), (str, int, float)) else None for name in NAMES]
+        return (*stops, begin, self.model_dropdown(), advice_html(machine.advice), footer_html(machine))
 
-    def model_dropdown(self, value: str | None = None) -> Any:
-        """The models to choose from, as they are now; value: the one that is chosen, None for no change."""
+    def model_dropdown(self) -> Any:
+        """The models to choose from, as they are now."""
         machine = self.worker.machine
         if machine is None:
             return gr.skip()
@@ -304,7 +307,7 @@ class Page:
         for model in machine.models:
             where = f"{model['resolution']} px" if model["present"] else "not on this machine"
             choices.append((f"{model['name']} ({where})", model["name"]))
-        return gr.Dropdown(choices=choices, **({"value": value} if value else {}))
+        return gr.Dropdown(choices=choices)
 
     def guidance_of(self, model: str) -> Any:
         """The lip strength that suits a model, for the slider."""

@@ -27,7 +27,7 @@ def steady_job(job: Any) -> None:
     import cv2
     from conftest import portrait
 
-    from optim.serving.preview import PICTURE_INTERVAL, as_jpeg
+    from optim.serving.preview import PICTURE_INTERVAL
     from optim.serving.run import check_cancel
 
     began, shown = time.monotonic(), 0.0
@@ -38,11 +38,8 @@ def steady_job(job: Any) -> None:
         job.progress = {"faces": min(job.frames, int(2 * done)), "mouths": int(done), "writing": max(0, int(done) - 8)}
         job.partial_frames = done % 1
         if now - shown >= PICTURE_INTERVAL:
-            job.picture, job.pictures, shown = (
-                as_jpeg(cv2.resize(portrait(int(done)), (480, 480))),
-                job.pictures + 1,
-                now,
-            )
+            job.picture = cv2.resize(portrait(int(done)), (480, 480))
+            job.pictures, shown = job.pictures + 1, now
         time.sleep(0.1)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def test_a_long_job_that_is_cancelled_leaves_no_segments(worker, talking, long_v
 
 def test_a_cancelled_job_can_keep_its_finished_frames(worker, talking, long_voice):
     job = worker.submit(Request(talking, long_voice, steps=4), ME)
-    until(lambda: job.progress.get("writing", 0) > 20 and job.picture)
+    until(lambda: job.progress.get("writing", 0) > 20 and job.picture is not None)
     worker.cancel(job.id, ME, keep=True)
     ended(worker, job)
     assert job.state == CANCELLED and 20 < probe_video(job.output).n_frames == job.report["frames"] < 750
@@ -973,3 +974,18 @@ def test_a_job_on_a_lent_gpu_cannot_be_cancelled(checkpoint, talking, voice, tmp
     go_on.set()
     assert ended(worker, job).state == DONE
     worker.close()
+
+
+def test_the_preview_video_has_its_colours_in_every_player(tmp_path):
+    """Players guess the colour matrix of a file that names none, by its height."""
+    frame = np.full((854, 480, 3), (200, 60, 40), np.uint8)
+    with closing(
+        preview.write_fragments(tmp_path / "first.mp4", (480, 854), [make_sound(tmp_path / "voice.wav")])
+    ) as film:
+        next(film)
+        for _ in range(30):
+            film.send(frame)
+    info = probe_video(tmp_path / "first.mp4")
+    assert (info.color_matrix, info.color_range, info.color_primaries) == ("bt709", "tv", "bt709")
+    with closing(read_frames(info, count=1)) as frames:
+        assert np.abs(next(frames)[400, 240].astype(int) - frame[0, 0]).max() <= 4

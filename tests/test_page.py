@@ -26,6 +26,7 @@ CLEAR = """() => {
     words.selectNodeContents(document.querySelector("#video-note .facts"));
     return [...words.getClientRects()].every((box) => box.right < button.left || box.top > button.bottom);
 }"""
+EXPECTED = "/clip|first job/.test(document.querySelector('#line').textContent)"
 SLOW = 240_000  # milliseconds that something may take on a busy machine
 
 
@@ -95,14 +96,15 @@ def visit(chromium, server):
     assert errors == []
 
 
-def give(page, clips, video="talking.mp4", audio="short.wav"):
-    """Drop a video and, where `audio` names one, a recording."""
+def give(page, clips, video="talking.mp4", audio="short.wav", expected=True):
+    """Drop a video and, where `audio` names one, a recording; wait for the expected time, unless there will be none."""
     page.set_input_files("#video input[type=file]", str(clips / video))
     page.wait_for_selector("#video video")
     if audio:
         page.set_input_files("#audio input[type=file]", str(clips / audio))
-    page.wait_for_function("/clip|first job/.test(document.querySelector('#line').textContent)")
-    page.wait_for_selector("#video-note p")
+    page.wait_for_selector("#video-note .facts")
+    if audio and expected:
+        page.wait_for_function(EXPECTED)
 
 
 def start(page):
@@ -152,7 +154,7 @@ def test_from_the_first_visit_to_the_result_of_the_example(visit):
     page.wait_for_selector("#timeline .js-plotly-plot .bars")
     # The page can be set to them again.
     page.click("#stop-0")
-    page.click("text=Use these settings")
+    page.click("text=Set the page to its settings")
     page.wait_for_function("document.querySelector('#level input[type=number]').value == '1'")
 
 
@@ -307,7 +309,7 @@ def test_a_tab_goes_on_with_the_server_that_comes_after(chromium, clips, checkpo
         page.wait_for_function(f"Number(document.querySelector('#plot').dataset.points) > {points}")
         assert page.input_value("#level input[type=number]") == "0.5" and page.evaluate("window.unchanged")
         assert page.locator("#video video").count() == 0
-        page.wait_for_function("!/clip|first job/.test(document.querySelector('#line').textContent)")
+        page.wait_for_function(f"!{EXPECTED}")
         give(page, clips)
         page.click("#start")
         page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 2")
@@ -336,31 +338,16 @@ def test_what_is_changed_while_no_server_answers_is_kept_and_takes_effect(chromi
     page.close()
 
 
-def test_a_drawing_library_that_did_not_come_is_asked_for_again(chromium, server):
-    page, refused, words = chromium.new_page(), [], []
-
-    def refuse(route):
-        if len(refused) == 2:
-            return route.continue_()
-        refused.append(route.request.url)
-        route.abort()
-
-    page.route("**/plotly.min.js", refuse)
-    page.expose_function("heard", lambda said: words.append(said))
-    page.add_init_script("setInterval(() => window.heard(document.querySelector('#load')?.textContent || ''), 100)")
-    page.goto(server.url)
-    page.wait_for_selector("#plot .trace", state="attached", timeout=SLOW)
-    assert len(refused) == 2 and any("No job" in each for each in words)
-    assert not any("does not answer" in each for each in words)
-    page.close()
-
-
 def test_what_cannot_be_used_gets_its_sentence_where_it_was_given(visit, clips):
     page = visit()
     page.click("#start")
     page.wait_for_function("document.querySelector('#start-note').textContent.includes('There is no video yet')")
-    give(page, clips, video="faceless.mp4")
+    give(page, clips, video="faceless.mp4", expected=False)
     playwright.expect(page.locator("#video-note")).to_contain_text("No face was found")
+    playwright.expect(page.locator("#audio-note .facts")).to_be_visible()
+    page.evaluate("window.lipsync.describe()")
+    page.wait_for_timeout(1000)
+    assert not page.evaluate(EXPECTED), "how long a job takes that will fail"
     start(page)
     state(page, "failed")
     assert "'faceless.mp4' shows no face" in page.inner_text(".card .error")
@@ -370,6 +357,9 @@ def test_what_cannot_be_used_gets_its_sentence_where_it_was_given(visit, clips):
     page.set_input_files("#video input[type=file]", str(clips / "text.mp4"))
     playwright.expect(page.locator("#video-note .problem")).to_contain_text("text.mp4", timeout=SLOW)
     assert "is not a video that ffmpeg can read" in page.inner_text("#video-note")
+    page.click("#start")
+    playwright.expect(page.locator("#start-note")).to_contain_text("see the note at the file", timeout=SLOW)
+    assert page.locator("#inputs :text('that ffmpeg can read')").count() == 1, "said once"
     page.click("#video [aria-label='Clear']")
     playwright.expect(page.locator("#video-note")).to_be_hidden(timeout=SLOW)
 
@@ -379,7 +369,7 @@ def test_everything_needed_is_in_view_and_stays_in_its_place(visit, clips, size)
     page = visit(*size)
     assert page.evaluate(BOTTOM) <= size[1]
     assert page.evaluate("window.shift") <= 0.05, "layout shift"
-    give(page, clips, video="small.mp4", audio="silent.wav")
+    give(page, clips, video="small.mp4", audio="silent.wav", expected=False)
     page.wait_for_selector("#video-note .warning")
     page.wait_for_selector("#audio-note .warning")
     assert page.evaluate(BOTTOM) <= size[1], "also when the files are there, and warnings"
@@ -396,7 +386,7 @@ def test_everything_needed_is_in_view_and_stays_in_its_place(visit, clips, size)
 
 def test_on_a_low_screen_the_button_stays_in_reach_and_hides_nothing_for_good(visit, clips):
     page = visit(390, 560)
-    give(page, clips, video="small.mp4", audio="silent.wav")
+    give(page, clips, video="small.mp4", audio="silent.wav", expected=False)
     page.wait_for_selector("#video-note .warning")
     place = "document.querySelector('#line-box').getBoundingClientRect().top"
     assert page.evaluate(BOTTOM) <= 560 < page.evaluate(place), "while its place is below the view"
@@ -437,6 +427,7 @@ def test_a_result_is_run_again_at_another_level_and_laid_over_the_first(visit, c
     page.click(".again button:text-is('aggressive')")
     page.wait_for_function("document.querySelectorAll('.card[data-state=done]').length == 2")
     assert page.locator(".card .made-with").first.inner_text().startswith("aggressive · ")
+    assert page.locator(".card .doing").first.inner_text().endswith("with the faces found before")
     page.click("#advanced > button")
     page.fill("#steps input[type=number]", "10")
     page.press("#steps input[type=number]", "Tab")
@@ -487,6 +478,38 @@ def test_settings_are_kept_by_the_browser(visit):
     page.reload()
     page.wait_for_function("document.querySelector('#line')?.textContent.includes('6 steps')")
     page.wait_for_selector("#stop-2[aria-pressed=true]")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_settings_that_are_changed_while_the_page_loads_stay(chromium, server, kept):
+    page, held = chromium.new_page(), []
+    page.set_default_timeout(SLOW)
+    page.goto(server.url)
+    page.wait_for_function("document.querySelector('#line')?.textContent.includes('20 steps')")
+    if kept:
+        page.click("#stop-1")
+        page.click("#advanced > button")
+        page.fill("#steps input[type=number]", "10")
+        page.press("#steps input[type=number]", "Tab")
+        page.wait_for_function("document.querySelector('#line').textContent.includes(': 8 steps')")
+
+    def hold(route):  # what asks for the settings to begin with, by those that were kept
+        asks = (route.request.post_data or "").startswith(('{"data":[null],', '{"data":[['))
+        held.append(route) if asks else route.continue_()
+
+    page.route("**/run/predict", hold)
+    page.reload()
+    page.wait_for_selector("html[data-complete]")
+    while not held:
+        page.wait_for_timeout(50)
+    page.click("#stop-2")
+    page.wait_for_function("document.querySelector('#level input[type=number]').value == '1'")
+    held[0].continue_()
+    wanted = "6 steps" if kept else "12 steps"  # what was not changed is as it was kept
+    page.wait_for_selector("#stop-0.best")  # of the reply
+    page.wait_for_function(f"document.querySelector('#line').textContent.includes('{wanted}')")
+    assert page.input_value("#level input[type=number]") == "1"
+    page.close()
 
 
 def give_faces(page, clips, folder, count):
@@ -672,7 +695,7 @@ def test_a_sound_is_heard_in_place_of_the_voices_of_two_people(visit, clips):
     page.wait_for_function("document.querySelector('.made').readyState > 0")
     assert page.evaluate("Math.round(document.querySelector('.made').duration * 25)") == 10, "as long as the sound"
     page.click(".card summary")
-    assert re.search(r"heard in their place\s+other.wav", page.inner_text(".card .tables"))
+    assert re.search(r"sound of the result\s+other.wav", page.inner_text(".card .tables"))
 
 
 @pytest.mark.parametrize("width", [390, 1440])
@@ -728,6 +751,30 @@ def test_a_video_that_the_browser_cannot_show_is_seen_by_its_first_frame_and_is_
     state(page, "done")
     page.wait_for_selector(".card figcaption:has-text('First frame of the original')")
     assert page.locator(".card .original[poster$='first-frame']:not([src])").count() == 1
+
+
+COLOURS = """async () => {
+    const video = document.querySelector("#video video"), poster = new Image();
+    poster.src = video.poster;
+    await poster.decode();
+    const context = document.createElement("canvas").getContext("2d");
+    return [poster, video].map((each) => {
+        context.drawImage(each, 0, 0, 8, 8);
+        return [...context.getImageData(4, 4, 1, 1).data.slice(0, 3)];
+    });
+}"""
+
+
+@pytest.mark.parametrize("size", ["480x854", "1024x600", "320x240"])
+def test_the_picture_of_a_video_without_a_colour_matrix_has_the_colours_with_which_it_plays(visit, tmp_path, size):
+    page = visit()
+    plane = ("-f", "lavfi", "-i", f"color=0xc83c28:s={size}:d=1", "-vf", "format=yuv420p,setparams=colorspace=unknown")
+    ffmpeg(*plane, "-c:v", "libx264", "-crf", 8, tmp_path / "plane.mp4")
+    page.set_input_files("#video input[type=file]", str(tmp_path / "plane.mp4"))
+    page.wait_for_selector("#video video[poster^='data:image/jpeg']")
+    page.wait_for_function("document.querySelector('#video video').readyState >= 2")
+    pictured, played = page.evaluate(COLOURS)
+    assert max(abs(a - b) for a, b in zip(pictured, played, strict=True)) <= 6, (pictured, played)
 
 
 def test_a_picture_is_dropped_or_chosen_where_a_video_goes_and_speaks(visit, clips):
@@ -833,16 +880,16 @@ def test_a_file_that_is_dropped_replaces_the_one_before_and_never_the_page(visit
 
 def test_the_curves_get_a_point_every_second_and_do_not_flicker(visit):
     page = visit()
-    page.wait_for_selector("#plot .trace", state="attached")
+    page.wait_for_selector("#plot .curves path[d]", state="attached")
     points = "Number(document.querySelector('#plot').dataset.points)"
-    page.evaluate("document.querySelector('#plot svg').dataset.kept = 'yes'")
-    # The drawing library took its time, in which points gathered; a busy server may be late with some, never early.
+    page.evaluate("document.querySelector('#plot .curves path').dataset.kept = 'yes'")
+    # Points have gathered meanwhile; a busy server may be late with some, never early.
     page.evaluate("window.lipsync.refresh().then(window.lipsync.refresh)")
     before, began = page.evaluate(points), time.monotonic()
     page.wait_for_function(f"{points} >= {before + 8}")
     assert page.evaluate(points) - before <= time.monotonic() - began + 3
-    assert page.evaluate("document.querySelector('#plot svg').dataset.kept") == "yes"  # the same drawing, not a new one
-    assert page.locator("#plot .trace").count() >= 2
+    assert page.evaluate("document.querySelector('#plot .curves path').dataset.kept") == "yes", "the same drawing"
+    assert page.locator("#plot .curves path").count() == page.locator("#now .curve").count() >= 2
 
 
 @pytest.mark.parametrize("count, width", [(2, 390), (8, 1440), (8, 1024)])
@@ -862,17 +909,13 @@ def test_the_curves_of_every_gpu_are_drawn_and_jobs_sharing_them_is_explained(ch
 
     page.route("**/gradio_api/run/watch", with_gpus)
     page.goto(server.url)
-    page.wait_for_function(
-        f"document.querySelectorAll('#plot .scatterlayer .trace').length === {2 * count}", timeout=SLOW
-    )
-    styles = page.eval_on_selector_all(
-        "#plot .scatterlayer .js-line", "lines => lines.map((each) => each.getAttribute('style'))"
-    )
+    page.wait_for_function(f"document.querySelectorAll('#plot .curves path').length === {2 * count}", timeout=SLOW)
+    styles = page.eval_on_selector_all("#plot .curves path", "all => all.map((each) => each.getAttribute('style'))")
     assert len(styles) == 2 * count == len(set(styles)), "each can be told from the others"
-    height = page.evaluate("document.querySelector('#plot')._fullLayout._size.h")  # of what the curves are drawn in
-    legend, box = (page.locator(selector).bounding_box() for selector in ("#plot .legend", "#plot"))
-    assert height >= 80 and legend["y"] >= box["y"] - 1, (height, legend, box)
-    assert legend["x"] + legend["width"] <= box["x"] + box["width"] + 1
+    assert page.locator("#plot svg").bounding_box()["height"] >= 80
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    shown = page.eval_on_selector_all("#now .curve", "all => all.map((each) => each.getAttribute('style'))")
+    assert shown == styles, "what is read under the curves says which is whose"
     assert page.locator("#now").inner_text().count("memory") == count
     assert page.locator("#sharing").inner_text() == f"{count} GPUs: up to {count} jobs at once."
     page.unroute_all(behavior="ignoreErrors")
@@ -896,12 +939,15 @@ def test_a_poll_while_a_job_runs_is_less_than_a_kilobyte(visit, clips):
 
 
 def test_a_tab_draws_little_while_a_job_runs_and_gets_less_than_a_kilobyte_a_second(chromium, visit, clips):
-    """Nothing moves with the screen's frames, as Gradio's clock of its own loading would. Pictures count apart."""
+    """Nothing moves with the screen's frames, as Gradio's clock of its own loading would.
+
+    This is the first minute, in which a tab asks most often. Pictures count apart: they come ever less often.
+    """
     page = visit()
     give(page, clips, audio="long.wav")
     start(page)
     page.wait_for_selector(".card .newest:not([hidden])")
-    page.wait_for_selector("#plot .trace", state="attached")
+    page.wait_for_selector("#plot .curves path[d]", state="attached")
     traffic, began, seconds = Traffic(page), time.monotonic(), 12
     drawn = drawing(chromium, page, seconds)
     passed = time.monotonic() - began
@@ -913,6 +959,48 @@ def test_a_tab_draws_little_while_a_job_runs_and_gets_less_than_a_kilobyte_a_sec
     assert set(traffic.requests) <= {"watch", "picture", "first.mp4"}, traffic.requests
     page.click("text=Cancel")
     state(page, "cancelled")
+
+
+TURNS = """const every = window.setInterval.bind(window), ask = window.fetch.bind(window);
+window.polls = 0;
+window.setInterval = (act, pause) => (String(act).includes("changesSoon") ? (window.turn = act, 0) : every(act, pause));
+window.fetch = (what, how) => { window.polls += String(what).endsWith("/run/watch"); return ask(what, how); };"""
+
+
+def test_the_longer_a_job_runs_the_fewer_polls_and_pictures_come_unasked(visit, clips):
+    page = visit()
+    give(page, clips, audio="long.wav")
+    start(page)
+    page.wait_for_selector(".card .newest:not([hidden])")
+    ages, shown = [], []
+
+    def older(route):  # by ten seconds with every poll, each with another picture
+        reply = route.fetch()
+        body = reply.json()
+        job = body["data"][0]["jobs"][0]
+        ages.append(10 * len(ages) + 10)
+        job |= {"elapsed": ages[-1], "seconds_left": 1000, "picture": f"{job['picture'].split('?')[0]}?{ages[-1]}"}
+        route.fulfill(response=reply, json=body)
+
+    page.add_init_script(TURNS)
+    page.route("**/run/watch", older)
+    page.on("request", lambda request: "/picture?" in request.url and shown.append(int(request.url.split("?")[1])))
+    page.reload()
+    state(page, "running")
+    page.evaluate("async () => { for (let i = 0; i < 40; i += 1) await window.lipsync.refresh(); }")
+    wanted = [10, 20, 30, 50, 90, 160, 280]
+    assert ages[-1] >= 400 and shown[: len(wanted)] == wanted, shown
+    assert all(after - before >= 120 for before, after in zip(shown[6:], shown[7:], strict=False)), shown
+    before = len(shown)
+    with page.expect_request("**/picture?*"):
+        page.click(".newest button")  # who wants to see more gets it at once
+    assert len(shown) == before + 1
+    turns = """async () => { const before = polls; for (let i = 0; i < 20; i += 1) {
+        window.turn(); await new Promise((resolve) => setTimeout(resolve, 100)); } return polls - before; }"""
+    assert 1 <= page.evaluate(turns) <= 10, "after a minute, every second time"
+    page.unroute_all(behavior="wait")
+    with page.expect_response("**/run/cancel"):
+        page.click("text=Cancel")
 
 
 def test_the_meters_of_a_gpu_are_read_under_the_curves(visit):

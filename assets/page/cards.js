@@ -6,15 +6,17 @@ const STATES = { waiting: "Waiting", running: "Working", done: "Done", cancelled
 const stateText = (job) => (job.state === "cancelled" && job.files.result ? "Part kept" : STATES[job.state]);
 const isUnfinished = (job) => job.state === "running" || job.state === "waiting";
 const hasUnfinished = () => [...cards.values()].some(({ job }) => isUnfinished(job));
-const ratioOf = (job) => `aspect-ratio: ${job.size[0]} / ${job.size[1]}`;
+/** Whether a visitor waits for what comes next: a job's beginning, its first minute, or its end. */
+const changesSoon = () => [...cards.values()].some(({ job }) => (job.state === "running"
+  ? job.elapsed < 60 || (job.seconds_left ?? 60) < 20 : job.state === "waiting" && !job.before));
+const PAUSES = [4, 120]; // seconds from one picture of a job to the next: twice as many each time, within these
 
 /** The names of what is said, by each face. */
 const voicesText = ({ names, others }) => [names[1], ...others.map(({ name }) => name)].join(" + ");
 
 function makeCard(job) {
-  const ratio = ratioOf(job);
   return asElement(html`
-    <article class="card" data-job="${job.id}" aria-label="Job ${job.names[0]}">
+    <article class="card" data-job="${job.id}" aria-label="Job ${job.names[0]}" style="--ratio: ${job.size.join("/")}">
       <div class="row"><h2>${job.names[0]} + ${voicesText(job)}</h2><span class="state" role="status"></span></div>
       <p class="made-with quiet">${levelText(job)} · ${dateText(job.created)}</p>
       <p class="doing"></p>
@@ -33,11 +35,11 @@ function makeCard(job) {
         </div>
         <div class="pair">
           <figure class="newest" hidden>
-            <img alt="The newest finished frame" style="${ratio}">
-            <figcaption>Newest finished frame</figcaption>
+            <button type="button" title="Show the newest finished frame"><img alt="A finished frame"></button>
+            <figcaption>Finished frame; click for the newest</figcaption>
           </figure>
           <figure class="first" hidden>
-            <video controls playsinline preload="none" style="${ratio}" aria-label="The first seconds of the result"></video>
+            <video controls playsinline preload="none" aria-label="The first seconds of the result"></video>
             <figcaption></figcaption>
           </figure>
         </div>
@@ -61,7 +63,7 @@ function doingText(job) {
   if (job.state === "waiting" && !before) return "It is the next one";
   if (job.state === "waiting") return before === 1 ? "1 job comes before this one" : `${before} jobs come before this one`;
   if (job.state === "running") return `${job.doing} · ${clockText(job.elapsed)} so far`;
-  if (job.state === "done") return `done in ${clockText(job.elapsed)}`;
+  if (job.state === "done") return `done in ${clockText(job.elapsed)}${job.faces_known ? ", with the faces found before" : ""}`;
   return job.elapsed === null || job.files.result ? job.doing : `${job.doing} after ${clockText(job.elapsed)}`;
 }
 
@@ -86,19 +88,15 @@ function updateCard(view, job) {
 function updateProgress(view, job) {
   const { card } = view, part = (selector) => find(selector, card);
   for (const stage of Object.keys(STAGES)) {
-    const done = stage === "mouths" ? job.mouths : job.stages[stage];
-    part(`[data-stage=${stage}] progress`).value = done;
-    setText(part(`[data-stage=${stage}] output`), `${Math.floor(done)} / ${job.frames}`);
+    const known = stage === "faces" && job.faces_known, done = stage === "mouths" ? job.mouths : job.stages[stage];
+    part(`[data-stage=${stage}] progress`).value = known ? job.frames : done;
+    setText(part(`[data-stage=${stage}] output`), known ? "found before" : `${Math.floor(done)} / ${job.frames}`);
   }
   const speed = job.frames_per_second;
   const speedText = speed ? `${speed.toFixed(speed < 10 ? 2 : 0)} frames/s · ` : "";
   const left = job.seconds_left == null ? null : `${speedText}about ${clockText(job.seconds_left)} left`;
   setText(part(".rate"), left ?? "Time left: known once the first frames are painted");
-  if (job.picture && view.picture !== job.picture && !document.hidden) {
-    view.picture = job.picture;
-    part("img").src = `${root}/lipsync/${job.picture}`;
-    setShown(part(".newest"), true);
-  }
+  if (job.picture && !document.hidden && !(job.elapsed < view.pictureAt + view.pause)) showPictureOf(view);
   const player = part(".first video"), untouched = (player.paused || player.ended) && !player.currentTime;
   if (job.files.first && job.playable > 0 && view.playable !== job.playable && untouched) {
     view.playable = job.playable;
@@ -109,6 +107,20 @@ function updateProgress(view, job) {
   }
   part("button.cancel").disabled = job.ending;
   part("button.keep").disabled = job.ending || job.stages.writing === 0;
+}
+
+/** Show the newest finished frame. It is as large as twenty polls, so the longer a job runs the fewer come unasked. */
+function showPictureOf(view) {
+  const { card, job } = view;
+  view.pause = Math.min(2 * (view.pause ?? PAUSES[0] / 2), PAUSES[1]);
+  view.pictureAt = job.elapsed;
+  find("img", card).src = `${root}/lipsync/${job.picture}`;
+  setShown(find(".newest", card), true);
+  find(".newest button", card).onclick = () => { // who looks gets more for a while
+    view.pause = undefined;
+    view.pictureAt = -PAUSES[1];
+    refresh();
+  };
 }
 
 /** Show how a job has ended: its result, or its error and what can be done. */

@@ -1,4 +1,4 @@
-// Every two seconds, while somebody looks, the server is asked what has changed.
+// While somebody looks, the server is asked what has changed: every four seconds, or two where news are awaited.
 
 let refreshing = null, inContact = true, serverId = null; // of the server that answered last
 let measured = null; // jobs by which the server knows this machine's speed
@@ -33,7 +33,7 @@ async function update() {
   if (measured !== null && measured !== news.measured) describe();
   measured = news.measured;
   await updateModels(news.models, news.fetching);
-  await drawLive(news.live).catch(() => { drawnPlot = null; }); // no fault of the server's; it is tried again
+  drawLive(news.live);
 }
 
 function updateCards(jobs) {
@@ -93,16 +93,23 @@ function showWhenComplete() {
 }
 showWhenComplete();
 
+// What the visitor changes while the page loads stays, whatever the server then says to begin with.
+const touched = new Set();
+for (const kind of ["click", "input"]) {
+  document.addEventListener(kind, ({ target }) => touched.add(target.closest("#stops") ? "level" : target.closest("#inputs .block[id]")?.id), true);
+}
+const settle = (names, begin, values) => values.map((value, i) => (touched.has(names[i]) ? value : begin[i] ?? value));
+
 const describe = () => trigger("submit", {}); // the line under the slider
 window.lipsync = {
-  visitor, describe, onReply, onStarted, markStop, markFace, markFaces, showPicture, refresh, dropFiles, playerTime,
+  visitor, describe, settle, onReply, onStarted, markStop, markFace, markFaces, showPicture, refresh, dropFiles, playerTime,
   beginPreview, showPreview,
 };
-let hiddenTurns = 0;
+let turn = 0;
 const refreshIfSeen = () => {
   // A hidden tab still shows progress in its title, but asks less often.
-  if (document.hidden && (!hasUnfinished() || (hiddenTurns += 1) % 5)) return;
-  refresh();
+  const pause = document.hidden ? (hasUnfinished() ? 5 : Infinity) : changesSoon() ? 1 : 2;
+  if ((turn += 1) % pause === 0) refresh();
 };
 setInterval(refreshIfSeen, 2 * SECOND); // each is 1.5 kB, most of it headers
 document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });

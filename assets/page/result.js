@@ -18,7 +18,7 @@ function settingsUsed(job) {
     seed: settings.seed,
     DeepCache: settings.cache ? `every ${settings.cache.interval} steps` : "off",
     ...(job.others.length ? { "faces and voices": faces.join(", ") } : { face: settings.face }),
-    ...(job.sound && { "heard in their place": job.sound }),
+    ...(job.sound && { "sound of the result": job.sound }),
     "silence gate": settings.silence_gate ? "on" : "off",
     ...(painted < fps && { painted: `${painted} of ${fps} frames a second` }),
     "match colours": settings.match_colours === null ? "as the model has it" : settings.match_colours ? "on" : "off",
@@ -34,19 +34,19 @@ function adviceItem({ severity, problem, remedy }) {
 }
 
 function showResult(view, job) {
-  const box = find(".result", view.card), name = fileName(job.files.result), ratio = ratioOf(job);
+  const box = find(".result", view.card), name = fileName(job.files.result);
   const url = (file) => `${root}/lipsync/${job.files[file]}`;
   const seconds = Object.entries(job.report.seconds).map(([stage, time]) => [stage, inSeconds(time)]);
   const question = `Delete ${name} and all other files of this job?`;
   box.innerHTML = html`
     <div class="pair">
       <figure class="other">
-        <video class="original" muted playsinline preload="metadata" src="${url("original")}" style="${ratio}"
+        <video class="original" muted playsinline preload="metadata" src="${url("original")}"
           poster="${root}/lipsync/${job.files.result.split("/")[0]}/first-frame" aria-label="Original, without sound"></video>
         <figcaption></figcaption>
       </figure>
       <figure class="own">
-        <video class="made" controls playsinline preload="metadata" src="${url("result")}" style="${ratio}"
+        <video class="made" controls playsinline preload="metadata" src="${url("result")}"
           aria-label="Result"></video>
         <figcaption>Result</figcaption>
       </figure>
@@ -61,8 +61,8 @@ function showResult(view, job) {
     </div>
     <div class="buttons again"><span class="quiet">Run again:</span>
       ${LEVELS.filter((level) => level !== job.report.level).map((level) => callButton(level, ["again", job.id, { level }]))}
-      <button type="button" class="soft rerun" title="With the settings that the page shows now">with my settings</button>
-      <button type="button" class="soft reuse" title="Set the page to the settings of this job">Use these settings</button>
+      <button type="button" class="soft rerun" title="With the settings that the page has now">with the page's settings</button>
+      <button type="button" class="soft reuse" title="The page gets the settings of this job">Set the page to its settings</button>
     </div>
     <p class="error comparison" role="alert" hidden></p>
     <details>

@@ -41,12 +41,12 @@ document.addEventListener("drop", async (event) => {
   event.stopPropagation();
   event.target.dispatchEvent(new DragEvent("dragleave", { bubbles: true }));
   const field = fieldOf(event.target);
-  if (!field) return startNote("Drop a video on the upper field, a voice on the lower one.", true);
+  if (!field) return startNote("Drop a video on the upper field, a voice on the lower one.");
   const files = asKind(event.dataTransfer.files, kindOf(field)); // the event forgets them
   if (!inputOf(field)) find("[aria-label='Clear']", field)?.click();
   for (let turn = 0; turn < 40 && !inputOf(field); turn += 1) await new Promise((resolve) => { setTimeout(resolve, 50); });
   const input = inputOf(field);
-  if (!input) return startNote("Choose upload in this field first, then drop the file again.", true);
+  if (!input) return startNote("Choose upload in this field first, then drop the file again.");
   input.files = input.multiple ? files : asKind([files[0]], kindOf(field));
   input.dispatchEvent(new Event("change", { bubbles: true }));
 }, true);
@@ -90,9 +90,9 @@ function dropFiles(files) {
 const PAUSE = 1000; // milliseconds
 let starting = false, startedAt = -PAUSE, waitsForUpload = false;
 
-function startNote(text, isProblem) {
+function startNote(text, isWarning) {
   setText(find("#start-note"), text);
-  find("#start-note").classList.toggle("problem", Boolean(isProblem && text));
+  find("#start-note").classList.toggle("warning", Boolean(isWarning && text));
 }
 /** A note about the files in the form holds no longer, once there is another one. */
 function forgetNote() {
@@ -115,7 +115,10 @@ function afterUpload() {
 }
 function onStarted(reply) {
   starting = false;
-  startNote(reply?.error ?? "", true);
+  const notes = [...document.querySelectorAll(":is(#video-note, #audio-note) .problem")];
+  const note = notes.find(({ textContent }) => textContent === reply?.error);
+  note?.scrollIntoView({ behavior: "smooth", block: "nearest" });
+  startNote(note ? "Not started: see the note at the file." : reply?.error ?? "", true);
   if (reply && !reply.error) onReply(reply);
 }
 /** Make room for another video and go to its field. */

@@ -54,7 +54,7 @@ def scale_matrix(info: VideoInfo) -> str:
         return "bt709"
     long_side, short_side = max(info.width, info.height), min(info.width, info.height)
     guess = "bt709" if long_side >= 1280 or short_side > 576 else "smpte170m"
-    return SCALE_MATRIX.get(info.color_matrix, guess)
+    return SCALE_MATRIX.get(info.color_matrix, info.assumed_matrix or guess)
 
 
 def scale_range(info: VideoInfo) -> str:

@@ -80,6 +80,7 @@ class VideoInfo:
     nominal_rate: Fraction = Fraction(FPS)  # frames a second of the file, see `rates.nominal_rate`
     rate: Fraction = Fraction(FPS)  # frames a second that are read from it, and written of it
     first: int = 0  # frame at `rate` with which the part begins that is read
+    assumed_matrix: str = ""  # where the file names none; ffmpeg's name, "" for what players assume for its size
     stop: int | None = None  # frame before which it ends; None: the end of the file
 
     def at(self, rate: Fraction) -> "VideoInfo":

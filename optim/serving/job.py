@@ -9,13 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentsync import STAGES
 from latentsync.choice import SAME_FACE, parse_face
 from latentsync.errors import UserError
 from latentsync.settings import CRF, INFERENCE_STEPS, SEED, WINDOW
 from optim.serving.limits import check_option
+
+if TYPE_CHECKING:  # takes a while to load
+    import numpy as np
 
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 COMPARED_SECONDS = 300  # of a result that are put beside the original
@@ -139,6 +142,7 @@ class Job:
     doing: str = "waiting"  # the current activity, in words
     progress: dict[str, int] = field(default_factory=dict)  # finished frames by stage
     resumed_from: int = 0  # frames that earlier runs had finished
+    faces_known: bool = False  # from an earlier job with the same film
     partial_frames: float = 0.0  # the share of the current pass that is computed, in frames
     messages: list[str] = field(default_factory=list)
     remarks: int = 0  # number of the first messages that are about the files
@@ -148,7 +152,7 @@ class Job:
     report: dict[str, Any] | None = None
     timeline: dict[str, Any] | None = None
     output: Path | None = None  # once it exists
-    picture: bytes | None = None  # JPEG, of a finished frame
+    picture: "np.ndarray | None" = None  # a finished frame, scaled down, uint8 (h, w, 3) RGB
     pictures: int = 0  # that there have been
     playable: int = 0  # seconds of `first` that can be played
     cancel_requested: threading.Event = field(default_factory=threading.Event)
@@ -192,7 +196,7 @@ class Job:
         self.progress, self.partial_frames, self.resumed_from, self.expected_seconds = {}, 0.0, 0, None
         self.messages = self.messages[: self.remarks]
         self.advice, self.report, self.timeline, self.output = [], None, None, None
-        self.picture, self.playable, self.gpus = None, 0, 0
+        self.picture, self.playable, self.gpus, self.faces_known = None, 0, 0, False
         self.cancel_requested, self.keep_finished, self.interrupted = threading.Event(), False, False
 
     def set_error(self, error: str, remedy: dict[str, Any] | None = None) -> None:
@@ -234,10 +238,13 @@ class Job:
             "size": self.size,
             "fps": round(float(self.rate), 3),
             "stages": {stage: self.progress.get(stage, 0) for stage in STAGES},
+            "faces_known": self.faces_known,
             "mouths": round(self.finished_mouths(), 1),
             "frames_per_second": rate and round(rate, 2),
             "seconds_left": None if left is None else round(left),
-            "picture": f"{self.key}/picture?{self.pictures}" if self.picture and self.state == RUNNING else None,
+            "picture": f"{self.key}/picture?{self.pictures}"
+            if self.picture is not None and self.state == RUNNING
+            else None,
             "playable": self.playable,
             "files": {name: f"{self.key}/{name}/{path.name}" for name, path in self.files().items()},
             "messages": self.messages,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from latentsync import FPS
 from latentsync.choice import FACES
 from latentsync.media import AudioInfo, VideoInfo, read_audio, read_frames
-from optim.serving.preview import as_jpeg, resized
+from optim.serving.preview import as_browsers_show, as_jpeg, resized
 
 if TYPE_CHECKING:  # these take seconds to load
     import numpy as np
@@ -42,7 +42,7 @@ def look_at(info: VideoInfo) -> dict[str, Any]:
 
     Raises UserError if it cannot be decoded.
     """
-    with closing(read_frames(info, count=LOOK_FRAMES[-1] + 1)) as frames:
+    with closing(read_frames(as_browsers_show(info), count=LOOK_FRAMES[-1] + 1)) as frames:
         first = frame = next(frames)  # raises UserError rather than to end at once
         faces, number = find_faces(first), 0
         for later in islice(frames, LOOK_FRAMES.step - 1, None, LOOK_FRAMES.step):

@@ -24,7 +24,7 @@ def credit(repository: str) -> tuple[str, str, str]:
     return name, licence.split(":")[0], f"https://huggingface.co/{repository}"
 
 
-HINT = "Click the one who speaks. Another one can speak, too: see below."
+HINT = "Click the face that is to speak. Another one can speak, too: open 'Another face in this video'."
 MEDIAPIPE = "https://ai.google.dev/edge/mediapipe/solutions/vision/face_landmarker"
 CREDITS = (
     ("demo model", "Apache-2.0; trained on GRID, CC BY 4.0", "https://zenodo.org/records/3625687"),

@@ -18,9 +18,9 @@ from optim.serving.form import FACE_LABELS, MAX_FACE, parse_who
 from optim.serving.markup import audio_note, face_buttons
 
 ORDINALS = ("first", "second", "third", "fourth")  # the voices that the page has fields for
-INTRODUCTION = """<p class='quiet'>One job, in which each face says a recording of its own. The voice above is that of
-the face that is clicked below the video.</p>"""
-HEARD = "<p class='quiet'>The result has all voices, mixed. Another sound can be heard in their place:</p>"
+INTRODUCTION = """<p class='quiet'>One job, in which each face says its own recording. The voice above is said by the
+face that you click below the video.</p>"""
+HEARD = "<p class='quiet'>The result has all voices, mixed, or the sound that you give here, as a mix with music:</p>"
 FACE_CLICK = """element.addEventListener("click", ({ target }) => {
   const face = target.closest("[data-face]")?.dataset.face;
   if (face) trigger("select", { face });
@@ -72,7 +72,7 @@ class OtherFaces:
             self.voices = [self._build_voice(number, looks) for number in range(1, len(ORDINALS))]
             self.note = gr.HTML("", elem_id="others-note", apply_default_css=False)
             gr.HTML(HEARD, apply_default_css=False)
-            self.sound = gr.Audio(label="Heard in their place", elem_id="sound", **looks)
+            self.sound = gr.Audio(label="Sound of the result", elem_id="sound", **looks)
             self.sound_note = gr.HTML("", elem_id="sound-note", apply_default_css=False)
         self.sound_seconds = gr.Number(visible=False, label="seconds of the sound")
         self.faces = gr.JSON(visible=False, label="faces")  # names of each that a look at the video has found

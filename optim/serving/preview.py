@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,10 @@ log = logging.getLogger(__name__)
 
 PREVIEW_SECONDS = 10  # length of the preview video
 PREVIEW_SIDE = 480  # maximum of a preview's shorter side, pixels
-PICTURE_INTERVAL = 4.0  # seconds between two preview pictures: every second poll of the page
+PICTURE_SIDE = 640  # of a preview picture's longer side, pixels, at most
+PICTURE_INTERVAL = 4.0  # seconds between two preview pictures, of which the page shows some
+BT709 = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"  # filter that tags frames
+BT709_LINES = 720  # from which browsers take a video without a colour matrix for BT.709
 CLOSE_TIMEOUT = 10.0  # seconds to wait for the preview at the end of a run
 
 
@@ -42,6 +46,13 @@ def as_jpeg(frame: "np.ndarray") -> bytes:
     return cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
 
 
+def as_webp(frame: "np.ndarray") -> bytes:
+    """Encode a frame, uint8 (h, w, 3) RGB, as a WebP file: half as large as a JPEG file, in ten times the time."""
+    import cv2
+
+    return cv2.imencode(".webp", frame[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, 80])[1].tobytes()
+
+
 def resized(frame: "np.ndarray", max_side: int = PREVIEW_SIDE) -> "np.ndarray":
     """A frame, uint8 (h, w, 3), scaled down until its shorter side is at most `max_side`."""
     import cv2
@@ -50,9 +61,20 @@ def resized(frame: "np.ndarray", max_side: int = PREVIEW_SIDE) -> "np.ndarray":
     return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
 
+def as_browsers_show(info: VideoInfo) -> VideoInfo:
+    """A video that is read with the colour matrix that browsers assume where its file names none: a picture of it looks
+    like the video that plays in its place.
+
+    Chromium 156 takes BT.709 from 720 lines on and BT.601 below, and always BT.601 for VP9 and AV1. Runs go by the
+    width, too, as mpv does.
+    """
+    large = info.stored_height >= BT709_LINES and info.codec not in ("vp9", "av1")
+    return replace(info, assumed_matrix="bt709" if large else "smpte170m")
+
+
 def thumbnail(info: VideoInfo) -> bytes:
     """The first frame of a video, scaled down, as a JPEG file. Raises UserError if it cannot be decoded."""
-    with closing(read_frames(info, count=1)) as frames:
+    with closing(read_frames(as_browsers_show(info), count=1)) as frames:
         return as_jpeg(resized(next(frames)))
 
 
@@ -73,6 +95,8 @@ def write_fragments(
         *("-video_size", f"{size[0]}x{size[1]}", "-framerate", str(rate), "-i", "pipe:0"),
         *(option for sound in sounds for option in input_arguments(sound)),
         *mixing,
+        # Browsers guess what is not said.
+        *("-vf", f"scale=out_color_matrix=bt709:out_range=tv,{BT709}"),
         *("-map", "0:v:0", "-map", heard, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "ultrafast"),
         *(
             "-crf",
@@ -177,4 +201,5 @@ class Preview:
                     if complete:
                         writer.close()
                 if as_picture:
-                    job.picture, job.pictures = as_jpeg(small), job.pictures + 1
+                    job.picture = resized(small, PICTURE_SIDE * min(size) // max(size))
+                    job.pictures += 1

@@ -28,7 +28,7 @@ from optim.serving.guard import Guard, Refusal, route_path
 from optim.serving.job import Job
 from optim.serving.mcp_tools import PATH, McpTools
 from optim.serving.policy import Policy
-from optim.serving.preview import thumbnail
+from optim.serving.preview import as_webp, thumbnail
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,10 @@ def routes(api: Endpoints, tools: McpTools | None = None) -> list[Route]:
 
     def picture(request: Request) -> Response:
         job = job_of(request)
-        if job is None or job.picture is None:
+        frame = None if job is None else job.picture
+        if frame is None:
             return PlainTextResponse("There is no such picture.", 404)
-        return Response(job.picture, media_type="image/jpeg", headers=HEADERS)
+        return Response(as_webp(frame), media_type="image/webp", headers=HEADERS)
 
     def original_picture(request: Request) -> Response:
         """The first frame of a job's video: browsers know few formats."""
@@ -117,10 +118,6 @@ def routes(api: Endpoints, tools: McpTools | None = None) -> list[Route]:
         except UserError:
             return PlainTextResponse("There is no such picture.", 404)
         return Response(picture, media_type="image/jpeg", headers=HEADERS)
-
-    def plotly(_: Request) -> Response:
-        path = distribution("plotly").locate_file("plotly/package_data/plotly.min.js")
-        return FileResponse(str(path), headers={"Cache-Control": "public, max-age=604800"})
 
     def file(request: Request) -> Response:
         """An upload, a result or the example, for who knows its path; nothing else of this machine, or of another."""
@@ -177,7 +174,6 @@ def routes(api: Endpoints, tools: McpTools | None = None) -> list[Route]:
 
     return [
         *slow_clock(),
-        Route("/lipsync/plotly.min.js", plotly),
         Route("/lipsync/{key}/picture", picture),
         Route("/lipsync/{key}/first-frame", original_picture),
         Route("/lipsync/{key}/{name}/{file}", job_file),

@@ -117,6 +117,7 @@ def run_job(
     `pipeline.StopEarly` where nothing was finished yet, and whatever else goes wrong.
     """
     from latentsync.pipeline import Hooks, lipsync
+    from latentsync.prepared.film import PreparedFilm
     from optim.accelerate import oom_handler
     from optim.doctor import advise_report
     from optim.hardware import nvml_index
@@ -138,6 +139,7 @@ def run_job(
         monitor.mark(change)
 
     def run(film: "Film | None") -> "Report":
+        job.faces_known = isinstance(film, PreparedFilm)
         preview = Preview(job)
         hooks = Hooks(
             on_progress=Progress(job, None if workers else plan.settings.steps * people, monitor, where),
@@ -290,7 +292,7 @@ class Progress:
                 fraction = min(self._steps_taken / (self._steps + 1), 1.0)
                 job.partial_frames = min(fraction * WINDOW, total - done)
         elif stage == "faces" and "mouths" not in job.progress:
-            job.doing = "finding faces"
+            job.doing = "reading the faces, which an earlier job has found" if job.faces_known else "finding faces"
         job.progress[stage] = done
 
 
