@@ -1,42 +1,68 @@
-// Curves of the machine over the last two minutes, as paths in the drawing of live.html: x in seconds, y in percent.
+// Curves of the machine over the last two minutes. Plotly is loaded when they are first drawn.
 
 // As in optim/serving/timeline.py.
 const COLOURS = ["#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c", "#0e7fa8", "#8553c9"];
-const SHOWN = 120; // seconds, and points, of which there is one a second
+const MAX_POINTS = 120;
+const DRAW_SECONDS = 12; // from one drawing to the next: each takes 30 ms of the processor, and moves them by 10 %
 const curves = {}, times = [];
 let since = 0; // the time of the last point, by the server's clock
+let drawnPlot = null, drawnAt = 0, drawnMarks = "", loadingPlotly = null;
 
-/** Forget the curves: they are asked for again. */
+function loadPlotly() {
+  return (loadingPlotly ||= new Promise((resolve, reject) => {
+    const script = document.createElement("script");
+    script.src = `${root}/lipsync/plotly.min.js`;
+    script.onload = resolve;
+    script.onerror = () => {
+      script.remove();
+      loadingPlotly = null; // the next plot tries again
+      reject(new Error("plotly.min.js"));
+    };
+    document.head.append(script);
+  }));
+}
+
+/** Forget the curves: they are asked for again, and drawn anew. */
 function resetCurves() {
   since = 0;
   times.length = 0;
   for (const name of Object.keys(curves)) delete curves[name];
+  drawnPlot = null;
 }
 
-/** The looks of a curve, the i-th one. Each of several GPUs has a colour; its memory has the same, dotted. */
-function curveStyle(name, i) {
+const gridColour = () => (isDark() ? "#28323a" : "#e6ebee");
+const axis = (options) => ({ gridcolor: gridColour(), zeroline: false, fixedrange: true, ...options });
+/** A curve, the i-th one. Each of several GPUs has a colour; its memory has the same, dotted, and the legend shows one. */
+function curve(name, x, y, i, width) {
   const [, gpu, memory] = /^GPU (\d+)( memory)?$/.exec(name) ?? [];
-  return `--colour: ${COLOURS[(gpu ?? i) % COLOURS.length]}; ${gpu && memory ? "--line: dotted; --dash: 1 4" : ""}`;
+  const line = { width, color: COLOURS[(gpu ?? i) % COLOURS.length], dash: gpu && memory ? "dot" : "solid" };
+  return { x, y, name, mode: "lines", line, showlegend: !memory || gpu === "0" };
 }
-
-const placeOf = (time) => SHOWN + time - since;
-const pathOf = (values) => values.map((value, i) => (value == null ? ""
-  : `${values[i - 1] == null ? "M" : "L"}${placeOf(times[i]).toFixed(1)} ${100 - value}`)).join("");
+const baseLayout = () => ({
+  margin: { l: 42, r: 22, t: 8, b: 24 },
+  paper_bgcolor: "rgba(0,0,0,0)",
+  plot_bgcolor: "rgba(0,0,0,0)",
+  showlegend: true,
+  legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
+  font: { color: isDark() ? "#aebac2" : "#4a5861", size: 11, family: "system-ui, sans-serif" },
+  yaxis: axis({ range: [0, 102], ticksuffix: " %" }),
+});
 
 /** Lines for the marks, [time, text] each, that the monitor has set; a label goes into the first row that is free. */
-function drawMarks(marks, plot) {
-  const perPixel = SHOWN / Math.max(find("svg", plot).clientWidth, 1), rows = [], labels = [];
-  const seen = marks.map(([time, text]) => [placeOf(time), text]).filter(([x]) => x >= 0);
-  for (const [x, text] of seen) {
-    const width = (6.5 * text.length + 10) * perPixel, start = x > SHOWN - width ? x - width : x;
-    const row = [0, 1, 2, 3, 4].find((each) => (rows[each] ?? -Infinity) <= start);
+function markLayout(marks) {
+  const line = { color: isDark() ? "#6b7a83" : "#9aa8b0", width: 1, dash: "dot" };
+  const perPixel = MAX_POINTS / Math.max(find("#plot").clientWidth - 64, 1), rows = [], annotations = [];
+  for (const [x, text] of marks) {
+    const width = (6.5 * text.length + 10) * perPixel, right = x > since - width;
+    const start = right ? x - width : x, row = [0, 1, 2, 3, 4].find((each) => (rows[each] ?? -Infinity) <= start);
     if (row === undefined) continue; // the line is still there
     rows[row] = start + width;
-    const side = start === x ? `left: ${(100 * x) / SHOWN}%` : `right: ${100 - (100 * x) / SHOWN}%`;
-    labels.push(html`<span style="${side}; top: ${1.25 * row}em">${text}</span>`);
+    annotations.push({
+      x, y: 0.99 - 0.13 * row, yref: "paper", yanchor: "top", xanchor: right ? "right" : "left",
+      text, showarrow: false, font: { size: 10 },
+    });
   }
-  find(".marks", plot).setAttribute("d", seen.map(([x]) => `M${x} 0V100`).join(""));
-  find(".labels", plot).innerHTML = html`${labels}`;
+  return { shapes: marks.map(([x]) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line })), annotations };
 }
 
 function usageText(name, memory) {
@@ -56,23 +82,34 @@ function sensorTexts(sensors) {
   }).filter(Boolean);
 }
 
-/** Add the points that came to the curves, and draw them where somebody looks. */
-function drawLive(live) {
+/** Add the points that came to the curves of the last two minutes. */
+async function drawLive(live) {
+  if (!live.time.length && drawnPlot) return;
   times.push(...live.time);
   for (const [name, values] of Object.entries(live.curves)) (curves[name] ||= []).push(...values);
   since = times.at(-1) ?? since;
-  for (const values of [times, ...Object.values(curves)]) values.splice(0, Math.max(0, values.length - SHOWN));
-  const names = Object.keys(curves), plot = find("#plot"), now = find("#now");
+  for (const values of [times, ...Object.values(curves)]) values.splice(0, Math.max(0, values.length - MAX_POINTS));
+  const names = Object.keys(curves);
+  if (!names.length || !times.length) return;
+  setText(find("#now"), [...names.map((name) => usageText(name, live.memory)), ...sensorTexts(live.sensors)].join(" · "));
+  const plot = find("#plot");
   plot.dataset.points = String((Number(plot.dataset.points) || 0) + live.time.length);
-  if (document.hidden) return;
-  if (hasChanged(plot, names.join())) {
-    find(".curves", plot).innerHTML = html`${names.map((name, i) => html`<path style="${curveStyle(name, i)}"/>`)}`;
-    now.innerHTML = html`${names.map((name, i) => html`<span class="curve" style="${curveStyle(name, i)}"></span>`)}<span></span>`;
-  }
-  names.forEach((name, i) => {
-    find(".curves", plot).children[i].setAttribute("d", pathOf(curves[name]));
-    setText(now.children[i], usageText(name, live.memory));
+  if (document.hidden || (drawnPlot && since - drawnAt < DRAW_SECONDS)) return;
+  await loadPlotly();
+  const xaxis = axis({
+    range: [since - MAX_POINTS, since], tickvals: [since - 120, since - 60, since],
+    ticktext: ["2 min ago", "1 min", "now"], ticklabelstandoff: 6,
   });
-  setText(now.lastElementChild, sensorTexts(live.sensors).join(" · "));
-  drawMarks(live.marks, plot);
+  const marks = live.marks.map(([, text]) => text).join() + isDark();
+  if (drawnPlot !== plot) {
+    drawnPlot = plot;
+    const traces = names.map((name, i) => ({ ...curve(name, [...times], [...curves[name]], i, 1.8), hoverinfo: "skip" }));
+    const layout = { ...baseLayout(), ...markLayout(live.marks), height: 210, xaxis };
+    await Plotly.newPlot(plot, traces, layout, { staticPlot: true, responsive: true });
+  } else {
+    const points = { x: names.map(() => [...times]), y: names.map((name) => [...curves[name]]) };
+    const changed = marks === drawnMarks ? {} : { ...baseLayout(), ...markLayout(live.marks) };
+    await Plotly.update(plot, points, { ...changed, xaxis });
+  }
+  [drawnMarks, drawnAt] = [marks, since];
 }
