@@ -451,7 +451,7 @@ def test_polling_and_files_go_on_while_previews_wait(tmp_path, monkeypatch):
         assert set(replies) == {"This server looks at as many files as it can now: try again in a minute."}
         for _ in range(3):  # with none of the probes at its end
             assert http.post("/gradio_api/run/watch", json={"data": ["v" * 24]}).json()["data"][0]["jobs"] == []
-            assert http.get("/").status_code == 200
+            assert http.get("/lipsync/plotly.min.js").status_code == 200 and http.get("/").status_code == 200
             assert http.get(f"/gradio_api/file={mine}").content == b"x"
         assert not entered.acquire(blocking=False), "no more than the limit at once"
         held.set()

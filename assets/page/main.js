@@ -33,7 +33,7 @@ async function update() {
   if (measured !== null && measured !== news.measured) describe();
   measured = news.measured;
   await updateModels(news.models, news.fetching);
-  drawLive(news.live);
+  await drawLive(news.live).catch(() => {}); // the library did not come; it is tried again
 }
 
 function updateCards(jobs) {

@@ -1,42 +1,62 @@
-// Curves of the machine over the last two minutes, as paths in the drawing of live.html: x in seconds, y in percent.
+// Curves of the machine over the last two minutes. Plotly is loaded when they are first drawn.
 
 // As in optim/serving/timeline.py.
 const COLOURS = ["#0d9488", "#b45309", "#4f6bd8", "#a2487f", "#5f8a1d", "#8a6d5c", "#0e7fa8", "#8553c9"];
-const SHOWN = 120; // seconds, and points, of which there is one a second
+const MAX_POINTS = 120;
+const DRAW_SECONDS = 12; // from one drawing to the next: each takes 30 ms of the processor, and moves them by 10 %
 const curves = {}, times = [];
-let since = 0; // the time of the last point, by the server's clock
+let since = 0, drawnAt = -Infinity; // the times of the last point, by the server's clock, and of that when it was drawn
 
-/** Forget the curves: they are asked for again. */
+/** Plotly, once it is there; a script that did not come is asked for again with the next drawing. */
+const loadedPlotly = () => window.Plotly ?? new Promise((resolve, reject) => {
+  const script = { src: `${root}/lipsync/plotly.min.js`, onload: () => resolve(window.Plotly), onerror: reject };
+  document.head.append(Object.assign(document.createElement("script"), script));
+});
+
+/** Forget the curves: they are asked for again, and drawn anew. */
 function resetCurves() {
   since = 0;
+  drawnAt = -Infinity;
   times.length = 0;
   for (const name of Object.keys(curves)) delete curves[name];
 }
 
-/** The looks of a curve, the i-th one. Each of several GPUs has a colour; its memory has the same, dotted. */
-function curveStyle(name, i) {
+/** The i-th curve. Each of several GPUs has a colour; its memory has the same, dotted, and the legend shows one. */
+function traceOf(name, i) {
   const [, gpu, memory] = /^GPU (\d+)( memory)?$/.exec(name) ?? [];
-  return `--colour: ${COLOURS[(gpu ?? i) % COLOURS.length]}; ${gpu && memory ? "--line: dotted; --dash: 1 4" : ""}`;
+  const line = { width: 1.8, color: COLOURS[(gpu ?? i) % COLOURS.length], dash: gpu && memory ? "dot" : "solid" };
+  return { x: times, y: curves[name], name, mode: "lines", line, showlegend: !memory || gpu === "0", hoverinfo: "skip" };
 }
 
-const placeOf = (time) => SHOWN + time - since;
-const pathOf = (values) => values.map((value, i) => (value == null ? ""
-  : `${values[i - 1] == null ? "M" : "L"}${placeOf(times[i]).toFixed(1)} ${100 - value}`)).join("");
+function layoutOf(marks) {
+  const axis = { gridcolor: isDark() ? "#28323a" : "#e6ebee", zeroline: false, fixedrange: true };
+  const ticks = { tickvals: [since - 120, since - 60, since], ticktext: ["2 min ago", "1 min", "now"], ticklabelstandoff: 6 };
+  return {
+    height: 210, margin: { l: 42, r: 22, t: 8, b: 24 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
+    font: { color: isDark() ? "#aebac2" : "#4a5861", size: 11, family: "system-ui, sans-serif" },
+    xaxis: { ...axis, ...ticks, range: [since - MAX_POINTS, since] },
+    yaxis: { ...axis, range: [0, 102], ticksuffix: " %" },
+    ...markLayout(marks),
+  };
+}
 
 /** Lines for the marks, [time, text] each, that the monitor has set; a label goes into the first row that is free. */
-function drawMarks(marks, plot) {
-  const perPixel = SHOWN / Math.max(find("svg", plot).clientWidth, 1), rows = [], labels = [];
-  const seen = marks.map(([time, text]) => [placeOf(time), text]).filter(([x]) => x >= 0);
-  for (const [x, text] of seen) {
-    const width = (6.5 * text.length + 10) * perPixel, start = x > SHOWN - width ? x - width : x;
-    const row = [0, 1, 2, 3, 4].find((each) => (rows[each] ?? -Infinity) <= start);
+function markLayout(marks) {
+  const line = { color: isDark() ? "#6b7a83" : "#9aa8b0", width: 1, dash: "dot" };
+  const perPixel = MAX_POINTS / Math.max(find("#plot").clientWidth - 64, 1), rows = [], annotations = [];
+  const background = getComputedStyle(find("#machine")).backgroundColor; // over the curves
+  for (const [x, text] of marks) {
+    const width = (6.5 * text.length + 10) * perPixel, right = x > since - width;
+    const start = right ? x - width : x, row = [0, 1, 2, 3, 4].find((each) => (rows[each] ?? -Infinity) <= start);
     if (row === undefined) continue; // the line is still there
     rows[row] = start + width;
-    const side = start === x ? `left: ${(100 * x) / SHOWN}%` : `right: ${100 - (100 * x) / SHOWN}%`;
-    labels.push(html`<span style="${side}; top: ${1.25 * row}em">${text}</span>`);
+    annotations.push({
+      x, y: 0.96 - 0.13 * row, yref: "paper", yanchor: "top", xanchor: right ? "right" : "left",
+      text, showarrow: false, font: { size: 10 }, bgcolor: background, opacity: 0.9,
+    });
   }
-  find(".marks", plot).setAttribute("d", seen.map(([x]) => `M${x} 0V100`).join(""));
-  find(".labels", plot).innerHTML = html`${labels}`;
+  return { shapes: marks.map(([x]) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line })), annotations };
 }
 
 function usageText(name, memory) {
@@ -56,23 +76,18 @@ function sensorTexts(sensors) {
   }).filter(Boolean);
 }
 
-/** Add the points that came to the curves, and draw them where somebody looks. */
-function drawLive(live) {
+/** Add the points that came to the curves of the last two minutes. */
+async function drawLive(live) {
   times.push(...live.time);
   for (const [name, values] of Object.entries(live.curves)) (curves[name] ||= []).push(...values);
   since = times.at(-1) ?? since;
-  for (const values of [times, ...Object.values(curves)]) values.splice(0, Math.max(0, values.length - SHOWN));
-  const names = Object.keys(curves), plot = find("#plot"), now = find("#now");
+  for (const values of [times, ...Object.values(curves)]) values.splice(0, Math.max(0, values.length - MAX_POINTS));
+  const names = Object.keys(curves), plot = find("#plot");
+  if (!names.length || !times.length) return;
+  setText(find("#now"), [...names.map((name) => usageText(name, live.memory)), ...sensorTexts(live.sensors)].join(" · "));
   plot.dataset.points = String((Number(plot.dataset.points) || 0) + live.time.length);
-  if (document.hidden) return;
-  if (hasChanged(plot, names.join())) {
-    find(".curves", plot).innerHTML = html`${names.map((name, i) => html`<path style="${curveStyle(name, i)}"/>`)}`;
-    now.innerHTML = html`${names.map((name, i) => html`<span class="curve" style="${curveStyle(name, i)}"></span>`)}<span></span>`;
-  }
-  names.forEach((name, i) => {
-    find(".curves", plot).children[i].setAttribute("d", pathOf(curves[name]));
-    setText(now.children[i], usageText(name, live.memory));
-  });
-  setText(now.lastElementChild, sensorTexts(live.sensors).join(" · "));
-  drawMarks(live.marks, plot);
+  if (document.hidden || since - drawnAt < DRAW_SECONDS) return;
+  const { react } = await loadedPlotly();
+  drawnAt = since;
+  await react(plot, structuredClone(names.map(traceOf)), layoutOf(live.marks), { staticPlot: true, responsive: true });
 }

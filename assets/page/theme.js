@@ -5,6 +5,7 @@ const THEME = "latentsync-theme";
 function setTheme(dark) {
   document.body.classList.toggle("dark", dark);
   setText(find("#theme"), dark ? "Light" : "Dark");
+  resetCurves(); // in the new colours
 }
 
 setTheme(remembered.get(THEME) ? remembered.get(THEME) === "dark" : isDark());

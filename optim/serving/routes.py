@@ -119,6 +119,10 @@ def routes(api: Endpoints, tools: McpTools | None = None) -> list[Route]:
             return PlainTextResponse("There is no such picture.", 404)
         return Response(picture, media_type="image/jpeg", headers=HEADERS)
 
+    def plotly(_: Request) -> Response:
+        path = distribution("plotly").locate_file("plotly/package_data/plotly.min.js")
+        return FileResponse(str(path), headers={"Cache-Control": "public, max-age=604800"})
+
     def file(request: Request) -> Response:
         """An upload, a result or the example, for who knows its path; nothing else of this machine, or of another."""
         if not logged_in(request):
@@ -174,6 +178,7 @@ def routes(api: Endpoints, tools: McpTools | None = None) -> list[Route]:
 
     return [
         *slow_clock(),
+        Route("/lipsync/plotly.min.js", plotly),
         Route("/lipsync/{key}/picture", picture),
         Route("/lipsync/{key}/first-frame", original_picture),
         Route("/lipsync/{key}/{name}/{file}", job_file),
