@@ -242,11 +242,16 @@ class FaceFollower:
         return [face for face in faces if self._is_own(face, look_of(frame, face.landmarks), last, others)]
 
     def is_passer(self, look: np.ndarray, continued: bool) -> bool:
-        """Whether a look is rather that of somebody who was seen beside this person; continued: not after a gap."""
-        unlike, (least, share) = self.unlikeness(look), SOMEBODY_ELSE if continued else (0.0, 1.0)
-        if self.person.look is None or unlike < least:
+        """Whether a look is rather that of somebody who was seen beside this person; continued: not after a gap.
+
+        Of people who look alike it is nobody's: which of them is nearer to it says nothing.
+        """
+        known, (least, share) = self.person.look, SOMEBODY_ELSE if continued else (0.0, 1.0)
+        unlike = self.unlikeness(look)
+        if known is None or unlike < least:
             return False
-        return any(look_difference(passer, look) / ALIKE < share * unlike for passer in self.person.passers)
+        unlike_known = [passer for passer in self.person.passers if look_difference(passer, known) > ALIKE / 2]
+        return any(look_difference(passer, look) / ALIKE < share * unlike for passer in unlike_known)
 
     def _is_own(
         self,

@@ -1,5 +1,7 @@
 """Several people of one film: who is meant, who is followed, and a voice for each."""
 
+from fractions import Fraction
+
 import cv2
 import numpy as np
 import pytest
@@ -12,15 +14,17 @@ from test_cli import refuse
 from latentsync.choice import FacePoint, parse_face
 from latentsync.errors import UserError
 from latentsync.faces import track_people
-from latentsync.following import Person
+from latentsync.following import FaceFollower, Person, Timing
 from latentsync.hooks import NO_HOOKS, Hooks
-from latentsync.landmarks import face_reader
+from latentsync.landmarks import face_reader, open_pool
+from latentsync.lookahead import LookaheadFrames
 from latentsync.looks import ALIKE, look_difference, look_of
 from latentsync.media import probe_audio, probe_video, read_audio, read_frames
 from latentsync.media.voices import mix_voices
 from latentsync.people import find_people
 from latentsync.pipeline import lipsync
 from latentsync.settings import Settings
+from latentsync.shots import CutDetector
 
 CPU = torch.device("cpu")
 WIDTH, HEIGHT = 480, 240
@@ -141,6 +145,20 @@ def test_nobody_takes_the_place_of_a_person_who_was_pointed_at_and_leaves(tmp_pa
     people = find_people(info, Settings(face=f"{RIGHT[0] + 110},123"))
     places = middles(list(read_frames(info)), *people)[:, 0]
     assert np.isfinite(places[:8]).all() and np.isnan(places[12:]).all()
+
+
+@pytest.mark.parametrize("unlike, passes", [(0.1, False), (3.0, True)])
+def test_who_looks_the_same_as_the_person_is_no_passer(unlike, passes):
+    """Of two who look the same, now the one and now the other is nearer to what was seen of them."""
+    look = np.full((16, 3), 50.0, np.float32)
+    look[:8, 0] += 20.0
+    other = look + unlike * np.linspace(-ALIKE, ALIKE, 16, dtype=np.float32)[:, None]
+    person = Person(look=look, recognised=True)
+    person.add_passer(other)
+    with open_pool(1) as pool:
+        follower = FaceFollower(LookaheadFrames([], pool), pool, person, CutDetector(), Timing.at(Fraction(25)), 0)
+    assert follower.is_passer(other, continued=False) == passes
+    assert not follower.is_passer(look, continued=False)
 
 
 def test_people_are_recognised_after_a_cut():
