@@ -7,6 +7,7 @@ for frame in paint_groups(groups, painter): ...
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -90,13 +91,14 @@ class PendingPass:
         flags_left = iter(broken)
         return [window for window in self._windows if [next(flags_left) for _ in window.new][0]]
 
+    @cached_property
     def _rectangles(self) -> list[tuple[int, int, int, int]]:
         side = self._faces.shape[-1]
         return [paste_rectangle(frame.matrix, side, frame.frame.shape) for frame in self._frames]
 
     def _regions(self) -> list[np.ndarray]:
         """The parts of the frames that change, as views."""
-        rectangles = zip(self._frames, self._rectangles(), strict=True)
+        rectangles = zip(self._frames, self._rectangles, strict=True)
         return [frame.frame[y0:y1, x0:x1] for frame, (x0, y0, x1, y1) in rectangles]
 
     def _pasted_regions(self) -> Tensor:
@@ -108,7 +110,7 @@ class PendingPass:
             top_left(part, region).numpy()[...] = region
         on_device = packed.to(self._faces.device, non_blocking=True)
         matrices, opacities = zip(*((frame.matrix, frame.opacity) for frame in self._frames), strict=True)
-        paste_faces(on_device, self._faces, matrices, self._rectangles(), self._frames[0].frame.shape, opacities)
+        paste_faces(on_device, self._faces, matrices, self._rectangles, self._frames[0].frame.shape, opacities)
         return on_device
 
 
