@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,7 +66,7 @@ def children(words: str = "ffmpeg") -> list[psutil.Process]:
     return found
 
 
-def settles(condition: Callable[[], bool], seconds: float = 30) -> bool:
+def settles(condition: Callable[[], bool], seconds: float = 120) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
@@ -165,9 +166,9 @@ def test_a_worker_runs_the_next_job_after_a_job_s_folder_is_removed(start, talki
         shutil.rmtree(job.folder)
         if by_a_file:
             job.folder.write_text("not a folder")
-        assert worker.wait(job, 60) and job.state == FAILED and is_sentence(job.error), job.error
+        assert worker.wait(job, 300) and job.state == FAILED and is_sentence(job.error), job.error
     job = worker.submit(Request(talking, short_voice, steps=1), ME)
-    assert worker.wait(job, 60) and job.state == DONE, job.error
+    assert worker.wait(job, 300) and job.state == DONE, job.error
 
 
 # ---- other programs, and what they do to ours
@@ -304,14 +305,21 @@ class Fault:
         self.place, self.at, self.error, self.raised = place, at, error, False
 
 
-def held() -> dict[str, object]:
-    """What a process can leave lying about."""
-    return {
-        "threads": sorted(thread.name for thread in threading.enumerate()),
-        "processes": len(children("")),
-        "files": len(os.listdir("/proc/self/fd")),
-        "temporary files": os.listdir(tempfile.gettempdir()),
-    }
+def held() -> Counter:
+    """What a process can leave lying about, counted."""
+    found = Counter(f"thread {thread.name}" for thread in threading.enumerate())
+    found.update(f"temporary file {name}" for name in os.listdir(tempfile.gettempdir()))
+    return found + Counter({"process": len(children("")), "open file": len(os.listdir("/proc/self/fd"))})
+
+
+def held_at_rest() -> Counter:
+    """The same once it no longer changes: threads of a job, and what other tests have dropped, end after it."""
+    gc.collect()
+    earlier = None
+    while earlier != (now := held()):
+        earlier = now
+        time.sleep(0.5)
+    return now
 
 
 def inject(count: int, worker: Worker, fault: Fault, request: Request) -> None:
@@ -319,14 +327,14 @@ def inject(count: int, worker: Worker, fault: Fault, request: Request) -> None:
 
     def run() -> Job:
         job = worker.submit(request, ME)
-        assert worker.wait(job, 60), (fault.place, job)
+        assert worker.wait(job, 300), (fault.place, job)
         return job
 
     assert run().state == DONE and min(fault.calls.values()) > 0, fault.calls
     usual = fault.calls
     fault.arm()
     assert run().state == DONE
-    before = held()
+    before = held_at_rest()
     chance = random.Random(1)
     survived = 0
     for i in range(count):
@@ -344,7 +352,7 @@ def inject(count: int, worker: Worker, fault: Fault, request: Request) -> None:
             assert "memory" in job.error and is_sentence(job.error), (where, job.error)
         survived += job.state == DONE
         assert settles((job.folder / "job.json").exists), where  # what is written last
-        assert settles(lambda: held() == before), (where, before, held())
+        assert settles(lambda: not held() - before), (where, held() - before)
         left = {name for name in os.listdir(job.folder) if not name.endswith("-synced.mp4")}
         assert left == {"job.json", "video.mp4", "voice.wav"}, where
         assert job.output is None or probe_video(job.output).n_frames == 5
@@ -376,7 +384,7 @@ def test_a_worker_survives_running_out_of_memory_a_hundred_times(start, fault, t
 def test_memory_is_freed_before_the_next_job(start, talking, short_voice, monkeypatch):
     """The model is let go when nothing of the failed run holds it any more."""
     worker = start()
-    assert worker.wait(worker.submit(Request(talking, short_voice, steps=1), ME), 60)
+    assert worker.wait(worker.submit(Request(talking, short_voice, steps=1), ME), 300)
     network, freed, collect = weakref.ref(worker.runner.models.unet), [], gc.collect
 
     def starved(*_) -> None:
@@ -389,7 +397,7 @@ def test_memory_is_freed_before_the_next_job(start, talking, short_voice, monkey
     monkeypatch.setattr("latentsync.painting.merge_faces", starved)
     monkeypatch.setattr(gc, "collect", collected)
     job = worker.submit(Request(talking, short_voice, steps=1), ME)
-    assert worker.wait(job, 60) and job.state == FAILED and settles(lambda: freed)
+    assert worker.wait(job, 300) and job.state == FAILED and settles(lambda: freed)
     assert freed == [True]
 
 
@@ -448,13 +456,13 @@ def test_fifty_jobs_of_five_clients_stay_separate(start, coloured, tmp_path):
                 time.sleep(chance.uniform(0, 0.5))
                 worker.cancel(job.id, visitor, keep=chance.random() < 0.5)
         for job in submitted[visitor]:
-            if not worker.wait(job, 120):
+            if not worker.wait(job, 300):
                 problems.append(job)
 
     threads = [threading.Thread(target=client, args=(visitor, i)) for i, visitor in enumerate(coloured)]
     for thread in threads:
         thread.start()
-    assert settles(lambda: sum(job.ended is not None for some in submitted.values() for job in some) >= 10, 120)
+    assert settles(lambda: sum(job.ended is not None for some in submitted.values() for job in some) >= 10, 300)
     early = in_use()
     for thread in threads:
         thread.join()

@@ -25,6 +25,8 @@ from latentsync.settings import CRF
 PRESET = "veryfast"  # x264 speed: at this CRF slower ones only save bytes
 COMMENT = "Synthetic media: the mouth in this video was generated to match the sound (LatentSync)."
 ENCODER_THREADS = min(16, usable_cores())
+# Without a thread of its own that looks ahead: with it the same frames give one of two files, by chance.
+X264_PARAMETERS = "sync-lookahead=0"
 
 
 def check_output(path: str | os.PathLike, inputs: tuple[str | os.PathLike, ...] = ()) -> Path:
@@ -94,7 +96,7 @@ class VideoWriter:
         ]
         for_output = [
             *("-vf", graph, "-c:v", "libx264", "-preset", PRESET, "-crf", str(crf), "-pix_fmt", "yuv420p"),
-            *("-threads:v", str(ENCODER_THREADS)),
+            *("-threads:v", str(ENCODER_THREADS), "-x264-params", X264_PARAMETERS),
         ]
         return for_input, for_output
 
