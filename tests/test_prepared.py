@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from fractions import Fraction
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clips import make_sound
+from clips import ffmpeg, make_sound
 from conftest import SIDE, portrait, save_video
 from safetensors.torch import load_file, save
 from test_resume import SEGMENT, X264, hashes, interrupted
@@ -25,7 +27,7 @@ from latentsync.checkpoints.load import load_models
 from latentsync.errors import UserError
 from latentsync.faces import lookahead_frames, track_faces
 from latentsync.hooks import Hooks
-from latentsync.media import probe_video, read_frames
+from latentsync.media import VideoWriter, probe_video, read_frames
 from latentsync.pipeline import lipsync
 from latentsync.prepared import film as film_module
 from latentsync.prepared.__main__ import main as prepare
@@ -145,6 +147,28 @@ def test_a_run_that_is_resumed_with_it_has_the_same_result(video, models, prepar
     film = PreparedFilm(prepared, key_of(video, models))
     assert lipsync(*run, segment_frames=SEGMENT, film=film).resumed_from == 40
     assert hashes(tmp_path / "out.mkv") == hashes(tmp_path / "plain.mkv")
+
+
+def test_the_same_frames_give_the_same_segment_whenever_they_come(video, models, tmp_path):
+    """With a thread of its own that looks ahead, x264 encodes one in ten of these otherwise."""
+    painted: list[np.ndarray] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(VideoWriter, "write", lambda _, frame: painted.append(frame.copy()))
+        lipsync(video, sound_of(56, tmp_path), tmp_path / "out.mkv", models, Settings(steps=1))
+    segment = painted[SEGMENT : 2 * SEGMENT]
+
+    def stream(number: int) -> bytes:
+        chance, path = random.Random(number), tmp_path / f"{number}.mkv"
+        pause = chance.randrange(1, SEGMENT)
+        with VideoWriter(path, probe_video(video)) as writer:
+            for place, frame in enumerate(segment):
+                if place == pause or chance.random() < 0.05:
+                    time.sleep(0.3 * chance.random())
+                writer.write(frame)
+        return ffmpeg("-i", path, "-map", "0:v", "-c", "copy", "-f", "h264", "-")
+
+    with ThreadPoolExecutor(6) as threads:
+        assert len(set(threads.map(stream, range(100)))) == 1
 
 
 def test_files_of_few_frames_are_read_as_one_of_many(video, models, prepared, tmp_path, monkeypatch):

@@ -2,13 +2,11 @@
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -292,28 +290,6 @@ def test_a_segment_that_is_not_listed_yet_is_made_again(models, followed, sound,
     assert (folder / "00002.mp4").exists()
     assert lipsync(*run, segment_frames=SEGMENT).resumed_from == 40
     assert hashes(tmp_path / "out.mp4") == undisturbed
-
-
-def test_the_same_frames_give_the_same_segment_whenever_they_come(models, followed, sound, tmp_path):
-    """With a thread of its own that looks ahead, x264 encodes one in ten of these otherwise."""
-    painted: list[np.ndarray] = []
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(VideoWriter, "write", lambda _, frame: painted.append(frame.copy()))
-        lipsync(followed, sound, tmp_path / "out.mkv", models, Settings(steps=1))
-    segment = painted[SEGMENT : 2 * SEGMENT]
-
-    def stream(number: int) -> bytes:
-        chance, path = random.Random(number), tmp_path / f"{number}.mkv"
-        pause = chance.randrange(1, SEGMENT)
-        with VideoWriter(path, probe_video(followed)) as writer:
-            for place, frame in enumerate(segment):
-                if place == pause or chance.random() < 0.05:
-                    time.sleep(0.3 * chance.random())
-                writer.write(frame)
-        return ffmpeg("-i", path, "-map", "0:v", "-c", "copy", "-f", "h264", "-")
-
-    with ThreadPoolExecutor(6) as threads:
-        assert len(set(threads.map(stream, range(100)))) == 1
 
 
 # Which job it is
