@@ -1,7 +1,7 @@
-"""What a tab costs while a job runs: `python tests/page_cost.py`. The tests count with it, too.
+"""What a tab costs while a job runs: `python tests/page_cost.py [FILM]`. The tests count with it, too.
 
-The job is a stand-in, which computes nothing: so the browser has the machine to itself. Beside the page stands an empty
-tab of the same browser, whose cost is not the page's.
+The job is a stand-in, which computes nothing: so the browser has the machine to itself. It shows frames of its film.
+Beside the page stands an empty tab of the same browser, whose cost is not the page's.
 """
 
 import argparse
@@ -24,12 +24,13 @@ EVENTS = ("FireAnimationFrame", "UpdateLayoutTree", "Layout", "Paint", "RasterTa
 
 def steady_job(job: Any) -> None:
     """Run a job as `InProcess.run` does, but paint nothing: finish frames at an even pace, and show pictures."""
-    import cv2
-    from conftest import portrait
-
-    from optim.serving.preview import PICTURE_INTERVAL
+    from latentsync.media import probe_video, read_frames
+    from optim.serving.preview import PICTURE_INTERVAL, PICTURE_SIDE, resized
     from optim.serving.run import check_cancel
 
+    frames = [resized(frame) for frame in read_frames(probe_video(job.request.video), count=24)]
+    height, width, _ = frames[0].shape
+    side = PICTURE_SIDE * min(height, width) // max(height, width)
     began, shown = time.monotonic(), 0.0
     job.doing, job.timeline = "painting mouths", {"stages": {"mouths": [0.0, 0.0]}, "marks": []}
     while (now := time.monotonic() - began) * RATE < job.frames:
@@ -38,7 +39,7 @@ def steady_job(job: Any) -> None:
         job.progress = {"faces": min(job.frames, int(2 * done)), "mouths": int(done), "writing": max(0, int(done) - 8)}
         job.partial_frames = done % 1
         if now - shown >= PICTURE_INTERVAL:
-            job.picture = cv2.resize(portrait(int(done)), (480, 480))
+            job.picture = resized(frames[int(done) % len(frames)], side)
             job.pictures, shown = job.pictures + 1, now
         time.sleep(0.1)
 
@@ -107,15 +108,18 @@ def drawing(browser: Any, page: Any, seconds: float) -> Counter:
     )
 
 
-def measure(seconds: float, hidden: list[str]) -> None:
-    """Print what an empty tab and the page take; hidden: selectors of parts to leave out, one after the other."""
+def measure(film: Path | None, seconds: float, hidden: list[str]) -> None:
+    """Print what an empty tab and the page take; hidden: selectors of parts to leave out, one after the other.
+
+    film: of the job; by default a drawn face, whose pictures are a tenth as large as those of a film.
+    """
     from clips import make_sound
     from conftest import portrait, save_video
     from playwright.sync_api import sync_playwright
 
     with tempfile.TemporaryDirectory() as name, sync_playwright() as driver:
         folder = Path(name)
-        face = save_video(
+        face = film or save_video(
             folder / "face.mp4", [portrait(t) for t in range(24)], "-c:v", "libx264", "-pix_fmt", "yuv420p"
         )
         voice = make_sound(folder / "voice.wav", seconds=600)
@@ -164,9 +168,10 @@ if __name__ == "__main__":
         InProcess.run = lambda self, job, checkpoint: steady_job(job)  # type: ignore[method-assign]
         sys.exit(app.main(sys.argv[1:]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("film", type=Path, nargs="?")
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument(
         "--hide", nargs="*", default=[], help="CSS selectors of parts to leave out, one after the other"
     )
     options = parser.parse_args()
-    measure(options.seconds, options.hide)
+    measure(options.film, options.seconds, options.hide)

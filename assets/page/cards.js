@@ -9,7 +9,7 @@ const hasUnfinished = () => [...cards.values()].some(({ job }) => isUnfinished(j
 /** Whether a visitor waits for what comes next: a job's beginning, its first minute, or its end. */
 const changesSoon = () => [...cards.values()].some(({ job }) => (job.state === "running"
   ? job.elapsed < 60 || (job.seconds_left ?? 60) < 20 : job.state === "waiting" && !job.before));
-const PAUSES = [4, 120]; // seconds from one picture of a job to the next: twice as many each time, within these
+const PAUSES = [15, 120]; // seconds from one picture of a job to the next: three times as many each time, within these
 
 /** The names of what is said, by each face. */
 const voicesText = ({ names, others }) => [names[1], ...others.map(({ name }) => name)].join(" + ");
@@ -112,7 +112,7 @@ function updateProgress(view, job) {
 /** Show the newest finished frame. It is as large as twenty polls, so the longer a job runs the fewer come unasked. */
 function showPictureOf(view) {
   const { card, job } = view;
-  view.pause = Math.min(2 * (view.pause ?? PAUSES[0] / 2), PAUSES[1]);
+  view.pause = Math.min(3 * (view.pause ?? PAUSES[0] / 3), PAUSES[1]);
   view.pictureAt = job.elapsed;
   find("img", card).src = `${root}/lipsync/${job.picture}`;
   setShown(find(".newest", card), true);

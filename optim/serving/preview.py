@@ -47,10 +47,10 @@ def as_jpeg(frame: "np.ndarray") -> bytes:
 
 
 def as_webp(frame: "np.ndarray") -> bytes:
-    """Encode a frame, uint8 (h, w, 3) RGB, as a WebP file: half as large as a JPEG file, in ten times the time."""
+    """Encode a frame, uint8 (h, w, 3) RGB, as a WebP file: a third of a JPEG file, in ten times the time."""
     import cv2
 
-    return cv2.imencode(".webp", frame[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, 80])[1].tobytes()
+    return cv2.imencode(".webp", frame[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, 60])[1].tobytes()
 
 
 def resized(frame: "np.ndarray", max_side: int = PREVIEW_SIDE) -> "np.ndarray":

@@ -80,7 +80,7 @@ class InProcess:
         with in_background(get_ready, "models") as wait_until_ready:
 
             def before_painting() -> None:
-                job.doing = f"loading the model {checkpoint.name}"
+                job.doing = f"getting the model {checkpoint.name} ready"  # loaded, or only set to this level
                 wait_until_ready()
                 if models.device.type == "cuda":
                     torch.cuda.set_device(models.device)  # of this thread; `accelerate` has run in another one
@@ -107,7 +107,7 @@ class InProcess:
         """The models of a checkpoint, and what loads their weights where they are not there yet."""
         import torch
 
-        job.doing = f"loading the model {checkpoint.name}"
+        job.doing = f"getting the model {checkpoint.name} ready"
         self.models = None  # memory may not hold both
         checkpoint = replace(checkpoint, remark=None)  # the same files under any name
         self.models, load_weights = self._load(checkpoint, torch.device(self._machine.device))
