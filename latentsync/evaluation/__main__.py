@@ -3,6 +3,7 @@
 python -m latentsync.evaluation clips CLIPS OUT         # CLIPS/SPEAKER/CLIP.mp4, those that training holds out
 python -m latentsync.evaluation people FILMS VOICES OUT # FILMS/PERSON.mp4, each with the voice of a held-out clip
 python -m latentsync.evaluation rates CLIPS OUT         # the same clips at 25, 30 and 60 frames a second
+python -m latentsync.evaluation crossing CLIPS OUT      # two people who cross, each with a voice of their own
 python -m latentsync.evaluation colours FILMS           # FILMS/PERSON.mp4: what matching of colours gives
 python -m latentsync.evaluation video RESULT            # mouth and sound of one file
 python -m latentsync.evaluation strip VIDEO AUDIO RESULT PICTURE.png
@@ -27,6 +28,7 @@ from latentsync.errors import UserError
 from latentsync.evaluation.clips import MAX_TRACKS, held_out_clips, read_clip
 from latentsync.evaluation.colours import colours_table, measure_colours, read_crops
 from latentsync.evaluation.conversations import Sentence, read_sentence
+from latentsync.evaluation.crossing import crossing_table, least_alike, measure_crossing, speak
 from latentsync.evaluation.judge import WEIGHTS, Check, Judge, judge_clip, load_judge, sync_score, train
 from latentsync.evaluation.measures import correlation, loudness, peak
 from latentsync.evaluation.people import measure_people, people_table
@@ -39,7 +41,7 @@ from latentsync.paths import check_writable, write_text
 from latentsync.settings import INFERENCE_STEPS, SEED, TRAIN_STEPS, Settings
 
 FILMS = (".mp4", ".mkv", ".mov", ".webm")
-SENTENCES = 2  # of every speaker, in films of conversations
+SENTENCES = 2  # of every speaker in films of conversations, and of every voice in films of people who cross
 SHEET_CLIPS = 2  # of every speaker, on the contact sheet
 
 # From arguments, models and settings to the models and settings to measure.
@@ -71,10 +73,18 @@ def build_parser(prog: str, add_options: AddOptions | None = None) -> argparse.A
     rates.add_argument("--speakers", nargs="+", metavar="NAME", help="folders of CLIPS (default: all held out)")
     rates.add_argument("--limit", type=between(int, 1, 1000), default=1, help="clips of every speaker (default 1)")
     rates.add_argument("--all", action="store_true", help="every clip of CLIPS, for a folder of held-out ones alone")
+    crossing = commands.add_parser("crossing", help="dub films of two people who cross, and of two who do not")
+    crossing.add_argument("clips", type=Path, help="folder of SPEAKER/CLIP.mp4, with sound")
+    crossing.add_argument("out", type=Path, help="folder for the films, their results and crossing.md")
+    crossing.add_argument(
+        "--speakers", nargs="+", metavar="NAME", help="folders of CLIPS whose people are shown (default: all held out)"
+    )
+    crossing.add_argument("--voice", default="s1", metavar="NAME", help="folder of CLIPS that speaks (default s1)")
+    crossing.add_argument("--pairs", type=between(int, 1, 100), default=3, help="of people (default 3)")
     colours = commands.add_parser("colours", help="damage faces as a network may do it, and match their colours")
     colours.add_argument("films", type=Path, help="folder of PERSON.mp4")
     colours.add_argument("--model", default="demo", metavar="NAME|PATH", help="whose autoencoder is tried, too")
-    for command in (clips, people, rates):
+    for command in (clips, people, rates, crossing):
         command.add_argument("--model", default="demo", metavar="NAME|PATH")
         command.add_argument("--steps", type=between(int, 1, TRAIN_STEPS - 1), default=INFERENCE_STEPS)
         command.add_argument("--guidance", type=between(float, 0, 10), help="default: the model's")
@@ -103,7 +113,7 @@ def build_parser(prog: str, add_options: AddOptions | None = None) -> argparse.A
     for count, default in (("two", 5), ("three", 2)):
         help_text = f"films of {count} people, for each kind of listener (default {default})"
         speaking.add_argument(f"--{count}", type=between(int, 0, 1000), default=default, metavar="N", help=help_text)
-    for command in (clips, people, rates, colours, video, judge, speaking):
+    for command in (clips, people, rates, crossing, colours, video, judge, speaking):
         command.add_argument("--device", default="auto")
     for command in (clips, video, speaking):
         command.add_argument("--judge", type=Path, default=WEIGHTS, help="weights of the sync judge")
@@ -238,6 +248,32 @@ def evaluate_rates(args: argparse.Namespace, prepare: Prepare) -> None:
     print(rates_table(measures))
 
 
+def evaluate_crossing(args: argparse.Namespace, prepare: Prepare) -> None:
+    """Draw and dub films of two people, and write crossing.md; everything stays in the folder `out`."""
+    shown = args.speakers or HELD_OUT_SPEAKERS
+    files: dict[str, list[Path]] = {}
+    for speaker, path in list_clips(args.clips):
+        files.setdefault(speaker, []).append(path)
+    people = [speaker for speaker in shown if speaker in files]
+    if len(people) < 2:
+        raise UserError(f"'{args.clips}' has clips of {len(people)} of {', '.join(shown)}: give two people or more.")
+    sentences = held_out_clips(args.clips, [args.voice], every=args.voice in HELD_OUT_SPEAKERS)[args.voice]
+    if len(sentences) < 2 * SENTENCES:
+        raise UserError(f"'{args.clips / args.voice}' has no {2 * SENTENCES} held-out clips: name another --voice.")
+    models, settings = load_and_make_folder(args, prepare)
+    spoken = [read_clip(args.voice, path) for path in sentences[: 2 * SENTENCES]]
+    first, second = speak(spoken[:SENTENCES]), speak(spoken[SENTENCES:])
+    clips = [read_clip(speaker, files[speaker][0]) for speaker in people]
+    pairs = [(clips[2 * i % len(clips)], clips[(2 * i + 1) % len(clips)]) for i in range(args.pairs)]
+    measures = []
+    for each in measure_crossing(pairs, (first, least_alike(first, second)), args.out, models, settings):
+        measures.append(each)
+        case = f"{each.scene}, {each.film}, {each.whose}"
+        print(f"{case}: own {each.own:.2f}, other {each.other:.2f}, {each.found} of {each.whole}", file=sys.stderr)
+        (args.out / "crossing.md").write_text(crossing_table(measures) + "\n", encoding="utf-8")
+    print(crossing_table(measures))
+
+
 def evaluate_colours(args: argparse.Namespace) -> None:
     """Print what matching of colours gives on the faces of films."""
     films = films_in(args.films)
@@ -311,6 +347,8 @@ def main(
             evaluate_people(args, prepare)
         elif args.command == "rates":
             evaluate_rates(args, prepare)
+        elif args.command == "crossing":
+            evaluate_crossing(args, prepare)
         elif args.command == "colours":
             evaluate_colours(args)
         elif args.command == "video":

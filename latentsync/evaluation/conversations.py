@@ -148,15 +148,20 @@ def write_film(path: Path, frames: np.ndarray, wav: np.ndarray) -> None:
     """Write frames uint8 (n, h, w, 3), FPS a second, and sound (samples,) at 16 kHz as an MP4."""
     with TemporaryDirectory(prefix="latentsync-") as folder:
         sound = Path(folder) / "sound.wav"
-        with wave.open(str(sound), "wb") as file:
-            file.setparams((1, 2, SAMPLES * FPS, 0, "NONE", ""))
-            file.writeframes((np.clip(wav, -1, 1) * 32767).astype("<i2").tobytes())
+        write_sound(sound, wav)
         size = frames.shape[2], frames.shape[1]
         writer = imageio_ffmpeg.write_frames(str(path), size, fps=FPS, audio_path=str(sound), macro_block_size=1)
         writer.send(None)
         for frame in frames:
             writer.send(np.ascontiguousarray(frame))
         writer.close()
+
+
+def write_sound(path: Path, wav: np.ndarray) -> None:
+    """Write sound (samples,) at 16 kHz as a WAV file."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, SAMPLES * FPS, 0, "NONE", ""))
+        file.writeframes((np.clip(wav, -1, 1) * 32767).astype("<i2").tobytes())
 
 
 def add_noise(wav: np.ndarray, kind: str, ratio: float, seed: int) -> np.ndarray:
