@@ -48,6 +48,7 @@ EXAMPLES = (
 )
 PLAIN: dict[str, Any] = {"queue": False, "show_progress": "hidden", "preprocess": False}
 PRIVATE = PLAIN | {"api_visibility": "private"}
+DESCRIBE: dict[str, Any] = {"fn": None, "js": "() => window.lipsync.describe()"}
 WITH_VISITOR = "(...values) => values.with({}, window.lipsync.visitor)"
 LOOKING = """(file, ...faces) => [null, file ? "<p class='quiet'>Looking at this file …</p>" : "",
   ...faces.map((face) => /,/.test(face) ? "largest" : face)]"""
@@ -182,15 +183,15 @@ class Page:
         seen_audio = {"fn": look_at_audio, "outputs": [self.seconds, self.audio_note, self.audio_track], **PRIVATE}
         looked = [self.video_fps, self.reply, self.video_note, self.video_track, *self.others.looked]
         seen_video = {"fn": look_at_video, "outputs": looked, **PRIVATE}
-        self.audio.change(inputs=self.audio, **seen_audio).then(**self._meaning)
-        self.audio_track.input(inputs=[self.audio, self.audio_track], **seen_audio).then(**self._meaning)
+        self.audio.change(inputs=self.audio, **seen_audio).then(**DESCRIBE)
+        self.audio_track.input(inputs=[self.audio, self.audio_track], **seen_audio).then(**DESCRIBE)
         mark_face = {"fn": None, "inputs": face, "js": "(face) => window.lipsync?.markFace(face)"}
         look = self.video.change(inputs=self.video, **seen_video)
         looks = [look, self.video_track.input(inputs=[self.video, self.video_track], **seen_video)]
         self.others.wire(looks, self.video_note, face, self.more, measure, PRIVATE)
         for seen in looks:
             shown = seen.then(None, self.reply, js="(reply) => window.lipsync.showPicture(reply)")
-            shown.then(**mark_face).then(**self._meaning)
+            shown.then(**mark_face).then(**DESCRIBE)
 
         for button, field, path in self.examples:
             button.click(path.as_posix, None, field, **PRIVATE)
@@ -202,17 +203,6 @@ class Page:
         inputs = [self.video, self.audio, self.seconds, self.visitor, self.video_track, self.audio_track, *settings]
         wire_preview(api, self.preview, self.one_frame, inputs, WITH_VISITOR.format(3), PRIVATE)
 
-    @property
-    def _meaning(self) -> dict[str, Any]:
-        """The event that shows what the settings mean."""
-        return {
-            "fn": self.api.when_ready(self.meaning),
-            "inputs": [*self.settings, self.video_fps, self.seconds, *self.others.lengths],
-            "outputs": [self.line, self.details, self.preview],
-            "api_name": "meaning",
-            **PRIVATE,
-        }
-
     def _wire_settings(self) -> None:
         """The slider, its stops, and settings that are kept by the browser."""
         positions = [stop.position for stop in STOPS]
@@ -220,7 +210,16 @@ class Page:
         mark = f"(level) => window.lipsync?.markStop({positions}.indexOf(level), level, {json.dumps(texts)})"
         mark_stop = {"fn": None, "inputs": self.level, "js": mark}
         changes = [setting.change for setting in self.settings]
-        gr.on(changes, **self._meaning, trigger_mode="always_last")
+        # In one event, so that no earlier answer comes after a later one; scripts and chains ask for it by `DESCRIBE`.
+        gr.on(
+            [*changes, self.live.submit],
+            self.api.when_ready(self.meaning),
+            [*self.settings, self.video_fps, self.seconds, *self.others.lengths],
+            [self.line, self.details, self.preview],
+            api_name="meaning",
+            trigger_mode="always_last",
+            **PRIVATE,
+        )
         gr.on(changes, None, self.settings, self.saved, js="(...values) => [values]")
         self.level.change(**mark_stop)
         for button, stop in zip(self.stops, STOPS, strict=True):
@@ -230,15 +229,14 @@ class Page:
         loaded = [*self.stops, begin, self.model, self.advice, self.footer]
         load = self.blocks.load(self.api.when_ready(self.on_load), self.saved, loaded, **PRIVATE)
         settle = f"(begin, ...values) => window.lipsync.settle({list(NAMES)}, begin, values)"
-        load.then(None, [begin, *self.settings], self.settings, js=settle).then(**mark_stop).then(**self._meaning)
+        load.then(None, [begin, *self.settings], self.settings, js=settle).then(**mark_stop).then(**DESCRIBE)
 
     def _wire_live(self, uploads_stay: bool) -> None:
         """Events of the page's scripts."""
         live, files = self.live, [self.video, self.audio, self.more, *self.others.files]
-        # There is another model; a job has shown how fast this machine is; the settings of a job are to be shown; a job
-        # is to run again with the page's settings; its timeline is to be shown.
-        live.input(self.model_dropdown, None, self.model, **PRIVATE).then(**self._meaning)
-        live.submit(**self._meaning)
+        # There is another model; the settings of a job are to be shown; a job is to run again with the page's settings;
+        # its timeline is to be shown.
+        live.input(self.model_dropdown, None, self.model, **PRIVATE).then(**DESCRIBE)
         live.select(self.show_settings, None, self.settings, **PRIVATE)
         live.retry(self.again_with, self.settings, self.reply, **PRIVATE).then(
             None, self.reply, js="(reply) => window.lipsync.onReply(reply)"

@@ -984,6 +984,32 @@ def test_a_tab_draws_little_while_a_job_runs_and_gets_less_than_a_kilobyte_a_sec
     state(page, "cancelled")
 
 
+LATE = """window.late = 0;
+const ask = window.fetch.bind(window);
+window.fetch = async (what, how) => {
+    const reply = await ask(what, how);
+    if (String(how?.body).includes("as the level says") && window.late > 0) {
+        window.late -= 1;
+        await new Promise((resolve) => setTimeout(resolve, 6000));
+    }
+    return reply;
+};"""
+
+
+def test_an_answer_that_comes_late_does_not_take_the_place_of_a_newer_one(visit, clips):
+    """The expected time was missing until something changed."""
+    page = visit()
+    page.add_init_script(LATE)
+    page.reload()
+    page.wait_for_function("document.querySelector('#line')?.textContent.includes('steps')")
+    page.evaluate("window.late = 1")
+    page.click("#stop-2")
+    give(page, clips)
+    page.wait_for_timeout(7000)
+    assert page.evaluate(EXPECTED), page.inner_text("#line")
+    assert page.evaluate("window.late") == 0
+
+
 TURNS = """const every = window.setInterval.bind(window), ask = window.fetch.bind(window);
 window.polls = 0;
 window.setInterval = (act, pause) => (String(act).includes("changesSoon") ? (window.turn = act, 0) : every(act, pause));
