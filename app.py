@@ -188,7 +188,7 @@ class Page:
         mark_face = {"fn": None, "inputs": face, "js": "(face) => window.lipsync?.markFace(face)"}
         look = self.video.change(inputs=self.video, **seen_video)
         looks = [look, self.video_track.input(inputs=[self.video, self.video_track], **seen_video)]
-        self.others.wire(looks, self.video_note, face, self.more, measure, PRIVATE)
+        self.others.wire(looks, self.video_note, face, self.more, self.live, measure, PRIVATE)
         for seen in looks:
             shown = seen.then(None, self.reply, js="(reply) => window.lipsync.showPicture(reply)")
             shown.then(**mark_face).then(**DESCRIBE)

@@ -293,7 +293,7 @@ class FaceFollower:
                 yield from ranked([face for face in faces if face.usable], self.person.which, frame.shape[1])
                 faces = [face for face in faces if not face.usable]
             rest += faces
-        yield from self.likeliest(frame, rest)
+        yield from self.likeliest(frame, without_parts(rest))
 
     def likeliest(self, frame: np.ndarray, faces: list[Detection]) -> list[Detection]:
         """The faces that may be this person's, usable ones first, then the likest, or by `which` while none is known.
@@ -384,6 +384,11 @@ def region_around(face: Detection, last: Region | None = None) -> Region:
         if moved < REGION_SLACK and abs(side / last[2] - 1) < REGION_SLACK:
             return last
     return round(face.centre[0]), round(face.centre[1]), max(round(side), 2)
+
+
+def without_parts(faces: list[Detection]) -> list[Detection]:
+    """Those that are no part of a larger one: in a small tile an eye or a mouth is sometimes taken for a face."""
+    return [face for face in faces if not any(one.size > 2 * face.size and one.distance(face) < NEAR for one in faces)]
 
 
 def nearest(faces: list[Detection], last: Detection) -> Detection | None:

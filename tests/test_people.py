@@ -1,5 +1,6 @@
 """Several people of one film: who is meant, who is followed, and a voice for each."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import cv2
@@ -16,7 +17,7 @@ from latentsync.errors import UserError
 from latentsync.faces import track_people
 from latentsync.following import FaceFollower, Person, Timing
 from latentsync.hooks import NO_HOOKS, Hooks
-from latentsync.landmarks import face_reader, open_pool
+from latentsync.landmarks import LandmarkerPool, face_reader, open_pool
 from latentsync.lookahead import LookaheadFrames
 from latentsync.looks import ALIKE, look_difference, look_of
 from latentsync.media import probe_audio, probe_video, read_audio, read_frames
@@ -91,6 +92,29 @@ def test_each_of_two_people_is_followed():
     places = middles([scene((ONE, LEFT), (OTHER, RIGHT))] * 12, *pair())
     assert np.isfinite(places).all()
     assert (places[:, 0] < WIDTH / 2).all() and (places[:, 1] > WIDTH / 2).all()
+
+
+def test_an_eye_that_is_taken_for_a_face_is_nobody(monkeypatch):
+    """It lies farther to the right than the middle of the face that it belongs to."""
+    real_all, real, parts = LandmarkerPool.detect_all, LandmarkerPool.detect, []
+
+    def detect_all(self, frame, boxes, *size):
+        faces = real_all(self, frame, boxes, *size)
+        for face in faces:
+            eye = face.centre + (0.25 * face.size, 0)
+            parts.append(replace(face, landmarks=eye + 0.3 * (face.landmarks - face.centre)))
+        return faces + parts[-len(faces) :] if faces else faces
+
+    def detect(self, frame, box, *size):
+        if box[2] - box[0] > 80:
+            return real(self, frame, box, *size)
+        return [part for part in parts if box[0] < part.centre[0] < box[2] and box[1] < part.centre[1] < box[3]]
+
+    frames = [scene((ONE, LEFT), (OTHER, RIGHT))] * 12
+    wanted = middles(frames, *pair())
+    monkeypatch.setattr(LandmarkerPool, "detect_all", detect_all)
+    monkeypatch.setattr(LandmarkerPool, "detect", detect)
+    assert np.allclose(middles(frames, *pair()), wanted, atol=2)
 
 
 def test_people_who_cross_keep_their_owner():

@@ -101,8 +101,9 @@ for (const kind of ["click", "input"]) {
 const settle = (names, begin, values) => values.map((value, i) => (touched.has(names[i]) ? value : begin[i] ?? value));
 
 const describe = () => trigger("submit", {}); // the line under the slider
+const checkFaces = () => trigger("edit", {}); // the note on the other faces
 window.lipsync = {
-  visitor, describe, settle, onReply, onStarted, markStop, markFace, markFaces, showPicture, refresh, dropFiles, playerTime,
+  visitor, describe, checkFaces, settle, onReply, onStarted, markStop, markFace, markFaces, showPicture, refresh, dropFiles, playerTime,
   beginPreview, showPreview,
 };
 let turn = 0;

@@ -126,13 +126,15 @@ class OtherFaces:
         thumbnails: gr.HTML,
         face: gr.Dropdown,
         more: gr.File,
+        live: gr.HTML,
         measure: Callable,
         private: dict[str, Any],
     ) -> None:
         """The events of these fields.
 
         looks: events with the outputs of `look`; thumbnails, face, more: the page's fields for the first face and for
-        more voices; measure: see `Endpoints.measure`; private: options of all events.
+        more voices; live: whose `edit` the page's scripts trigger; measure: see `Endpoints.measure`; private: options
+        of all events.
         """
 
         async def listen(audio: Any) -> tuple:
@@ -156,14 +158,16 @@ class OtherFaces:
         for shown, field in ((thumbnails, face), *((voice.thumbnails, voice.face) for voice in self.voices)):
             shown.select(chosen_face, None, field, **private)
         changes = [field.change for field in (*chosen, *(voice.audio for voice in self.voices), more)]
-        gr.on(changes, **check, trigger_mode="always_last")
+        # In one event, so that no earlier answer comes after a later one.
+        gr.on([*changes, live.edit], **check, trigger_mode="always_last")
+        again: dict[str, Any] = {"fn": None, "js": "() => window.lipsync.checkFaces()"}
         gr.on([each.change for each in chosen], **mark)
         face.change(None, face, js="(face) => window.lipsync?.markFace(face)")
         spread = {"fn": self.spread, "outputs": chosen, **private}
         for look in looks:  # another video: every voice gets the next face
-            look.then(inputs=[self.faces, face], **spread).then(**mark).then(**check)
+            look.then(inputs=[self.faces, face], **spread).then(**mark).then(**again)
         # Another face for the first voice: no other keeps that one.
-        face.change(inputs=[self.faces, face, *chosen], **spread).then(**mark).then(**check)
+        face.change(inputs=[self.faces, face, *chosen], **spread).then(**mark).then(**again)
 
     # ---- values come as a browser sent them, or somebody else
 
