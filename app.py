@@ -30,7 +30,7 @@ from optim.serving.login import Throttle, password_checker
 from optim.serving.markup import ASSETS, advice_html, asset, audio_note, footer_html, head_html, video_note
 from optim.serving.mcp_tools import McpTools
 from optim.serving.options import bracketed, has_desktop, parse_options, wait_for_signal
-from optim.serving.other_faces import FACE_CLICK, OtherFaces, spoken
+from optim.serving.other_faces import DESCRIBE, FACE_CLICK, OtherFaces, spoken
 from optim.serving.policy import Policy, policy_for
 from optim.serving.preview_endpoint import preview_button, wire_preview
 from optim.serving.routes import guarded, routes
@@ -48,7 +48,6 @@ EXAMPLES = (
 )
 PLAIN: dict[str, Any] = {"queue": False, "show_progress": "hidden", "preprocess": False}
 PRIVATE = PLAIN | {"api_visibility": "private"}
-DESCRIBE: dict[str, Any] = {"fn": None, "js": "() => window.lipsync.describe()"}
 WITH_VISITOR = "(...values) => values.with({}, window.lipsync.visitor)"
 LOOKING = """(file, ...faces) => [null, file ? "<p class='quiet'>Looking at this file …</p>" : "",
   ...faces.map((face) => /,/.test(face) ? "largest" : face)]"""

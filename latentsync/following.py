@@ -287,13 +287,14 @@ class FaceFollower:
         """
         rest: list[Detection] = []
         for boxes, _ in tiles(frame, thorough):
-            faces = self.pool.detect_all(frame, boxes)
-            self.detected += faces
+            found = self.pool.detect_all(frame, boxes)
+            self.detected += found
+            faces = without_parts(found, self.detected)
             if self.person.which == "largest" and not self.person.recognised:
                 yield from ranked([face for face in faces if face.usable], self.person.which, frame.shape[1])
                 faces = [face for face in faces if not face.usable]
             rest += faces
-        yield from self.likeliest(frame, without_parts(rest))
+        yield from self.likeliest(frame, rest)
 
     def likeliest(self, frame: np.ndarray, faces: list[Detection]) -> list[Detection]:
         """The faces that may be this person's, usable ones first, then the likest, or by `which` while none is known.
@@ -386,9 +387,9 @@ def region_around(face: Detection, last: Region | None = None) -> Region:
     return round(face.centre[0]), round(face.centre[1]), max(round(side), 2)
 
 
-def without_parts(faces: list[Detection]) -> list[Detection]:
-    """Those that are no part of a larger one: in a small tile an eye or a mouth is sometimes taken for a face."""
-    return [face for face in faces if not any(one.size > 2 * face.size and one.distance(face) < NEAR for one in faces)]
+def without_parts(faces: list[Detection], found: list[Detection]) -> list[Detection]:
+    """Those that are no part of a larger one of `found`: in a small tile an eye or a mouth may be taken for a face."""
+    return [face for face in faces if not any(one.size > 2 * face.size and one.distance(face) < NEAR for one in found)]
 
 
 def nearest(faces: list[Detection], last: Detection) -> Detection | None:

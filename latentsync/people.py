@@ -10,7 +10,7 @@ import numpy as np
 
 from latentsync.choice import SAME_FACE, FacePoint, parse_face
 from latentsync.errors import UserError
-from latentsync.following import APART, LOOK_MEMORY, MAX_CHANGE, NEAR, Person
+from latentsync.following import APART, LOOK_MEMORY, MAX_CHANGE, NEAR, Person, without_parts
 from latentsync.landmarks import Detection, LandmarkerPool, open_pool, tiles
 from latentsync.looks import ALIKE, look_difference, look_of
 from latentsync.media import VideoInfo, read_frames
@@ -132,8 +132,11 @@ def everyone_in(frames: Iterable[np.ndarray], rate: Fraction) -> list[Sighted]:
 def _usable_faces(pool: LandmarkerPool, frame: np.ndarray) -> list[Detection]:
     """The usable faces in a frame, each once: those that show in its largest tiles, or in the first that show any."""
     faces: list[Detection] = []
+    found: list[Detection] = []
     for level, (boxes, _) in enumerate(tiles(frame, thorough=True)):
-        for face in pool.detect_all(frame, boxes):
+        detected = pool.detect_all(frame, boxes)
+        found += detected
+        for face in without_parts(detected, found):
             if face.usable and all(min(face.distance(one), one.distance(face)) > NEAR for one in faces):
                 faces.append(face)
         if faces and level:

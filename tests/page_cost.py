@@ -25,12 +25,10 @@ EVENTS = ("FireAnimationFrame", "UpdateLayoutTree", "Layout", "Paint", "RasterTa
 def steady_job(job: Any) -> None:
     """Run a job as `InProcess.run` does, but paint nothing: finish frames at an even pace, and show pictures."""
     from latentsync.media import probe_video, read_frames
-    from optim.serving.preview import PICTURE_INTERVAL, PICTURE_SIDE, resized
+    from optim.serving.preview import PICTURE_INTERVAL, preview_picture, resized
     from optim.serving.run import check_cancel
 
     frames = [resized(frame) for frame in read_frames(probe_video(job.request.video), count=24)]
-    height, width, _ = frames[0].shape
-    side = PICTURE_SIDE * min(height, width) // max(height, width)
     began, shown = time.monotonic(), 0.0
     job.doing, job.timeline = "painting mouths", {"stages": {"mouths": [0.0, 0.0]}, "marks": []}
     while (now := time.monotonic() - began) * RATE < job.frames:
@@ -39,7 +37,7 @@ def steady_job(job: Any) -> None:
         job.progress = {"faces": min(job.frames, int(2 * done)), "mouths": int(done), "writing": max(0, int(done) - 8)}
         job.partial_frames = done % 1
         if now - shown >= PICTURE_INTERVAL:
-            job.picture = resized(frames[int(done) % len(frames)], side)
+            job.picture = preview_picture(frames[int(done) % len(frames)])
             job.pictures, shown = job.pictures + 1, now
         time.sleep(0.1)
 
@@ -111,7 +109,7 @@ def drawing(browser: Any, page: Any, seconds: float) -> Counter:
 def measure(film: Path | None, seconds: float, hidden: list[str]) -> None:
     """Print what an empty tab and the page take; hidden: selectors of parts to leave out, one after the other.
 
-    film: of the job; by default a drawn face, whose pictures are a tenth as large as those of a film.
+    film: of the job; by default a drawn face, whose pictures are smaller than those of a film.
     """
     from clips import make_sound
     from conftest import portrait, save_video

@@ -58,7 +58,7 @@ def test_the_second_voice_is_as_unlike_the_first_as_can_be():
     sound = np.repeat(np.arange(crossing.FRAMES), SAMPLES).astype(np.float32)
     voice = crossing.Voice(sound, np.sin(np.arange(crossing.FRAMES) * 2 * np.pi / 20))
     other = crossing.least_alike(voice, voice)
-    assert abs(crossing.correlate(voice.opening, other.opening)) < 0.02
+    assert abs(crossing.correlation_in_step(voice.opening, other.opening)) < 0.02
     late = int(other.wav[0])  # sound and mouth go together
     assert np.array_equal(other.opening, np.roll(voice.opening, -late))
     assert np.array_equal(other.wav, np.roll(sound, -late * SAMPLES))

@@ -22,7 +22,7 @@ from latentsync.lookahead import LookaheadFrames
 from latentsync.looks import ALIKE, look_difference, look_of
 from latentsync.media import probe_audio, probe_video, read_audio, read_frames
 from latentsync.media.voices import mix_voices
-from latentsync.people import find_people
+from latentsync.people import everyone_in, find_people
 from latentsync.pipeline import lipsync
 from latentsync.settings import Settings
 from latentsync.shots import CutDetector
@@ -111,10 +111,12 @@ def test_an_eye_that_is_taken_for_a_face_is_nobody(monkeypatch):
         return [part for part in parts if box[0] < part.centre[0] < box[2] and box[1] < part.centre[1] < box[3]]
 
     frames = [scene((ONE, LEFT), (OTHER, RIGHT))] * 12
-    wanted = middles(frames, *pair())
-    monkeypatch.setattr(LandmarkerPool, "detect_all", detect_all)
+    wanted, everyone = middles(frames, *pair()), everyone_in(frames, Fraction(25))
+    monkeypatch.setattr(LandmarkerPool, "detect_all", lambda *given: detect_all(*given)[::-1])
     monkeypatch.setattr(LandmarkerPool, "detect", detect)
     assert np.allclose(middles(frames, *pair()), wanted, atol=2)
+    seen = [person.first.centre for person in everyone_in(frames, Fraction(25))]
+    assert len(seen) == 2 and np.allclose(seen, [person.first.centre for person in everyone], atol=2)
 
 
 def test_people_who_cross_keep_their_owner():

@@ -103,8 +103,8 @@ const settle = (names, begin, values) => values.map((value, i) => (touched.has(n
 const describe = () => trigger("submit", {}); // the line under the slider
 const checkFaces = () => trigger("edit", {}); // the note on the other faces
 window.lipsync = {
-  visitor, describe, checkFaces, settle, onReply, onStarted, markStop, markFace, markFaces, showPicture, refresh, dropFiles, playerTime,
-  beginPreview, showPreview,
+  visitor, describe, checkFaces, settle, onReply, onStarted, markStop, markFace, markFaces, showPicture, refresh,
+  dropFiles, playerTime, beginPreview, showPreview,
 };
 let turn = 0;
 const refreshIfSeen = () => {

@@ -251,13 +251,11 @@ def evaluate_rates(args: argparse.Namespace, prepare: Prepare) -> None:
 def evaluate_crossing(args: argparse.Namespace, prepare: Prepare) -> None:
     """Draw and dub films of two people, and write crossing.md; everything stays in the folder `out`."""
     shown = args.speakers or HELD_OUT_SPEAKERS
-    files: dict[str, list[Path]] = {}
-    for speaker, path in list_clips(args.clips):
-        files.setdefault(speaker, []).append(path)
+    files = held_out_clips(args.clips, None, every=True)
     people = [speaker for speaker in shown if speaker in files]
     if len(people) < 2:
         raise UserError(f"'{args.clips}' has clips of {len(people)} of {', '.join(shown)}: give two people or more.")
-    sentences = held_out_clips(args.clips, [args.voice], every=args.voice in HELD_OUT_SPEAKERS)[args.voice]
+    sentences = held_out_clips(args.clips, [args.voice])[args.voice]
     if len(sentences) < 2 * SENTENCES:
         raise UserError(f"'{args.clips / args.voice}' has no {2 * SENTENCES} held-out clips: name another --voice.")
     models, settings = load_and_make_folder(args, prepare)

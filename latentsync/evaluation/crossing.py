@@ -14,7 +14,7 @@ from latentsync import FPS
 from latentsync.checkpoints.load import Models
 from latentsync.evaluation.clips import Clip
 from latentsync.evaluation.conversations import SIDE_HEIGHT, SIDE_WIDTH, write_film, write_sound
-from latentsync.evaluation.measures import SAMPLES
+from latentsync.evaluation.measures import SAMPLES, correlation_in_step
 from latentsync.faces import Face
 from latentsync.landmarks import face_reader, mouth_opening
 from latentsync.media import probe_video, read_frames
@@ -117,14 +117,8 @@ def speak(clips: Sequence[Clip]) -> Voice:
 
 def least_alike(voice: Voice, other: Voice) -> Voice:
     """The other voice, so late that the true mouths of both have as little in common as can be."""
-    shift = min(range(FRAMES), key=lambda late: abs(correlate(voice.opening, np.roll(other.opening, late))))
+    shift = min(range(FRAMES), key=lambda late: abs(correlation_in_step(voice.opening, np.roll(other.opening, late))))
     return Voice(np.roll(other.wav, shift * SAMPLES), np.roll(other.opening, shift))
-
-
-def correlate(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Pearson's correlation of two curves where both are known."""
-    both = np.isfinite(ours) & np.isfinite(theirs)
-    return float(np.corrcoef(ours[both], theirs[both])[0, 1]) if both.sum() > 2 else np.nan
 
 
 def draw(people: Sequence[Actor], scene: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -183,9 +177,9 @@ def measure_crossing(
     for path, voice in zip(spoken, voices, strict=True):
         write_sound(path, voice.wav)
     both = replace(settings, face="left", other_faces=("right",))
-    for scene in SCENES:
-        for pair in pairs:
-            people = [cut_out(clip) for clip in pair]
+    for pair in pairs:
+        people = [cut_out(clip) for clip in pair]
+        for scene in SCENES:
             name = f"{people[0].name} and {people[1].name}"
             film = folder / f"{scene}, {name}.mp4".replace(" ", "-").replace(",", "")
             frames, lefts, whole = draw(people, scene)
@@ -195,7 +189,7 @@ def measure_crossing(
             openings = read_openings(result, people, lefts, whole)
             for index, whose in enumerate(("in front", "behind")):
                 curves = voices[index].opening, voices[1 - index].opening, people[index].opening
-                own, other, old = (correlate(openings[index], curve) for curve in curves)
+                own, other, old = (correlation_in_step(openings[index], curve) for curve in curves)
                 found = int(np.isfinite(openings[index]).sum())
                 yield CrossingMeasures(scene, name, whose, own, other, old, found, int(whole[index].sum()))
 

@@ -75,6 +75,11 @@ def correlation(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return correlations
 
 
+def correlation_in_step(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The correlation of two curves at lag 0."""
+    return float(correlation(ours, theirs)[LAGS == 0][0])
+
+
 def peak(curve: np.ndarray) -> tuple[float, int | None]:
     """The highest of the correlations at LAGS, and its lag; NaN and None if all are NaN."""
     if not np.isfinite(curve).any():

@@ -11,7 +11,7 @@ from latentsync.checkpoints.load import Models
 from latentsync.evaluation.appearance import HULL_POINTS, compare_appearance
 from latentsync.evaluation.clips import MAX_FRAMES, SIDE, Clip, FaceTrack, alignment_matrices, track_clip
 from latentsync.evaluation.dubbing import dub
-from latentsync.evaluation.measures import LAGS, correlation, peak
+from latentsync.evaluation.measures import correlation, correlation_in_step, peak
 from latentsync.media import probe_video, read_frames
 from latentsync.settings import Settings
 
@@ -74,7 +74,7 @@ def measure_people(
         source_points, result_points = hull_points(source, source)[:n], hull_points(result, source)
         appearance = compare_appearance(result.crops, source.crops[:n], source_points, result_points)
         best, lag = peak(correlation(result.opening, voice.track.opening))
-        old = float(correlation(result.opening, source.opening[:n])[LAGS == 0][0])
+        old = correlation_in_step(result.opening, source.opening[:n])
         yield (
             PersonMeasures(film.stem, voice.name, correlation=best, lag=lag, old=old, **appearance),
             source.crops[:n],

@@ -32,6 +32,7 @@ TOO_FEW = (
     "There are {} voices, and the first second of this video shows {}. A voice whose face is not found is heard, but "
     "nobody says it."
 )
+DESCRIBE: dict[str, Any] = {"fn": None, "js": "() => window.lipsync.describe()"}  # asks what the settings mean
 LOOKING = "(file) => file ? `<p class='quiet'>Listening to this file …</p>` : ''"
 
 
@@ -154,7 +155,7 @@ class OtherFaces:
         for audio, seconds, note in (*fields, (self.sound, self.sound_seconds, self.sound_note)):
             audio.change(None, audio, note, js=LOOKING)
             heard = audio.change(listen, audio, [seconds, note], **private)
-            heard.then(None, js="() => window.lipsync.describe()")
+            heard.then(**DESCRIBE)
         for shown, field in ((thumbnails, face), *((voice.thumbnails, voice.face) for voice in self.voices)):
             shown.select(chosen_face, None, field, **private)
         changes = [field.change for field in (*chosen, *(voice.audio for voice in self.voices), more)]

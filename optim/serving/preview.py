@@ -61,6 +61,12 @@ def resized(frame: "np.ndarray", max_side: int = PREVIEW_SIDE) -> "np.ndarray":
     return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
 
+def preview_picture(frame: "np.ndarray") -> "np.ndarray":
+    """A frame, uint8 (h, w, 3), scaled down until its longer side is at most PICTURE_SIDE."""
+    height, width = frame.shape[:2]
+    return resized(frame, PICTURE_SIDE * min(height, width) // max(height, width))
+
+
 def as_browsers_show(info: VideoInfo) -> VideoInfo:
     """A video that is read with the colour matrix that browsers assume where its file names none: a picture of it looks
     like the video that plays in its place.
@@ -201,5 +207,5 @@ class Preview:
                     if complete:
                         writer.close()
                 if as_picture:
-                    job.picture = resized(small, PICTURE_SIDE * min(size) // max(size))
+                    job.picture = preview_picture(small)
                     job.pictures += 1
